@@ -1,0 +1,134 @@
+"""What an engine is, and the one greedy decode loop that serves every engine that can run single steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_export.heads.accept import accept_greedy
+from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import Tree
+
+AUTOREGRESSIVE = Tree(())
+
+
+class Step(Protocol):
+    """One tree bound to an engine's buffers."""
+
+    def verify(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Run the base model on all nodes; its greedy next token after each.  # [N] -> [N]"""
+
+    def keep(self, path: npt.NDArray[np.int64]) -> None:
+        """Make the accepted nodes the newest rows of the KV cache and drop the others."""
+
+
+class StepEngine(Protocol):
+    """An engine whose steps this process drives; the decode loop below does the rest."""
+
+    info: EngineInfo
+
+    def prefill(self, input_ids: Sequence[int]) -> int:
+        """Empty the KV cache, run the prompt, and return the greedy next token."""
+
+    def prepare(self, tree: Tree) -> Step:
+        """Bind a tree; cheap after the first time."""
+
+    def draft(self) -> npt.NDArray[np.int64]:
+        """Candidates of every head for the last kept row.  # [max_depth, top_k]"""
+
+    @property
+    def length(self) -> int:
+        """Rows in the KV cache."""
+
+    @property
+    def backend_seconds(self) -> float:
+        """Time spent inside the backend since the engine was made."""
+
+
+@dataclass
+class Generation:
+    """What one prompt gave.
+
+    Attributes:
+        tokens: generated ids, the end-of-sequence id included when it came.
+        finish_reason: "stop" (end of sequence), "length" (max_new_tokens) or "context" (KV cache full).
+        accepted: tokens that each step after the prefill yielded.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    accepted: list[int] = field(default_factory=list)
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    backend_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """Prefill and decoding."""
+        return self.prefill_ms + self.decode_ms
+
+
+def generate(
+    engine: StepEngine, input_ids: Sequence[int], tree: Tree, *, max_new_tokens: int, eos_token_ids: Sequence[int]
+) -> Generation:
+    """Greedy decoding; lossless: the tree changes the speed, not the tokens. An empty tree is autoregressive decoding.
+
+    Raises:
+        ConfigError: a prompt that fills the context.
+    """
+    if not 0 < len(input_ids) < engine.info.max_length:
+        got, limit = f"{len(input_ids)} tokens", engine.info.max_length
+        raise ConfigError("prompt", got, f"1 .. {limit - 1}", "shorten it, or export with a larger --max-length")
+    result, eos = Generation(), set(eos_token_ids)
+    start = time.perf_counter()
+    result.tokens.append(engine.prefill(input_ids))
+    decode_start, backend_start = time.perf_counter(), engine.backend_seconds
+    while not (reason := _finished(result.tokens, eos, max_new_tokens)):
+        room = engine.info.max_length - engine.length
+        if not room:
+            reason = "context"
+            break
+        result.tokens += _step(engine, tree if room >= tree.num_nodes else AUTOREGRESSIVE, result)
+    result.finish_reason = _cut(result.tokens, eos, max_new_tokens) or reason
+    result.prefill_ms = (decode_start - start) * 1e3
+    result.decode_ms = (time.perf_counter() - decode_start) * 1e3
+    result.backend_ms = (engine.backend_seconds - backend_start) * 1e3
+    return result
+
+
+def _step(engine: StepEngine, tree: Tree, result: Generation) -> list[int]:
+    """Draft, verify, accept, keep. Returns the new tokens: the accepted drafts and the base model's own next one."""
+    step = engine.prepare(tree)
+    node_ids = np.empty(tree.num_nodes, dtype=np.int64)
+    node_ids[0] = result.tokens[-1]
+    if tree.max_draft_len:
+        node_ids[1:] = engine.draft()[tree.heads_and_ranks]
+    next_ids = step.verify(node_ids)
+    path = accept_greedy(tree, node_ids, next_ids)
+    tokens = next_ids[path].tolist()  # the base model's choice after each accepted node, which is the next node's token
+    step.keep(path)
+    result.accepted.append(len(tokens))
+    return tokens
+
+
+def _finished(tokens: list[int], eos: set[int], max_new_tokens: int) -> str:
+    """The reason to stop, or an empty string."""
+    if eos and not eos.isdisjoint(tokens[-17:]):  # one step adds at most 17 tokens
+        return "stop"
+    return "length" if len(tokens) >= max_new_tokens else ""
+
+
+def _cut(tokens: list[int], eos: set[int], max_new_tokens: int) -> str:
+    """Drop what a step produced past the limit or the end of sequence; the reason that follows from what is left."""
+    del tokens[max_new_tokens:]
+    for index, token in enumerate(tokens):
+        if token in eos:
+            del tokens[index + 1 :]
+            return "stop"
+    return "length" if len(tokens) >= max_new_tokens else ""

@@ -1,0 +1,94 @@
+"""medusa-run as one function: prompts in, report out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from medusa_export.engines.reference import compare_with_checkpoint
+from medusa_export.engines.report import build_report
+from medusa_export.engines.runner import RunResult, open_engine, run_prompts
+from medusa_export.engines.selfcheck import BOUNDS
+from medusa_export.heads.conversations import encode_chat, load_prompts, read_tokenizer
+from medusa_export.heads.engine_info import TREE_FILE
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import load_tree
+
+REFERENCE_PROMPTS = 8  # prompts on which the engine is compared with the checkpoint
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """The flags of medusa-run; see its --help."""
+
+    engine: Path
+    prompts: Path
+    reference: Path | None = None
+    tree: str | None = None
+    limit: int | None = None
+    max_new_tokens: int = 128
+    repeats: int = 3
+    min_speedup: float | None = None
+    threads: int = 0
+    seed: int = 0
+
+
+def run(arguments: RunArguments, progress: Progress = lambda stage, done, total: None) -> dict[str, Any]:
+    """Measure an engine; the report's ``failures`` say why the command should fail.
+
+    Raises:
+        MedusaExportError: an engine, tree or prompts file that cannot be used.
+    """
+    for name in ("max_new_tokens", "repeats"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}", str(getattr(arguments, name)), "1 or more", "correct it")
+    prompts = load_prompts(arguments.prompts, arguments.limit)
+    tokenizer = read_tokenizer(arguments.engine)
+    engine = open_engine(arguments.engine, threads=arguments.threads)
+    tree = load_tree(arguments.tree or str(arguments.engine / TREE_FILE))
+    engine.info.require_tree(tree)
+    encoded = [(prompt.id, prompt.category, encode_chat(tokenizer, prompt.messages)) for prompt in prompts]
+    for key, _, ids in encoded:
+        if len(ids) + arguments.max_new_tokens > engine.info.max_length:
+            got = f"{len(ids)} tokens and {arguments.max_new_tokens} new ones"
+            action = "drop the prompt, lower --max-new-tokens, or export with a larger --max-length"
+            raise ConfigError(f"prompt {key}", got, f"at most {engine.info.max_length} together", action)
+    done = iter(range(1, len(encoded) * arguments.repeats + 1))
+    result = run_prompts(
+        engine, tree, encoded, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,
+        progress=lambda: progress("prompts", next(done), len(encoded) * arguments.repeats),
+    )  # fmt: skip
+    reference = _reference(engine, result, arguments, progress) if arguments.reference else None
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(arguments).items()}
+    report = build_report(result, tree, engine.info, plain, reference)
+    return report | {"failures": _failures(report, arguments, engine.info.form)}
+
+
+def _reference(engine: Any, result: RunResult, arguments: RunArguments, progress: Progress) -> dict[str, Any]:
+    assert arguments.reference is not None  # the caller's condition, for the type checker
+    texts = [(prompt.input_ids, prompt.baseline[0].tokens) for prompt in result.prompts[:REFERENCE_PROMPTS]]
+    done = iter(range(1, len(texts) + 1))
+    return compare_with_checkpoint(
+        engine, arguments.reference, texts, progress=lambda: progress("reference", next(done), len(texts))
+    )
+
+
+def _failures(report: dict[str, Any], arguments: RunArguments, form: str) -> list[str]:
+    """Why this run should fail, one line each."""
+    failures = []
+    if report["parity"]["mismatches"]:
+        failures.append(f"{report['parity']['mismatches']} prompts differ with Medusa by more than numerical noise")
+    speed = report["speedup"]["median"]
+    if arguments.min_speedup is not None and speed < arguments.min_speedup:
+        failures.append(f"speed-up {speed:.3f} is below --min-speedup {arguments.min_speedup}")
+    found, bound = report["reference"], BOUNDS[form]
+    if found and (found["kl_mean"] > bound.max_kl or found["greedy_agreement"] < bound.min_agreement):
+        failures.append(
+            f"the engine is not the checkpoint: KL {found['kl_mean']:.3g} (at most {bound.max_kl}), "
+            f"{found['greedy_agreement']:.1%} equal tokens (at least {bound.min_agreement:.0%})"
+        )
+    return failures

@@ -1,0 +1,218 @@
+"""ONNX Runtime on the CPU: the embedded default engine.
+
+One KV allocation for all layers, shared by past and present through IOBinding: GroupQueryAttention writes new rows in place, and
+accepting a path moves a few rows. Nothing of the size of the cache is ever copied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_export.heads.engine_info import DECODER_FILE, HEADS_FILE, EngineInfo
+from medusa_export.heads.errors import ConfigError, missing_package
+from medusa_export.heads.tree import Tree
+
+MASKED = np.float32(-1e30)
+Array = npt.NDArray[Any]
+
+
+class OnnxRuntimeEngine:
+    """Batch 1, greedy. See :class:`medusa_export.engines.base.StepEngine` for the methods.
+
+    Args:
+        engine_dir: directory with engine.json, decoder.onnx and heads.onnx.
+        threads: intra-op threads, shared by both graphs; 0 takes one a core.
+    """
+
+    def __init__(self, engine_dir: Path, *, threads: int = 0) -> None:
+        self._ort = _import_onnxruntime()
+        self.info = EngineInfo.load(engine_dir)
+        _share_threads(self._ort, threads)
+        self._decoder = self._session(engine_dir / DECODER_FILE, self.info.session_options)
+        self._heads = self._session(engine_dir / HEADS_FILE, self.info.heads_session_options)
+        info = self.info
+        shape = (info.num_hidden_layers, 2, 1, info.num_key_value_heads, info.max_length, info.head_dim)
+        self._kv = np.zeros(shape, dtype=np.float32)
+        self._rows = self._kv.reshape(
+            -1, info.max_length, info.head_dim
+        )  # [layers * 2 * kv_heads, max_length, head_dim]
+        self._kv_values = [self._share(self._kv[layer, kind]) for layer in range(shape[0]) for kind in (0, 1)]
+        self._hidden = np.zeros((1, info.hidden_size), dtype=np.float32)  # the last kept row, what the heads read
+        self._draft_ids = np.zeros((info.max_depth, info.top_k), dtype=np.int64)
+        self._heads_binding = self._bind_heads()
+        self._steps: dict[int, OnnxRuntimeStep] = {}
+        self.length, self.backend_seconds = 0, 0.0
+
+    def prefill(self, input_ids: Sequence[int]) -> int:
+        self.length = 0
+        block = _Block(self, Tree(()), len(input_ids), output_rows=[len(input_ids) - 1])
+        next_ids = block.run(np.asarray(input_ids, dtype=np.int64))
+        self.length = len(input_ids)
+        self._hidden[:] = block.hidden
+        return int(next_ids[0])
+
+    def prepare(self, tree: Tree) -> OnnxRuntimeStep:
+        step = self._steps.get(id(tree))
+        if step is None:
+            self.info.require_tree(tree)
+            step = self._steps[id(tree)] = OnnxRuntimeStep(self, tree)
+        return step
+
+    def draft(self) -> npt.NDArray[np.int64]:
+        self._run(self._heads, self._heads_binding)
+        return self._draft_ids
+
+    def tree_logits(self, tree: Tree, prompt: Sequence[int], node_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Next-token logits after every node of a tree behind a prompt; for checks.  # [N] -> [N, vocab_size]"""
+        self.prefill(prompt)
+        block = _Block(self, tree, tree.num_nodes, output_rows=range(tree.num_nodes), logits=True)
+        block.run(np.asarray(node_ids, dtype=np.int64))
+        return block.logits
+
+    def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterator[npt.NDArray[np.float32]]:
+        """Next-token logits of a given text, ``chunk`` tokens a run, causally; the KV cache is refilled.
+
+        Args:
+            input_ids: the text.
+            chunk: tokens a run. Different chunks give the same numbers up to the order of floating-point sums.
+            start: the first tokens go in as one block without logits.
+
+        Yields:
+            logits of consecutive tokens.  # [<= chunk, vocab_size]
+        """
+        self.length = 0
+        if start:
+            self.prefill(input_ids[:start])
+        for at in range(start, len(input_ids), chunk):
+            ids = np.asarray(input_ids[at : at + chunk], dtype=np.int64)
+            block = _Block(self, Tree(()), len(ids), output_rows=range(len(ids)), logits=True)
+            block.run(ids)
+            self.length += len(ids)
+            yield block.logits
+
+    def _session(self, path: Path, entries: dict[str, str]) -> Any:
+        options = self._ort.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 3
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        try:
+            return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own classes, all derived from Exception
+            raise ConfigError(str(path), f"{error}", "a graph that ONNX Runtime opens", "export again") from error
+
+    def _bind_heads(self) -> Any:
+        binding = self._heads.io_binding()
+        binding.bind_ortvalue_input("hidden_states", self._share(self._hidden))
+        binding.bind_ortvalue_output("draft_ids", self._share(self._draft_ids))
+        return binding
+
+    def _share(self, array: Array) -> Any:
+        """An OrtValue on the array's own memory."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+    def _run(self, session: Any, binding: Any) -> None:
+        start = time.perf_counter()
+        session.run_with_iobinding(binding)
+        self.backend_seconds += time.perf_counter() - start
+
+
+class _Block:
+    """The buffers and bindings of one run over ``size`` new tokens: the nodes of a tree, or a causal block."""
+
+    def __init__(
+        self, engine: OnnxRuntimeEngine, tree: Tree, size: int, *, output_rows: Sequence[int], logits: bool = False
+    ) -> None:
+        self.engine, self.size = engine, size
+        info, rows = engine.info, np.asarray(output_rows, dtype=np.int64)
+        is_tree = size == tree.num_nodes
+        self._tail = np.where(tree.mask, np.float32(0), MASKED) if is_tree else np.float32(0)  # GQA itself is causal
+        self._depths = tree.depths if is_tree else np.arange(size)
+        self._bias = np.zeros(size * info.max_length, dtype=np.float32)
+        self.input_ids = np.zeros((1, size), dtype=np.int64)
+        self.position_ids = np.zeros((1, size), dtype=np.int64)
+        self._seqlens_k, self._total = np.zeros(1, dtype=np.int32), np.zeros((), dtype=np.int32)
+        self.next_ids = np.zeros(len(rows), dtype=np.int64)
+        self.hidden = np.zeros((len(rows), info.hidden_size), dtype=np.float32)
+        self.logits = np.zeros((len(rows), info.vocab_size) if logits else (0, 0), dtype=np.float32)
+        inputs = {
+            "input_ids": self.input_ids, "position_ids": self.position_ids, "output_rows": rows,
+            "seqlens_k": self._seqlens_k, "total_sequence_length": self._total,
+        }  # fmt: skip
+        outputs: dict[str, Array] = {"next_ids": self.next_ids, "hidden_states": self.hidden}
+        self._binding = self._bind(inputs, outputs | ({"logits": self.logits} if logits else {}))
+
+    def _bind(self, inputs: dict[str, Array], outputs: dict[str, Array]) -> Any:
+        engine = self.engine
+        binding = engine._decoder.io_binding()
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, engine._share(array))
+        for name, array in outputs.items():
+            binding.bind_ortvalue_output(name, engine._share(array))
+        names = [f"{layer}.{kind}" for layer in range(engine.info.num_hidden_layers) for kind in ("key", "value")]
+        for name, value in zip(names, engine._kv_values, strict=True):
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+    def run(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Run the decoder after the rows now in the cache.  # [size] -> [len(output_rows)]"""
+        past, size = self.engine.length, self.size
+        total = past + size
+        self.input_ids[0] = node_ids
+        np.add(self._depths, past, out=self.position_ids[0])
+        self._seqlens_k[0], self._total[()] = total - 1, total
+        bias = self._bias[: size * total].reshape(1, 1, size, total)
+        bias[..., :past] = 0
+        bias[..., past:] = self._tail
+        self._binding.bind_input("attention_bias", "cpu", 0, np.float32, bias.shape, bias.ctypes.data)
+        self.engine._run(self.engine._decoder, self._binding)
+        return self.next_ids
+
+
+class OnnxRuntimeStep:
+    """One tree's buffers; see :class:`medusa_export.engines.base.Step`."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, tree: Tree) -> None:
+        self.tree = tree  # kept alive: the engine finds this step by the tree's identity
+        self._engine = engine
+        self._block = _Block(engine, tree, tree.num_nodes, output_rows=range(tree.num_nodes))
+
+    def verify(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return self._block.run(node_ids)
+
+    def keep(self, path: npt.NDArray[np.int64]) -> None:
+        engine, count = self._engine, len(path)
+        if path[-1] != count - 1:  # otherwise the rows already lie where they belong
+            past = engine.length
+            engine._rows[:, past : past + count] = engine._rows[:, past + path]
+        engine.length += count
+        engine._hidden[0] = self._block.hidden[path[-1]]
+
+
+def _import_onnxruntime() -> ModuleType:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_package("onnxruntime", "onnx") from error
+    return onnxruntime
+
+
+_pool_threads: int | None = None
+
+
+def _share_threads(ort: ModuleType, threads: int) -> None:
+    """One pool for both graphs: two pools would spin against each other on the same cores."""
+    global _pool_threads
+    if _pool_threads is None:
+        ort.set_global_thread_pool_sizes(threads, 1)
+        _pool_threads = threads
+    elif _pool_threads != threads:
+        raise ConfigError("threads", str(threads), f"{_pool_threads}, this process's pool", "use one value a process")

@@ -1,0 +1,88 @@
+"""Is the output of the tree the output of plain decoding? Judged per prompt, on the same engine.
+
+A tree step sums the same products in another order than a single step does, so logits differ by floating-point noise, and a near tie
+may fall the other way. How large that noise is, is measured on the engine at hand, never assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_export.engines.base import Generation
+
+
+class Scorer(Protocol):
+    """An engine that can give the logits of a text."""
+
+    def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterable[npt.NDArray[np.float32]]:
+        """Logits of consecutive tokens, ``chunk`` a run."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place where two outputs of one prompt part.
+
+    Attributes:
+        position: index among the generated tokens.
+        baseline_token, medusa_token: what each chose; None where an output had already ended.
+        logit_gap: the baseline token's logit minus the other's, in the autoregressive run; None without two tokens.
+    """
+
+    position: int
+    baseline_token: int | None
+    medusa_token: int | None
+    logit_gap: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def first_divergence(baseline: Generation, medusa: Generation) -> int | None:
+    """Index of the first token that differs, or where the shorter output ends; None when tokens and reasons agree."""
+    pairs = zip(baseline.tokens, medusa.tokens, strict=False)
+    different = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    if different is not None:
+        return different
+    if len(baseline.tokens) == len(medusa.tokens) and baseline.finish_reason == medusa.finish_reason:
+        return None
+    return min(len(baseline.tokens), len(medusa.tokens))
+
+
+def explain(engine: Scorer, prompt: Sequence[int], baseline: Generation, medusa: Generation) -> Divergence | None:
+    """The first divergence with the logit gap that decided it, or None where the outputs are exactly equal."""
+    at = first_divergence(baseline, medusa)
+    if at is None:
+        return None
+    ours = baseline.tokens[at] if at < len(baseline.tokens) else None
+    theirs = medusa.tokens[at] if at < len(medusa.tokens) else None
+    if ours is None or theirs is None:
+        return Divergence(at, ours, theirs, None)
+    text = [*prompt, *baseline.tokens[:at]]
+    *_, last = engine.score(text, chunk=1, start=min(len(prompt), len(text) - 1))
+    return Divergence(at, ours, theirs, float(last[-1, ours] - last[-1, theirs]))
+
+
+def verdict(divergence: Divergence | None, tolerance: float) -> str:
+    """ "exact", "tie" (the gap lies within the measured noise) or "mismatch"; an output that ends early is a mismatch."""
+    if divergence is None:
+        return "exact"
+    gap = divergence.logit_gap
+    return "tie" if gap is not None and 0 <= gap <= tolerance else "mismatch"
+
+
+def logit_noise(engine: Scorer, prompt: Sequence[int], answer: Sequence[int], num_nodes: int) -> float:
+    """Largest logit difference between single steps and causal blocks of ``num_nodes`` over the same text.
+
+    The block is causal and has no tree in it: a wrong mask, parent or position cannot hide in what this measures.
+    """
+    text, start = [*prompt, *answer], len(prompt)
+    if len(answer) < num_nodes or num_nodes == 1:
+        return 0.0
+    single = np.concatenate(list(engine.score(text, chunk=1, start=start)))  # [answer, V]
+    block = np.concatenate(list(engine.score(text, chunk=num_nodes, start=start)))
+    return float(np.abs(single - block).max())

@@ -1,0 +1,72 @@
+"""The engine against the original checkpoint in transformers: catches what is wrong in the same way with and without Medusa."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medusa_export.engines.parity import Scorer
+from medusa_export.heads.errors import missing_package
+
+
+def compare_with_checkpoint(
+    engine: Scorer,
+    checkpoint: Path,
+    texts: Sequence[tuple[list[int], list[int]]],
+    *,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Teacher-forced agreement over the answers.
+
+    Args:
+        engine: the engine under test.
+        checkpoint: Hugging Face directory of the unquantized model; computed in float32.
+        texts: (prompt ids, answer ids); every answer token is one position.
+
+    Returns:
+        positions; greedy_agreement (0 .. 1, equal argmax); kl_mean and kl_max (nats, reference to engine); perplexity of the answers
+        under each; logit_max_abs_diff.
+    """
+    try:
+        import torch
+
+        from medusa_export.heads.model import load_reference
+    except ImportError as error:
+        raise missing_package("torch", "modelopt") from error
+
+    model = load_reference(checkpoint, torch.float32)
+    rows = []
+    with torch.inference_mode():
+        for prompt, answer in texts:
+            text, start = [*prompt, *answer[:-1]], len(prompt) - 1
+            ours = torch.from_numpy(np.concatenate(list(engine.score(text, chunk=64, start=start))))  # [A, V]
+            theirs = model(torch.tensor([text])).logits[0, start:].float()  # [A, V]
+            rows.append(_compare(ours, theirs, torch.tensor(answer)))
+            progress()
+    columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return {
+        "positions": len(columns["agree"]),
+        "greedy_agreement": columns["agree"].float().mean().item(),
+        "kl_mean": columns["kl"].mean().item(),
+        "kl_max": columns["kl"].max().item(),
+        "perplexity": {
+            "engine": columns["nll_ours"].mean().exp().item(),
+            "checkpoint": columns["nll_theirs"].mean().exp().item(),
+        },
+        "logit_max_abs_diff": columns["diff"].max().item(),
+    }
+
+
+def _compare(ours: Any, theirs: Any, answer: Any) -> dict[str, Any]:
+    """Per position: agreement, KL(reference || engine), negative log-likelihoods.  # each [A]"""
+    log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+    return {
+        "agree": ours.argmax(-1) == theirs.argmax(-1),
+        "kl": (log_theirs.exp() * (log_theirs - log_ours)).sum(-1),
+        "nll_ours": -log_ours.gather(1, answer[:, None])[:, 0],
+        "nll_theirs": -log_theirs.gather(1, answer[:, None])[:, 0],
+        "diff": (ours - theirs).abs().amax(-1),
+    }

@@ -1,0 +1,179 @@
+"""report.json and the table that people read, from one run's results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from medusa_export.engines.runner import PromptResult, RunResult
+from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.tree import Tree
+
+BOOTSTRAP_SAMPLES = 2000
+MODES = ("baseline", "medusa")
+PACKAGES = ("medusa-export", "onnxruntime", "numpy", "transformers", "torch")
+
+
+def build_report(
+    result: RunResult, tree: Tree, info: EngineInfo, arguments: dict[str, Any], reference: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The report as JSON-ready data. Times include the prefill; step_ms is one decode step."""
+    prompts = result.prompts
+    verdicts = [prompt.verdict for prompt in prompts]
+    steps = {mode: _step_ms(prompts, mode) for mode in MODES}
+    return {
+        "parity": {
+            "prompts": len(prompts),
+            "exact": verdicts.count("exact"),
+            "ties": verdicts.count("tie"),
+            "mismatches": verdicts.count("mismatch"),
+            "logit_tolerance": result.tolerance,
+            "divergences": [
+                {"prompt": prompt.prompt_id, "verdict": prompt.verdict, **prompt.divergence.as_dict()}
+                for prompt in prompts
+                if prompt.divergence
+            ],
+        },
+        **_speed(prompts, int(arguments.get("seed", 0))),
+        "step_ms": {mode: round(steps[mode][0], 4) for mode in MODES},
+        "overhead_ms": {mode: round(steps[mode][1], 4) for mode in MODES},
+        "categories": _categories(prompts),
+        "reference": reference,
+        "tree": {"max_draft_len": tree.max_draft_len, "medusa_choices": [list(choice) for choice in tree.choices]},
+        "engine": {"backend": info.backend, "precision": info.precision, "source": info.source},
+        "hardware": hardware(),
+        "versions": versions(),
+        "arguments": arguments,
+    }
+
+
+def _speed(prompts: Sequence[PromptResult], seed: int) -> dict[str, Any]:
+    """Throughputs, tokens per step and the speed-up with a percentile bootstrap over prompts."""
+    chance = random.Random(seed)
+    samples = sorted(speedup(chance.choices(prompts, k=len(prompts))) for _ in range(BOOTSTRAP_SAMPLES))
+    overall, per_step = speedup(prompts), tokens_per_step(prompts)
+    low, high = samples[int(0.025 * BOOTSTRAP_SAMPLES)], samples[int(0.975 * BOOTSTRAP_SAMPLES)]
+    return {
+        "speedup": {"median": round(overall, 4), "ci95": [round(low, 4), round(high, 4)]},
+        "tokens_per_step": round(per_step, 4),
+        "step_efficiency": round(overall / per_step, 4),
+        "tokens_per_second": {mode: round(tokens_per_second(prompts, mode), 3) for mode in MODES},
+    }
+
+
+def tokens_per_second(prompts: Sequence[PromptResult], mode: str) -> float:
+    """Generated tokens over the sum of the prompts' median times."""
+    return 1e3 * sum(prompt.tokens(mode) for prompt in prompts) / sum(prompt.total_ms(mode) for prompt in prompts)
+
+
+def speedup(prompts: Sequence[PromptResult]) -> float:
+    """Ratio of throughputs: with Medusa over without."""
+    return tokens_per_second(prompts, "medusa") / tokens_per_second(prompts, "baseline")
+
+
+def tokens_per_step(prompts: Sequence[PromptResult]) -> float:
+    """Mean tokens that a decode step with the tree yields; 1 where no step ran."""
+    accepted = [count for prompt in prompts for count in prompt.medusa[0].accepted]
+    return sum(accepted) / len(accepted) if accepted else 1.0
+
+
+def _step_ms(prompts: Sequence[PromptResult], mode: str) -> tuple[float, float]:
+    """Medians over all runs of the mean decode step, and of what of it lies outside the backend."""
+    runs = [run for prompt in prompts for run in getattr(prompt, mode) if run.accepted]
+    if not runs:
+        return 0.0, 0.0
+    whole = median(run.decode_ms / len(run.accepted) for run in runs)
+    outside = median((run.decode_ms - run.backend_ms) / len(run.accepted) for run in runs)
+    return whole, outside
+
+
+def _categories(prompts: Sequence[PromptResult]) -> list[dict[str, Any]]:
+    rows = []
+    for category in sorted({prompt.category for prompt in prompts}):
+        group = [prompt for prompt in prompts if prompt.category == category]
+        rows.append(
+            {
+                "category": category,
+                "prompts": len(group),
+                "speedup": round(speedup(group), 4),
+                "tokens_per_step": round(tokens_per_step(group), 4),
+                "exact": sum(prompt.verdict == "exact" for prompt in group),
+            }
+        )
+    return rows
+
+
+def hardware() -> dict[str, Any]:
+    """CPU, cores this process may use, and memory in GiB."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return {"cpu": name, "cores": cores, "memory_gib": round(memory / 2**30, 1), "system": platform.system()}
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that matter, as far as installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an optional package: its absence is a fact about this installation, not an error
+    return found
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The readable form: the summary table, then categories, then what needs explaining."""
+    parity, speed = report["parity"], report["speedup"]
+    machine = report["hardware"]
+    title = f"{report['engine']['precision']} on {machine['cores']} cores of {machine['cpu']}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    per_second, step, low_high = report["tokens_per_second"], report["step_ms"], speed["ci95"]
+    table.add_row("prompts", str(parity["prompts"]))
+    table.add_row("tokens/s without Medusa", f"{per_second['baseline']:.1f}")
+    table.add_row("tokens/s with Medusa", f"{per_second['medusa']:.1f}")
+    table.add_row("speed-up (95% CI)", f"{speed['median']:.2f}x ({low_high[0]:.2f} .. {low_high[1]:.2f})")
+    table.add_row(
+        "tokens per step", f"{report['tokens_per_step']:.2f} with a tree of {report['tree']['max_draft_len']}"
+    )
+    table.add_row("step, without / with", f"{step['baseline']:.1f} / {step['medusa']:.1f} ms")
+    table.add_row("parity", _parity_line(parity))
+    if report["reference"]:
+        table.add_row("against the checkpoint", _reference_line(report["reference"]))
+    console.print(table)
+    rows = Table("category", "prompts", "speed-up", "tokens per step", "exact")
+    for row in report["categories"]:
+        cells = [str(row["prompts"]), f"{row['speedup']:.2f}x", f"{row['tokens_per_step']:.2f}", str(row["exact"])]
+        rows.add_row(row["category"], *cells)
+    console.print(rows)
+    for item in parity["divergences"]:
+        gap = "an output ended early" if item["logit_gap"] is None else f"logit gap {item['logit_gap']:.2g}"
+        console.print(f"{item['verdict']}: prompt {item['prompt']} at token {item['position']}, {gap}")
+    for failure in report["failures"]:
+        console.print(f"FAILED: {failure}", style="bold red")
+
+
+def _parity_line(parity: dict[str, Any]) -> str:
+    line = f"{parity['exact']} exact, {parity['ties']} ties, {parity['mismatches']} mismatches"
+    return line + f" (tolerance {parity['logit_tolerance']:.1g} logits)"
+
+
+def _reference_line(reference: dict[str, Any]) -> str:
+    perplexity = reference["perplexity"]
+    return (
+        f"{reference['greedy_agreement']:.1%} of tokens, KL {reference['kl_mean']:.2g} nats, "
+        f"perplexity {perplexity['engine']:.3f} (checkpoint {perplexity['checkpoint']:.3f})"
+    )

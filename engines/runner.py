@@ -1,0 +1,115 @@
+"""Runs an engine without and with Medusa on the same prompts, interleaved, and judges speed and parity."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.parity import Divergence, explain, logit_noise, verdict
+from medusa_export.heads.tree import Tree
+
+WARMUP_TOKENS = 16
+NOISE_PROMPTS = 4  # prompts on which the logit noise is measured
+NOISE_TOKENS = 64
+
+
+@dataclass
+class PromptResult:
+    """One prompt's runs.
+
+    Attributes:
+        baseline, medusa: one Generation a repeat.
+        verdict: "exact", "tie" or "mismatch", the worst over the repeats.
+    """
+
+    prompt_id: str
+    category: str
+    input_ids: list[int]
+    baseline: list[Generation]
+    medusa: list[Generation]
+    divergence: Divergence | None = None
+    verdict: str = "exact"
+
+    def total_ms(self, mode: str) -> float:
+        """Median time of the whole prompt, prefill included. ``mode`` is "baseline" or "medusa"."""
+        return median(run.total_ms for run in getattr(self, mode))
+
+    def tokens(self, mode: str) -> int:
+        """Generated tokens."""
+        return len(getattr(self, mode)[0].tokens)
+
+
+@dataclass
+class RunResult:
+    """All prompts' runs, and the tolerance that parity was judged by."""
+
+    prompts: list[PromptResult]
+    tolerance: float
+
+
+def run_prompts(
+    engine: OnnxRuntimeEngine,
+    tree: Tree,
+    prompts: Sequence[tuple[str, str, list[int]]],
+    *,
+    max_new_tokens: int,
+    repeats: int,
+    seed: int,
+    progress: Callable[[], None] = lambda: None,
+) -> RunResult:
+    """Measure and judge.
+
+    Within a repeat both modes run one after the other on each prompt, in an order that alternates, so that a slow minute of the
+    machine hits both.
+
+    Args:
+        prompts: (id, category, input_ids).
+        repeats: runs of every prompt in either mode; times are medians over them.
+        seed: order of the prompts.
+    """
+    results = [PromptResult(key, category, ids, [], []) for key, category, ids in prompts]
+    eos = engine.info.eos_token_ids
+    for mode_tree in (AUTOREGRESSIVE, tree):
+        generate(engine, results[0].input_ids, mode_tree, max_new_tokens=WARMUP_TOKENS, eos_token_ids=())
+    order = list(range(len(results)))
+    chance = random.Random(seed)
+    for repeat in range(repeats):
+        chance.shuffle(order)
+        for turn, index in enumerate(order):
+            result = results[index]
+            modes = [(result.baseline, AUTOREGRESSIVE), (result.medusa, tree)]
+            for runs, mode_tree in modes if (turn + repeat) % 2 else modes[::-1]:
+                runs.append(
+                    generate(engine, result.input_ids, mode_tree, max_new_tokens=max_new_tokens, eos_token_ids=eos)
+                )
+            progress()
+    return RunResult(results, _judge(engine, tree, results))
+
+
+def _judge(engine: OnnxRuntimeEngine, tree: Tree, results: list[PromptResult]) -> float:
+    """Fill in every prompt's verdict; returns the tolerance: twice the measured noise, as either logit may move by it."""
+    diverging = []
+    for result in results:
+        for medusa in result.medusa:
+            found = explain(engine, result.input_ids, result.baseline[0], medusa)
+            if found is not None:
+                result.divergence = found
+                diverging.append(result)
+                break
+    noise = 0.0
+    for result in [*results[:NOISE_PROMPTS], *diverging]:
+        answer = result.baseline[0].tokens[:NOISE_TOKENS]
+        noise = max(noise, logit_noise(engine, result.input_ids, answer, tree.num_nodes))
+    for result in results:
+        result.verdict = verdict(result.divergence, 2 * noise)
+    return 2 * noise
+
+
+def open_engine(engine_dir: Path, *, threads: int = 0) -> OnnxRuntimeEngine:
+    """The engine of a directory that medusa-export wrote."""
+    return OnnxRuntimeEngine(engine_dir, threads=threads)

@@ -1,0 +1,83 @@
+"""Checks that an engine does what it claims: trees equal their paths, and numbers equal the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.reference import compare_with_checkpoint
+from medusa_export.heads.errors import MedusaExportError
+from medusa_export.heads.tree import Tree, load_tree
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a form may lose against the unquantized checkpoint, and how far a tree step may be from single steps.
+
+    Attributes:
+        max_kl: mean KL divergence in nats, checkpoint to engine.
+        min_agreement: share of positions with the same best token.
+        max_tree_noise: logits.
+    """
+
+    max_kl: float
+    min_agreement: float
+    max_tree_noise: float
+
+
+# Loose enough for small models. Measured on SmolLM2-135M (see docs/decisions/0003): fp8 0.04 nats, int8 0.005. The int8 noise is the
+# rounding of activations inside MatMulNBits, which one token and several tokens do not share.
+BOUNDS = {"float": Bound(1e-3, 0.97, 5e-2), "fp8": Bound(0.4, 0.5, 5e-2), "int8": Bound(0.1, 0.8, 4.0)}
+CHECK_TREE = Tree.from_choices([[0], [1], [0, 0], [1, 0]])
+
+
+def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Sequence[int]]) -> list[str]:
+    """Problems of an engine directory, one line each; an empty list is a good engine.
+
+    Args:
+        engine_dir: what medusa-export wrote.
+        reference: the original checkpoint, or None to skip the comparison with it.
+        texts: token ids to run.
+    """
+    try:
+        engine = OnnxRuntimeEngine(engine_dir)
+        engine.info.require_tree(load_tree(str(engine_dir / "tree.json")))
+    except MedusaExportError as error:
+        return [str(error)]
+    bound = BOUNDS[engine.info.form]
+    usable = [list(text) for text in texts if len(text) >= 2]
+    noise = max((tree_error(engine, text) for text in usable), default=0.0)
+    if not noise <= bound.max_tree_noise:  # also catches NaN
+        return [f"engine: tree and single steps differ by {noise:.3g} logits, expected at most {bound.max_tree_noise}"]
+    if reference is None or not usable:
+        return []
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in usable]
+    found = compare_with_checkpoint(engine, reference, halves)
+    if found["kl_mean"] <= bound.max_kl and found["greedy_agreement"] >= bound.min_agreement:
+        return []
+    return [
+        f"engine: KL {found['kl_mean']:.3g} and {found['greedy_agreement']:.1%} equal tokens against {reference}, expected at most "
+        f"{bound.max_kl} and at least {bound.min_agreement:.0%}"
+    ]
+
+
+def tree_error(engine: OnnxRuntimeEngine, text: Sequence[int], tree: Tree = CHECK_TREE) -> float:
+    """Largest logit difference between a tree step and the same paths run token by token.
+
+    Finds a wrong mask, parent or position, and rows that land in the wrong place of the KV cache.
+    """
+    usable = tree if engine.info.max_depth >= tree.depth else Tree.from_choices([[0], [1]])
+    prompt, root = list(text[:-1]), int(text[-1])
+    node_ids = [root] + [text[node % len(text)] for node in range(1, usable.num_nodes)]
+    logits = engine.tree_logits(usable, prompt, node_ids)  # [N, V]
+    worst = 0.0
+    for path in usable.retrieve_indices:
+        nodes = path[path >= 0]
+        sequence = [*prompt, *(node_ids[node] for node in nodes)]
+        single = np.concatenate(list(engine.score(sequence, chunk=1, start=len(prompt))))  # [path, V]
+        worst = max(worst, float(np.abs(single - logits[nodes]).max()))
+    return worst

@@ -1,0 +1,1 @@
+"""Writers of TensorRT-LLM checkpoints and ONNX graphs, and the commands."""

@@ -1,0 +1,183 @@
+"""The commands: parse, call one function, print, and turn errors into one line and exit code 2. The only file that imports across."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from medusa_export.heads.errors import ConfigError, MedusaExportError, OutputError
+from medusa_export.heads.tree import PRESETS
+from medusa_export.quantize.formats import FORMATS, KV_CACHE
+
+stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
+export_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+run_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def _table(rows: dict[str, Any]) -> str:
+    """Names and descriptions for --help; what this version cannot write says so."""
+    return "; ".join(
+        f"[bold]{name}[/] {row.description}" + ("" if row.exportable else " (not in this version)")
+        for name, row in rows.items()
+    )
+
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")]
+
+
+@export_app.callback(invoke_without_command=True)
+def export_command(
+    context: typer.Context,
+    ckpt: Annotated[Path | None, typer.Option(help="Hugging Face directory of the base model.")] = None,
+    quant: Annotated[str, typer.Option(help=f"Weights: {_table(FORMATS)}.")] = "none",
+    output: Annotated[Path | None, typer.Option(help="Directory to write. Default: CKPT-QUANT beside CKPT.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="Medusa heads, when they are not inside CKPT.")] = None,
+    kv_cache: Annotated[str, typer.Option(help=f"Key/value cache: {_table(KV_CACHE)}.")] = "none",
+    quant_heads: Annotated[bool, typer.Option(help="Quantize the heads too (default: 16 bit).")] = False,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16, or auto: the checkpoint's own.")] = "auto",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    tree: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Medusa tree: a JSON file or one of {', '.join(PRESETS)}. Default: medusa-63 for TensorRT-LLM, "
+            "cpu-3 for ONNX Runtime."
+        ),
+    ] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="Calibration prompts, JSONL with messages, turns or prompt. Default: built in.")
+    ] = None,
+    calib_prompts: Annotated[int, typer.Option(help="How many of them calibrate.")] = 32,
+    engine: Annotated[
+        str, typer.Option(help="onnxruntime, or none for the TensorRT-LLM checkpoint alone.")
+    ] = "onnxruntime",
+    max_length: Annotated[
+        int | None, typer.Option(help="Context of the ONNX Runtime engine. Default: the model's, up to 2048.")
+    ] = None,
+    draft_vocab: Annotated[
+        int, typer.Option(help="Tokens that drafts on the CPU are drawn from, the most frequent ones; 0 for all.")
+    ] = 8192,
+    verbose: Verbose = False,
+) -> None:
+    """Turn a Hugging Face checkpoint with Medusa heads into a TensorRT-LLM checkpoint, an ONNX graph and an engine.
+
+    Example: [bold]medusa-export --ckpt model --heads heads --quant fp8 --output out[/]
+    """
+    if context.invoked_subcommand:
+        return
+    if ckpt is None:
+        raise ConfigError("--ckpt", "nothing", "the directory of the base model", "see medusa-export --help")
+    from medusa_export.engines.selfcheck import check_engine
+    from medusa_export.exporter.export import ExportArguments, export
+
+    given = dict(locals())
+    output = output or ckpt.resolve().with_name(f"{ckpt.resolve().name}-{quant}")
+    arguments = ExportArguments(
+        **{item.name: given[item.name] for item in fields(ExportArguments)} | {"output": output}
+    )
+    with _progress() as progress:
+        written = export(arguments, check_engine, progress)
+    stdout.print(f"{'wrote' if written else 'up to date:'} {output}", soft_wrap=True)
+
+
+@export_app.command("verify")
+def verify_command(
+    out: Annotated[Path, typer.Argument(help="A directory that medusa-export wrote.")], verbose: Verbose = False
+) -> None:
+    """Check an export again: hashes, names, shapes, dtypes and scales. Exit code 1 when something is wrong."""
+    from medusa_export.exporter.verify import verify_export
+
+    problems = verify_export(out)
+    for problem in problems:
+        stdout.print(problem, soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
+    stdout.print(f"{out}: complete and consistent", soft_wrap=True)
+
+
+@run_app.command()
+def run_command(
+    engine: Annotated[Path, typer.Option(help="The engine directory of an export.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL with turns, messages or prompt.")],
+    report: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The original checkpoint, to compare the engine's numbers with.")
+    ] = None,
+    tree: Annotated[str | None, typer.Option(help="Another tree: a JSON file or a preset.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated for a prompt, at most.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs of every prompt.")] = 3,
+    min_speedup: Annotated[float | None, typer.Option(help="Exit with 1 when the speed-up is below this.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes one a core.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order of the prompts and bootstrap of the interval.")] = 0,
+    verbose: Verbose = False,
+) -> None:
+    """Run an engine without and with Medusa on the same prompts; measure the speed-up and prove that outputs are equal.
+
+    Exit code 1: an output differs by more than numerical noise, or --min-speedup is missed.
+    """
+    from medusa_export.engines.bench import RunArguments, run
+
+    given = dict(locals())
+    if report is not None and not report.resolve().parent.is_dir():
+        raise OutputError(str(report), "no such directory", "an existing one", "create it first")
+    with _progress() as progress:
+        result = run(RunArguments(**{item.name: given[item.name] for item in fields(RunArguments)}), progress)
+    _print_report(result)
+    if report is not None:
+        report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if result["failures"]:
+        raise typer.Exit(1)
+
+
+def _print_report(result: dict[str, Any]) -> None:
+    from medusa_export.engines.report import print_report
+
+    print_report(result, stdout)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage on stderr; nothing where that is no terminal."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def _main(app: typer.Typer) -> None:
+    """Run a command; the project's errors become one line on stderr and exit code 2."""
+    verbose = bool({"-v", "--verbose"} & set(sys.argv))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except MedusaExportError as error:
+        if verbose:
+            stderr.print_exception()
+        stderr.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
+        sys.exit(2)
+
+
+def export_main() -> None:
+    """Entry point of medusa-export."""
+    _main(export_app)
+
+
+def run_main() -> None:
+    """Entry point of medusa-run."""
+    _main(run_app)

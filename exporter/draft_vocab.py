@@ -1,0 +1,33 @@
+"""The tokens that the heads' projection is restricted to on a CPU: drafts are verified, so a rare token costs a miss, no error."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from medusa_export.heads.conversations import Prompt
+
+DEFAULT_SIZE = 8192
+
+
+def most_frequent_tokens(tokenizer: Any, prompts: Iterable[Prompt], *, size: int, vocab_size: int) -> torch.Tensor:
+    """The ``size`` most frequent tokens of the answers (of the questions where there are none), most frequent first.
+
+    What the texts do not fill is filled with the lowest ids, which byte-pair encoding gives to its most frequent merges. The
+    end-of-sequence token counts once an answer.
+
+    Returns:
+        int64 token ids.  # [min(size, vocab_size)]
+    """
+    counts: Counter[int] = Counter()
+    for prompt in prompts:
+        text = prompt.answer or prompt.messages[-1]["content"]
+        counts.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+        counts[tokenizer.eos_token_id] += 1
+    ranked = [token for token, _ in counts.most_common() if token is not None and token < vocab_size]
+    seen = set(ranked)
+    ranked += (token for token in range(vocab_size) if token not in seen)
+    return torch.tensor(ranked[:size], dtype=torch.int64)

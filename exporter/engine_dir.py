@@ -1,0 +1,95 @@
+"""Writes ``onnx/`` and ``engine/`` of an export: the exchange graph, and what ONNX Runtime runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medusa_export.exporter.onnx_graph import write_decoder, write_heads
+from medusa_export.exporter.onnx_linear import LinearWriter
+from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.tree import Tree
+from medusa_export.quantize.formats import Format
+from medusa_export.quantize.scales import Scales
+
+MIN_TOP_K = 4  # so that other trees than the default one can be tried without a new export
+
+PRECISION = {
+    "float": "float32 arithmetic on 16/32-bit weights",
+    "int8": "int8 weights in blocks, int8 arithmetic",
+    "fp8": "the exported FP8 weights, float32 arithmetic",
+}
+INT8_PRODUCTS = {"session.qdq_matmulnbits_accuracy_level": "4"}
+# int8: MatMulNBits with 8-bit products; fp8: fold DequantizeLinear into float32 weights once, when the session is made.
+SESSION_OPTIONS: dict[str, dict[str, str]] = {
+    "float": {},
+    "int8": INT8_PRODUCTS,
+    "fp8": {"session.disable_quant_qdq": "1"},
+}
+
+
+def write_onnx(out: Path, checkpoint: MedusaCheckpoint, fmt: Format, scales: Scales | None, *, max_length: int) -> None:
+    """``out/decoder.onnx`` with the numerics that TensorRT-LLM gets: FP8 activations too, where the format has them."""
+    form = onnx_form(fmt)
+    out.mkdir()
+    linear = LinearWriter(checkpoint, form, scales, fp8_activations=form == "fp8")
+    write_decoder(out, checkpoint, linear, max_length=max_length)
+
+
+def write_engine(
+    out: Path,
+    checkpoint: MedusaCheckpoint,
+    fmt: Format,
+    scales: Scales | None,
+    *,
+    tree: Tree,
+    max_length: int,
+    draft_vocab: torch.Tensor | None,
+    save_tokenizer: Callable[[Path], Any],
+    source: dict[str, Any],
+) -> None:
+    """``out``: decoder.onnx, heads.onnx, engine.json, tree.json and the tokenizer; nothing outside it is needed to run.
+
+    Activations stay in float32 here also for FP8: a CPU has no FP8 arithmetic to gain from, and rounding activations turns the noise
+    between a single step and a tree step into different tokens (see docs/decisions).
+    """
+    form = onnx_form(fmt)
+    config, num_heads = checkpoint.config, checkpoint.num_medusa_heads
+    top_k = max(MIN_TOP_K, tree.top_k if tree.max_draft_len else 1)
+    out.mkdir()
+    write_decoder(out, checkpoint, LinearWriter(checkpoint, form, scales), max_length=max_length)
+    write_heads(
+        out, checkpoint, num_heads=num_heads, top_k=top_k, draft_vocab=draft_vocab, int8=config.hidden_size % 16 == 0
+    )
+    info = EngineInfo(
+        backend="onnxruntime",
+        form=form,
+        precision=PRECISION[form],
+        max_length=max_length,
+        max_depth=num_heads,
+        top_k=top_k,
+        num_hidden_layers=config.num_hidden_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        session_options=SESSION_OPTIONS[form],
+        heads_session_options=INT8_PRODUCTS,
+        source=source,
+    )
+    info.save(out)
+    (out / TREE_FILE).write_text(tree.to_json(), encoding="utf-8")
+    save_tokenizer(out)
+
+
+def onnx_form(fmt: Format) -> str:
+    """The ONNX form of a format; ConfigError when it has none."""
+    if fmt.onnx is None:
+        raise ConfigError(f"--quant {fmt.name}", "no ONNX form", "none, fp8 or int8_wo", "pass --engine none")
+    return fmt.onnx

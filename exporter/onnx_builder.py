@@ -1,0 +1,103 @@
+"""A thin ONNX graph builder that streams initializers to one external data file: a tensor is in memory only while it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+OPSET = 23
+IR_VERSION = 11
+MICROSOFT = "com.microsoft"
+ALIGNMENT = 4096  # page aligned, so that a runtime can map the file
+INLINE_BYTES = 1024
+
+_ONNX_DTYPE: dict[torch.dtype, int] = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
+    torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
+    torch.int32: TensorProto.INT32,
+    torch.int64: TensorProto.INT64,
+}
+
+
+class GraphBuilder:
+    """Collects nodes, inputs and outputs; writes ``path`` and ``path`` + ".data".
+
+    Use as a context manager; the model file is written on a clean exit.
+    """
+
+    def __init__(self, path: Path, name: str, metadata: dict[str, str] | None = None) -> None:
+        self.path, self.name, self.metadata = path, name, metadata or {}
+        self.data_path = path.with_name(path.name + ".data")
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._counter = 0
+
+    def __enter__(self) -> GraphBuilder:
+        self._data = self.data_path.open("wb")
+        return self
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        self._data.close()
+        if kind is None:
+            self._save()
+
+    def input(self, name: str, dtype: int, shape: list[int | str]) -> str:
+        """Declare a graph input; strings in ``shape`` are symbolic dimensions."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: int, shape: list[int | str]) -> str:
+        """Declare a graph output."""
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def node(
+        self, op: str, inputs: list[str], outputs: int | list[str] = 1, domain: str = "", **attributes: Any
+    ) -> Any:
+        """Add a node. Returns the output name, or the list of names when there are several."""
+        if isinstance(outputs, int):
+            self._counter += 1
+            outputs = [f"{op}_{self._counter}" + (f"_{i}" if i else "") for i in range(outputs)]
+        self._nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attributes))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def tensor(self, name: str, value: torch.Tensor) -> str:
+        """Store an initializer under a unique name (written at once, not kept)."""
+        if name in self._initializers:
+            return name
+        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()  # [bytes]
+        proto = TensorProto(name=name, data_type=_ONNX_DTYPE[value.dtype], dims=list(value.shape))
+        if raw.nbytes <= INLINE_BYTES:
+            proto.raw_data = raw.tobytes()
+        else:
+            self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+            proto.data_location = TensorProto.EXTERNAL
+            place = {"location": self.data_path.name, "offset": self._data.tell(), "length": raw.nbytes}
+            for key, text in place.items():
+                proto.external_data.add(key=key, value=str(text))
+            self._data.write(raw.data)
+        self._initializers[name] = proto
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A shared int64 vector constant."""
+        return self.tensor("int64_" + "_".join(map(str, values)), torch.tensor(values, dtype=torch.int64))
+
+    def _save(self) -> None:
+        graph = helper.make_graph(
+            self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._initializers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medusa-export")
+        helper.set_model_props(model, self.metadata)
+        self.path.write_bytes(model.SerializeToString(deterministic=True))

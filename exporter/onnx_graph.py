@@ -1,0 +1,261 @@
+"""The decoder and the Medusa heads as two hand-built ONNX graphs for ONNX Runtime.
+
+The decoder verifies a block of tokens under a tree mask: GroupQueryAttention with packed QKV writes the new rows straight into the
+shared KV buffers. Nodes must be in topological order (the operator is causal among the new tokens). The heads are a second graph,
+run on the one accepted row: which node that is, only verification tells, and the vocabulary projection on every node would cost
+more than the draft wins. Operator reference: onnxruntime's docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from onnx import TensorProto
+
+from medusa_export.exporter.onnx_builder import MICROSOFT, GraphBuilder
+from medusa_export.exporter.onnx_linear import LinearWriter, int8_matrix
+from medusa_export.heads import families
+from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.engine_info import DECODER_FILE, HEADS_FILE
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.model import MedusaCheckpoint
+
+
+def write_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter, *, max_length: int) -> None:
+    """Write ``decoder.onnx`` (+ .data) into ``out``.
+
+    Inputs: input_ids, position_ids int64 [1, S]; attention_bias float [1, 1, S, T]; seqlens_k int32 [1] = T - 1;
+    total_sequence_length int32 scalar = T; output_rows int64 [R]; past_key_values.{i}.key/value float
+    [1, num_key_value_heads, max_length, head_dim]. Outputs: next_ids int64 [R]; hidden_states float [R, hidden_size] (after the
+    final norm); logits float [R, vocab_size]; present.{i}.key/value, to be bound to the same buffers as the past.
+
+    Raises:
+        ConfigError: a rotary scaling or a shape that the graph cannot express.
+    """
+    config = checkpoint.config
+    require_supported(config, max_length)
+    with GraphBuilder(out / DECODER_FILE, "decoder") as graph:
+        _decoder_inputs(graph, config, max_length)
+        for name, cache in zip(("cos_cache", "sin_cache"), rotary_caches(config, max_length), strict=True):
+            graph.tensor(name, cache)
+        table = graph.tensor(families.EMBED_TOKENS, checkpoint.read(families.EMBED_TOKENS))
+        hidden = _to_float(graph, graph.node("Gather", [table, "input_ids"]), checkpoint, families.EMBED_TOKENS)
+        norm = _norm_weight(graph, checkpoint, families.INPUT_LAYERNORM.format(0))
+        normed = graph.node(
+            "SimplifiedLayerNormalization", [hidden, norm], axis=-1, epsilon=config.rms_norm_eps, stash_type=1
+        )
+        for layer in range(config.num_hidden_layers):
+            normed, hidden = _block(graph, checkpoint, linear, layer, normed, hidden)
+        flat = graph.node("Reshape", [normed, graph.ints(-1, config.hidden_size)])
+        graph.node("Gather", [flat, "output_rows"], ["hidden_states"])
+        _lm_head(graph, checkpoint, linear)
+        graph.node("ArgMax", ["logits"], ["next_ids"], axis=-1, keepdims=0)
+        graph.output("next_ids", TensorProto.INT64, ["R"])
+        graph.output("hidden_states", TensorProto.FLOAT, ["R", config.hidden_size])
+        graph.output("logits", TensorProto.FLOAT, ["R", config.vocab_size])
+
+
+def require_supported(config: DecoderConfig, max_length: int) -> None:
+    """Raise ConfigError for what the graph cannot express, before any long work."""
+    if not 16 <= max_length <= config.max_position_embeddings:
+        allowed = f"16 .. {config.max_position_embeddings}"
+        raise ConfigError("--max-length", str(max_length), allowed, "choose a length the model was trained for")
+    if config.sliding_window and config.sliding_window < max_length:
+        got, action = (
+            f"{config.sliding_window} with a context of {max_length}",
+            f"pass --max-length {config.sliding_window}",
+        )
+        raise ConfigError("sliding_window", got, "a context within the window", action)
+    rotary_caches(config, 1)
+
+
+def rotary_caches(config: DecoderConfig, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every position, with transformers' own frequencies.  # 2 x float32 [max_length, head_dim / 2]
+
+    Raises:
+        ConfigError: a rotary scaling whose frequencies depend on the sequence length.
+    """
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope_type = (config.rope_scaling or {}).get("rope_type", "default")
+    if rope_type in ("dynamic", "longrope") or (rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS):
+        raise ConfigError(
+            "rope_scaling", repr(rope_type), "default, linear, llama3 or yarn", "export with --engine none"
+        )
+    attention_factor = 1.0
+    if rope_type == "default":
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        frequencies = 1.0 / (config.rope_theta**exponents)  # [head_dim / 2]
+    else:
+        hf_config = AutoConfig.for_model(**config.raw)
+        frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+    angles = torch.outer(torch.arange(max_length, dtype=torch.float32), frequencies)
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def write_heads(
+    out: Path, checkpoint: MedusaCheckpoint, *, num_heads: int, top_k: int, draft_vocab: torch.Tensor | None, int8: bool
+) -> None:
+    """Write ``heads.onnx`` (+ .data): the draft tokens of the first ``num_heads`` heads from one accepted row.
+
+    Input hidden_states float [1, hidden_size]; output draft_ids int64 [num_heads, top_k], best first.
+
+    Drafts need not be exact, because the base model verifies them: the projection may be restricted to the most frequent tokens
+    (FR-Spec, arXiv 2502.14856) and stored in 8 bits; that costs acceptance only, never correctness.
+
+    Args:
+        num_heads: heads that the tree uses.
+        top_k: candidates a head.
+        draft_vocab: int64 token ids to restrict the projection to, or None for the whole vocabulary.
+        int8: store the projection in 8-bit blocks.
+    """
+    config, layers = checkpoint.config, checkpoint.num_medusa_layers
+    with GraphBuilder(out / HEADS_FILE, "medusa_heads") as graph:
+        graph.input("hidden_states", TensorProto.FLOAT, [1, config.hidden_size])
+        graph.output("draft_ids", TensorProto.INT64, [num_heads, top_k])
+        shape = graph.ints(num_heads, 1, config.hidden_size)
+        x = graph.node("Expand", ["hidden_states", shape])  # [H, 1, h]
+        for layer in range(layers):
+            names = [f"medusa_heads.{head}.{layer}.linear" for head in range(num_heads)]
+            weight = torch.stack([checkpoint.read(f"{name}.weight").float().T for name in names])  # [H, h, h]
+            bias = torch.stack([checkpoint.read(f"{name}.bias").float()[None] for name in names])  # [H, 1, h]
+            product = graph.node("MatMul", [x, graph.tensor(f"layers.{layer}.weight", weight)])
+            product = graph.node("Add", [product, graph.tensor(f"layers.{layer}.bias", bias)])
+            x = graph.node("Add", [x, _silu(graph, product)])
+        shared = checkpoint.heads_share_lm_head
+        projections = [families.LM_HEAD] if shared else [f"medusa_heads.{h}.{layers}.weight" for h in range(num_heads)]
+        groups = [x] if shared else graph.node("Split", [x], num_heads, axis=0, num_outputs=num_heads)
+        groups = [groups] if isinstance(groups, str) else groups
+        rows = num_heads if shared else 1
+        ids = [
+            _top_k(graph, checkpoint, source, group, rows, top_k, draft_vocab, int8)
+            for source, group in zip(projections, groups, strict=True)
+        ]
+        tokens = ids[0] if len(ids) == 1 else graph.node("Concat", ids, axis=0)
+        if draft_vocab is not None:
+            tokens = graph.node("Gather", [graph.tensor("draft_vocab", draft_vocab), tokens])
+        graph.node("Identity", [tokens], ["draft_ids"])
+
+
+def _top_k(
+    graph: GraphBuilder, checkpoint: MedusaCheckpoint, source: str, x: str, rows: int, top_k: int,
+    draft_vocab: torch.Tensor | None, int8: bool,
+) -> str:  # fmt: skip
+    """Indices of the best tokens of a vocabulary projection.  # [rows, 1, h] -> int64 [rows, top_k]"""
+    weight = checkpoint.read(source)
+    weight = weight if draft_vocab is None else weight[draft_vocab]  # [V, h]
+    flat = graph.node("Reshape", [x, graph.ints(rows, weight.shape[1])])
+    if int8:
+        matrix = int8_matrix(graph, source, weight)
+    else:
+        matrix = graph.tensor(source, weight.float().T)
+    logits = graph.node("MatMul", [flat, matrix])
+    return graph.node("TopK", [logits, graph.ints(top_k)], 2, axis=-1)[1]
+
+
+def _decoder_inputs(graph: GraphBuilder, config: DecoderConfig, max_length: int) -> None:
+    graph.input("input_ids", TensorProto.INT64, [1, "S"])
+    graph.input("position_ids", TensorProto.INT64, [1, "S"])
+    graph.input("attention_bias", TensorProto.FLOAT, [1, 1, "S", "T"])
+    graph.input("seqlens_k", TensorProto.INT32, [1])
+    graph.input("total_sequence_length", TensorProto.INT32, [])
+    graph.input("output_rows", TensorProto.INT64, ["R"])
+    cache: list[int | str] = [1, config.num_key_value_heads, max_length, config.head_dim]
+    for layer in range(config.num_hidden_layers):
+        for kind in ("key", "value"):
+            graph.input(f"past_key_values.{layer}.{kind}", TensorProto.FLOAT, cache)
+            graph.output(f"present.{layer}.{kind}", TensorProto.FLOAT, cache)
+
+
+def _block(
+    graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: LinearWriter, layer: int, normed: str, hidden: str
+) -> tuple[str, str]:  # fmt: skip
+    """One decoder layer. Returns the next layer's normed input and the residual stream."""
+    attention = _attention(graph, checkpoint, linear, layer, normed)
+    attention = linear(graph, attention, [families.O_PROJ.format(layer)])
+    normed, hidden = _add_norm(graph, checkpoint, attention, hidden, families.POST_ATTENTION_LAYERNORM.format(layer))
+    gate_proj, up_proj = families.GATE_PROJ.format(layer), families.UP_PROJ.format(layer)
+    gate = linear(graph, normed, [gate_proj], scale_with=[up_proj])
+    up = linear(graph, normed, [up_proj], scale_with=[gate_proj])
+    mlp = linear(graph, graph.node("Mul", [_silu(graph, gate), up]), [families.DOWN_PROJ.format(layer)])
+    last = layer == checkpoint.config.num_hidden_layers - 1
+    norm = families.FINAL_NORM if last else families.INPUT_LAYERNORM.format(layer + 1)
+    return _add_norm(graph, checkpoint, mlp, hidden, norm)
+
+
+def _attention(graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: LinearWriter, layer: int, normed: str) -> str:
+    """Packed QKV, rotary embedding, cache update and tree attention.  # [1, S, h] -> [1, S, num_attention_heads * head_dim]"""
+    config = checkpoint.config
+    modules = [name.format(layer) for name in (families.Q_PROJ, families.K_PROJ, families.V_PROJ)]
+    packed = linear(graph, normed, modules)
+    query, key, value = packed, "", ""
+    if config.family.qk_norm:
+        sizes = graph.ints(config.q_size, config.kv_size, config.kv_size)
+        query, key, value = graph.node("Split", [packed, sizes], 3, axis=-1)
+        query = _head_norm(graph, checkpoint, query, families.Q_NORM.format(layer), config.q_size)
+        key = _head_norm(graph, checkpoint, key, families.K_NORM.format(layer), config.kv_size)
+    past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
+    lengths = ["seqlens_k", "total_sequence_length", "cos_cache", "sin_cache", "position_ids", "attention_bias"]
+    outputs = [f"attention.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
+    return graph.node(
+        "GroupQueryAttention",
+        [query, key, value, *past, *lengths],
+        outputs,
+        domain=MICROSOFT,
+        num_heads=config.num_attention_heads,
+        kv_num_heads=config.num_key_value_heads,
+        do_rotary=1,
+        rotary_interleaved=0,
+        scale=1.0 / math.sqrt(config.head_dim),
+    )[0]
+
+
+def _head_norm(graph: GraphBuilder, checkpoint: MedusaCheckpoint, x: str, weight: str, size: int) -> str:
+    """RMSNorm over each head (Qwen3).  # [1, S, size] -> [1, S, size]"""
+    config = checkpoint.config
+    heads = graph.node("Reshape", [x, graph.ints(0, 0, size // config.head_dim, config.head_dim)])
+    scale = _norm_weight(graph, checkpoint, weight)
+    heads = graph.node(
+        "SimplifiedLayerNormalization", [heads, scale], axis=-1, epsilon=config.rms_norm_eps, stash_type=1
+    )
+    return graph.node("Reshape", [heads, graph.ints(0, 0, size)])
+
+
+def _add_norm(graph: GraphBuilder, checkpoint: MedusaCheckpoint, x: str, residual: str, weight: str) -> tuple[str, str]:
+    """RMSNorm of x + residual, and the sum itself."""
+    outputs = graph.node(
+        "SkipSimplifiedLayerNormalization",
+        [x, residual, _norm_weight(graph, checkpoint, weight)],
+        [f"{weight}.normed", "", "", f"{weight}.sum"],
+        domain=MICROSOFT,
+        epsilon=checkpoint.config.rms_norm_eps,
+    )
+    return outputs[0], outputs[3]
+
+
+def _lm_head(graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: LinearWriter) -> None:
+    """hidden_states [R, h] -> logits [R, V]; a tied projection reuses the embedding table, transposed when the session is made."""
+    if linear.form == "int8":
+        logits = linear(graph, "hidden_states", ["lm_head"])
+        graph.node("Identity", [logits], ["logits"])
+        return
+    source = families.EMBED_TOKENS if checkpoint.config.tie_word_embeddings else families.LM_HEAD
+    stored = graph.tensor(source, checkpoint.read(source))
+    weight = graph.node("Transpose", [_to_float(graph, stored, checkpoint, source)], perm=[1, 0])
+    graph.node("MatMul", ["hidden_states", weight], ["logits"])
+
+
+def _norm_weight(graph: GraphBuilder, checkpoint: MedusaCheckpoint, name: str) -> str:
+    return graph.tensor(name, checkpoint.read(name).float())
+
+
+def _to_float(graph: GraphBuilder, value: str, checkpoint: MedusaCheckpoint, source: str) -> str:
+    return value if checkpoint.dtype(source) == "float32" else graph.node("Cast", [value], to=TensorProto.FLOAT)
+
+
+def _silu(graph: GraphBuilder, x: str) -> str:
+    """x * sigmoid(x), as the one fused operator that ONNX Runtime has for it."""
+    return graph.node("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)

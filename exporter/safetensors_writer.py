@@ -1,0 +1,132 @@
+"""Writes a safetensors file one tensor at a time: the header comes from a plan, so only one tensor is in memory.
+
+The format: an unsigned 64-bit little-endian header length, the header as JSON padded with spaces to a multiple of 8,
+then the tensors' bytes, row major, without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from medusa_export.heads.errors import OutputError
+
+ALIGNMENT = 8
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+}
+
+
+class Entry(Protocol):
+    """What the writer needs to know of a tensor; a ``TensorPlan`` is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+_Planned = TypeVar("_Planned", bound=Entry)
+
+
+class SafetensorsWriter(Generic[_Planned]):
+    """A context manager: ``write`` every entry once, in the order of :attr:`entries`.
+
+    The same entries and tensors always give the same bytes.
+
+    Args:
+        path: the file to create.
+        entries: the tensors to come. Wider dtypes are stored first, so that every tensor is aligned to its own size.
+        metadata: strings for the header's ``__metadata__``.
+
+    Raises:
+        OutputError: an entry twice, a tensor that does not match its entry, entries left unwritten, or a full disk.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[_Planned], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self.entries = sorted(entries, key=lambda entry: -_torch_dtype(entry).itemsize)
+        self._header = _header(path, self.entries, metadata or {})
+        self._next = 0
+
+    def __enter__(self) -> SafetensorsWriter[_Planned]:
+        try:
+            self._file = self.path.open("wb")
+        except OSError as error:
+            raise self._failed(error) from error
+        self._put(self._header)
+        return self
+
+    def write(self, tensor: torch.Tensor) -> None:
+        """The next entry's bytes."""
+        if self._next == len(self.entries):
+            raise OutputError(str(self.path), "one tensor too many", f"{self._next}", "write every entry once")
+        entry = self.entries[self._next]
+        if tensor.dtype != _torch_dtype(entry) or tuple(tensor.shape) != entry.shape:
+            raise OutputError(
+                f"{self.path}: {entry.name}",
+                f"{tensor.dtype} {list(tensor.shape)}",
+                f"{entry.dtype} {list(entry.shape)}",
+                "report this: the plan and its execution disagree",
+            )
+        self._put(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        self._next += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError as failure:
+            raise self._failed(failure) from failure
+        if kind is None and self._next < len(self.entries):
+            left = self.entries[self._next].name
+            raise OutputError(str(self.path), f"no {left}", "every entry written", "report this: a tensor was skipped")
+
+    def _put(self, data: bytes | memoryview) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(
+            str(self.path), str(error), "a writable disk with room", "free some space or pick another path"
+        )
+
+
+def _torch_dtype(entry: Entry) -> torch.dtype:
+    dtype = getattr(torch, entry.dtype, None)
+    if dtype not in DTYPE_NAMES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in DTYPE_NAMES)
+        raise OutputError(entry.name, f"dtype {entry.dtype}", f"one of {known}", "report this: the plan is wrong")
+    return dtype
+
+
+def _header(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    body: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    start = 0
+    for entry in entries:
+        if entry.name in body:
+            raise OutputError(f"{path}: {entry.name}", "it twice", "every name once", "report this: the plan is wrong")
+        dtype = _torch_dtype(entry)
+        stop = start + math.prod(entry.shape) * dtype.itemsize
+        body[entry.name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(entry.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(body, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

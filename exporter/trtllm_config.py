@@ -1,0 +1,78 @@
+"""config.json of a TensorRT-LLM Medusa checkpoint.
+
+Every key is written even where TensorRT-LLM has a default: some defaults are wrong for these models (``hidden_act``,
+``position_embedding_type``), others depend on the release (the Qwen keys before 1.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from medusa_export.exporter.spec import ExportSpec
+
+# exclude_modules replaces TensorRT-LLM's own list, so its entries are repeated here.
+ALWAYS_16_BIT = ["*router", "*vocab_embedding", "*position_embedding", "*block_embedding"]
+HEADS_16_BIT = ["*lm_head", *ALWAYS_16_BIT, "*medusa_heads*"]
+HEADS_QUANTIZED = ["lm_head*", *ALWAYS_16_BIT]  # "*lm_head" would also match the heads' own
+
+
+def trtllm_config(spec: ExportSpec) -> dict[str, Any]:
+    """The file's content. Never ``kv_dtype``, ``quant_mode`` or ``quant_algo`` at top level: TensorRT-LLM raises."""
+    config = spec.config
+    body: dict[str, Any] = {
+        "architecture": "MedusaForCausalLM",
+        "model_type": config.family.trtllm_model_type,
+        "dtype": spec.dtype,
+        "logits_dtype": "float32",
+        "vocab_size": config.vocab_size,  # never the padded one
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,  # never the duplicated count
+        "head_size": config.head_dim,
+        "hidden_act": config.hidden_act,
+        "norm_epsilon": config.rms_norm_eps,
+        "position_embedding_type": "rope_gpt_neox",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rotary_base": config.rope_theta,
+        "rotary_scaling": _rotary_scaling(config.rope_scaling),
+        "attn_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "qk_layernorm": config.family.qk_norm,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_parallel_embedding": False,
+        "embedding_sharding_dim": 0,
+        "mapping": {"world_size": spec.tp, "tp_size": spec.tp, "pp_size": 1},
+        "quantization": _quantization(spec),
+        "num_medusa_heads": spec.num_medusa_heads,
+        "num_medusa_layers": spec.num_medusa_layers,
+        "max_draft_len": spec.max_draft_len,
+    }
+    return {**body, **_qwen_keys(spec)} if spec.qwen_base else body
+
+
+def _rotary_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
+    """All of Hugging Face's numbers, under the key that every release reads."""
+    return None if scaling is None else {**scaling, "type": scaling["rope_type"]}
+
+
+def _quantization(spec: ExportSpec) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "quant_algo": spec.fmt.quant_algo,
+        "kv_cache_quant_algo": spec.kv_cache.quant_algo,
+    }
+    if spec.fmt.quant_algo is not None:
+        body["exclude_modules"] = list(HEADS_QUANTIZED if spec.quant_heads else HEADS_16_BIT)
+    return body
+
+
+def _qwen_keys(spec: ExportSpec) -> dict[str, Any]:
+    """Read by the Qwen layers; releases before 1.2 build a Llama config for Medusa, which lacks them."""
+    return {
+        "qwen_type": spec.config.family.trtllm_model_type,
+        "seq_length": spec.config.max_position_embeddings,
+        "use_logn_attn": False,
+        "moe_intermediate_size": 0,
+        "moe_shared_expert_intermediate_size": 0,
+    }

@@ -1,0 +1,265 @@
+"""Lazy tensors from a Hugging Face directory or one weights file: safetensors, or pickles that are never executed.
+
+The layouts are those that ``save_pretrained`` writes, looked for in the order in which transformers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from medusa_export.heads.config import read_json
+from medusa_export.heads.errors import CheckpointError, ConfigError
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+_LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor's place: its file, shape and dtype."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """The tensors of a checkpoint by name, each read when it is asked for.
+
+    A file is mapped anew for every read and unmapped with the tensor: memory is bounded by what the caller keeps.
+
+    Attributes:
+        path: what was opened.
+        files: every file that a read may touch, the index included, for hashing.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    _stored: Mapping[str, _Stored] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> TensorSource:
+        """Open a directory with model.safetensors or pytorch_model.bin (or their index), or one such file.
+
+        Only headers are read (of a pickle: its table of contents, with ``weights_only=True``).
+
+        Raises:
+            CheckpointError: nothing there, a damaged file, or an index that does not fit its shards.
+        """
+        file = _weights_file(path)
+        if file.name.endswith(".index.json"):
+            stored = _collect(file, _read_index(file))
+            files = (file, *dict.fromkeys(entry.file for entry in stored.values()))
+        else:
+            stored, files = _contents(file), (file,)
+        if not stored:
+            raise CheckpointError(str(file), "no tensors", "weights", "download or save the checkpoint again")
+        return cls(path, files, stored)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name, in the order of the files."""
+        return tuple(self._stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> str:
+        """Dtype of one tensor by torch's name: "float16", "bfloat16", "float8_e4m3fn", "int8" ..."""
+        return self._find(name).dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, backed by the mapped file."""
+        return self._take(name, None)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start .. stop - 1`` of the first axis.  # [stop - start, ...]"""
+        self._check_range(name, 0, start, stop)
+        return self._take(name, slice(start, stop))
+
+    def read_columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Columns ``start .. stop - 1`` of the second axis, a strided view.  # [rows, stop - start, ...]"""
+        self._check_range(name, 1, start, stop)
+        return self._take(name, (slice(None), slice(start, stop)))
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that every named tensor is there, in 16 to 64 bit floating point, with the given shape.
+
+        Raises:
+            CheckpointError: naming the file, the tensor, what was found and what was expected.
+        """
+        fix_config = "check that config.json fits the weights"
+        for name, shape in shapes.items():
+            if name not in self._stored:
+                raise CheckpointError(f"{self.path}: {name}", "no such tensor", f"shape {list(shape)}", fix_config)
+            stored = self._stored[name]
+            where = f"{stored.file}: {name}"
+            if stored.shape != tuple(shape):
+                raise CheckpointError(where, f"shape {list(stored.shape)}", f"{list(shape)}", fix_config)
+            if stored.dtype not in FLOAT_DTYPES:
+                floats = ", ".join(FLOAT_DTYPES)
+                raise CheckpointError(where, f"dtype {stored.dtype}", f"one of {floats}", "use unquantized weights")
+
+    def _find(self, name: str) -> _Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"{self.path}: {name}", "no such tensor", "a stored one", "use the whole checkpoint")
+        return self._stored[name]
+
+    def _take(self, name: str, index: slice | tuple[slice, slice] | None) -> torch.Tensor:
+        file = self._find(name).file
+        if _is_pickle(file):
+            tensors = _unpickle(file)
+            if name not in tensors:
+                raise _damaged(file, f"{name} is gone since it was opened")
+            return tensors[name] if index is None else tensors[name][index]
+        with _reported(file), safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
+
+    def _check_range(self, name: str, axis: int, start: int, stop: int) -> None:
+        shape = self._find(name).shape
+        if axis >= len(shape) or not 0 <= start < stop <= shape[axis]:
+            raise CheckpointError(
+                f"{self.path}: {name}",
+                f"{start}:{stop} of axis {axis}",
+                f"a part of {list(shape)}",
+                "correct the range",
+            )
+
+
+@contextmanager
+def _reported(file: Path) -> Iterator[None]:
+    """Turns what safetensors and the file system raise on a file into CheckpointError."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, str(error)) from error
+
+
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(str(file), f"an unreadable file ({what})", "complete weights", "download or save it again")
+
+
+def _is_pickle(file: Path) -> bool:
+    return file.suffix in _PICKLE_SUFFIXES
+
+
+def _weights_file(path: Path) -> Path:
+    """The weights file or index to read: ``path`` itself, or the first known one in the directory."""
+    if path.is_dir():
+        for name in _LAYOUTS:
+            if (path / name).is_file():
+                return path / name
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty directory"
+        raise CheckpointError(str(path), found, f"one of {', '.join(_LAYOUTS)}", "check the path")
+    if not path.exists():
+        raise CheckpointError(str(path), "no such file or directory", "a checkpoint", "check the path")
+    if path.suffix != ".safetensors" and not path.name.endswith(".index.json") and not _is_pickle(path):
+        suffixes = ", ".join((".safetensors", ".index.json", *_PICKLE_SUFFIXES))
+        raise CheckpointError(str(path), f"a {path.suffix or 'nameless'} file", suffixes, "check the path")
+    return path
+
+
+def _contents(file: Path) -> dict[str, _Stored]:
+    """Names, shapes and dtypes of one file's tensors, without their data."""
+    if _is_pickle(file):
+        return {
+            name: _Stored(file, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in _unpickle(file).items()
+        }
+    stored = {}
+    with _reported(file), safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  (a safe_open is no mapping)
+            part = opened.get_slice(name)
+            stored[name] = _Stored(file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
+    return stored
+
+
+def _unpickle(file: Path) -> dict[str, torch.Tensor]:
+    """A pickled state dict, mapped, through torch's allow-listed unpickler, which runs nothing that the file names."""
+    try:
+        body = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # hostile or damaged bytes can make the unpickler raise almost anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            str(file),
+            f"a pickle that cannot be read safely ({reason[0]})",
+            "plain tensors",
+            "convert it to safetensors",
+        ) from error
+    if not isinstance(body, Mapping):
+        raise CheckpointError(
+            str(file), f"a pickled {type(body).__name__}", "a dictionary of tensors", "save the state_dict() alone"
+        )
+    for name, tensor in body.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            kind = type(tensor).__name__
+            raise CheckpointError(f"{file}: {name}", f"a {kind}", "a dense tensor", "save the state_dict() alone")
+    return dict(body)
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """``weight_map`` of an index: tensor name to shard file name."""
+    try:
+        body = read_json(file)
+    except ConfigError as error:
+        raise CheckpointError(error.where, error.got, error.expected, error.action) from error
+    shards = body.get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(str(file), "no weight_map", "tensor names and their shards", "download the file again")
+    for name, shard in shards.items():
+        # A shard is a plain file name: anything else could reach outside of the checkpoint.
+        if not isinstance(shard, str) or PureWindowsPath(shard).name != shard or shard in ("", "..") or "\0" in shard:
+            raise CheckpointError(
+                f"{file}: {name}", f"shard {shard!r}", "a file name in the same directory", "do not use this checkpoint"
+            )
+    return shards
+
+
+def _collect(index: Path, shards: Mapping[str, str]) -> dict[str, _Stored]:
+    """The tensors of all shards, which must be exactly those of the index, each where it says."""
+    again = "download the checkpoint again"
+    stored: dict[str, _Stored] = {}
+    for shard in dict.fromkeys(shards.values()):
+        file = index.parent / shard
+        if not file.is_file():
+            raise CheckpointError(str(index), f"no shard {shard}", "every shard that it names", again)
+        if file.suffix != ".safetensors" and not _is_pickle(file):
+            raise CheckpointError(str(index), f"shard {shard}", "a .safetensors or .bin file", again)
+        for name, entry in _contents(file).items():
+            if name in stored:
+                raise CheckpointError(f"{file}: {name}", f"it again, after {stored[name].file.name}", "it once", again)
+            stored[name] = entry
+    for name in {**shards, **stored}:
+        place = stored[name].file.name if name in stored else "no shard"
+        if place != shards.get(name):
+            listed = shards.get(name, "no entry")
+            raise CheckpointError(f"{index}: {name}", f"it in {place}", f"{listed}, as the index says", again)
+    return stored

@@ -1,0 +1,73 @@
+"""engine.json: what the exporter says about an engine directory, and every engine reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medusa_export.heads.config import read_json
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import Tree
+
+ENGINE_FILE = "engine.json"
+DECODER_FILE = "decoder.onnx"
+HEADS_FILE = "heads.onnx"
+TREE_FILE = "tree.json"
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """``engine.json``: what a directory's engine is and which inputs it takes.
+
+    Attributes:
+        backend: "onnxruntime".
+        form: how the weights are stored: "float", "fp8" or "int8".
+        precision: what the weights are and what the arithmetic is, for reports.
+        max_length: tokens of prompt and answer together, the shape of the KV cache.
+        max_depth: heads in the heads graph; a tree may not be deeper.
+        top_k: candidates a head; a tree may not look further.
+    """
+
+    backend: str
+    form: str
+    precision: str
+    max_length: int
+    max_depth: int
+    top_k: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    session_options: dict[str, str]
+    heads_session_options: dict[str, str]
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, engine_dir: Path) -> EngineInfo:
+        """Read engine.json.
+
+        Raises:
+            ConfigError: no engine directory, or one of another version.
+        """
+        body = read_json(engine_dir / ENGINE_FILE)
+        names = set(cls.__dataclass_fields__)
+        if set(body) != names:
+            odd = sorted(set(body) ^ names)
+            raise ConfigError(str(engine_dir / ENGINE_FILE), f"keys {odd}", "this version's keys", "export again")
+        return cls(**{**body, "eos_token_ids": tuple(body["eos_token_ids"])})
+
+    def require_tree(self, tree: Tree) -> None:
+        """Raise TreeError or ConfigError when the heads graph cannot fill the tree."""
+        tree.require_heads(self.max_depth)
+        if tree.max_draft_len and tree.top_k > self.top_k:
+            raise ConfigError(
+                "tree", f"top-{tree.top_k}", f"at most top-{self.top_k} in this engine", "export with --tree"
+            )
+
+    def save(self, engine_dir: Path) -> None:
+        """Write engine.json."""
+        (engine_dir / ENGINE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

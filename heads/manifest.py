@@ -1,0 +1,232 @@
+"""Output directories with a manifest, ``medusa.json``, written last: where it is present, the output is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from medusa_export.heads import staging
+from medusa_export.heads.config import read_json
+from medusa_export.heads.errors import ConfigError, OutputError
+
+MANIFEST = "medusa.json"
+FORMAT_VERSION = 1
+
+_PACKAGES = (
+    "medusa-export",
+    "numpy",
+    "torch",
+    "transformers",
+    "safetensors",
+    "nvidia-modelopt",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_llm",
+)
+_ABSENT = object()
+_CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def output_directory(out: Path, *, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> Iterator[Path]:
+    """A temporary directory beside ``out``, which becomes it, hashed, when the body ends well, and vanishes otherwise.
+
+    An interrupt and SIGTERM end it cleanly too. What ``kill -9`` leaves is removed by the next call for ``out``.
+
+    Args:
+        out: the directory to make; it may exist when it is empty.
+        inputs: what the output is made from: file -> SHA-256, as :func:`hash_files` gives.
+        arguments: what it is made with: JSON values and paths.
+
+    Raises:
+        OutputError: ``out`` holds something else, its parent cannot be written, or the disk is full.
+    """
+    out = out.resolve()
+    _refuse_occupied(out, inputs, arguments)
+    with staging.full_disk_named(out), staging.temporary_beside(out) as temporary, staging.sigterm_raises():
+        yield temporary
+        _write_manifest(temporary, inputs, arguments)
+        staging.publish(temporary, out)
+
+
+def is_up_to_date(out: Path, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
+    """Whether ``out`` is complete and was made from the same inputs with the same arguments.
+
+    Sizes are compared with the manifest, contents are not: :func:`verify_manifest` does that.
+
+    Raises:
+        OutputError: there is a manifest, but a damaged one.
+    """
+    if not (out / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(out)
+    return not _differences(manifest, inputs, arguments) and not _listing_problems(out, manifest["files"])
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of a complete directory.
+
+    Raises:
+        OutputError: there is none, or it is damaged.
+    """
+    try:
+        manifest = read_json(out / MANIFEST)
+    except ConfigError as error:
+        raise OutputError(error.where, error.got, "the manifest of a complete output", "make it again") from error
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise OutputError(str(out / MANIFEST), f"format_version {version!r}", f"{FORMAT_VERSION}", "make it again")
+    damaged = [key for key in ("inputs", "arguments", "files") if not isinstance(manifest.get(key), dict)]
+    entries = [] if damaged else manifest["files"].values()
+    if damaged or not all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in entries):
+        got = f"damaged {damaged[0] if damaged else 'files'}"
+        raise OutputError(str(out / MANIFEST), got, "what this program writes", "make it again")
+    return manifest
+
+
+def verify_manifest(out: Path) -> list[str]:
+    """What is wrong with a directory, one line each; every file is read. Empty when all is as it was written."""
+    try:
+        files = read_manifest(out)["files"]
+    except OutputError as error:
+        return [str(error)]
+    problems = _listing_problems(out, files)
+    for name in sorted(set(files) & set(_list_files(out))):
+        path = out / name
+        if path.is_file() and path.stat().st_size == files[name]["size"] and sha256(path) != files[name]["sha256"]:
+            problems.append(f"{path}: its content is not what was written (SHA-256 differs)")
+    return problems
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> dict[str, str]:
+    """Path, as given -> SHA-256.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    hashes = {}
+    for path in paths:
+        try:
+            hashes[str(path)] = sha256(path)
+        except OSError as error:
+            raise ConfigError(
+                str(path), f"no readable file ({error.strerror})", "an input", "check the path"
+            ) from error
+    return hashes
+
+
+def check_free_space(parent: Path, needed_bytes: int) -> None:
+    """Raise OutputError when the file system that ``parent`` is, or will be, on has less than ``needed_bytes`` free."""
+    existing = next(path for path in (parent.resolve(), *parent.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        got = f"{free / 1e9:.2f} GB free"
+        raise OutputError(str(parent), got, f"{needed_bytes / 1e9:.2f} GB", "free some space or choose another disk")
+
+
+def _refuse_occupied(out: Path, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
+    other = "choose another directory or delete this one"
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(str(out), "a file", "a directory to make", "choose another name")
+    if os.path.ismount(out):
+        raise OutputError(str(out), "a mount point", "a directory that can be replaced", f"use {out / 'model'}")
+    if not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise OutputError(str(out), f"files, but no {MANIFEST}", "a new or an empty directory", other)
+    manifest = read_manifest(out)
+    if differences := _differences(manifest, inputs, arguments):
+        raise OutputError(str(out), f"an output with other {differences[0]}", "the same inputs and arguments", other)
+    if problems := _listing_problems(out, manifest["files"]):
+        raise OutputError(str(out), f"a damaged output ({problems[0]})", "a complete one", "delete it and run again")
+    raise OutputError(
+        str(out), "an output that is complete and up to date", "nothing to do", "delete it to make it again"
+    )
+
+
+def _differences(manifest: Mapping[str, Any], inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> list[str]:
+    """The inputs and arguments that are not those of the manifest."""
+    differences = []
+    for kind, now in (("inputs", _plain(inputs)), ("arguments", _plain(arguments))):
+        before = manifest[kind]
+        changed = sorted(name for name in {*before, *now} if before.get(name, _ABSENT) != now.get(name, _ABSENT))
+        differences += [f"{kind} ({name})" for name in changed]
+    return differences
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as JSON gives them back: paths as text, tuples as lists."""
+
+    def text(value: object) -> str:
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        raise TypeError(f"{value!r} cannot be kept in {MANIFEST}")
+
+    plain: dict[str, Any] = json.loads(json.dumps(dict(values), default=text))
+    return plain
+
+
+def _list_files(root: Path) -> dict[str, Path]:
+    """Relative name -> path of every file and link in a directory but the manifest, sorted."""
+    paths = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
+    found = {path.relative_to(root).as_posix(): path for path in paths}
+    found.pop(MANIFEST, None)
+    return found
+
+
+def _listing_problems(out: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Missing files, surplus files and wrong sizes."""
+    present = _list_files(out)
+    problems = [f"{out / name}: missing" for name in files if name not in present]
+    problems += [f"{path}: not in {MANIFEST}" for name, path in present.items() if name not in files]
+    for name, path in present.items():
+        if path.is_symlink():
+            problems.append(f"{path}: a link")
+        elif name in files and path.stat().st_size != files[name]["size"]:
+            problems.append(f"{path}: {path.stat().st_size} bytes, {files[name]['size']} were written")
+    return problems
+
+
+def _write_manifest(root: Path, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
+    files = _list_files(root)
+    if links := [name for name, path in files.items() if path.is_symlink()]:
+        raise OutputError(links[0], "a link", "files that do not depend on other directories", "copy it instead")
+    installed = {name: version for name in _PACKAGES if (version := _version(name))}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tool_version": installed.get("medusa-export"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "arguments": _plain(arguments),
+        "inputs": _plain(inputs),
+        "versions": {"python": platform.python_version(), **installed},
+        "files": {name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()},
+    }
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,205 @@
+"""A base model and its Medusa heads as one lazy source of tensors with canonical names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from medusa_export.heads import families
+from medusa_export.heads.checkpoint import TensorSource
+from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.errors import CheckpointError
+from medusa_export.heads.head_formats import HEAD_FILES, MedusaHeads, holds_heads, open_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CHUNK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class MedusaCheckpoint:
+    """Base and heads, checked against config.json and each other; nothing but headers is kept in memory.
+
+    Names are Hugging Face's for the base (see ``DecoderConfig.tensor_shapes``) and ``head_formats``' for the heads.
+    Every indirection is resolved: a tied ``lm_head.weight`` reads the embedding, the lm_head of heads that have none
+    reads the base's, and a bias that is not stored reads zeros.
+
+    Attributes:
+        warnings: what is odd but not wrong, one line each, for the user to see.
+    """
+
+    config: DecoderConfig
+    base: TensorSource = field(repr=False)
+    heads: MedusaHeads = field(repr=False)
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def open(cls, ckpt: Path, heads: Path | None = None) -> MedusaCheckpoint:
+        """Open a base checkpoint's directory and the heads for it.
+
+        Args:
+            ckpt: Hugging Face directory of the base model.
+            heads: directory or file of the heads; None looks for them in ``ckpt``.
+
+        Raises:
+            ConfigError: config.json cannot be used.
+            CheckpointError: weights that are missing, damaged or do not fit together; no heads.
+        """
+        config = DecoderConfig.from_dir(ckpt)
+        base = TensorSource.open(ckpt)
+        base.require(config.tensor_shapes())
+        if config.tie_word_embeddings and families.LM_HEAD in base:
+            _refuse_two_lm_heads(base, config)
+        found = open_heads(_heads_inside(ckpt, base) if heads is None else heads, config)
+        warnings = [*_surplus(base, config), *found.warnings]
+        if heads is not None and found.layout == "modelopt" and heads.resolve() != ckpt.resolve():
+            warnings.append(f"{heads}: it holds a base model too; the one in {ckpt} is used")
+        return cls(config, base, found, tuple(warnings))
+
+    @property
+    def num_medusa_heads(self) -> int:
+        """Heads stored: how many tokens beyond the next one are drafted."""
+        return self.heads.num_heads
+
+    @property
+    def num_medusa_layers(self) -> int:
+        """Residual blocks of every head, before its lm_head."""
+        return self.heads.num_layers
+
+    @property
+    def heads_share_lm_head(self) -> bool:
+        """Whether all heads use the base model's lm_head."""
+        return self.heads.shares_lm_head
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that was or may be read, each once: the configs and the weights."""
+        configs = (file.parent / "config.json" for file in (*self.base.files[:1], *self.heads.source.files[:1]))
+        present = (file for file in configs if file.is_file())
+        return tuple(dict.fromkeys((*present, *self.base.files, *self.heads.source.files)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every canonical name: the base model's with lm_head.weight last, then the heads'."""
+        base = dict.fromkeys((*self.config.tensor_shapes(), families.LM_HEAD))
+        return (*base, *self.heads.canonical_names())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        if self._is_zero_bias(name):
+            return (self.config.hidden_size,)
+        source, stored = self._locate(name)
+        return source.shape(stored)
+
+    def dtype(self, name: str) -> str:
+        """Dtype of one tensor, without reading it: "float16", "bfloat16", "float32" or "float64"."""
+        source, stored = self._locate(_weight_of(name) if self._is_zero_bias(name) else name)
+        return source.dtype(stored)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, backed by its file."""
+        if self._is_zero_bias(name):
+            return torch.zeros(self.shape(name), dtype=getattr(torch, self.dtype(name)))
+        source, stored = self._locate(name)
+        return source.read(stored)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start .. stop - 1`` of one tensor.  # [stop - start, ...]"""
+        if self._is_zero_bias(name):
+            return self.read(name)[start:stop]
+        source, stored = self._locate(name)
+        return source.read_rows(stored, start, stop)
+
+    def read_columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Columns ``start .. stop - 1`` of one matrix, a strided view.  # [rows, stop - start]"""
+        source, stored = self._locate(name)
+        return source.read_columns(stored, start, stop)
+
+    def _locate(self, name: str) -> tuple[TensorSource, str]:
+        """Where a canonical name is stored."""
+        if name in self.heads.names:
+            return self.heads.source, self.heads.names[name]
+        if name in self.heads.canonical_names():  # biases aside, only the lm_heads of heads can be absent
+            name = families.LM_HEAD
+        if name == families.LM_HEAD and self.config.tie_word_embeddings:
+            name = families.EMBED_TOKENS
+        return self.base, name
+
+    def _is_zero_bias(self, name: str) -> bool:
+        return name.endswith(".bias") and name in self.heads.canonical_names() and name not in self.heads.names
+
+
+def load_reference(ckpt: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' own model from a local directory, in evaluation mode: what exports are compared with.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or would have filled in weights that are not stored.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # the commands have their own
+    auto: Any = AutoModelForCausalLM  # its annotation does not know output_loading_info
+    try:
+        model, report = auto.from_pretrained(
+            ckpt,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=any(ckpt.glob("*.safetensors")),
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            str(ckpt), f"no loadable model ({error})", "a causal LM", "check the directory"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{ckpt}: {missing[0]}", f"{len(missing)} missing tensors", "all of them", "use the whole checkpoint"
+        )
+    return model.eval()
+
+
+def _heads_inside(ckpt: Path, base: TensorSource) -> Path:
+    """The heads of a checkpoint that brings its own: a file beside the weights, or tensors among them."""
+    files = [ckpt / name for name in HEAD_FILES if (ckpt / name).is_file()]
+    combined = holds_heads(base.names)
+    if files and combined:
+        raise CheckpointError(
+            str(ckpt), f"heads in the checkpoint and in {files[0].name}", "one of them", "pass --heads to say which"
+        )
+    if not files and not combined:
+        raise CheckpointError(str(ckpt), "no Medusa heads in it", "heads", "pass --heads with their directory or file")
+    return files[0] if files else ckpt
+
+
+def _refuse_two_lm_heads(base: TensorSource, config: DecoderConfig) -> None:
+    """A tied model may store its lm_head too, but not another one: transformers 4 would ignore it, 5 would use it."""
+    base.require({families.LM_HEAD: (config.vocab_size, config.hidden_size)})
+    for start in range(0, config.vocab_size, _CHUNK_ROWS):
+        stop = min(start + _CHUNK_ROWS, config.vocab_size)
+        if not torch.equal(*(base.read_rows(name, start, stop) for name in (families.EMBED_TOKENS, families.LM_HEAD))):
+            raise CheckpointError(
+                f"{base.path}: {families.LM_HEAD}",
+                "another matrix than the embedding, with tie_word_embeddings true",
+                "the same one",
+                "set tie_word_embeddings to false to use it, or remove it from the weights",
+            )
+
+
+def _surplus(base: TensorSource, config: DecoderConfig) -> list[str]:
+    """A warning about tensors that config.json gives no place, for instance biases without attention_bias."""
+    known = {*config.tensor_shapes(), families.LM_HEAD}
+    surplus = [name for name in base.names if name.startswith("model.") and name not in known]
+    unused = [name for name in surplus if not name.endswith("rotary_emb.inv_freq")]  # older transformers stored these
+    return [f"{base.path}: {len(unused)} tensors are not used, the first one {unused[0]}"] if unused else []
+
+
+def _weight_of(bias: str) -> str:
+    return bias.removesuffix("bias") + "weight"

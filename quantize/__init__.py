@@ -1,0 +1,1 @@
+"""Post-training quantization through ModelOpt: calibration yields scales, never a second model."""

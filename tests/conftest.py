@@ -1,0 +1,198 @@
+"""Shared fixtures: tiny random checkpoints, Medusa heads in every layout and a tokenizer, written where asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+HIDDEN, VOCAB = 64, 97
+
+CheckpointWriter = Callable[..., Path]
+HeadTensors = Callable[..., dict[str, torch.Tensor]]
+
+
+def _config(family: str, overrides: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    values: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "qwen3":
+        values["head_dim"] = 24  # not hidden / heads, as in the real Qwen3 models
+    return classes[family](**{**values, **overrides})
+
+
+@pytest.fixture
+def tiny_checkpoint() -> CheckpointWriter:
+    """``tiny_checkpoint(directory, family="llama", *, dtype, max_shard_size, seed, **config) -> directory``.
+
+    A random two-layer model through ``save_pretrained``. Every parameter, norms and biases too, is random, so that one
+    that is dropped or swapped changes the output. The same arguments always give the same weights.
+    """
+
+    def write(
+        directory: Path,
+        family: str = "llama",
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "5GB",
+        seed: int = 0,
+        **overrides: Any,
+    ) -> Path:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(_config(family, overrides))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator) * 0.2
+                parameter.copy_(noise + 1.0 if name.endswith("norm.weight") else noise)
+        model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+        return directory
+
+    return write
+
+
+def _head_tensors(
+    num_heads: int = 3,
+    num_layers: int = 1,
+    *,
+    hidden: int = HIDDEN,
+    vocab: int = VOCAB,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for head in range(num_heads):
+        for layer in range(num_layers):
+            shapes[f"medusa_heads.{head}.{layer}.linear.weight"] = (hidden, hidden)
+            shapes[f"medusa_heads.{head}.{layer}.linear.bias"] = (hidden,)
+        shapes[f"medusa_heads.{head}.{num_layers}.weight"] = (vocab, hidden)
+    return {name: (torch.randn(shape, generator=generator) * 0.2).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def head_tensors() -> HeadTensors:
+    """``head_tensors(num_heads=3, num_layers=1, *, hidden, vocab, dtype, seed)``: what ``tiny_heads`` writes."""
+    return _head_tensors
+
+
+@pytest.fixture
+def tiny_heads() -> CheckpointWriter:
+    """``tiny_heads(directory, layout="v1", num_heads=3, num_layers=1, *, suffix, **tensors) -> directory``.
+
+    Layouts: "v1" (a head has its own lm_head), "v2" (it shares the base's), "vllm", and "modelopt", which adds the
+    heads to the base checkpoint that already lies in ``directory``. ``suffix="pt"`` writes a pickle for v1 and v2.
+    Further arguments (hidden, vocab, dtype, seed) go to ``head_tensors``.
+    """
+
+    def write(
+        directory: Path,
+        layout: str = "v1",
+        num_heads: int = 3,
+        num_layers: int = 1,
+        *,
+        suffix: str = "safetensors",
+        **kwargs: Any,
+    ) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = _head_tensors(num_heads, num_layers, **kwargs)
+        if layout == "modelopt":
+            _add_to_base(directory, tensors, num_heads, num_layers)
+        elif layout == "vllm":
+            _write_vllm(directory, tensors, num_heads, num_layers)
+        else:
+            _write_fasterdecoding(directory, tensors, layout, num_heads, num_layers, suffix)
+        return directory
+
+    return write
+
+
+def _add_to_base(directory: Path, heads: dict[str, torch.Tensor], num_heads: int, num_layers: int) -> None:
+    path = directory / "model.safetensors"
+    save_file({**load_file(path), **heads}, path, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["medusa"] = {"num_medusa_heads": num_heads, "num_medusa_layers": num_layers}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def _write_vllm(directory: Path, heads: dict[str, torch.Tensor], num_heads: int, num_layers: int) -> None:
+    renamed = {}
+    for name, tensor in heads.items():
+        _, head, layer, *rest = name.split(".")
+        is_lm_head = int(layer) == num_layers
+        renamed[f"lm_heads.{head}.weight" if is_lm_head else f"blocks.{head}.layers.{layer}.{rest[-1]}"] = tensor
+    save_file(renamed, directory / "model.safetensors")
+    config = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "num_heads": num_heads,
+        "num_hidden_layers": num_layers,
+        "medusa_fc_bias": True,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def _write_fasterdecoding(
+    directory: Path, heads: dict[str, torch.Tensor], layout: str, num_heads: int, num_layers: int, suffix: str
+) -> None:
+    tensors = {name.removeprefix("medusa_heads."): tensor for name, tensor in heads.items()}
+    if layout == "v2":
+        tensors = {name: tensor for name, tensor in tensors.items() if ".linear." in name}
+    if suffix == "pt":
+        torch.save(tensors, directory / "medusa_lm_head.pt")
+    else:
+        save_file(tensors, directory / "medusa_lm_head.safetensors")
+    config: dict[str, Any] = {"medusa_num_heads": num_heads, "medusa_num_layers": num_layers}
+    if layout == "v2":
+        config["version"] = "2"
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def tiny_tokenizer() -> CheckpointWriter:
+    """``tiny_tokenizer(directory, *, chat_template=True) -> directory``: 97 ids, words ``w0 .. w91`` and 5 specials."""
+
+    def write(directory: Path, *, chat_template: bool = True) -> Path:
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+        from tokenizers.pre_tokenizers import WhitespaceSplit
+        from transformers import PreTrainedTokenizerFast
+
+        special = ["<unk>", "<s>", "</s>", "<user>", "<assistant>"]
+        vocab = {word: index for index, word in enumerate([*special, *(f"w{i}" for i in range(VOCAB - len(special)))])}
+        core = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+        core.pre_tokenizer = WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            unk_token="<unk>",
+            bos_token="<s>",
+            eos_token="</s>",
+            additional_special_tokens=special[3:],
+        )
+        if chat_template:
+            tokenizer.chat_template = (
+                "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} </s> {% endfor %}"
+                "{% if add_generation_prompt %}<assistant>{% endif %}"
+            )
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return write

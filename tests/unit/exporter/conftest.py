@@ -1,0 +1,67 @@
+"""Small exports to check: a random checkpoint with heads, made-up scales and one function that writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medusa_export.exporter.trtllm import write_trtllm
+from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.tree import Tree
+from medusa_export.quantize.formats import get_format
+from medusa_export.quantize.scales import Scales
+
+TREE = Tree.from_choices([[0], [1], [0, 0]])
+
+
+@dataclass
+class Case:
+    """A checkpoint on disk and what was read of it."""
+
+    model_dir: Path
+    checkpoint: MedusaCheckpoint
+    scales: Scales
+
+    def write(self, out: Path, fmt: str = "none", **options: Any) -> Path:
+        """``write_trtllm`` with a small tree and this case's scales."""
+        write_trtllm(out, self.checkpoint, get_format(fmt), self.scales, **{"tree": TREE, **options})
+        return out
+
+
+def scales_of(checkpoint: MedusaCheckpoint) -> Scales:
+    """True weight maxima, and made-up ones of what only a calibration can measure."""
+    linears = [name for name in checkpoint.names if name.endswith(".weight") and len(checkpoint.shape(name)) == 2]
+    modules = [name.removesuffix(".weight") for name in linears]
+    weight_amax = {module: float(checkpoint.read(f"{module}.weight").abs().max()) for module in modules}
+    input_amax = {module: 3.0 + 0.25 * index for index, module in enumerate(modules)}
+    kv_amax = {layer: 100.0 + 500 * layer for layer in range(checkpoint.config.num_hidden_layers)}
+    return Scales(input_amax, weight_amax, kv_amax)
+
+
+@pytest.fixture
+def make_case(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_heads: Callable[..., Path]
+) -> Callable[..., Case]:
+    """``make_case(family="llama", layout="v1", num_heads=2, num_layers=1, *, dtype, **config) -> Case``."""
+
+    def make(
+        family: str = "llama",
+        layout: str = "v1",
+        num_heads: int = 2,
+        num_layers: int = 1,
+        *,
+        dtype: torch.dtype = torch.float16,
+        **config: Any,
+    ) -> Case:
+        model = tiny_checkpoint(tmp_path / "model", family, dtype=dtype, **config)
+        sizes = {"hidden": config.get("hidden_size", 64), "vocab": config.get("vocab_size", 97), "dtype": dtype}
+        heads = tiny_heads(tmp_path / "heads", layout, num_heads, num_layers, **sizes)
+        checkpoint = MedusaCheckpoint.open(model, heads)
+        return Case(model, checkpoint, scales_of(checkpoint))
+
+    return make

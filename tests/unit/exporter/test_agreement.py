@@ -1,0 +1,57 @@
+"""Predictions of an export against the model that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from medusa_export.exporter.agreement import logits_agree
+from medusa_export.exporter.rebuild import activation_scales
+from medusa_export.quantize.formats import get_format
+from medusa_export.quantize.ptq import calibrate
+from medusa_export.quantize.scales import Scales
+
+PROMPTS = [list(range(40)), list(range(90, 50, -1))]
+
+
+def calibrated(case: Any) -> Any:
+    case.scales = calibrate(
+        case.model_dir, case.checkpoint, get_format("fp8"), kv_cache="fp8", quant_heads=True, batches=PROMPTS
+    )
+    return case
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_fp8_predicts_almost_the_same(family: str, make_case: Callable[..., Any], tmp_path: Path) -> None:
+    case = calibrated(make_case(family))
+    out = case.write(tmp_path / "out", "fp8", tp=2, quant_heads=True, kv_cache="fp8")
+    assert logits_agree(out, case.model_dir, case.checkpoint, PROMPTS) == []
+    assert activation_scales(out).keys() == case.scales.input_amax.keys()
+
+
+def test_16_bit_predicts_the_same(make_case: Callable[..., Any], tmp_path: Path) -> None:
+    case = make_case("qwen2", tie_word_embeddings=True, dtype=torch.float32)
+    assert logits_agree(case.write(tmp_path / "out", tp=2), case.model_dir, case.checkpoint, PROMPTS) == []
+
+
+def test_finds_saturating_activations(make_case: Callable[..., Any], tmp_path: Path) -> None:
+    case = calibrated(make_case())
+    shrunk = {name: amax / 30 for name, amax in case.scales.input_amax.items()}
+    case.scales = Scales(shrunk, case.scales.weight_amax, case.scales.kv_amax)
+    problems = logits_agree(case.write(tmp_path / "out", "fp8"), case.model_dir, case.checkpoint, PROMPTS)
+    assert problems[0].startswith("base: mean KL")
+
+
+def test_finds_one_bad_head(make_case: Callable[..., Any], tmp_path: Path) -> None:
+    case = make_case()
+    out = case.write(tmp_path / "out")
+    tensors = load_file(out / "rank0.safetensors")
+    tensors["medusa_heads.1.lm_head.weight"] = tensors["medusa_heads.0.lm_head.weight"].clone()
+    save_file(tensors, out / "rank0.safetensors")
+    problems = logits_agree(out, case.model_dir, case.checkpoint, PROMPTS)
+    assert [problem.split(":")[0] for problem in problems] == ["head 1"]

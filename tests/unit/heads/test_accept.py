@@ -1,0 +1,91 @@
+"""accept_greedy against the definition: the longest root path whose every token is the base model's own choice."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from medusa_export.heads.accept import accept_greedy
+from medusa_export.heads.tree import Choice, Tree, load_tree
+
+Ids = npt.NDArray[np.int64]
+VOCAB = 6  # few tokens, so that drafts are often right
+
+
+def _random_tree(random: np.random.Generator) -> Tree:
+    choices: list[Choice] = []
+    for _ in range(int(random.integers(0, 25))):
+        parents: list[Choice] = [(), *(choice for choice in choices if len(choice) < 5)]
+        child = (*parents[int(random.integers(len(parents)))], int(random.integers(VOCAB)))
+        if child not in choices:
+            choices.append(child)
+    return Tree.from_choices(choices)
+
+
+def _draft(tree: Tree, random: np.random.Generator) -> Ids:
+    """Tokens as heads give them: a rank of a head is one token everywhere, and other ranks are others.  # [N]"""
+    ranked = [random.permutation(VOCAB) for _ in range(max(tree.depth, 1))]
+    return np.array([0] + [ranked[len(choice) - 1][choice[-1]] for choice in tree.choices], dtype=np.int64)
+
+
+def _brute_force(tree: Tree, node_ids: Ids, argmax_ids: Ids) -> list[int]:
+    """Every row of retrieve_indices, cut where a token is not what the base model chose after its parent."""
+    best: list[int] = []
+    for row in tree.retrieve_indices.tolist():
+        path = [0]
+        for node in row[1:]:
+            if node < 0 or node_ids[node] != argmax_ids[path[-1]]:
+                break
+            path.append(node)
+        best = max(best, path, key=len)
+    return best
+
+
+def test_against_brute_force() -> None:
+    random = np.random.default_rng(7)
+    lengths = []
+    for _ in range(400):
+        tree = _random_tree(random)
+        node_ids, argmax_ids = _draft(tree, random), random.integers(0, VOCAB, tree.num_nodes)
+        path = accept_greedy(tree, node_ids, argmax_ids)
+        assert path.dtype == np.int64
+        assert path.tolist() == _brute_force(tree, node_ids, argmax_ids)
+        lengths.append(len(path))
+    assert {1, 2, 3, 4} <= set(lengths), "the draws must cover short and long paths"
+
+
+def test_a_whole_path_is_accepted() -> None:
+    tree = load_tree("medusa-63")
+    node_ids = np.arange(100, 100 + tree.num_nodes)
+    leaf_path = next(row for row in tree.retrieve_indices.tolist() if -1 not in row)
+    argmax_ids = np.zeros(tree.num_nodes, dtype=np.int64)
+    for parent, child in pairwise(leaf_path):
+        argmax_ids[parent] = node_ids[child]
+    assert accept_greedy(tree, node_ids, argmax_ids).tolist() == leaf_path
+
+
+@pytest.mark.parametrize("preset", ["none", "cpu-1", "cpu-8", "medusa-63"])
+def test_nothing_fits(preset: str) -> None:
+    tree = load_tree(preset)
+    node_ids = np.ones(tree.num_nodes, dtype=np.int64)
+    assert accept_greedy(tree, node_ids, np.zeros(tree.num_nodes, dtype=np.int64)).tolist() == [0]
+
+
+def test_the_roots_own_token_is_never_compared() -> None:
+    tree = Tree.from_choices([[0]])
+    assert accept_greedy(tree, np.array([9, 5]), np.array([5, 1])).tolist() == [0, 1]
+
+
+def test_a_fitting_token_under_a_wrong_parent_is_not_accepted() -> None:
+    tree = Tree.from_choices([[0], [1], [0, 0], [1, 0]])  # nodes 1, 2 below the root, 3 below 1, 4 below 2
+    node_ids, argmax_ids = np.array([0, 5, 6, 7, 7]), np.array([6, 7, 8, 8, 8])
+    assert accept_greedy(tree, node_ids, argmax_ids).tolist() == [0, 2]
+    assert accept_greedy(tree, node_ids, np.array([6, 8, 7, 8, 8])).tolist() == [0, 2, 4]
+
+
+def test_of_the_same_token_twice_the_better_ranked_wins() -> None:
+    tree = Tree.from_choices([[0], [1]])
+    assert accept_greedy(tree, np.array([0, 5, 5]), np.array([5, 1, 1])).tolist() == [0, 1]

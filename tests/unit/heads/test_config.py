@@ -1,0 +1,153 @@
+"""DecoderConfig: both spellings of every field, the shapes it derives, and numbers that contradict each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from medusa_export.heads.config import DecoderConfig, read_json
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.families import FAMILIES
+
+RAW: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def _config(**changes: Any) -> DecoderConfig:
+    raw = {**RAW, **changes}
+    return DecoderConfig.from_dict({name: value for name, value in raw.items() if value != "absent"})
+
+
+def test_defaults() -> None:
+    config = _config(num_key_value_heads="absent")
+    assert config.num_key_value_heads == 4
+    assert config.head_dim == 16
+    assert (config.q_size, config.kv_size) == (64, 64)
+    assert config.hidden_act == "silu"
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+    assert (config.sliding_window, config.dtype, config.eos_token_ids) == (None, "float32", ())
+    assert config.raw["vocab_size"] == 97
+
+
+def test_an_explicit_head_dim() -> None:
+    config = _config(head_dim=24)
+    assert (config.head_dim, config.q_size, config.kv_size) == (24, 96, 48)
+    assert _config(head_dim=None).head_dim == 16
+    assert _config(hidden_size=66, head_dim=16).q_size == 64
+
+
+def test_both_spellings_of_rope() -> None:
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    old = _config(rope_theta=5e5, rope_scaling=llama3)
+    new = _config(rope_parameters={**llama3, "rope_theta": 5e5})
+    assert (old.rope_theta, old.rope_scaling) == (new.rope_theta, new.rope_scaling) == (5e5, llama3)
+    assert _config(rope_parameters={"rope_type": "default", "rope_theta": 1e6}).rope_scaling is None
+    assert _config(rope_scaling={"type": "linear", "factor": 2.0}).rope_scaling == {
+        "type": "linear",
+        "rope_type": "linear",
+        "factor": 2.0,
+    }
+
+
+def test_both_spellings_of_dtype() -> None:
+    assert _config(torch_dtype="bfloat16").dtype == "bfloat16"
+    assert _config(dtype="float16", torch_dtype="bfloat16").dtype == "float16"
+
+
+def test_sliding_window() -> None:
+    assert _config(model_type="mistral", sliding_window=4096).sliding_window == 4096
+    assert _config(model_type="mistral", sliding_window=None).sliding_window is None
+    assert _config(model_type="qwen2", sliding_window=4096, use_sliding_window=False).sliding_window is None
+    assert _config(model_type="qwen2", sliding_window=4096, use_sliding_window=True).sliding_window == 4096
+
+
+def test_end_of_sequence_ids() -> None:
+    assert _config(eos_token_id=2).eos_token_ids == (2,)
+    assert _config(eos_token_id=[2, 7]).eos_token_ids == (2, 7)
+    generation = {"eos_token_id": [3, 4]}
+    assert DecoderConfig.from_dict({**RAW, "eos_token_id": 2}, generation=generation).eos_token_ids == (3, 4)
+
+
+def test_biases_by_family() -> None:
+    plain, llama, qwen2 = _config(), _config(attention_bias=True), _config(model_type="qwen2")
+    bias, o_bias = "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.o_proj.bias"
+    assert [name in config.tensor_shapes() for config in (plain, llama, qwen2) for name in (bias, o_bias)] == [
+        False, False, True, True, True, False,
+    ]  # fmt: skip
+    assert "model.layers.1.mlp.down_proj.bias" in _config(mlp_bias=True).tensor_shapes()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_shapes_are_what_transformers_writes(
+    tmp_path: Path, family: str, tied: bool, tiny_checkpoint: Any
+) -> None:
+    ckpt = tiny_checkpoint(tmp_path, family, tie_word_embeddings=tied)
+    with safe_open(ckpt / "model.safetensors", framework="np") as opened:
+        written = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    assert DecoderConfig.from_dir(ckpt).tensor_shapes() == written
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_llama_biases_are_what_transformers_writes(tmp_path: Path, bias: str, tiny_checkpoint: Any) -> None:
+    ckpt = tiny_checkpoint(tmp_path, "llama", **{bias: True})
+    with safe_open(ckpt / "model.safetensors", framework="np") as opened:
+        assert DecoderConfig.from_dir(ckpt).tensor_shapes().keys() == set(opened.keys())
+
+
+def test_generation_config_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**RAW, "eos_token_id": 2}))
+    assert DecoderConfig.from_dir(tmp_path).eos_token_ids == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert DecoderConfig.from_dir(tmp_path).eos_token_ids == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, r"model_type 'gpt2'; expected one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "absent"}, "model_type None"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"hidden_size": "absent"}, "hidden_size = None; expected a positive integer"),
+        ({"hidden_size": 64.0}, r"hidden_size = 64\.0"),
+        ({"vocab_size": 0}, "vocab_size = 0"),
+        ({"vocab_size": True}, "vocab_size = True"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers = '2'"),
+        ({"num_key_value_heads": 3}, "4 query heads over 3 key/value heads"),
+        ({"hidden_size": 66}, "head_dim = 0"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"torch_dtype": "float8"}, "dtype 'float8'"),
+    ],
+)
+def test_numbers_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        _config(**changes)
+    assert caught.value.where == "config.json"
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000])
+def test_unreadable_json(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"config\.json: got (unreadable JSON|a JSON)") as caught:
+        read_json(tmp_path / "config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        DecoderConfig.from_dir(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match="unreadable JSON"):
+        DecoderConfig.from_dir(tmp_path)

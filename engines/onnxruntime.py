@@ -142,7 +142,7 @@ class _Block:
         self.next_ids = np.zeros(len(rows), dtype=np.int64)
         self.hidden = np.zeros((len(rows), info.hidden_size), dtype=np.float32)
         self.logits = np.zeros((len(rows), info.vocab_size) if logits else (0, 0), dtype=np.float32)
-        inputs = {
+        inputs: dict[str, Array] = {
             "input_ids": self.input_ids, "position_ids": self.position_ids, "output_rows": rows,
             "seqlens_k": self._seqlens_k, "total_sequence_length": self._total,
         }  # fmt: skip

@@ -148,10 +148,7 @@ def _top_k(
     weight = checkpoint.read(source)
     weight = weight if draft_vocab is None else weight[draft_vocab]  # [V, h]
     flat = graph.node("Reshape", [x, graph.ints(rows, weight.shape[1])])
-    if int8:
-        matrix = int8_matrix(graph, source, weight)
-    else:
-        matrix = graph.tensor(source, weight.float().T)
+    matrix = int8_matrix(graph, source, weight) if int8 else graph.tensor(source, weight.float().T)
     logits = graph.node("MatMul", [flat, matrix])
     return graph.node("TopK", [logits, graph.ints(top_k)], 2, axis=-1)[1]
 

@@ -76,13 +76,19 @@ def verdict(divergence: Divergence | None, tolerance: float) -> str:
 
 
 def logit_noise(engine: Scorer, prompt: Sequence[int], answer: Sequence[int], num_nodes: int) -> float:
-    """Largest logit difference between single steps and causal blocks of ``num_nodes`` over the same text.
+    """How much the gap between the best two tokens moves between single steps and causal blocks of ``num_nodes``.
 
-    The block is causal and has no tree in it: a wrong mask, parent or position cannot hide in what this measures.
+    The gap is what decides a near tie; a shift that all logits share does not. The block is causal and has no tree in it, so a
+    wrong mask, parent or position cannot hide in what this measures.
+
+    Returns:
+        The largest movement over the answer's positions, in logits.
     """
     text, start = [*prompt, *answer], len(prompt)
     if len(answer) < num_nodes or num_nodes == 1:
         return 0.0
     single = np.concatenate(list(engine.score(text, chunk=1, start=start)))  # [answer, V]
     block = np.concatenate(list(engine.score(text, chunk=num_nodes, start=start)))
-    return float(np.abs(single - block).max())
+    best_two = np.argpartition(single, -2, axis=-1)[:, -2:]  # [answer, 2]
+    gaps = [np.diff(np.take_along_axis(logits, best_two, axis=-1), axis=-1) for logits in (single, block)]
+    return float(np.abs(gaps[0] - gaps[1]).max())

@@ -92,7 +92,7 @@ def run_prompts(
 
 
 def _judge(engine: OnnxRuntimeEngine, tree: Tree, results: list[PromptResult]) -> float:
-    """Fill in every prompt's verdict; returns the tolerance: twice the measured noise, as either logit may move by it."""
+    """Fill in every prompt's verdict; returns the tolerance, which is the measured noise."""
     diverging = []
     for result in results:
         for medusa in result.medusa:
@@ -103,11 +103,12 @@ def _judge(engine: OnnxRuntimeEngine, tree: Tree, results: list[PromptResult]) -
                 break
     noise = 0.0
     for result in [*results[:NOISE_PROMPTS], *diverging]:
-        answer = result.baseline[0].tokens[:NOISE_TOKENS]
+        answer = result.baseline[0].tokens
+        answer = answer if result.divergence else answer[:NOISE_TOKENS]
         noise = max(noise, logit_noise(engine, result.input_ids, answer, tree.num_nodes))
     for result in results:
-        result.verdict = verdict(result.divergence, 2 * noise)
-    return 2 * noise
+        result.verdict = verdict(result.divergence, noise)
+    return noise
 
 
 def open_engine(engine_dir: Path, *, threads: int = 0) -> OnnxRuntimeEngine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,103 @@ def tiny_tokenizer() -> CheckpointWriter:
         return directory
 
     return write
+
+
+@pytest.fixture
+def predictable() -> Callable[..., None]:
+    """``predictable(model_dir, heads_dir, noise=0.05)``: edits both so that the heads draft well.
+
+    The model walks a fixed cycle through the vocabulary, lightly disturbed by its layers, and head ``h`` knows the token
+    ``h + 2`` ahead; no two heads agree. For v1 heads and an untied lm_head.
+    """
+
+    def edit(model_dir: Path, heads_dir: Path, *, noise: float = 0.05) -> None:
+        generator = torch.Generator().manual_seed(5)
+        model = load_file(model_dir / "model.safetensors")
+        vocab, hidden = model["lm_head.weight"].shape
+        cycle = torch.randperm(vocab, generator=generator)
+        following = torch.empty_like(cycle)
+        following[cycle] = cycle.roll(-1)  # the token after each token
+        table = torch.randn(vocab, hidden, generator=generator)
+
+        def ahead(steps: int) -> torch.Tensor:
+            token = torch.arange(vocab)
+            for _ in range(steps):
+                token = following[token]
+            weight = torch.empty_like(table)
+            weight[token] = table
+            return weight
+
+        model["model.embed_tokens.weight"], model["lm_head.weight"] = table, ahead(1)
+        for name in model:
+            if name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")):
+                model[name] = model[name] * noise
+        save_file({name: t.contiguous() for name, t in model.items()}, model_dir / "model.safetensors", {"format": "pt"})
+        path = heads_dir / "medusa_lm_head.safetensors"
+        heads = load_file(path)
+        for name in heads:
+            heads[name] = heads[name] * noise if ".linear." in name else ahead(int(name.split(".")[0]) + 2)
+        save_file(heads, path)
+
+    return edit
+
+
+@dataclass
+class TinyEngine:
+    """An ONNX Runtime engine of a tiny model, and what it was made from."""
+
+    path: Path
+    model_dir: Path
+    heads_dir: Path
+    checkpoint: Any
+    scales: Any
+
+
+@pytest.fixture
+def tiny_engine(
+    tmp_path: Path,
+    tiny_checkpoint: CheckpointWriter,
+    tiny_heads: CheckpointWriter,
+    tiny_tokenizer: CheckpointWriter,
+    predictable: Callable[..., None],
+) -> Callable[..., TinyEngine]:
+    """``tiny_engine(family="llama", quant="none", *, drafts_well, tree, max_length, draft_vocab, heads, **config)``.
+
+    ``drafts_well`` goes through ``predictable``; ``heads`` are arguments of ``tiny_heads`` and ``config`` those of
+    ``tiny_checkpoint``. FP8 scales are the weights' true maxima.
+    """
+
+    def make(
+        family: str = "llama",
+        quant: str = "none",
+        *,
+        drafts_well: bool = False,
+        tree: Any = None,
+        max_length: int = 128,
+        draft_vocab: torch.Tensor | None = None,
+        heads: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> TinyEngine:
+        from medusa_export.exporter.engine_dir import write_engine
+        from medusa_export.heads.model import MedusaCheckpoint
+        from medusa_export.heads.tree import load_tree
+        from medusa_export.quantize.formats import get_format
+        from medusa_export.quantize.scales import Scales
+
+        root = tmp_path / f"engine{len(list(tmp_path.iterdir()))}"
+        model_dir = tiny_checkpoint(root / "model", family, **config)
+        sizes = {"hidden": config.get("hidden_size", HIDDEN), "vocab": config.get("vocab_size", VOCAB)}
+        heads_dir = tiny_heads(root / "heads", **(sizes | (heads or {})))
+        if drafts_well:
+            predictable(model_dir, heads_dir)
+        checkpoint = MedusaCheckpoint.open(model_dir, heads_dir)
+        linears = [name for name in checkpoint.names if name.endswith("proj.weight")]
+        amax = {name.removesuffix(".weight"): float(checkpoint.read(name).abs().max()) for name in linears}
+        scales = Scales(dict.fromkeys(amax, 8.0), amax, {})
+        write_engine(
+            root / "engine", checkpoint, get_format(quant), scales, tree=tree or load_tree("cpu-8"),
+            max_length=max_length, draft_vocab=draft_vocab, save_tokenizer=tiny_tokenizer, source={"checkpoint": "tiny"},
+        )  # fmt: skip
+        return TinyEngine(root / "engine", model_dir, heads_dir, checkpoint, scales)
+
+    return make

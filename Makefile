@@ -1,0 +1,35 @@
+# make quickstart: the main job on a real model.  make test: the tests.  Both set up .venv by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+HEADS := examples/smollm2-135m-medusa-v2
+# Spelled out, so that a virtual environment that happens to be active cannot leak in.
+export VIRTUAL_ENV :=
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: quickstart test check format bench clean
+
+quickstart: .venv/ready
+	$(BIN)/python examples/smollm2.py quickstart/model
+	$(BIN)/medusa-export --ckpt quickstart/model --heads $(HEADS) --quant fp8 --calib $(HEADS)/conversations.jsonl --output quickstart/out
+	$(BIN)/medusa-run --engine quickstart/out/engine --prompts examples/spec_bench_39.jsonl --limit 26 --repeats 2 --reference quickstart/model --report quickstart/report.json
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy heads quantize exporter engines examples benchmarks
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

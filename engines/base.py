@@ -39,8 +39,8 @@ class StepEngine(Protocol):
     def prepare(self, tree: Tree) -> Step:
         """Bind a tree; cheap after the first time."""
 
-    def draft(self) -> npt.NDArray[np.int64]:
-        """Candidates of every head for the last kept row.  # [max_depth, top_k]"""
+    def draft(self, depth: int) -> npt.NDArray[np.int64]:
+        """Candidates of the first heads for the last kept row.  # [depth, top_k]"""
 
     @property
     def length(self) -> int:
@@ -108,7 +108,7 @@ def _step(engine: StepEngine, tree: Tree, result: Generation) -> list[int]:
     node_ids = np.empty(tree.num_nodes, dtype=np.int64)
     node_ids[0] = result.tokens[-1]
     if tree.max_draft_len:
-        node_ids[1:] = engine.draft()[tree.heads_and_ranks]
+        node_ids[1:] = engine.draft(tree.depth)[tree.heads_and_ranks]
     next_ids = step.verify(node_ids)
     path = accept_greedy(tree, node_ids, next_ids)
     tokens = next_ids[path].tolist()  # the base model's choice after each accepted node, which is the next node's token

@@ -86,7 +86,7 @@ def _failures(report: dict[str, Any], arguments: RunArguments, form: str) -> lis
     if arguments.min_speedup is not None and speed < arguments.min_speedup:
         failures.append(f"speed-up {speed:.3f} is below --min-speedup {arguments.min_speedup}")
     found, bound = report["reference"], BOUNDS[form]
-    if found and (found["kl_mean"] > bound.max_kl or found["greedy_agreement"] < bound.min_agreement):
+    if found and not (found["kl_mean"] <= bound.max_kl and found["greedy_agreement"] >= bound.min_agreement):  # NaN too
         failures.append(
             f"the engine is not the checkpoint: KL {found['kl_mean']:.3g} (at most {bound.max_kl}), "
             f"{found['greedy_agreement']:.1%} equal tokens (at least {bound.min_agreement:.0%})"

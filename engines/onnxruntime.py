@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.heads.engine_info import DECODER_FILE, HEADS_FILE, EngineInfo
+from medusa_export.heads.engine_info import DECODER_FILE, EngineInfo, heads_file
 from medusa_export.heads.errors import ConfigError, missing_package
 from medusa_export.heads.tree import Tree
 
@@ -27,7 +27,7 @@ class OnnxRuntimeEngine:
     """Batch 1, greedy. See :class:`medusa_export.engines.base.StepEngine` for the methods.
 
     Args:
-        engine_dir: directory with engine.json, decoder.onnx and heads.onnx.
+        engine_dir: directory with engine.json, decoder.onnx and heads-{depth}.onnx.
         threads: intra-op threads, shared by both graphs; 0 takes one a core.
     """
 
@@ -36,7 +36,7 @@ class OnnxRuntimeEngine:
         self.info = EngineInfo.load(engine_dir)
         _share_threads(self._ort, threads)
         self._decoder = self._session(engine_dir / DECODER_FILE, self.info.session_options)
-        self._heads = self._session(engine_dir / HEADS_FILE, self.info.heads_session_options)
+        self._dir = engine_dir
         info = self.info
         shape = (info.num_hidden_layers, 2, 1, info.num_key_value_heads, info.max_length, info.head_dim)
         self._kv = np.zeros(shape, dtype=np.float32)
@@ -45,8 +45,7 @@ class OnnxRuntimeEngine:
         )  # [layers * 2 * kv_heads, max_length, head_dim]
         self._kv_values = [self._share(self._kv[layer, kind]) for layer in range(shape[0]) for kind in (0, 1)]
         self._hidden = np.zeros((1, info.hidden_size), dtype=np.float32)  # the last kept row, what the heads read
-        self._draft_ids = np.zeros((info.max_depth, info.top_k), dtype=np.int64)
-        self._heads_binding = self._bind_heads()
+        self._heads: dict[int, _Heads] = {}
         self._steps: dict[int, OnnxRuntimeStep] = {}
         self.length, self.backend_seconds = 0, 0.0
 
@@ -65,9 +64,12 @@ class OnnxRuntimeEngine:
             step = self._steps[id(tree)] = OnnxRuntimeStep(self, tree)
         return step
 
-    def draft(self) -> npt.NDArray[np.int64]:
-        self._run(self._heads, self._heads_binding)
-        return self._draft_ids
+    def draft(self, depth: int) -> npt.NDArray[np.int64]:
+        heads = self._heads.get(depth)
+        if heads is None:
+            heads = self._heads[depth] = _Heads(self, depth)
+        self._run(heads.session, heads.binding)
+        return heads.draft_ids
 
     def tree_logits(self, tree: Tree, prompt: Sequence[int], node_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Next-token logits after every node of a tree behind a prompt; for checks.  # [N] -> [N, vocab_size]"""
@@ -108,12 +110,6 @@ class OnnxRuntimeEngine:
         except Exception as error:  # onnxruntime raises its own classes, all derived from Exception
             raise ConfigError(str(path), f"{error}", "a graph that ONNX Runtime opens", "export again") from error
 
-    def _bind_heads(self) -> Any:
-        binding = self._heads.io_binding()
-        binding.bind_ortvalue_input("hidden_states", self._share(self._hidden))
-        binding.bind_ortvalue_output("draft_ids", self._share(self._draft_ids))
-        return binding
-
     def _share(self, array: Array) -> Any:
         """An OrtValue on the array's own memory."""
         return self._ort.OrtValue.ortvalue_from_numpy(array)
@@ -122,6 +118,17 @@ class OnnxRuntimeEngine:
         start = time.perf_counter()
         session.run_with_iobinding(binding)
         self.backend_seconds += time.perf_counter() - start
+
+
+class _Heads:
+    """The graph of the first ``depth`` heads, bound to the engine's last kept row."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, depth: int) -> None:
+        self.session = engine._session(engine._dir / heads_file(depth), engine.info.heads_session_options)
+        self.draft_ids = np.zeros((depth, engine.info.top_k), dtype=np.int64)
+        self.binding = self.session.io_binding()
+        self.binding.bind_ortvalue_input("hidden_states", engine._share(engine._hidden))
+        self.binding.bind_ortvalue_output("draft_ids", engine._share(self.draft_ids))
 
 
 class _Block:

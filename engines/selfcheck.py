@@ -10,6 +10,7 @@ import numpy as np
 
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.reference import compare_with_checkpoint
+from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.errors import MedusaExportError
 from medusa_export.heads.tree import Tree, load_tree
 
@@ -45,13 +46,15 @@ def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Seque
     """
     try:
         engine = OnnxRuntimeEngine(engine_dir)
-        engine.info.require_tree(load_tree(str(engine_dir / "tree.json")))
+        engine.info.require_tree(load_tree(str(engine_dir / TREE_FILE)))
+        drafts = [engine.draft(depth) for depth in range(1, engine.info.max_depth + 1)]  # opens every graph of the heads
     except MedusaExportError as error:
         return [str(error)]
     bound = BOUNDS[engine.info.form]
-    usable = [list(text) for text in texts if len(text) >= 2]
-    noise = max((tree_error(engine, text) for text in usable), default=0.0)
-    if not noise <= bound.max_tree_noise:  # also catches NaN
+    longest = engine.info.max_length - CHECK_TREE.num_nodes
+    usable = [list(text)[:longest] for text in texts if len(text) >= 2]
+    noise = float(np.max([tree_error(engine, text) for text in usable], initial=0.0))
+    if not noise <= bound.max_tree_noise:  # also catches NaN, which np.max keeps and max() may not
         return [f"engine: tree and single steps differ by {noise:.3g} logits, expected at most {bound.max_tree_noise}"]
     if reference is None or not usable:
         return []
@@ -74,10 +77,10 @@ def tree_error(engine: OnnxRuntimeEngine, text: Sequence[int], tree: Tree = CHEC
     prompt, root = list(text[:-1]), int(text[-1])
     node_ids = [root] + [text[node % len(text)] for node in range(1, usable.num_nodes)]
     logits = engine.tree_logits(usable, prompt, node_ids)  # [N, V]
-    worst = 0.0
+    errors = []
     for path in usable.retrieve_indices:
         nodes = path[path >= 0]
         sequence = [*prompt, *(node_ids[node] for node in nodes)]
         single = np.concatenate(list(engine.score(sequence, chunk=1, start=len(prompt))))  # [path, V]
-        worst = max(worst, float(np.abs(single - logits[nodes]).max()))
-    return worst
+        errors.append(np.abs(single - logits[nodes]).max())
+    return float(np.max(errors))

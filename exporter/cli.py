@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -160,17 +162,45 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
+def _unwind_on_signals() -> list[int]:
+    """SIGINT and SIGTERM raise SystemExit, so that clean-up runs; one that the caller had ignored, as nohup does, stays ignored.
+
+    Returns:
+        the signals that came: libraries that are interrupted while they are imported turn SystemExit into their own errors.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, stop)
+    return received
+
+
 def _main(app: typer.Typer) -> None:
-    """Run a command; the project's errors become one line on stderr and exit code 2."""
+    """Run a command; the project's errors become one line on stderr and exit code 2, a signal one line and 128 + its number."""
     verbose = bool({"-v", "--verbose"} & set(sys.argv))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    signals = _unwind_on_signals()
     try:
         app()
-    except MedusaExportError as error:
+    except BaseException as error:
+        succeeded = isinstance(error, SystemExit) and not error.code
+        if signals and not succeeded:
+            _fail(f"stopped by {signal.Signals(signals[0]).name}; nothing half-written is left", 128 + signals[0])
+        if not isinstance(error, MedusaExportError):
+            raise
         if verbose:
             stderr.print_exception()
-        stderr.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
-        sys.exit(2)
+        _fail(str(error), 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    stderr.print(f"error: {message}", style="red", soft_wrap=True, markup=False)
+    sys.exit(code)
 
 
 def export_main() -> None:

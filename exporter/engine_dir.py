@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from medusa_export.exporter.onnx_graph import write_decoder, write_heads
+from medusa_export.exporter.onnx_graph import write_decoder
+from medusa_export.exporter.onnx_heads import write_heads
 from medusa_export.exporter.onnx_linear import LinearWriter
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import ConfigError
@@ -17,7 +18,7 @@ from medusa_export.heads.tree import Tree
 from medusa_export.quantize.formats import Format
 from medusa_export.quantize.scales import Scales
 
-MIN_TOP_K = 4  # so that other trees than the default one can be tried without a new export
+MIN_TOP_K = 10  # so that other trees than the default one can be tried without a new export
 
 PRECISION = {
     "float": "float32 arithmetic on 16/32-bit weights",
@@ -53,7 +54,7 @@ def write_engine(
     save_tokenizer: Callable[[Path], Any],
     source: dict[str, Any],
 ) -> None:
-    """``out``: decoder.onnx, heads.onnx, engine.json, tree.json and the tokenizer; nothing outside it is needed to run.
+    """``out``: decoder.onnx, heads-{depth}.onnx, engine.json, tree.json and the tokenizer; nothing outside it is needed to run.
 
     Activations stay in float32 here also for FP8: a CPU has no FP8 arithmetic to gain from, and rounding activations turns the noise
     between a single step and a tree step into different tokens (see docs/decisions).
@@ -63,9 +64,7 @@ def write_engine(
     top_k = max(MIN_TOP_K, tree.top_k if tree.max_draft_len else 1)
     out.mkdir()
     write_decoder(out, checkpoint, LinearWriter(checkpoint, form, scales), max_length=max_length)
-    write_heads(
-        out, checkpoint, num_heads=num_heads, top_k=top_k, draft_vocab=draft_vocab, int8=config.hidden_size % 16 == 0
-    )
+    write_heads(out, checkpoint, top_k=top_k, draft_vocab=draft_vocab, int8=config.hidden_size % 16 == 0)
     info = EngineInfo(
         backend="onnxruntime",
         form=form,

@@ -126,11 +126,11 @@ class _Job:
 
     @property
     def estimated_bytes(self) -> int:
-        """Upper bound of what is written: every target holds the weights once."""
+        """Upper bound of what is written: every target holds the weights once, every rank the whole embedding."""
         weights = sum(path.stat().st_size for path in self.checkpoint.files)
         lm_head = 4 * self.checkpoint.config.vocab_size * self.checkpoint.config.hidden_size
-        heads = lm_head * self.checkpoint.num_medusa_heads
-        return weights + heads + (2 * weights + 3 * lm_head if self.arguments.engine != "none" else 0)
+        copies = lm_head * (self.checkpoint.num_medusa_heads + self.arguments.tp - 1)
+        return weights + copies + (2 * weights + 3 * lm_head if self.arguments.engine != "none" else 0)
 
     def check(self) -> None:
         """Every refusal that needs no computation, before the first of it."""
@@ -144,16 +144,27 @@ class _Job:
             require_supported(self.checkpoint.config, self.max_length)
         if arguments.draft_vocab < 0:
             raise ConfigError("--draft-vocab", str(arguments.draft_vocab), "0 (all) or more", "correct it")
+        if needs_calibration(self.fmt, arguments.kv_cache) or arguments.engine != "none":
+            token_batches(
+                self.tokenizer, self.prompts[:1], max_prompts=arguments.calib_prompts
+            )  # there is a chat template
         _ = self.prompts
 
     def write(self, out: Path, progress: Progress) -> None:
         """Everything but the manifest."""
         arguments = self.arguments
+        checkpoint, config = self.checkpoint, self.checkpoint.config
+        logger.info(
+            "%s: %s, %d layers, %s", arguments.ckpt, config.family.model_type, config.num_hidden_layers, config.dtype
+        )
+        logger.info("%d Medusa heads (%s)", checkpoint.num_medusa_heads, checkpoint.heads.layout)
         scales = self._scales(progress)
         if scales is not None:
+            logger.info("%d modules calibrated", len(scales.weight_amax))
             scales.save(out / "scales.json")
         (out / "tree.json").write_text(self.trtllm_tree.to_json(), encoding="utf-8")
         self.tokenizer.save_pretrained(out / "tokenizer")
+        logger.info("writing the TensorRT-LLM checkpoint, %d draft tokens", self.trtllm_tree.max_draft_len)
         write_trtllm(
             out / "trtllm", self.checkpoint, self.fmt, scales, tree=self.trtllm_tree, tp=arguments.tp,
             dtype=arguments.dtype, kv_cache=arguments.kv_cache, quant_heads=arguments.quant_heads,
@@ -161,6 +172,7 @@ class _Job:
         )  # fmt: skip
         if arguments.engine == "none":
             return
+        logger.info("writing the ONNX graph and the engine, %d draft tokens", self.engine_tree.max_draft_len)
         progress("ONNX graph", 0, 1)
         write_onnx(out / "onnx", self.checkpoint, self.fmt, scales, max_length=self.max_length)
         progress("ONNX graph", 1, 1)
@@ -174,6 +186,7 @@ class _Job:
 
     def verify(self, out: Path, check_engine: EngineCheck, progress: Progress) -> list[str]:
         """Problems found in what was written."""
+        logger.info("comparing what was written with %s", self.arguments.ckpt)
         progress("verify", 0, 2)
         problems = verify_trtllm(out / "trtllm", self.checkpoint)
         progress("verify", 1, 2)

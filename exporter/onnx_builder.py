@@ -27,15 +27,55 @@ _ONNX_DTYPE: dict[torch.dtype, int] = {
 }
 
 
-class GraphBuilder:
-    """Collects nodes, inputs and outputs; writes ``path`` and ``path`` + ".data".
+class ExternalData:
+    """One file of initializers, each written once and kept only as its place; several graphs may share it.
 
-    Use as a context manager; the model file is written on a clean exit.
+    Use as a context manager around the graphs.
     """
 
-    def __init__(self, path: Path, name: str, metadata: dict[str, str] | None = None) -> None:
-        self.path, self.name, self.metadata = path, name, metadata or {}
-        self.data_path = path.with_name(path.name + ".data")
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._protos: dict[str, onnx.TensorProto] = {}
+
+    def __enter__(self) -> ExternalData:
+        self._file = self.path.open("wb")
+        return self
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        self._file.close()
+
+    def add(self, name: str, value: torch.Tensor) -> onnx.TensorProto:
+        """Write a tensor, unless one of that name is there already; small ones stay inline."""
+        if name in self._protos:
+            return self._protos[name]
+        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()  # [bytes]
+        proto = TensorProto(name=name, data_type=_ONNX_DTYPE[value.dtype], dims=list(value.shape))
+        if raw.nbytes <= INLINE_BYTES:
+            proto.raw_data = raw.tobytes()
+        else:
+            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+            proto.data_location = TensorProto.EXTERNAL
+            place = {"location": self.path.name, "offset": self._file.tell(), "length": raw.nbytes}
+            for key, text in place.items():
+                proto.external_data.add(key=key, value=str(text))
+            self._file.write(raw.data)
+        self._protos[name] = proto
+        return proto
+
+
+class GraphBuilder:
+    """Collects nodes, inputs and outputs; writes ``path`` on a clean exit, and initializers at once.
+
+    Args:
+        path: the model file.
+        name: the graph's name.
+        data: an open file of initializers to share; None opens ``path`` + ".data" for this graph alone.
+    """
+
+    def __init__(self, path: Path, name: str, data: ExternalData | None = None) -> None:
+        self.path, self.name = path, name
+        self._data = ExternalData(path.with_name(path.name + ".data")) if data is None else data
+        self._owned = self._data if data is None else None
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -43,11 +83,13 @@ class GraphBuilder:
         self._counter = 0
 
     def __enter__(self) -> GraphBuilder:
-        self._data = self.data_path.open("wb")
+        if self._owned:
+            self._owned.__enter__()
         return self
 
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        self._data.close()
+        if self._owned:
+            self._owned.__exit__(kind, value, traceback)
         if kind is None:
             self._save()
 
@@ -72,21 +114,9 @@ class GraphBuilder:
         return outputs[0] if len(outputs) == 1 else outputs
 
     def tensor(self, name: str, value: torch.Tensor) -> str:
-        """Store an initializer under a unique name (written at once, not kept)."""
-        if name in self._initializers:
-            return name
-        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()  # [bytes]
-        proto = TensorProto(name=name, data_type=_ONNX_DTYPE[value.dtype], dims=list(value.shape))
-        if raw.nbytes <= INLINE_BYTES:
-            proto.raw_data = raw.tobytes()
-        else:
-            self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
-            proto.data_location = TensorProto.EXTERNAL
-            place = {"location": self.data_path.name, "offset": self._data.tell(), "length": raw.nbytes}
-            for key, text in place.items():
-                proto.external_data.add(key=key, value=str(text))
-            self._data.write(raw.data)
-        self._initializers[name] = proto
+        """Store an initializer under a unique name; the first value given to a name stays."""
+        if name not in self._initializers:
+            self._initializers[name] = self._data.add(name, value)
         return name
 
     def ints(self, *values: int) -> str:
@@ -99,5 +129,9 @@ class GraphBuilder:
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medusa-export")
-        helper.set_model_props(model, self.metadata)
         self.path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def silu(graph: GraphBuilder, x: str) -> str:
+    """x * sigmoid(x), as the one fused operator that ONNX Runtime has for it."""
+    return graph.node("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)

@@ -1,9 +1,9 @@
-"""The decoder and the Medusa heads as two hand-built ONNX graphs for ONNX Runtime.
+"""The decoder as a hand-built ONNX graph for ONNX Runtime.
 
 The decoder verifies a block of tokens under a tree mask: GroupQueryAttention with packed QKV writes the new rows straight into the
-shared KV buffers. Nodes must be in topological order (the operator is causal among the new tokens). The heads are a second graph,
-run on the one accepted row: which node that is, only verification tells, and the vocabulary projection on every node would cost
-more than the draft wins. Operator reference: onnxruntime's docs/ContribOperators.md.
+shared KV buffers. Nodes must be in topological order (the operator is causal among the new tokens). The
+heads are graphs of their own (onnx_heads.py): which node is accepted, only verification tells, and the vocabulary projection on every
+node would cost more than the draft wins. Operator reference: onnxruntime's docs/ContribOperators.md.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 from onnx import TensorProto
 
-from medusa_export.exporter.onnx_builder import MICROSOFT, GraphBuilder
-from medusa_export.exporter.onnx_linear import LinearWriter, int8_matrix
+from medusa_export.exporter.onnx_builder import MICROSOFT, GraphBuilder, silu
+from medusa_export.exporter.onnx_linear import LinearWriter
 from medusa_export.heads import families
 from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.engine_info import DECODER_FILE, HEADS_FILE
+from medusa_export.heads.engine_info import DECODER_FILE
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
+
+HEAD_DIM_MULTIPLE = 16
 
 
 def write_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter, *, max_length: int) -> None:
@@ -68,6 +70,9 @@ def require_supported(config: DecoderConfig, max_length: int) -> None:
             f"pass --max-length {config.sliding_window}",
         )
         raise ConfigError("sliding_window", got, "a context within the window", action)
+    if config.head_dim % HEAD_DIM_MULTIPLE:
+        expected = f"a multiple of {HEAD_DIM_MULTIPLE} (ONNX Runtime's GroupQueryAttention)"
+        raise ConfigError("head_dim", str(config.head_dim), expected, "export with --engine none")
     rotary_caches(config, 1)
 
 
@@ -96,63 +101,6 @@ def rotary_caches(config: DecoderConfig, max_length: int) -> tuple[torch.Tensor,
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
-def write_heads(
-    out: Path, checkpoint: MedusaCheckpoint, *, num_heads: int, top_k: int, draft_vocab: torch.Tensor | None, int8: bool
-) -> None:
-    """Write ``heads.onnx`` (+ .data): the draft tokens of the first ``num_heads`` heads from one accepted row.
-
-    Input hidden_states float [1, hidden_size]; output draft_ids int64 [num_heads, top_k], best first.
-
-    Drafts need not be exact, because the base model verifies them: the projection may be restricted to the most frequent tokens
-    (FR-Spec, arXiv 2502.14856) and stored in 8 bits; that costs acceptance only, never correctness.
-
-    Args:
-        num_heads: heads that the tree uses.
-        top_k: candidates a head.
-        draft_vocab: int64 token ids to restrict the projection to, or None for the whole vocabulary.
-        int8: store the projection in 8-bit blocks.
-    """
-    config, layers = checkpoint.config, checkpoint.num_medusa_layers
-    with GraphBuilder(out / HEADS_FILE, "medusa_heads") as graph:
-        graph.input("hidden_states", TensorProto.FLOAT, [1, config.hidden_size])
-        graph.output("draft_ids", TensorProto.INT64, [num_heads, top_k])
-        shape = graph.ints(num_heads, 1, config.hidden_size)
-        x = graph.node("Expand", ["hidden_states", shape])  # [H, 1, h]
-        for layer in range(layers):
-            names = [f"medusa_heads.{head}.{layer}.linear" for head in range(num_heads)]
-            weight = torch.stack([checkpoint.read(f"{name}.weight").float().T for name in names])  # [H, h, h]
-            bias = torch.stack([checkpoint.read(f"{name}.bias").float()[None] for name in names])  # [H, 1, h]
-            product = graph.node("MatMul", [x, graph.tensor(f"layers.{layer}.weight", weight)])
-            product = graph.node("Add", [product, graph.tensor(f"layers.{layer}.bias", bias)])
-            x = graph.node("Add", [x, _silu(graph, product)])
-        shared = checkpoint.heads_share_lm_head
-        projections = [families.LM_HEAD] if shared else [f"medusa_heads.{h}.{layers}.weight" for h in range(num_heads)]
-        groups = [x] if shared else graph.node("Split", [x], num_heads, axis=0, num_outputs=num_heads)
-        groups = [groups] if isinstance(groups, str) else groups
-        rows = num_heads if shared else 1
-        ids = [
-            _top_k(graph, checkpoint, source, group, rows, top_k, draft_vocab, int8)
-            for source, group in zip(projections, groups, strict=True)
-        ]
-        tokens = ids[0] if len(ids) == 1 else graph.node("Concat", ids, axis=0)
-        if draft_vocab is not None:
-            tokens = graph.node("Gather", [graph.tensor("draft_vocab", draft_vocab), tokens])
-        graph.node("Identity", [tokens], ["draft_ids"])
-
-
-def _top_k(
-    graph: GraphBuilder, checkpoint: MedusaCheckpoint, source: str, x: str, rows: int, top_k: int,
-    draft_vocab: torch.Tensor | None, int8: bool,
-) -> str:  # fmt: skip
-    """Indices of the best tokens of a vocabulary projection.  # [rows, 1, h] -> int64 [rows, top_k]"""
-    weight = checkpoint.read(source)
-    weight = weight if draft_vocab is None else weight[draft_vocab]  # [V, h]
-    flat = graph.node("Reshape", [x, graph.ints(rows, weight.shape[1])])
-    matrix = int8_matrix(graph, source, weight) if int8 else graph.tensor(source, weight.float().T)
-    logits = graph.node("MatMul", [flat, matrix])
-    return graph.node("TopK", [logits, graph.ints(top_k)], 2, axis=-1)[1]
-
-
 def _decoder_inputs(graph: GraphBuilder, config: DecoderConfig, max_length: int) -> None:
     graph.input("input_ids", TensorProto.INT64, [1, "S"])
     graph.input("position_ids", TensorProto.INT64, [1, "S"])
@@ -177,7 +125,7 @@ def _block(
     gate_proj, up_proj = families.GATE_PROJ.format(layer), families.UP_PROJ.format(layer)
     gate = linear(graph, normed, [gate_proj], scale_with=[up_proj])
     up = linear(graph, normed, [up_proj], scale_with=[gate_proj])
-    mlp = linear(graph, graph.node("Mul", [_silu(graph, gate), up]), [families.DOWN_PROJ.format(layer)])
+    mlp = linear(graph, graph.node("Mul", [silu(graph, gate), up]), [families.DOWN_PROJ.format(layer)])
     last = layer == checkpoint.config.num_hidden_layers - 1
     norm = families.FINAL_NORM if last else families.INPUT_LAYERNORM.format(layer + 1)
     return _add_norm(graph, checkpoint, mlp, hidden, norm)
@@ -251,8 +199,3 @@ def _norm_weight(graph: GraphBuilder, checkpoint: MedusaCheckpoint, name: str) -
 
 def _to_float(graph: GraphBuilder, value: str, checkpoint: MedusaCheckpoint, source: str) -> str:
     return value if checkpoint.dtype(source) == "float32" else graph.node("Cast", [value], to=TensorProto.FLOAT)
-
-
-def _silu(graph: GraphBuilder, x: str) -> str:
-    """x * sigmoid(x), as the one fused operator that ONNX Runtime has for it."""
-    return graph.node("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)

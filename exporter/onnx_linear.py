@@ -37,12 +37,12 @@ class LinearWriter:
         Args:
             x: name of the input value.
             modules: Hugging Face module names, fused in this order.
-            scale_with: further modules that share the FP8 weight scale (gate_proj and up_proj, which TensorRT-LLM fuses).
+            scale_with: further modules that share the FP8 scales (gate_proj and up_proj, which TensorRT-LLM fuses).
         """
         name = modules[0] if len(modules) == 1 else f"{modules[0]}+{len(modules) - 1}"
         weight = _FORMS[self.form](self, graph, name, modules, scale_with)
         if self.fp8_activations:
-            x = self._fake_quantize(graph, x, name, modules)
+            x = self._fake_quantize(graph, x, name, [*modules, *scale_with])
         out = graph.node("MatMul", [x, weight])
         bias = self._bias(modules)
         return out if bias is None else graph.node("Add", [out, graph.tensor(f"{name}.bias", bias)])

@@ -13,7 +13,7 @@ from medusa_export.heads.tree import Tree
 
 ENGINE_FILE = "engine.json"
 DECODER_FILE = "decoder.onnx"
-HEADS_FILE = "heads.onnx"
+HEADS_DATA = "heads.onnx.data"
 TREE_FILE = "tree.json"
 
 
@@ -71,3 +71,8 @@ class EngineInfo:
     def save(self, engine_dir: Path) -> None:
         """Write engine.json."""
         (engine_dir / ENGINE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def heads_file(depth: int) -> str:
+    """The graph of the first ``depth`` heads."""
+    return f"heads-{depth}.onnx"

@@ -17,8 +17,8 @@ from types import FrameType
 
 from medusa_export.heads.errors import MedusaExportError, OutputError
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NO_SPACE_TEXTS = ("No space left on device", "Disk quota exceeded")  # safetensors and torch pass only the text on
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: FAT's 4 GB a file, or ulimit -f
+_NO_SPACE_TEXTS = tuple(os.strerror(number) for number in _NO_SPACE)  # safetensors and torch pass only the text on
 
 
 @contextmanager
@@ -32,23 +32,29 @@ def temporary_beside(out: Path) -> Iterator[Path]:
         OutputError: the parent is a file or cannot be written.
     """
     temporary = out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    lock = None
+    try:
+        lock = _make_locked(temporary, out)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _unlock(lock)
+
+
+def _make_locked(temporary: Path, out: Path) -> int | None:
+    """Remove what is stale and make the temporary directory. Returns the descriptor of its lock."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out.parent, fcntl.LOCK_EX):  # or another process could take ours for stale before it is locked
             _remove_stale(out)
             temporary.mkdir()
-            lock = _lock(temporary, fcntl.LOCK_EX)
+            return _lock(temporary, fcntl.LOCK_EX)
     except OSError as error:
         if _is_full(error):
             raise
         raise OutputError(
             str(out.parent), f"no way to write there ({error.strerror})", "a writable directory", "choose another one"
         ) from error
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _unlock(lock)
 
 
 def publish(temporary: Path, out: Path) -> None:
@@ -93,7 +99,7 @@ def full_disk_named(out: Path) -> Iterator[None]:
         if isinstance(error, MedusaExportError) or not _is_full(error):
             raise
         raise OutputError(
-            str(out), "no space left on the disk", "room for the whole output", "free some space or choose another disk"
+            str(out), _what_is_full(error), "room for the whole output", "free some space or choose another disk"
         ) from error
 
 
@@ -101,6 +107,11 @@ def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
     return any(text in str(error) for text in _NO_SPACE_TEXTS)
+
+
+def _what_is_full(error: Exception) -> str:
+    too_large = os.strerror(errno.EFBIG) in str(error)
+    return "a file larger than the disk's format or ulimit -f allows" if too_large else "no space left on the disk"
 
 
 def _remove_stale(out: Path) -> None:

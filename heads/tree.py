@@ -204,11 +204,12 @@ def _siblings(widths: dict[Choice, int]) -> list[Choice]:
 
 
 # medusa-63 is the tree of the Medusa paper's 7B model (mc_sim_7b_63 of FasterDecoding/Medusa's medusa_choices.py, Apache-2.0),
-# which TensorRT-LLM also falls back to. The cpu trees are the best ones of their size for the heads in examples/.
+# which TensorRT-LLM also falls back to. The cpu trees are the best
+# ones of their size for the heads in examples/ on Spec-Bench questions; better heads want deeper ones.
 PRESETS: dict[str, list[Choice]] = {
     "none": [],
     "cpu-1": _siblings({(): 1}),
-    "cpu-3": _siblings({(): 2, (0,): 1}),
+    "cpu-3": _siblings({(): 3}),
     "cpu-4": _siblings({(): 3, (0,): 1}),
     "cpu-8": _siblings({(): 4, (0,): 2, (1,): 1, (0, 0): 1}),
     "medusa-63": _siblings(

@@ -228,7 +228,9 @@ def predictable() -> Callable[..., None]:
         for name in model:
             if name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")):
                 model[name] = model[name] * noise
-        save_file({name: t.contiguous() for name, t in model.items()}, model_dir / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name: t.contiguous() for name, t in model.items()}, model_dir / "model.safetensors", {"format": "pt"}
+        )
         path = heads_dir / "medusa_lm_head.safetensors"
         heads = load_file(path)
         for name in heads:
@@ -297,3 +299,22 @@ def tiny_engine(
         return TinyEngine(root / "engine", model_dir, heads_dir, checkpoint, scales)
 
     return make
+
+
+@pytest.fixture
+def open_session() -> Callable[..., Any]:
+    """``open_session(path, *, optimize=True)``: a plain ONNX Runtime session, on the pool that the engines set for the process."""
+
+    def start(path: Path, *, optimize: bool = True) -> Any:
+        import onnxruntime
+
+        from medusa_export.engines.onnxruntime import _share_threads
+
+        _share_threads(onnxruntime, 0)
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    return start

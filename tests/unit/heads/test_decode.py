@@ -70,7 +70,7 @@ def test_medusa_is_greedy(family: str, preset: str, pair: Callable[..., Any]) ->
     prompt = [token % 24 for token in PROMPT]
     tokens, accepted = decode(model, checkpoint, load_tree(preset))
     assert tokens == greedy(model, prompt, max_new_tokens=24, eos_token_ids=NO_EOS)
-    assert 24 <= 1 + sum(accepted) < 24 + max(accepted)  # the first token is the prompt's; only the last step overshoots
+    assert 24 <= 1 + sum(accepted) < 24 + max(accepted)  # the first token is the prompt's, and the last step overshoots
     assert set(accepted) == {1} if preset == "none" else len(set(accepted)) > 1
 
 

@@ -1,0 +1,143 @@
+"""medusa-run as a function, on a tiny engine: the whole report, and every reason to fail."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from medusa_export.engines.base import Generation
+from medusa_export.engines.bench import RunArguments, run
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.report import print_report
+from medusa_export.heads.errors import ConfigError, MedusaExportError, TreeError
+from medusa_export.heads.tree import Tree
+
+QUESTIONS = ["w1 w2 w3", "w50 w4", "w7 w7 w9 w8 w20", "w33"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        {"question_id": i, "category": "ab"[i % 2], "turns": [question]}
+        for i, question in enumerate(QUESTIONS, start=81)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def made(tiny_engine: Callable[..., Any]) -> Any:
+    return tiny_engine(drafts_well=True, tree=Tree.from_choices([[0], [0, 0], [0, 0, 0]]), eos_token_id=None)
+
+
+def arguments(made: Any, prompts: Path, **changes: Any) -> RunArguments:
+    return RunArguments(engine=made.path, prompts=prompts, **({"max_new_tokens": 24, "repeats": 2} | changes))
+
+
+def test_report_of_a_good_engine(made: Any, prompts: Path) -> None:
+    progress: list[tuple[str, int, int]] = []
+    report = run(arguments(made, prompts, reference=made.model_dir), lambda *call: progress.append(call))
+    assert report["failures"] == []
+    assert report["parity"] | {"logit_tolerance": 0, "divergences": []} == {
+        "prompts": 4, "exact": 4, "ties": 0, "mismatches": 0, "logit_tolerance": 0, "divergences": [],
+    }  # fmt: skip
+    assert report["tokens_per_step"] > 3.5
+    assert report["tree"]["max_draft_len"] == 3
+    assert report["reference"]["greedy_agreement"] == 1.0
+    assert report["reference"]["positions"] == 4 * 24
+    assert [row["category"] for row in report["categories"]] == ["a", "b"]
+    assert report["arguments"]["engine"] == str(made.path)
+    assert progress == [("prompts", i, 8) for i in range(1, 9)] + [("reference", i, 4) for i in range(1, 5)]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    print_report(report, Console(file=io.StringIO()))
+
+
+def test_another_tree_and_fewer_prompts(made: Any, prompts: Path) -> None:
+    report = run(arguments(made, prompts, tree="cpu-1", limit=2, repeats=1))
+    assert report["tree"]["medusa_choices"] == [[0]]
+    assert report["parity"]["prompts"] == 2
+    assert report["tokens_per_step"] == 2.0
+    assert report["reference"] is None
+
+
+def test_min_speedup(made: Any, prompts: Path) -> None:
+    report = run(arguments(made, prompts, min_speedup=1e6, limit=1))
+    assert [failure.split(" is ")[1] for failure in report["failures"]] == ["below --min-speedup 1000000.0"]
+    assert run(arguments(made, prompts, min_speedup=1e-6, limit=1))["failures"] == []
+
+
+def test_a_wrong_token_with_medusa_is_a_mismatch(made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medusa_export.engines import runner
+
+    generate = runner.generate
+
+    def wrong(engine: Any, ids: list[int], tree: Tree, **limits: Any) -> Generation:
+        result = generate(engine, ids, tree, **limits)
+        if tree.max_draft_len and len(result.tokens) > 16 and ids == wanted:
+            result.tokens[5] = (result.tokens[5] + 1) % 97
+        return result
+
+    wanted: list[int] = []
+    monkeypatch.setattr(runner, "generate", wrong)
+    run(arguments(made, prompts))
+    wanted.extend(encoded(made, QUESTIONS[2]))
+    report = run(arguments(made, prompts))
+    assert (report["parity"]["exact"], report["parity"]["mismatches"]) == (3, 1)
+    (found,) = report["parity"]["divergences"]
+    assert (found["prompt"], found["position"], found["verdict"]) == ("83", 5, "mismatch")
+    assert found["logit_gap"] > report["parity"]["logit_tolerance"]
+    assert report["failures"] == ["1 prompts differ with Medusa by more than numerical noise"]
+
+
+def encoded(made: Any, question: str) -> list[int]:
+    from medusa_export.heads.conversations import encode_chat, read_tokenizer
+
+    return encode_chat(read_tokenizer(made.path), [{"role": "user", "content": question}])
+
+
+def test_an_engine_of_another_checkpoint(made: Any, prompts: Path, tiny_engine: Callable[..., Any]) -> None:
+    report = run(arguments(made, prompts, reference=tiny_engine(seed=3).model_dir))
+    (failure,) = report["failures"]
+    assert failure.startswith("the engine is not the checkpoint: KL")
+
+
+def test_nan_is_not_the_checkpoint(made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medusa_export.engines import bench
+
+    nan = float("nan")
+    found = {
+        "positions": 1, "greedy_agreement": 1.0, "kl_mean": nan, "kl_max": nan, "logit_max_abs_diff": nan,
+        "perplexity": {"engine": nan, "checkpoint": 1.0},
+    }  # fmt: skip
+    monkeypatch.setattr(bench, "compare_with_checkpoint", lambda *args, **options: found)
+    assert len(run(arguments(made, prompts, limit=1, reference=made.model_dir))["failures"]) == 1
+
+
+class TestRefusals:
+    def check(self, made: Any, prompts: Path, match: str, error: type[MedusaExportError], **changes: Any) -> None:
+        with pytest.raises(error, match=match):
+            run(arguments(made, prompts, **changes))
+
+    @pytest.mark.parametrize("name", ["max_new_tokens", "repeats"])
+    def test_counts(self, name: str, made: Any, prompts: Path) -> None:
+        self.check(made, prompts, f"--{name.replace('_', '-')}: got 0", ConfigError, **{name: 0})
+
+    def test_too_long_together(self, made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(OnnxRuntimeEngine, "prefill", lambda *_: pytest.fail("found before anything runs"))
+        self.check(made, prompts, r"prompt 81: got \d+ tokens and 124 new ones", ConfigError, max_new_tokens=124)
+
+    def test_trees(self, made: Any, prompts: Path) -> None:
+        self.check(made, prompts, "depth 4", TreeError, tree="medusa-63")
+        self.check(made, prompts, "no such file or preset", TreeError, tree="cpu-99")
+
+    def test_files(self, made: Any, prompts: Path, tmp_path: Path) -> None:
+        self.check(made, tmp_path / "none.jsonl", "no readable file", ConfigError)
+        with pytest.raises(ConfigError, match="no tokenizer"):
+            run(RunArguments(engine=tmp_path, prompts=prompts))

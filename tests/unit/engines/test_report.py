@@ -1,0 +1,158 @@
+"""The report's numbers from made-up runs whose results are known by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from medusa_export.engines.base import Generation
+from medusa_export.engines.parity import Divergence
+from medusa_export.engines.report import build_report, hardware, print_report, speedup, tokens_per_step, versions
+from medusa_export.engines.runner import PromptResult, RunResult
+from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.tree import Tree
+
+INFO = EngineInfo(
+    backend="onnxruntime", form="float", precision="float32 for the test", max_length=64, max_depth=3, top_k=4,
+    num_hidden_layers=2, num_key_value_heads=2, head_dim=16, hidden_size=64, vocab_size=97, eos_token_ids=(2,),
+    session_options={}, heads_session_options={}, source={"checkpoint": "somewhere", "quant": "none"},
+)  # fmt: skip
+TREE = Tree.from_choices([[0], [1], [0, 0]])
+KEYS = {
+    "parity", "speedup", "tokens_per_step", "tokens_per_second", "step_ms", "step_efficiency", "categories", "hardware",
+    "versions", "tree", "arguments", "reference", "engine", "overhead_ms",
+}  # fmt: skip
+
+
+def run(tokens: int, decode_ms: float, accepted: list[int], prefill_ms: float = 0.0) -> Generation:
+    return Generation(
+        tokens=[5] * tokens, accepted=accepted, prefill_ms=prefill_ms, decode_ms=decode_ms, backend_ms=decode_ms * 0.9
+    )
+
+
+def prompt(key: str, category: str, baseline_ms: list[float], medusa_ms: list[float], **fields: Any) -> PromptResult:
+    """13 tokens: one from the prefill of 10 ms, then 12 steps without Medusa and 6 with it."""
+    baseline = [run(13, ms - 10, [1] * 12, 10) for ms in baseline_ms]
+    medusa = [run(13, ms - 10, [2] * 6, 10) for ms in medusa_ms]
+    return PromptResult(key, category, [1, 2], baseline, medusa, **fields)
+
+
+def report(prompts: list[PromptResult], **arguments: Any) -> dict[str, Any]:
+    return build_report(RunResult(prompts, 0.01), TREE, INFO, {"seed": 0, "threads": 0, **arguments})
+
+
+SAME = [prompt("a", "code", [130.0], [70.0]), prompt("b", "chat", [130.0], [70.0])]
+
+
+def test_one_ratio() -> None:
+    body = report(SAME)
+    assert body["tokens_per_second"] == {"baseline": 100.0, "medusa": round(13e3 / 70, 3)}
+    assert body["speedup"] == {"median": round(130 / 70, 4), "ci95": [round(130 / 70, 4)] * 2}
+    assert body["tokens_per_step"] == 2.0
+    assert body["step_ms"] == {"baseline": 10.0, "medusa": 10.0}
+    assert body["overhead_ms"] == {"baseline": 1.0, "medusa": 1.0}
+    assert body["step_efficiency"] == round(130 / 70 / 2, 4)
+
+
+def test_schema() -> None:
+    body = report(SAME, max_new_tokens=13)
+    assert body.keys() == KEYS
+    assert json.loads(json.dumps(body, allow_nan=False)) == body
+    assert {"prompts", "exact", "ties", "mismatches"} <= body["parity"].keys()
+    assert body["tree"] == {"max_draft_len": 3, "medusa_choices": [[0], [1], [0, 0]]}
+    assert body["engine"] == {"backend": "onnxruntime", "precision": INFO.precision, "source": INFO.source}
+    assert body["arguments"] == {"seed": 0, "threads": 0, "max_new_tokens": 13}
+    assert body["reference"] is None
+
+
+def test_a_prompts_time_is_the_median_over_its_repeats() -> None:
+    slow_minute = [prompt("a", "", [130.0, 900.0, 131.0], [70.0, 69.0, 2000.0])]
+    assert speedup(slow_minute) == pytest.approx(131 / 70)
+
+
+def test_speedup_is_of_throughputs_not_a_mean_of_ratios() -> None:
+    long, short = prompt("a", "", [1000.0], [500.0]), prompt("b", "", [20.0], [20.0])
+    assert speedup([long, short]) == pytest.approx(1020 / 520)
+
+
+def test_interval_covers_what_the_prompts_vary() -> None:
+    prompts = [prompt(str(i), "", [130.0], [70.0 + 8 * (i % 5)]) for i in range(20)]
+    wide = report(prompts)["speedup"]
+    low, high = wide["ci95"]
+    assert 130 / 102 < low < wide["median"] < high < 130 / 70
+    assert report(prompts)["speedup"] == wide, "the same seed gives the same interval"
+    assert report(prompts, seed=1)["speedup"]["median"] == wide["median"]
+    narrow_low, narrow_high = report(prompts * 16)["speedup"]["ci95"]
+    assert (narrow_high - narrow_low) < 0.5 * (high - low)
+
+
+def test_tokens_per_step_weighs_steps_not_prompts() -> None:
+    many = PromptResult("a", "", [1], [run(31, 300, [1] * 30)], [run(31, 300, [3] * 10)])
+    few = PromptResult("b", "", [1], [run(3, 20, [1] * 2)], [run(3, 20, [1] * 2)])
+    assert tokens_per_step([many, few]) == pytest.approx(32 / 12)
+    first_only = PromptResult("c", "", [1], [run(1, 0, [], 5)], [run(1, 0, [], 5)])
+    assert tokens_per_step([first_only]) == 1.0
+    body = report([first_only])
+    assert body["step_ms"] == {"baseline": 0.0, "medusa": 0.0}
+    assert body["speedup"]["median"] == 1.0
+
+
+def test_parity_counts_and_explains() -> None:
+    prompts = [
+        *SAME,
+        prompt("c", "chat", [130.0], [70.0], divergence=Divergence(3, 11, 12, 0.005), verdict="tie"),
+        prompt("d", "chat", [130.0], [70.0], divergence=Divergence(5, 1, None, None), verdict="mismatch"),
+    ]
+    parity = report(prompts)["parity"]
+    counts = [parity[key] for key in ("prompts", "exact", "ties", "mismatches", "logit_tolerance")]
+    assert counts == [4, 2, 1, 1, 0.01]
+    assert parity["divergences"] == [
+        {
+            "prompt": "c", "verdict": "tie", "position": 3, "baseline_token": 11, "medusa_token": 12, "logit_gap": 0.005,
+        },
+        {
+            "prompt": "d", "verdict": "mismatch", "position": 5, "baseline_token": 1, "medusa_token": None,
+            "logit_gap": None,
+        },
+    ]  # fmt: skip
+
+
+def test_categories_are_apart() -> None:
+    slower = prompt("c", "chat", [130.0], [130.0], verdict="mismatch")
+    rows = report([*SAME, slower])["categories"]
+    assert [(row["category"], row["prompts"], row["exact"]) for row in rows] == [("chat", 2, 1), ("code", 1, 1)]
+    assert [row["speedup"] for row in rows] == [round(260 / 200, 4), round(130 / 70, 4)]
+    assert {row["tokens_per_step"] for row in rows} == {2.0}
+
+
+def test_hardware_and_versions() -> None:
+    machine, found = hardware(), versions()
+    assert machine["cpu"]
+    assert machine["cores"] >= 1
+    assert machine["memory_gib"] > 0
+    assert {"python", "onnxruntime", "numpy", "torch"} <= found.keys()
+
+
+def test_printed_form_says_what_matters() -> None:
+    prompts = [
+        *SAME,
+        prompt("c", "chat", [130.0], [70.0], divergence=Divergence(3, 11, 12, 0.005), verdict="tie"),
+        prompt("d", "chat", [130.0], [70.0], divergence=Divergence(5, 1, None, None), verdict="mismatch"),
+    ]
+    reference = {
+        "positions": 9, "greedy_agreement": 0.875, "kl_mean": 0.0123, "kl_max": 1.0, "logit_max_abs_diff": 2.0,
+        "perplexity": {"engine": 5.5, "checkpoint": 5.4},
+    }  # fmt: skip
+    body = report(prompts) | {"reference": reference, "failures": ["something is wrong"]}
+    text = io.StringIO()
+    print_report(body, Console(file=text, width=160))
+    for expected in (
+        "1.86x (1.86 .. 1.86)", "2 exact, 1 ties, 1 mismatches", "2.00 with a tree of 3", "10.0 / 10.0 ms",
+        "87.5% of tokens, KL 0.012 nats", "tie: prompt c at token 3, logit gap 0.005",
+        "mismatch: prompt d at token 5, an output ended early", "FAILED: something is wrong", "code", "float32 for the test",
+    ):  # fmt: skip
+        assert expected in text.getvalue(), expected

@@ -1,0 +1,334 @@
+"""The export from end to end on tiny models: what lies where, when it is made again, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from medusa_export.engines.selfcheck import check_engine
+from medusa_export.exporter import export as export_module
+from medusa_export.exporter.export import ExportArguments, export
+from medusa_export.exporter.verify import verify_export
+from medusa_export.heads.conversations import read_tokenizer
+from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.errors import ConfigError, MedusaExportError, OutputError
+from medusa_export.heads.manifest import read_manifest
+from medusa_export.heads.tree import PRESETS, load_tree
+from medusa_export.quantize.scales import Scales
+
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+FULL_FP8: dict[str, Any] = {"quant": "fp8", "kv_cache": "fp8", "quant_heads": True, "calib_prompts": 2}
+TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+ALWAYS = {"tree.json", "trtllm/config.json", "trtllm/rank0.safetensors", *(f"tokenizer/{name}" for name in TOKENIZER)}
+ENGINE_FILES = {
+    *(f"onnx/decoder.onnx{suffix}" for suffix in ("", ".data")),
+    *(f"engine/{name}" for name in ("decoder.onnx", "decoder.onnx.data", "engine.json", "tree.json", *TOKENIZER)),
+}
+Make = Callable[..., ExportArguments]
+
+
+@pytest.fixture
+def make(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_heads: Callable[..., Path], tiny_tokenizer: Any
+) -> Make:
+    """``make(layout="v1", num_heads=3, *, config={}, **arguments)``: a model with a tokenizer, heads, and the flags."""
+
+    def write(
+        layout: str = "v1", num_heads: int = 3, *, config: dict[str, Any] | None = None, **arguments: Any
+    ) -> ExportArguments:
+        config = config or {}
+        model = tiny_checkpoint(tmp_path / "model", dtype=torch.float16, **config)
+        tiny_tokenizer(model)
+        directory = model if layout == "modelopt" else tmp_path / "heads"
+        tiny_heads(directory, layout, num_heads, hidden=config.get("hidden_size", 64), dtype=torch.float16)
+        heads = None if layout == "modelopt" else directory
+        return ExportArguments(**{"ckpt": model, "output": tmp_path / "out", "heads": heads, **arguments})
+
+    return write
+
+
+def written(out: Path) -> set[str]:
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+
+def trtllm_config(out: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((out / "trtllm/config.json").read_text())
+    return config
+
+
+def no_engine(*_: object) -> list[str]:
+    raise AssertionError("no engine was asked for")
+
+
+@dataclass
+class Calls:
+    """Stands in for the engines' check, and keeps what it was given."""
+
+    problems: list[str] = field(default_factory=list)
+    seen: list[tuple[Path, Path | None, list[list[int]]]] = field(default_factory=list)
+
+    def __call__(self, engine: Path, checkpoint: Path | None, texts: list[list[int]]) -> list[str]:
+        assert (engine / "engine.json").is_file()
+        self.seen.append((engine, checkpoint, texts))
+        return self.problems
+
+
+FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[str | None, str | None]]] = {
+    # arguments, model, form of the engine, (quant_algo, kv_cache_quant_algo)
+    "none": ({}, {}, "float", (None, None)),
+    "fp8": (FULL_FP8, {}, "fp8", ("FP8", "FP8")),
+    "int8_wo": ({"quant": "int8_wo"}, WIDE, "int8", ("W8A16", None)),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_with_engine(name: str, make: Make) -> None:
+    arguments, model, form, algorithms = FORMATS[name]
+    given = make(config=model, **arguments)
+    assert export(given, check_engine)  # the engines' own check, against transformers
+    out = given.output
+    heads = {file for file in written(out) if file.startswith("engine/heads")}
+    scales = {"scales.json"} if name == "fp8" else set()
+    assert len(heads) >= 2
+    assert written(out) == ALWAYS | ENGINE_FILES | heads | scales | {"medusa.json"}
+    assert verify_export(out) == []
+    info = EngineInfo.load(out / "engine")
+    assert (info.form, info.max_length, info.source) == (form, 128, {"checkpoint": str(given.ckpt), "quant": name})
+    quantization = trtllm_config(out)["quantization"]
+    assert (quantization["quant_algo"], quantization["kv_cache_quant_algo"]) == algorithms
+    assert read_tokenizer(out / "engine").chat_template == read_tokenizer(given.ckpt).chat_template
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_without_engine(name: str, make: Make) -> None:
+    arguments, model, _, _ = FORMATS[name]
+    given = make(config=model, engine="none", **arguments)
+    assert export(given, no_engine)
+    assert written(given.output) == ALWAYS | {"medusa.json"} | ({"scales.json"} if name == "fp8" else set())
+    assert verify_export(given.output) == []
+
+
+def test_scales_are_those_of_everything_that_is_quantized(make: Make) -> None:
+    given = make(engine="none", **FULL_FP8)
+    export(given, no_engine)
+    scales = Scales.load(given.output / "scales.json")
+    base = {name for name in scales.weight_amax if name.startswith("model.layers.")}
+    assert len(base) == 2 * 7
+    assert scales.weight_amax.keys() - base == {f"medusa_heads.{h}.{part}" for h in range(3) for part in ("0.linear", "1")}
+    assert scales.kv_amax.keys() == {0, 1}
+    tensors = load_file(given.output / "trtllm/rank0.safetensors")
+    stored = tensors["medusa_heads.1.lm_head.weights_scaling_factor"].item()
+    assert stored == pytest.approx(scales.weight_amax["medusa_heads.1.1"] / 448)
+
+
+def test_manifest_keeps_arguments_and_inputs(make: Make) -> None:
+    given = make(engine="none", tp=2)
+    export(given, no_engine)
+    manifest = read_manifest(given.output)
+    assert manifest["arguments"]["tp"] == 2
+    assert "output" not in manifest["arguments"]
+    names = {Path(name).relative_to(given.ckpt.parent).as_posix() for name in manifest["inputs"]}
+    assert {"model/config.json", "model/model.safetensors", "heads/medusa_lm_head.safetensors"} <= names
+    assert {f"model/{name}" for name in TOKENIZER} <= names
+    assert manifest["files"].keys() == written(given.output) - {"medusa.json"}
+
+
+def test_ranks_and_dtype(make: Make) -> None:
+    given = make(engine="none", tp=2, dtype="bfloat16")
+    export(given, no_engine)
+    ranks = [load_file(given.output / f"trtllm/rank{rank}.safetensors") for rank in range(2)]
+    assert {tensor.dtype for rank in ranks for tensor in rank.values()} == {torch.bfloat16}
+    assert ranks[0].keys() == ranks[1].keys()
+
+
+class TestTrees:
+    @pytest.mark.parametrize("num_heads", [1, 2, 3, 5])
+    def test_default_trees(self, num_heads: int, make: Make) -> None:
+        given = make(num_heads=num_heads)
+        export(given, Calls())
+        large, small = (load_tree(str(given.output / name)) for name in ("tree.json", "engine/tree.json"))
+        kept = [choice for choice in PRESETS["medusa-63"] if len(choice) <= num_heads]
+        assert sorted(large.choices) == sorted(kept)
+        assert large.depth == min(num_heads, 4)
+        assert trtllm_config(given.output)["max_draft_len"] == large.max_draft_len
+        assert 1 < small.num_nodes <= 8
+        assert small.depth <= num_heads
+        assert set(small.choices) <= set(PRESETS["cpu-3"])
+
+    def test_a_given_tree_serves_both(self, make: Make, tmp_path: Path) -> None:
+        (tmp_path / "tree.json").write_text("[[0], [1], [0, 0], [0, 0, 0]]")
+        given = make(tree=str(tmp_path / "tree.json"))
+        export(given, Calls())
+        for name in ("tree.json", "engine/tree.json"):
+            assert load_tree(str(given.output / name)).choices == ((0,), (1,), (0, 0), (0, 0, 0))
+        assert trtllm_config(given.output)["max_draft_len"] == 4
+        assert str(tmp_path / "tree.json") in read_manifest(given.output)["inputs"]
+
+    def test_a_given_tree_is_not_cut(self, make: Make) -> None:
+        with pytest.raises(MedusaExportError, match="a path of depth 4; expected at most 2"):
+            export(make(num_heads=2, tree="medusa-63"), no_engine)
+
+
+def test_heads_inside_the_checkpoint(make: Make) -> None:
+    given = make("modelopt", quant="fp8", calib_prompts=2)
+    assert given.heads is None
+    assert export(given, check_engine)
+    assert trtllm_config(given.output)["num_medusa_heads"] == 3
+    stored = load_file(given.ckpt / "model.safetensors")["medusa_heads.2.1.weight"]
+    assert torch.equal(load_file(given.output / "trtllm/rank0.safetensors")["medusa_heads.2.lm_head.weight"], stored)
+
+
+class TestAgain:
+    def test_up_to_date(self, make: Make) -> None:
+        given = make(engine="none")
+        assert export(given, no_engine)
+        before = {path: path.stat().st_mtime_ns for path in given.output.rglob("*")}
+        assert not export(given, no_engine)
+        assert {path: path.stat().st_mtime_ns for path in given.output.rglob("*")} == before
+
+    def test_a_changed_argument_is_named(self, make: Make, tmp_path: Path) -> None:
+        given = make(engine="none")
+        export(given, no_engine)
+        (tmp_path / "calib.jsonl").write_text('{"prompt": "w1 w2"}\n')
+        changes: dict[str, Any] = {
+            "quant": "fp8", "kv_cache": "fp8", "dtype": "bfloat16", "tp": 2, "tree": "cpu-8", "calib_prompts": 7,
+            "engine": "onnxruntime", "max_length": 64, "draft_vocab": 0,
+        }  # fmt: skip
+        for name, value in changes.items():
+            with pytest.raises(OutputError, match=rf"other arguments \({name}\).*choose another directory"):
+                export(replace(given, **{name: value}), no_engine)
+        with pytest.raises(OutputError, match=r"other inputs \(.*calib.jsonl\)"):
+            export(replace(given, calib=tmp_path / "calib.jsonl"), no_engine)
+        assert verify_export(given.output) == []
+
+    @pytest.mark.parametrize("name", ["model/model.safetensors", "heads/medusa_lm_head.safetensors"])
+    def test_changed_weights_are_named(self, name: str, make: Make) -> None:
+        given = make(engine="none")
+        export(given, no_engine)
+        path = given.ckpt.parent / name
+        tensors = load_file(path)
+        first = sorted(tensors)[0]
+        save_file({**tensors, first: tensors[first] + 1}, path, {"format": "pt"})
+        with pytest.raises(OutputError, match=rf"other inputs \(.*{name}\)"):
+            export(given, no_engine)
+
+    def test_a_changed_tokenizer_is_named(self, make: Make) -> None:
+        given = make(engine="none")
+        export(given, no_engine)
+        with (given.ckpt / "chat_template.jinja").open("a") as file:
+            file.write(" ")
+        with pytest.raises(OutputError, match=r"other inputs \(.*chat_template.jinja\)"):
+            export(given, no_engine)
+
+    def test_a_damaged_output_is_not_up_to_date(self, make: Make) -> None:
+        given = make(engine="none")
+        export(given, no_engine)
+        (given.output / "tree.json").unlink()
+        with pytest.raises(OutputError, match=r"damaged output \(.*tree.json: missing"):
+            export(given, no_engine)
+
+
+class TestChecks:
+    def test_what_the_engine_check_gets(self, make: Make) -> None:
+        check, given = Calls(), make()
+        export(given, check)
+        ((engine, checkpoint, texts),) = check.seen
+        assert (engine.name, checkpoint) == ("engine", given.ckpt)
+        assert len(texts) == 4
+        assert all(1 < len(text) <= 64 for text in texts)
+
+    def test_a_large_model_is_not_loaded_beside_its_engine(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(export_module, "SMALL_MODEL", 1000)
+        check = Calls()
+        export(make(), check)
+        assert check.seen[0][1] is None
+
+    def test_a_bad_engine_is_not_published(self, make: Make, tmp_path: Path) -> None:
+        given = make()
+        before = set(os.listdir(tmp_path))
+        with pytest.raises(OutputError, match="KL 9.9 nats and 1 more"):
+            export(given, Calls(["KL 9.9 nats", "wrong"]))
+        assert set(os.listdir(tmp_path)) == before
+
+    def test_a_bad_checkpoint_is_not_published(
+        self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The check is of what lies on the disk: a byte that changes on its way there is found."""
+        write = export_module.write_trtllm
+
+        def write_and_flip(out: Path, *args: Any, **options: Any) -> None:
+            write(out, *args, **options)
+            path = out / "rank0.safetensors"
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 0x40
+            path.write_bytes(bytes(data))
+
+        monkeypatch.setattr(export_module, "write_trtllm", write_and_flip)
+        given = make(engine="none")
+        before = set(os.listdir(tmp_path))
+        with pytest.raises(OutputError, match="1 of .* values are not the source's"):
+            export(given, no_engine)
+        assert set(os.listdir(tmp_path)) == before
+
+
+def test_progress(make: Make) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    given = make(quant="fp8", calib_prompts=3)
+    export(given, Calls(), lambda stage, done, total: seen.setdefault(stage, []).append((done, total)))
+    assert list(seen) == ["calibrate", "TensorRT-LLM checkpoint", "ONNX graph", "engine", "verify"]
+    assert seen["calibrate"] == [(1, 3), (2, 3), (3, 3)]
+    assert all(done == total for done, total in (calls[-1] for calls in seen.values()))
+
+
+def test_refusals_come_before_any_work(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = make()
+    (given.ckpt / "chat_template.jinja").rename(tmp_path / "chat_template.jinja")
+    before = set(os.listdir(tmp_path))
+    monkeypatch.setattr(export_module, "hash_files", no_engine)
+    with pytest.raises(ConfigError, match="no chat template"):
+        export(given, no_engine)
+    with pytest.raises(ConfigError, match="at least 1 of each"):
+        export(replace(given, quant="fp8", engine="none", calib_prompts=0), no_engine)
+    assert set(os.listdir(tmp_path)) == before
+
+
+def test_no_chat_template_is_needed_where_nothing_runs(make: Make) -> None:
+    given = make(engine="none")
+    (given.ckpt / "chat_template.jinja").unlink()
+    assert export(given, no_engine)
+
+
+def test_a_full_disk_is_seen_before_writing(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = make(engine="none")
+    before = set(os.listdir(tmp_path))
+    real = export_module.check_free_space
+    monkeypatch.setattr(export_module, "check_free_space", lambda out, needed: real(out, needed + 10**18))
+    monkeypatch.setattr(export_module, "write_trtllm", no_engine)
+    with pytest.raises(OutputError, match="GB free; expected"):
+        export(given, no_engine)
+    assert set(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("engine", "tp", "num_heads", "vocab_size"),
+    [("onnxruntime", 1, 4, 97), ("none", 1, 4, 97), ("none", 4, 1, 2000), ("onnxruntime", 1, 1, 2000)],
+)
+def test_the_estimate_is_an_upper_bound(
+    engine: str, tp: int, num_heads: int, vocab_size: int, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank holds the whole embedding; heads without an lm_head are written with one."""
+    asked: list[int] = []
+    monkeypatch.setattr(export_module, "check_free_space", lambda out, needed: asked.append(needed))
+    config = {"vocab_size": vocab_size, "tie_word_embeddings": True}
+    given = make("v2", num_heads, engine=engine, tp=tp, config=config)
+    export(given, Calls())
+    weights = [path for path in given.output.rglob("*") if path.suffix in (".safetensors", ".data")]
+    assert asked[0] > sum(path.stat().st_size for path in weights)

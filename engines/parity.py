@@ -85,10 +85,11 @@ def logit_noise(engine: Scorer, prompt: Sequence[int], answer: Sequence[int], nu
         The largest movement over the answer's positions, in logits.
     """
     text, start = [*prompt, *answer], len(prompt)
-    if len(answer) < num_nodes or num_nodes == 1:
+    chunk = min(num_nodes, len(answer))
+    if chunk <= 1:
         return 0.0
     single = np.concatenate(list(engine.score(text, chunk=1, start=start)))  # [answer, V]
-    block = np.concatenate(list(engine.score(text, chunk=num_nodes, start=start)))
+    block = np.concatenate(list(engine.score(text, chunk=chunk, start=start)))
     best_two = np.argpartition(single, -2, axis=-1)[:, -2:]  # [answer, 2]
     gaps = [np.diff(np.take_along_axis(logits, best_two, axis=-1), axis=-1) for logits in (single, block)]
     return float(np.abs(gaps[0] - gaps[1]).max())

@@ -81,9 +81,9 @@ def speedup(prompts: Sequence[PromptResult]) -> float:
 
 
 def tokens_per_step(prompts: Sequence[PromptResult]) -> float:
-    """Mean tokens that a decode step with the tree yields; 1 where no step ran."""
-    accepted = [count for prompt in prompts for count in prompt.medusa[0].accepted]
-    return sum(accepted) / len(accepted) if accepted else 1.0
+    """Mean tokens that a decode step with the tree adds to the output, the prefill's one aside; 1 where no step ran."""
+    steps = sum(len(prompt.medusa[0].accepted) for prompt in prompts)
+    return sum(prompt.tokens("medusa") - 1 for prompt in prompts) / steps if steps else 1.0
 
 
 def _step_ms(prompts: Sequence[PromptResult], mode: str) -> tuple[float, float]:

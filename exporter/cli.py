@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -184,6 +185,8 @@ def _main(app: typer.Typer) -> None:
     """Run a command; the project's errors become one line on stderr and exit code 2, a signal one line and 128 + its number."""
     verbose = bool({"-v", "--verbose"} & set(sys.argv))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    if not verbose:  # or transformers lists the heads of a combined checkpoint as unexpected weights
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signals = _unwind_on_signals()
     try:
         app()

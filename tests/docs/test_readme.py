@@ -45,7 +45,9 @@ def test_file_tree() -> None:
 
 
 def test_make_targets() -> None:
-    targets = {line.split(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if re.match(r"[a-z]+:", line)}
+    targets = {
+        line.split(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if re.match(r"[a-z]+:", line)
+    }
     named = {command.split()[1] for command in COMMANDS if command.startswith("make ")}
     assert named == {"quickstart", "test"}
     assert named <= targets
@@ -71,14 +73,26 @@ def test_paths_in_commands_are_made_or_shipped() -> None:
 
 
 def test_quickstart_output_is_one() -> None:
-    rows = ["prompts", "tokens/s without Medusa", "tokens/s with Medusa", "speed-up (95% CI)", "tokens per step", "parity"]
+    rows = [
+        "prompts",
+        "tokens/s without Medusa",
+        "tokens/s with Medusa",
+        "speed-up (95% CI)",
+        "tokens per step",
+        "parity",
+    ]
     positions = [section("quickstart output").find(row) for row in rows]
     assert all(position >= 0 for position in positions)
     assert positions == sorted(positions)
 
 
 def test_links_resolve() -> None:
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]:
+    for document in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+    ]:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"

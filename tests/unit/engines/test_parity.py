@@ -139,6 +139,14 @@ class TestNoise:
         assert [call[1:] for call in scorer.calls] == [(1, 3), (4, 3)]
         assert all(text == [*PROMPT, *self.answer] for text, _, _ in scorer.calls)
 
-    @pytest.mark.parametrize(("length", "nodes"), [(3, 4), (12, 1)])
+    def test_one_block_is_enough(self) -> None:
+        assert logit_noise(TableScorer(table(), noise=0.25), PROMPT, self.answer[:4], 4) == pytest.approx(0.25)
+
+    def test_a_short_answer_is_one_smaller_block(self) -> None:
+        scorer = TableScorer(table(), noise=0.25)
+        assert logit_noise(scorer, PROMPT, self.answer[:3], 4) == pytest.approx(0.25)
+        assert [call[1] for call in scorer.calls] == [1, 3]
+
+    @pytest.mark.parametrize(("length", "nodes"), [(1, 4), (0, 4), (12, 1)])
     def test_nothing_to_measure(self, length: int, nodes: int) -> None:
         assert logit_noise(TableScorer(table(), noise=9.0), PROMPT, [0] * length, nodes) == 0.0

@@ -122,7 +122,9 @@ def test_scales_are_those_of_everything_that_is_quantized(make: Make) -> None:
     scales = Scales.load(given.output / "scales.json")
     base = {name for name in scales.weight_amax if name.startswith("model.layers.")}
     assert len(base) == 2 * 7
-    assert scales.weight_amax.keys() - base == {f"medusa_heads.{h}.{part}" for h in range(3) for part in ("0.linear", "1")}
+    assert scales.weight_amax.keys() - base == {
+        f"medusa_heads.{h}.{part}" for h in range(3) for part in ("0.linear", "1")
+    }
     assert scales.kv_amax.keys() == {0, 1}
     tensors = load_file(given.output / "trtllm/rank0.safetensors")
     stored = tensors["medusa_heads.1.lm_head.weights_scaling_factor"].item()
@@ -254,7 +256,7 @@ class TestChecks:
     def test_a_bad_engine_is_not_published(self, make: Make, tmp_path: Path) -> None:
         given = make()
         before = set(os.listdir(tmp_path))
-        with pytest.raises(OutputError, match="KL 9.9 nats and 1 more"):
+        with pytest.raises(OutputError, match=r"KL 9\.9 nats and 1 more"):
             export(given, Calls(["KL 9.9 nats", "wrong"]))
         assert set(os.listdir(tmp_path)) == before
 
@@ -274,7 +276,7 @@ class TestChecks:
         monkeypatch.setattr(export_module, "write_trtllm", write_and_flip)
         given = make(engine="none")
         before = set(os.listdir(tmp_path))
-        with pytest.raises(OutputError, match="1 of .* values are not the source's"):
+        with pytest.raises(OutputError, match=r"1 of .* values are not the source's"):
             export(given, no_engine)
         assert set(os.listdir(tmp_path)) == before
 

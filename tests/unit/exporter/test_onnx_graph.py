@@ -27,6 +27,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "head_dim": ("llama", {"head_dim": 32}),
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -34,6 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention_bias": ("llama", {"attention_bias": True}),
     "mlp_bias": ("llama", {"mlp_bias": True, "attention_bias": True}),
     "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
+    "yarn rope": ("qwen2", {"rope_parameters": YARN}),
     "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}}),
     "rope theta": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 200.0}}),
     "no groups": ("mistral", {"num_key_value_heads": 4}),

@@ -35,7 +35,7 @@ def test_the_three_shapes(tmp_path: Path) -> None:
     assert prompts == [
         Prompt("81", "writing", ({"role": "user", "content": "First\u2028turn"},)),
         Prompt("x1", "gsm8k", (ASK,)),
-        Prompt("4", "", (SYSTEM, ASK, ANSWER, ASK)),
+        Prompt("4", "", (SYSTEM, ASK, ANSWER, ASK), "Yes.\nYes."),
         Prompt("5", "", ({"role": "user", "content": "Grüße"},)),
     ]
     assert load_prompts(file, limit=2) == prompts[:2]

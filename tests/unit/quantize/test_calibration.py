@@ -39,3 +39,11 @@ def test_limits(limits: dict[str, int], tiny_tokenizer: Callable[..., Path], tmp
 def test_no_prompts(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--calib"):
         token_batches(read_tokenizer(tiny_tokenizer(tmp_path)), [])
+
+
+def test_answers_follow_their_prompts(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(tiny_tokenizer(tmp_path))
+    (silent,) = prompts(1)
+    (batch,) = token_batches(tokenizer, [Prompt("0", "", silent.messages, "w3 w4")])
+    assert batch == encode_chat(tokenizer, silent.messages) + tokenizer("w3 w4", add_special_tokens=False)["input_ids"]
+    assert len(batch) > len(encode_chat(tokenizer, silent.messages))

@@ -99,12 +99,17 @@ class OnnxRuntimeEngine:
             self.length += len(ids)
             yield block.logits
 
-    def _session(self, path: Path, entries: dict[str, str]) -> Any:
+    def _options(self, entries: dict[str, str]) -> Any:
+        """Session options; a profiler may add to them."""
         options = self._ort.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 3
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
+        return options
+
+    def _session(self, path: Path, entries: dict[str, str]) -> Any:
+        options = self._options(entries)
         try:
             return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own classes, all derived from Exception

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from medusa_export.exporter.agreement import compare_weights
+from medusa_export.exporter.agreement import compare_weights, row_chunks
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import CheckpointError, ConfigError
@@ -205,8 +205,8 @@ def _rank_problems(source: TensorSource, need: Shapes) -> Iterator[str]:
         if (source.dtype(name), source.shape(name)) != (dtype, shape):
             yield f"{name} is {source.dtype(name)} {list(source.shape(name))}; expected {dtype} {list(shape)}"
             continue
-        tensor = source.read(name).to(torch.float32)
-        if not torch.isfinite(tensor).all():
+        tensor = source.read(name)
+        if not all(torch.isfinite(part.to(torch.float32)).all() for part in row_chunks(tensor)):
             yield f"{name} has values that are not finite"
         elif name.endswith("scaling_factor") and not (tensor > 0).all():
             yield f"{name} is {tensor.item()}; a scale is above 0"

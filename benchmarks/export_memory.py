@@ -1,0 +1,324 @@
+"""Peak memory and speed of every writer on a large synthetic checkpoint, against ``cp`` of the same bytes.
+
+    python benchmarks/export_memory.py
+
+Makes a Llama-shaped checkpoint of random bfloat16 weights in several shards, with Medusa heads without lm_heads, and the same one
+with half of the layers, in a temporary folder (5 GB for the default size; removed at the end). Every case runs in a process of its
+own. Two peaks are measured, both above what was resident after the imports:
+
+- anonymous: RssAnon, which only the process itself can free; sampled every half millisecond from outside.
+- resident: VmHWM, the kernel's own mark. Pages of the mapped source files count here as long as the kernel cares to keep them.
+
+The last case reads every tensor and keeps it: what an export that did not stream would take, and a check of the measurement.
+Times end when the files are on the disk (fsync), for ``cp`` too. Those of "export" include reading everything back, comparing it
+with the source, and hashing.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from medusa_export.engines.report import hardware, versions
+from medusa_export.exporter.engine_dir import write_engine, write_onnx
+from medusa_export.exporter.export import DEFAULT_SIZE, ExportArguments, export
+from medusa_export.exporter.trtllm import write_trtllm
+from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.conversations import read_tokenizer
+from medusa_export.heads.families import EMBED_TOKENS
+from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.tree import load_tree
+from medusa_export.quantize.formats import get_format
+from medusa_export.quantize.scales import Scales
+
+MB = 1e6
+TREE, SPREAD, AMAX = "cpu-3", 0.02, 1.0  # AMAX covers every weight that a normal distribution of SPREAD yields
+LAYERS_A_SHARD = 2
+PRELOAD = ["medusa_export.exporter.export", "medusa_export.exporter.engine_dir", "transformers.models.llama"]
+Case = Callable[[Path, Path], object]
+
+
+def _export(quant: str) -> Case:
+    def run(source: Path, out: Path) -> object:
+        arguments = ExportArguments(
+            source / "model", out, quant, source / "heads", engine="none", tree=TREE, calib_prompts=1
+        )
+        return export(arguments, lambda *_: [])
+
+    return run
+
+
+def _trtllm(quant: str, tp: int) -> Case:
+    def run(source: Path, out: Path) -> object:
+        checkpoint = _open(source)
+        return write_trtllm(out, checkpoint, get_format(quant), _scales(checkpoint), tree=load_tree(TREE), tp=tp)
+
+    return run
+
+
+def _onnx(quant: str) -> Case:
+    def run(source: Path, out: Path) -> object:
+        checkpoint = _open(source)
+        return write_onnx(out, checkpoint, get_format(quant), _scales(checkpoint), max_length=128)
+
+    return run
+
+
+def _engine(quant: str) -> Case:
+    def run(source: Path, out: Path) -> object:
+        checkpoint, tree = _open(source), load_tree(TREE)
+        size = min(DEFAULT_SIZE, checkpoint.config.vocab_size)
+        return write_engine(
+            out, checkpoint, get_format(quant), _scales(checkpoint), tree=tree, max_length=128,
+            draft_vocab=torch.arange(size), save_tokenizer=lambda _: None, source={},
+        )  # fmt: skip
+
+    return run
+
+
+def _keep_all(source: Path, out: Path) -> object:
+    checkpoint = _open(source)
+    out.mkdir()
+    return [checkpoint.read(name).clone() for name in checkpoint.names]
+
+
+CASES: dict[str, Case] = {
+    "export none": _export("none"),
+    "export int8_wo": _export("int8_wo"),
+    "TensorRT-LLM fp8": _trtllm("fp8", 1),
+    "TensorRT-LLM fp8, tp 2": _trtllm("fp8", 2),
+    "onnx none": _onnx("none"),
+    "engine none": _engine("none"),
+    "engine int8_wo": _engine("int8_wo"),
+    "all in memory": _keep_all,
+}
+
+
+def _open(source: Path) -> MedusaCheckpoint:
+    return MedusaCheckpoint.open(source / "model", source / "heads")
+
+
+def _scales(checkpoint: MedusaCheckpoint) -> Scales:
+    modules = [name.removesuffix(".weight") for name in checkpoint.names if name.endswith("_proj.weight")]
+    return Scales(dict.fromkeys(modules, AMAX), dict.fromkeys(modules, AMAX), {})
+
+
+def make_checkpoint(root: Path, *, hidden: int, layers: int, vocab: int, num_heads: int) -> None:
+    """``root/model`` in shards of a few layers, with a tokenizer, and ``root/heads``."""
+    model, heads = root / "model", root / "heads"
+    model.mkdir(parents=True)
+    heads.mkdir()
+    _write_config(model, hidden=hidden, layers=layers, vocab=vocab)
+    weight_map: dict[str, str] = {}
+    for shard, shapes in _shards(DecoderConfig.from_dir(model)):
+        save_file({name: _random(shape) for name, shape in shapes.items()}, model / shard)
+        weight_map |= dict.fromkeys(shapes, shard)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    blocks = {f"{head}.0.linear.weight": _random((hidden, hidden)) for head in range(num_heads)}
+    blocks |= {f"{head}.0.linear.bias": _random((hidden,)) for head in range(num_heads)}
+    save_file(blocks, heads / "medusa_lm_head.safetensors")
+    _write_tokenizer(model)
+
+
+def make_shallower(root: Path, deep: Path, *, layers: int) -> None:
+    """The same checkpoint with its first layers only; the shards are shared with the deep one."""
+    model = root / "model"
+    model.mkdir(parents=True)
+    config = json.loads((deep / "model/config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    weight_map: dict[str, str] = {}
+    for shard, shapes in _shards(DecoderConfig.from_dir(model)):
+        os.link(deep / "model" / shard, model / shard)
+        weight_map |= dict.fromkeys(shapes, shard)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(deep / "model" / name, model)
+    shutil.copytree(deep / "heads", root / "heads")
+
+
+def _shards(config: DecoderConfig) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+    """File name and shapes of every shard: the embedding, lm_head and last norm in the first one, then the layers."""
+    shapes = config.tensor_shapes()
+    layers = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.")}
+    yield "shard-ends.safetensors", {name: shape for name, shape in shapes.items() if name not in layers}
+    for first in range(0, config.num_hidden_layers, LAYERS_A_SHARD):
+        mine = {name for name in layers if first <= int(name.split(".")[2]) < first + LAYERS_A_SHARD}
+        yield f"shard-{first:03}.safetensors", {name: shape for name, shape in layers.items() if name in mine}
+
+
+def _random(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16) * SPREAD
+
+
+def _write_config(model: Path, *, hidden: int, layers: int, vocab: int) -> None:
+    head_dim = min(64, hidden // 4)
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_act": "silu",
+        "hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": layers, "vocab_size": vocab,
+        "num_attention_heads": hidden // head_dim, "num_key_value_heads": hidden // head_dim // 4,
+        "head_dim": head_dim, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "tie_word_embeddings": False, "eos_token_id": 0,
+    }  # fmt: skip
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def _write_tokenizer(model: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(model)
+
+
+def measure(case: str, source: Path, out: Path) -> dict[str, float]:
+    """Run one case in a fresh process.
+
+    Returns:
+        anonymous_mb, resident_mb: peaks above the start; seconds; written_mb.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)  # imported once, for all cases
+    here, there = context.Pipe()
+    process = context.Process(target=_child, args=(case, source, out, there))
+    process.start()
+    assert process.pid is not None
+    there.close()
+    start = here.recv()
+    peak, stop = [start["RssAnon"]], threading.Event()
+    sampler = threading.Thread(target=_sample, args=(process.pid, peak, stop))
+    sampler.start()
+    try:
+        here.send("go")
+        end = here.recv()  # EOFError when the child failed; its traceback is on stderr
+    finally:
+        stop.set()
+        sampler.join()
+        process.join()
+    return {
+        "anonymous_mb": (peak[0] - start["RssAnon"]) / MB,
+        "resident_mb": (end["VmHWM"] - start["VmRSS"]) / MB,
+        "seconds": end["seconds"],
+        "written_mb": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / MB,
+    }
+
+
+def _child(case: str, source: Path, out: Path, parent: Connection) -> None:
+    read_tokenizer(source / "model")  # which imports the rest of transformers
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # VmHWM starts again from what is resident now
+    parent.send(_status(os.getpid()))
+    parent.recv()
+    start = time.perf_counter()
+    kept = CASES[case](source, out)
+    _sync(out)
+    seconds = time.perf_counter() - start
+    parent.send({**_status(os.getpid()), "seconds": seconds})
+    del kept
+
+
+def _sample(pid: int, peak: list[int], stop: threading.Event) -> None:
+    while not stop.wait(0.0005):
+        try:
+            peak[0] = max(peak[0], _status(pid)["RssAnon"])
+        except (OSError, KeyError):  # it has ended
+            return
+
+
+def _status(pid: int) -> dict[str, int]:
+    """Bytes of VmHWM, VmRSS and RssAnon."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("VmHWM:", "VmRSS:", "RssAnon:")}
+
+
+def _sync(out: Path) -> None:
+    for path in [out, *out.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _copy_seconds(out: Path) -> float:
+    """``cp`` of what a case wrote, to the same disk."""
+    copy = out.with_name("copy")
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    _sync(copy)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(copy)
+    return seconds
+
+
+def run_all(work: Path, *, hidden: int, layers: int, vocab: int, num_heads: int) -> dict[str, Any]:
+    """Every case on half and on all of the layers."""
+    deep, shallow = work / "deep", work / "shallow"
+    make_checkpoint(deep, hidden=hidden, layers=layers, vocab=vocab, num_heads=num_heads)
+    make_shallower(shallow, deep, layers=layers // 2)
+    checkpoint = _open(deep)
+    largest = max(2 * torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names) / MB
+    rows = []
+    for case in CASES:
+        for source, depth in ((shallow, layers // 2), (deep, layers)):
+            out = work / "out"
+            found = measure(case, source, out)
+            copy = _copy_seconds(out) if found["written_mb"] else 0.0
+            rows.append(
+                {"case": case, "layers": depth, "ratio": found["anonymous_mb"] / largest, **found, "cp_seconds": copy}
+            )
+            shutil.rmtree(out)
+    return {
+        "largest_tensor_mb": largest,
+        "embedding": list(checkpoint.shape(EMBED_TOKENS)),
+        "source_mb": sum(path.stat().st_size for path in checkpoint.files) / MB,
+        "shards": len(checkpoint.base.files) - 1,
+        "rows": rows,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    title = f"source {result['source_mb']:.0f} MB in {result['shards']} shards, largest tensor {result['largest_tensor_mb']:.0f} MB"
+    table = Table("case", "layers", "anon MB", "/ largest", "rss MB", "written MB", "s", "cp s", title=title)
+    for row in result["rows"]:
+        table.add_row(
+            row["case"], str(row["layers"]), f"{row['anonymous_mb']:.0f}", f"{row['ratio']:.1f}", f"{row['resident_mb']:.0f}",
+            f"{row['written_mb']:.0f}", f"{row['seconds']:.1f}", f"{row['cp_seconds']:.1f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def main(
+    hidden: Annotated[int, typer.Option(help="Hidden size, a multiple of 256.")] = 2048,
+    layers: Annotated[int, typer.Option(help="Layers; half of them is measured too.")] = 16,
+    vocab: Annotated[int, typer.Option(help="Vocabulary.")] = 32000,
+    num_heads: Annotated[int, typer.Option(help="Medusa heads.")] = 3,
+    work: Annotated[Path | None, typer.Option(help="Where the temporary folder goes. Default: the system's.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Print peak memory, time and the time of cp for every writer."""
+    with tempfile.TemporaryDirectory(prefix="export-memory-", dir=work) as folder:
+        result = run_all(Path(folder), hidden=hidden, layers=layers, vocab=vocab, num_heads=num_heads)
+    _print(result)
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

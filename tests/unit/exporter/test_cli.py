@@ -1,0 +1,442 @@
+"""The commands: exit codes, one line an error, what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from medusa_export.engines.bench import RunArguments
+from medusa_export.exporter import cli
+from medusa_export.exporter.export import ExportArguments
+from medusa_export.heads.errors import OutputError
+from medusa_export.heads.tree import PRESETS
+from medusa_export.quantize.formats import FORMATS, KV_CACHE
+
+BIN = Path(sys.executable).parent
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+def console(command: str, *flags: object, **environment: str) -> Result:
+    """The installed console script, in a process of its own."""
+    result = subprocess.run(
+        [BIN / command, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    return Result(result.returncode, result.stdout, result.stderr)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """``run("export", *flags)``: the entry point that the console script calls, in this process."""
+
+    def call(command: str, *flags: object) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"medusa-{command}", *map(str, flags)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            {"export": cli.export_main, "run": cli.run_main}[command]()
+        code = stopped.value.code
+        assert isinstance(code, int)
+        return Result(code, *capfd.readouterr())
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield call
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+@dataclass
+class Inputs:
+    """A tiny model with a tokenizer, heads for it, and the directory that both lie in."""
+
+    root: Path
+    model: Path
+    heads: Path
+
+    def flags(self, **changes: object) -> list[str]:
+        """The smallest export; ``None`` drops a flag, and "" makes it a switch."""
+        given = {"ckpt": self.model, "heads": self.heads, "engine": "none", "output": self.root / "out", **changes}
+        pairs = ((f"--{name.replace('_', '-')}", value) for name, value in given.items() if value is not None)
+        return [str(part) for pair in pairs for part in pair if part != ""]
+
+
+@pytest.fixture
+def inputs(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_heads: Callable[..., Path], tiny_tokenizer: Any
+) -> Inputs:
+    model = tiny_tokenizer(tiny_checkpoint(tmp_path / "model", dtype=torch.float16))
+    return Inputs(tmp_path, model, tiny_heads(tmp_path / "heads", dtype=torch.float16))
+
+
+def one_line(result: Result, code: int = 2) -> str:
+    """The error's line, after checking that it is all there is."""
+    assert (result.code, result.out) == (code, "")
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+class Touch:
+    """Unpickled, it creates a file: what a hostile checkpoint would do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, function: str, result: object) -> list[Any]:
+    """The first arguments that a function gets from now on; it only returns ``result``."""
+    seen: list[Any] = []
+
+    def called(*given: object) -> object:
+        seen.append(given[0])
+        return result
+
+    monkeypatch.setattr(function, called)
+    return seen
+
+
+class TestExport:
+    def test_success_and_again(self, run: Run, inputs: Inputs) -> None:
+        flags = inputs.flags()
+        assert run("export", *flags) == (0, f"wrote {inputs.root / 'out'}\n", "")
+        assert run("export", *flags) == (0, f"up to date: {inputs.root / 'out'}\n", "")
+        line = one_line(run("export", *flags, "--tp", "2"))
+        assert "other arguments (tp)" in line
+
+    def test_one_directory_is_enough(
+        self, tmp_path: Path, tiny_checkpoint: Any, tiny_heads: Any, tiny_tokenizer: Any
+    ) -> None:
+        """A fresh process, because only there transformers' own warnings show."""
+        ckpt = tiny_heads(tiny_tokenizer(tiny_checkpoint(tmp_path / "combined")), "modelopt")
+        assert console("medusa-export", "--ckpt", ckpt, "--quant", "fp8") == (0, f"wrote {ckpt}-fp8\n", "")
+        assert (tmp_path / "combined-fp8/engine/engine.json").is_file()
+
+    def test_every_flag_reaches_the_export(
+        self, run: Run, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = spy(monkeypatch, "medusa_export.exporter.export.export", True)
+        expected = ExportArguments(
+            inputs.model, tmp_path / "o", "fp8", inputs.heads, "fp8", True, "bfloat16", 4, "cpu-4", tmp_path / "calib",
+            5, "none", 99, 100,
+        )  # fmt: skip
+        flags = {item.name: getattr(expected, item.name) for item in fields(ExportArguments)} | {"quant_heads": ""}
+        assert run("export", *inputs.flags(**flags)).code == 0
+        assert seen == [expected]
+        run("export", "--ckpt", inputs.model)
+        assert seen[1] == ExportArguments(inputs.model, inputs.root / "model-none")
+
+
+def remove(name: str) -> Callable[[Inputs], dict[str, object]]:
+    def change(inputs: Inputs) -> dict[str, object]:
+        (inputs.model / name).unlink()
+        return {}
+
+    return change
+
+
+def flags(**changes: object) -> Callable[[Inputs], dict[str, object]]:
+    return lambda _: changes
+
+
+def tree(text: str) -> Callable[[Inputs], dict[str, object]]:
+    def change(inputs: Inputs) -> dict[str, object]:
+        (inputs.root / "tree.json").write_text(text)
+        return {"tree": inputs.root / "tree.json"}
+
+    return change
+
+
+def cut_short(inputs: Inputs) -> dict[str, object]:
+    path = inputs.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return {}
+
+
+def no_header(inputs: Inputs) -> dict[str, object]:
+    (inputs.heads / "medusa_lm_head.safetensors").write_bytes(b"\xff" * 500)
+    return {}
+
+
+def hostile_base(inputs: Inputs) -> dict[str, object]:
+    (inputs.model / "model.safetensors").unlink()
+    (inputs.model / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(inputs.root / "owned")))
+    return {}
+
+
+def hostile_heads(inputs: Inputs) -> dict[str, object]:
+    path = inputs.root / "heads.pt"
+    torch.save({"0.0.linear.weight": Touch(inputs.root / "owned")}, path)
+    return {"heads": path}
+
+
+def occupied(inputs: Inputs) -> dict[str, object]:
+    (inputs.root / "mine").mkdir()
+    (inputs.root / "mine/thesis.tex").write_text("x")
+    return {"output": inputs.root / "mine"}
+
+
+def bad_config(inputs: Inputs) -> dict[str, object]:
+    (inputs.model / "config.json").write_text("{")
+    return {}
+
+
+def bad_prompts(inputs: Inputs) -> dict[str, object]:
+    (inputs.root / "calib.jsonl").write_text('{"prompt": "w1"}\n{"question": "w2"}\n')
+    return {"calib": inputs.root / "calib.jsonl"}
+
+
+ERRORS: dict[str, tuple[Callable[[Inputs], dict[str, object]], str]] = {
+    "no flags at all": (flags(ckpt=None), "--ckpt: got nothing"),
+    "missing checkpoint": (flags(ckpt="absent"), "absent/config.json: got no such file"),
+    "no weights": (remove("model.safetensors"), "expected one of model.safetensors"),
+    "damaged config": (bad_config, "config.json: got unreadable JSON"),
+    "cut short": (cut_short, "model.safetensors: got an unreadable file"),
+    "no safetensors": (no_header, "medusa_lm_head.safetensors: got an unreadable file"),
+    "hostile pickle": (hostile_base, "pytorch_model.bin: got a pickle that cannot be read safely"),
+    "hostile heads": (hostile_heads, "heads.pt: got a pickle that cannot be read safely"),
+    "no heads": (flags(heads=None), "got no Medusa heads in it; expected heads; pass --heads"),
+    "missing heads": (flags(heads="absent"), "absent: got no such file or directory"),
+    "no tokenizer": (remove("tokenizer.json"), "got no tokenizer"),
+    "no chat template": (
+        lambda inputs: {**remove("chat_template.jinja")(inputs), "engine": "onnxruntime"},
+        "got no chat template",
+    ),
+    "unknown format": (flags(quant="fp9"), "format 'fp9': got an unknown name; expected one of none, fp8, int8_wo"),
+    "unknown cache": (flags(kv_cache="fp4"), "kv cache format 'fp4': got an unknown name"),
+    "unknown engine": (flags(engine="vllm"), "--engine: got 'vllm'; expected onnxruntime or none"),
+    "unknown dtype": (flags(dtype="int4"), "dtype 'int4'"),
+    "16-bit heads only": (flags(quant_heads=""), "leave the heads in 16 bit"),
+    "dims of int8": (flags(quant="int8_wo"), "in format int8_wo: got "),
+    "missing tree": (flags(tree="oak"), "tree oak: got no such file or preset; expected a JSON file or one of none,"),
+    "no JSON tree": (tree("[[0],"), "tree.json: got unreadable JSON"),
+    "tree without parent": (tree("[[0], [1, 0]]"), "tree choice [1, 0]: got no parent [1]"),
+    "tree too deep": (tree("[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]"), "a path of depth 4; expected at most 3"),
+    "empty tree": (flags(tree="none"), "--tree: got an empty tree"),
+    "tp does not divide": (flags(tp=3), "4 query heads over tp 3; expected a multiple of 3; use tp 1, 2, 4"),
+    "tp 0": (flags(tp=0), "tp: got 0; expected at least 1"),
+    "long context": (flags(engine="onnxruntime", max_length=129), "--max-length: got 129; expected 16 .. 128"),
+    "draft vocabulary": (flags(draft_vocab=-1), "--draft-vocab: got -1"),
+    "missing prompts": (flags(calib="absent"), "absent: got no readable file"),
+    "bad prompts": (bad_prompts, "calib.jsonl:2: got the keys question"),
+    "occupied output": (occupied, "mine: got files, but no medusa.json; expected a new or an empty directory"),
+    "output is a file": (lambda inputs: {"output": inputs.heads / "config.json"}, "config.json: got a file"),
+    "output under a file": (
+        lambda inputs: {"output": inputs.heads / "config.json/out"},
+        "config.json: got no way to write there",
+    ),
+    "unwritable output": (flags(output="/proc/medusa/out"), "/proc/medusa: got no way to write there"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_error(case: str, run: Run, inputs: Inputs) -> None:
+    change, message = ERRORS[case]
+    changed = inputs.flags(**change(inputs))
+    before = sorted(inputs.root.rglob("*"))
+    assert message in one_line(run("export", *changed))
+    assert sorted(inputs.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("table", [FORMATS, KV_CACHE], ids=["quant", "kv-cache"])
+def test_a_format_without_a_writer_names_the_nearest(table: dict[str, Any], run: Run, inputs: Inputs) -> None:
+    flag = "quant" if table is FORMATS else "kv_cache"
+    unwritten = [row for row in table.values() if not row.exportable]
+    assert unwritten
+    for row in unwritten:
+        line = one_line(run("export", *inputs.flags(**{flag: row.name})))
+        assert re.search(rf"'{row.name}': got a known format without a writer .*; use {row.nearest}$", line)
+        assert table[row.nearest].exportable
+
+
+@pytest.mark.parametrize("wrong", [["--quantt", "fp8"], ["--tp", "two"], ["verify"], ["publish", "out"]])
+def test_usage_errors(wrong: list[str], run: Run, inputs: Inputs) -> None:
+    result = run("export", *wrong)
+    assert (result.code, result.out) == (2, "")
+    assert "Usage: " in result.err
+    assert "Traceback" not in result.err
+
+
+def test_verbose_errors_show_where_they_come_from(run: Run, inputs: Inputs) -> None:
+    result = run("export", *inputs.flags(ckpt="absent"), "-v")
+    assert result.code == 2
+    assert "Traceback" in result.err
+    assert result.err.splitlines()[-1].startswith("error: absent/config.json: got no such file")
+
+
+def test_an_error_of_the_program_is_not_hidden(run: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("medusa_export.exporter.export.export", broken)
+    monkeypatch.setattr(sys, "argv", ["medusa-export", *inputs.flags()])
+    with pytest.raises(ZeroDivisionError):
+        cli.export_main()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("disguise", [None, ImportError, OutputError])
+def test_a_signal_whatever_a_library_makes_of_it(
+    number: signal.Signals, disguise: Any, run: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that is interrupted while it is imported raises ImportError, which becomes "not installed"."""
+
+    def interrupted(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except SystemExit as error:
+            if disguise is None:
+                raise
+            raise disguise(*"abcd") from error
+
+    monkeypatch.setattr("medusa_export.exporter.export.export", interrupted)
+    line = one_line(run("export", *inputs.flags()), 128 + number)
+    assert line == f"error: stopped by {number.name}; nothing half-written is left"
+
+
+def test_an_ignored_signal_stays_ignored(run: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a shell's & do
+
+    def interrupted(*_: object) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    monkeypatch.setattr("medusa_export.exporter.export.export", interrupted)
+    assert run("export", *inputs.flags()).code == 0
+
+
+class TestVerify:
+    def test_good_and_flipped(self, run: Run, inputs: Inputs) -> None:
+        out = inputs.root / "out"
+        run("export", *inputs.flags())
+        assert run("export", "verify", out) == (0, f"{out}: complete and consistent\n", "")
+        path = out / "trtllm/rank0.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        result = run("export", "verify", out)
+        assert (result.code, result.err) == (1, "")
+        assert result.out == f"{path}: its content is not what was written (SHA-256 differs)\n"
+        path.unlink()
+        result = run("export", "verify", out)
+        assert (result.code, result.err) == (1, "")
+        assert f"{path}: missing" in result.out
+
+    def test_nothing_there(self, run: Run, tmp_path: Path) -> None:
+        result = run("export", "verify", tmp_path)
+        assert (result.code, result.err) == (1, "")
+        assert f"{tmp_path / 'medusa.json'}: got no such file" in result.out
+
+
+class TestHelp:
+    def text(self, command: str, *arguments: str) -> str:
+        result = console(command, *arguments, "--help", COLUMNS="200", NO_COLOR="1")
+        assert (result.code, result.err) == (0, "")
+        return " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.out).split())
+
+    def test_export(self) -> None:
+        text = self.text("medusa-export")
+        for item in fields(ExportArguments):
+            assert f"--{item.name.replace('_', '-')} " in text, item.name
+        for row in (*FORMATS.values(), *KV_CACHE.values()):
+            note = "" if row.exportable else " (not in this version)"
+            assert f"{row.name} {row.description}{note}" in text, row.name
+        assert ", ".join(PRESETS) in text
+        assert "verify Check an export again" in text
+        assert "--verbose -v" in text
+
+    def test_verify(self) -> None:
+        assert "Exit code 1 when something is wrong" in self.text("medusa-export", "verify")
+
+    def test_run(self) -> None:
+        text = self.text("medusa-run")
+        for item in fields(RunArguments):
+            assert f"--{item.name.replace('_', '-')} " in text, item.name
+
+    def test_defaults_are_those_of_the_functions(self, run: Run, inputs: Inputs, monkeypatch: Any) -> None:
+        seen = spy(monkeypatch, "medusa_export.engines.bench.run", {"failures": []})
+        monkeypatch.setattr(cli, "_print_report", lambda result: None)
+        assert run("run", "--engine", "e", "--prompts", "p").code == 0
+        assert seen == [RunArguments(Path("e"), Path("p"))]
+
+
+class TestTerminal:
+    def test_log_and_no_bar_in_a_pipe(self, inputs: Inputs) -> None:
+        (inputs.heads / "config.json").write_text('{"medusa_num_heads": 7}')
+        result = console("medusa-export", *inputs.flags(tree="cpu-8"), "-v")
+        assert (result.code, result.out) == (0, f"wrote {inputs.root / 'out'}\n")
+        lines = result.err.splitlines()
+        warning, *rest = lines
+        assert re.fullmatch("WARNING: .*medusa_num_heads is 7, but 3 heads are stored; using 3", warning)
+        assert all(line.startswith("INFO: ") for line in rest)
+        assert "INFO: 3 Medusa heads (medusa-v1)" in rest
+        assert "INFO: writing the TensorRT-LLM checkpoint, 8 draft tokens" in rest
+
+    def test_bars_on_a_terminal(self, inputs: Inputs) -> None:
+        """What the test above would see if the bars were not left out there."""
+        terminal, side = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+        process = subprocess.Popen(
+            [BIN / "medusa-export", *inputs.flags()], stdout=subprocess.PIPE, stderr=side, env=environment
+        )
+        os.close(side)
+        shown = b""
+        try:
+            while part := os.read(terminal, 4096):
+                shown += part
+        except OSError:  # Linux's end of a terminal
+            pass
+        finally:
+            os.close(terminal)
+        out, _ = process.communicate()
+        assert (process.returncode, out) == (0, f"wrote {inputs.root / 'out'}\n".encode())
+        for stage in (b"TensorRT-LLM checkpoint", b"verify"):
+            assert stage in shown
+
+
+class TestRun:
+    def test_report(self, run: Run, tiny_engine: Callable[..., Any], tmp_path: Path, tiny_tokenizer: Any) -> None:
+        made = tiny_engine()
+        tiny_tokenizer(made.path)
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1 w2 w3"}\n{"prompt": "w4 w5"}\n')
+        flags = ["--engine", made.path, "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 8, "--repeats", 1]
+        result = run("run", *flags, "--report", tmp_path / "report.json", "--limit", 1)
+        assert (result.code, result.err) == (0, "")
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert (report["failures"], report["parity"]["prompts"]) == ([], 1)
+        result = run("run", *flags, "--min-speedup", 1000)
+        assert (result.code, result.err) == (1, "")
+        assert "is below --min-speedup 1000" in " ".join(result.out.split())
+
+    def test_errors(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1"}\n')
+        flags = ["--engine", tmp_path, "--prompts", tmp_path / "prompts.jsonl"]
+        assert "got no tokenizer" in one_line(run("run", *flags))
+        assert "no such directory" in one_line(run("run", *flags, "--report", tmp_path / "no/report.json"))

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from medusa_export.exporter.rebuild import Rebuilt, activation_scales, iter_hf, rebuild_hf
+from medusa_export.heads.checkpoint import row_chunks
 from medusa_export.heads.config import read_json
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.quantize.scales import dequantize_fp8, quantize_fp8
@@ -21,7 +22,6 @@ from medusa_export.quantize.scales import dequantize_fp8, quantize_fp8
 FP8_RELATIVE = 1 / 16
 FP8_ABSOLUTE = 2.0**-10
 ROUNDING = 1.001  # slack for the float32 arithmetic of the comparison itself
-CHUNK_VALUES = 1 << 21  # compared at once: the float32 copies of a whole vocabulary projection would be its tenfold
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,6 @@ def _weight_difference(item: Rebuilt, source: torch.Tensor) -> list[str]:
         return []
     relative = error_norm / max(norm, 1e-30)
     return [f"{item.name}: {wrong} of {source.numel()} values are not the source's (relative error {relative:.3g})"]
-
-
-def row_chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of a few rows each, about CHUNK_VALUES values, in order."""
-    return tensor.split(max(1, CHUNK_VALUES * len(tensor) // max(1, tensor.numel())))
 
 
 def _predict(

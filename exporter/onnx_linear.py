@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto
 
 from medusa_export.exporter.onnx_builder import GraphBuilder
+from medusa_export.heads.checkpoint import row_chunks
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize.scales import Scales, fused_scale, quantize_fp8
@@ -115,7 +116,13 @@ def quantize_int8_blocks(weight: torch.Tensor, name: str) -> tuple[torch.Tensor,
     block = next((size for size in INT8_BLOCKS if width % size == 0), None)
     if block is None:
         raise ConfigError(name, f"{width} input features", "a multiple of 16", "use --quant none or fp8")
-    groups = weight.float().reshape(rows, width // block, block)
-    scales = groups.abs().amax(dim=-1).clamp_min(1e-12) / 127.0  # [N, K / block]
-    values = (groups / scales[..., None]).round().clamp(-127, 127) + 128
-    return values.to(torch.uint8).reshape(rows, width), scales
+    values, scales = torch.empty((rows, width), dtype=torch.uint8), torch.empty(rows, width // block)
+    start = 0
+    for part in row_chunks(weight):
+        groups = part.float().reshape(len(part), width // block, block)
+        scale = groups.abs().amax(dim=-1).clamp_min(1e-12) / 127.0  # [n, K / block]
+        rounded = (groups / scale[..., None]).round().clamp(-127, 127) + 128
+        values[start : start + len(part)] = rounded.reshape(len(part), width)  # whole numbers, so the cast is exact
+        scales[start : start + len(part)] = scale
+        start += len(part)
+    return values, scales

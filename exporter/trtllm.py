@@ -12,6 +12,7 @@ from medusa_export.exporter.plan import Kind, Slice, TensorPlan, plan_ranks, sca
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm_config import trtllm_config
+from medusa_export.heads.checkpoint import row_chunks
 from medusa_export.heads.errors import CheckpointError, ConfigError, OutputError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
@@ -36,8 +37,8 @@ def write_trtllm(
 ) -> None:
     """Write ``out/config.json`` and ``out/rank{r}.safetensors``; the same inputs give the same bytes.
 
-    Memory is bounded by the largest tensor (about four times its bytes while it is quantized). A layout or scales that
-    do not fit are refused before the first byte is written. ``int8_wo`` weights are 16 bit in the file: trtllm-build
+    Memory is bounded by the largest tensor (about three times its 16-bit bytes while it is quantized). A layout or scales
+    that do not fit are refused before the first byte is written. ``int8_wo`` weights are 16 bit in the file: trtllm-build
     quantizes them for its GPU.
 
     Args:
@@ -117,7 +118,7 @@ def _make(checkpoint: MedusaCheckpoint, plan: TensorPlan, scales: Scales) -> tor
 
 def _copy(checkpoint: MedusaCheckpoint, plan: TensorPlan, scales: Scales) -> torch.Tensor:
     tensor = _gather(checkpoint, plan, getattr(torch, plan.dtype))
-    if not torch.isfinite(tensor).all():
+    if not all(torch.isfinite(rows).all() for rows in row_chunks(tensor)):
         raise CheckpointError(
             plan.name,
             f"a value that {plan.dtype} cannot hold",
@@ -130,7 +131,8 @@ def _copy(checkpoint: MedusaCheckpoint, plan: TensorPlan, scales: Scales) -> tor
 def _fp8(checkpoint: MedusaCheckpoint, plan: TensorPlan, scales: Scales) -> torch.Tensor:
     scale = fused_scale(scales.weight_amax, plan.modules)
     weight = _gather(checkpoint, plan, torch.float32)
-    largest = float(weight.abs().max())
+    low, high = weight.aminmax()
+    largest = float(torch.maximum(-low, high))
     if not largest <= scale * FP8_MAX * SATURATION_SLACK:  # NaN compares false
         raise CheckpointError(
             plan.name,
@@ -138,7 +140,10 @@ def _fp8(checkpoint: MedusaCheckpoint, plan: TensorPlan, scales: Scales) -> torc
             f"at most the calibrated {scale * FP8_MAX:.4g}",
             "calibrate with this very checkpoint",
         )
-    return quantize_fp8(weight, scale)
+    quantized = torch.empty(plan.shape, dtype=torch.float8_e4m3fn)
+    for rows, source in zip(row_chunks(quantized), row_chunks(weight), strict=True):
+        rows.copy_(quantize_fp8(source, scale))
+    return quantized
 
 
 def _gather(checkpoint: MedusaCheckpoint, plan: TensorPlan, dtype: torch.dtype) -> torch.Tensor:

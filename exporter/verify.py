@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from medusa_export.exporter.agreement import compare_weights, row_chunks
-from medusa_export.heads.checkpoint import TensorSource
+from medusa_export.exporter.agreement import compare_weights
+from medusa_export.heads.checkpoint import TensorSource, row_chunks
 from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import CheckpointError, ConfigError
 from medusa_export.heads.manifest import verify_manifest

@@ -18,6 +18,8 @@ from medusa_export.heads.errors import CheckpointError, ConfigError
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
+CHUNK_VALUES = 1 << 21  # several float32 temporaries of this size cost less than one of a vocabulary projection
+
 _LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _DTYPES = {
@@ -152,6 +154,11 @@ class TensorSource:
                 f"a part of {list(shape)}",
                 "correct the range",
             )
+
+
+def row_chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of consecutive rows, about CHUNK_VALUES values each; the same cuts for every tensor of the same shape."""
+    return tensor.split(max(1, CHUNK_VALUES * len(tensor) // max(1, tensor.numel())))
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Peak memory and speed of every writer on a large synthetic checkpoint, against ``cp`` of the same bytes.
 
-    python benchmarks/export_memory.py
+    python benchmarks/export_memory.py                  # 1B: every writer, and ModelOpt's
+    python benchmarks/export_memory.py --shape 7b       # whole exports on four ranks
+    python benchmarks/export_memory.py --shape 70b      # the same, six layers of Llama-3-70B's size
 
 Makes a Llama-shaped checkpoint of random bfloat16 weights in several shards, with Medusa heads without lm_heads, and the same one
-with half of the layers, in a temporary folder (5 GB for the default size; removed at the end). Every case runs in a process of its
-own. Two peaks are measured, both above what was resident after the imports:
+with half of the layers, in a temporary folder (removed at the end; 5 GB for 1b, three times the source for the others). Every case
+runs in a process of its own. Two peaks are measured, both above what was resident after the imports:
 
 - anonymous: RssAnon, which only the process itself can free; sampled every half millisecond from outside.
 - resident: VmHWM, the kernel's own mark. Pages of the mapped source files count here as long as the kernel cares to keep them.
@@ -25,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,13 +39,15 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from medusa_export.engines.report import hardware, versions
+from medusa_export.exporter.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.engine_dir import write_engine, write_onnx
-from medusa_export.exporter.export import DEFAULT_SIZE, ExportArguments, export
+from medusa_export.exporter.export import export
+from medusa_export.exporter.job import ExportArguments
 from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.families import EMBED_TOKENS
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.heads.tree import load_tree
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.scales import Scales
@@ -54,14 +59,23 @@ PRELOAD = ["medusa_export.exporter.export", "medusa_export.exporter.engine_dir",
 Case = Callable[[Path, Path], object]
 
 
-def _export(quant: str) -> Case:
+def _export(quant: str, tp: int = 1) -> Case:
     def run(source: Path, out: Path) -> object:
+        scales = source / "scales.safetensors" if quant == "fp8" else None
         arguments = ExportArguments(
-            source / "model", out, quant, source / "heads", engine="none", tree=TREE, calib_prompts=1
+            source / "model", out, quant, source / "heads", engine="none", tree=TREE, tp=tp, scales=scales
         )
         return export(arguments, lambda *_: [])
 
     return run
+
+
+def _modelopt(source: Path, out: Path) -> object:
+    """The peer: transformers' model in memory, base alone, through ModelOpt's exporter."""
+    from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+    model = load_reference(source / "model", torch.bfloat16)
+    return export_tensorrt_llm_checkpoint(model, "llama", torch.bfloat16, str(out), inference_tensor_parallel=1)
 
 
 def _trtllm(quant: str, tp: int) -> Case:
@@ -107,6 +121,35 @@ CASES: dict[str, Case] = {
     "engine none": _engine("none"),
     "engine int8_wo": _engine("int8_wo"),
     "all in memory": _keep_all,
+    "ModelOpt none, base": _modelopt,
+    "export none, tp 4": _export("none", 4),
+    "export int8_wo, tp 4": _export("int8_wo", 4),
+    "export fp8, tp 4": _export("fp8", 4),
+}
+LARGE = tuple(case for case in CASES if case.endswith("tp 4"))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A synthetic checkpoint, and what is measured on it.
+
+    Attributes:
+        depths: layers of the checkpoints, the deepest last.
+    """
+
+    hidden: int
+    intermediate: int
+    depths: tuple[int, ...]
+    vocab: int
+    num_heads: int
+    cases: tuple[str, ...]
+
+
+SHAPES = {
+    "tiny": Shape(512, 1408, (4, 8), 4000, 2, tuple(CASES)),  # to try the benchmark itself
+    "1b": Shape(2048, 5632, (8, 16), 32000, 3, tuple(case for case in CASES if case not in LARGE)),
+    "7b": Shape(4096, 11008, (32,), 32000, 3, LARGE),  # Llama-2-7B's sizes
+    "70b": Shape(8192, 28672, (6,), 128256, 3, LARGE),  # Llama-3-70B's sizes, but for the number of layers
 }
 
 
@@ -119,21 +162,22 @@ def _scales(checkpoint: MedusaCheckpoint) -> Scales:
     return Scales(dict.fromkeys(modules, AMAX), dict.fromkeys(modules, AMAX), {})
 
 
-def make_checkpoint(root: Path, *, hidden: int, layers: int, vocab: int, num_heads: int) -> None:
-    """``root/model`` in shards of a few layers, with a tokenizer, and ``root/heads``."""
+def make_checkpoint(root: Path, shape: Shape) -> None:
+    """``root/model`` in shards of a few layers, with a tokenizer, ``root/heads``, and made-up scales for FP8."""
     model, heads = root / "model", root / "heads"
     model.mkdir(parents=True)
     heads.mkdir()
-    _write_config(model, hidden=hidden, layers=layers, vocab=vocab)
+    _write_config(model, shape)
     weight_map: dict[str, str] = {}
     for shard, shapes in _shards(DecoderConfig.from_dir(model)):
-        save_file({name: _random(shape) for name, shape in shapes.items()}, model / shard)
+        save_file({name: _random(size) for name, size in shapes.items()}, model / shard)
         weight_map |= dict.fromkeys(shapes, shard)
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    blocks = {f"{head}.0.linear.weight": _random((hidden, hidden)) for head in range(num_heads)}
-    blocks |= {f"{head}.0.linear.bias": _random((hidden,)) for head in range(num_heads)}
+    blocks = {f"{head}.0.linear.weight": _random((shape.hidden, shape.hidden)) for head in range(shape.num_heads)}
+    blocks |= {f"{head}.0.linear.bias": _random((shape.hidden,)) for head in range(shape.num_heads)}
     save_file(blocks, heads / "medusa_lm_head.safetensors")
     _write_tokenizer(model)
+    _scales(_open(root)).save(root / "scales.safetensors")
 
 
 def make_shallower(root: Path, deep: Path, *, layers: int) -> None:
@@ -150,6 +194,7 @@ def make_shallower(root: Path, deep: Path, *, layers: int) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(deep / "model" / name, model)
     shutil.copytree(deep / "heads", root / "heads")
+    shutil.copy(deep / "scales.safetensors", root)
 
 
 def _shards(config: DecoderConfig) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
@@ -163,17 +208,21 @@ def _shards(config: DecoderConfig) -> Iterator[tuple[str, dict[str, tuple[int, .
 
 
 def _random(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16) * SPREAD
+    """Normal values; one block of them, repeated, because making gigabytes takes longer than exporting them."""
+    size = torch.Size(shape).numel()
+    block = torch.randn(min(size, 1 << 22), dtype=torch.bfloat16) * SPREAD
+    return block.repeat(-(-size // len(block)))[:size].reshape(shape)
 
 
-def _write_config(model: Path, *, hidden: int, layers: int, vocab: int) -> None:
-    head_dim = min(64, hidden // 4)
+def _write_config(model: Path, shape: Shape) -> None:
+    hidden = shape.hidden
+    head_dim = min(128 if hidden >= 4096 else 64, hidden // 4)
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_act": "silu",
-        "hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": layers, "vocab_size": vocab,
-        "num_attention_heads": hidden // head_dim, "num_key_value_heads": hidden // head_dim // 4,
-        "head_dim": head_dim, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-        "tie_word_embeddings": False, "eos_token_id": 0,
+        "hidden_size": hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": shape.depths[-1],
+        "vocab_size": shape.vocab, "num_attention_heads": hidden // head_dim,
+        "num_key_value_heads": hidden // head_dim // 4, "head_dim": head_dim, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "eos_token_id": 0,
     }  # fmt: skip
     (model / "config.json").write_text(json.dumps(config))
 
@@ -254,38 +303,41 @@ def _sync(out: Path) -> None:
         os.close(descriptor)
 
 
-def _copy_seconds(out: Path) -> float:
-    """``cp`` of what a case wrote, to the same disk."""
-    copy = out.with_name("copy")
+def _copy_seconds(source: Path) -> float:
+    """``cp`` of the source, to the same disk."""
+    copy = source.with_name("copy")
     start = time.perf_counter()
-    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    subprocess.run(["cp", "-r", str(source), str(copy)], check=True)
     _sync(copy)
     seconds = time.perf_counter() - start
     shutil.rmtree(copy)
     return seconds
 
 
-def run_all(work: Path, *, hidden: int, layers: int, vocab: int, num_heads: int) -> dict[str, Any]:
-    """Every case on half and on all of the layers."""
-    deep, shallow = work / "deep", work / "shallow"
-    make_checkpoint(deep, hidden=hidden, layers=layers, vocab=vocab, num_heads=num_heads)
-    make_shallower(shallow, deep, layers=layers // 2)
+def run_all(work: Path, shape: Shape) -> dict[str, Any]:
+    """Every case of the shape on every depth, and ``cp`` of the source before each of the deepest."""
+    deep = work / "deep"
+    make_checkpoint(deep, shape)
+    sources = [(work / f"{depth}", depth) for depth in shape.depths[:-1]]
+    for source, depth in sources:
+        make_shallower(source, deep, layers=depth)
     checkpoint = _open(deep)
     largest = max(2 * torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names) / MB
+    source_bytes = sum(path.stat().st_size for path in checkpoint.files)
     rows = []
-    for case in CASES:
-        for source, depth in ((shallow, layers // 2), (deep, layers)):
+    for case in shape.cases:
+        for source, depth in [*sources, (deep, shape.depths[-1])]:
             out = work / "out"
+            copied = _copy_seconds(source)
             found = measure(case, source, out)
-            copy = _copy_seconds(out) if found["written_mb"] else 0.0
             rows.append(
-                {"case": case, "layers": depth, "ratio": found["anonymous_mb"] / largest, **found, "cp_seconds": copy}
+                {"case": case, "layers": depth, "ratio": found["anonymous_mb"] / largest, **found, "cp_seconds": copied}
             )
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
     return {
         "largest_tensor_mb": largest,
         "embedding": list(checkpoint.shape(EMBED_TOKENS)),
-        "source_mb": sum(path.stat().st_size for path in checkpoint.files) / MB,
+        "source_mb": source_bytes / MB,
         "shards": len(checkpoint.base.files) - 1,
         "rows": rows,
         "hardware": hardware(),
@@ -295,26 +347,31 @@ def run_all(work: Path, *, hidden: int, layers: int, vocab: int, num_heads: int)
 
 def _print(result: dict[str, Any]) -> None:
     title = f"source {result['source_mb']:.0f} MB in {result['shards']} shards, largest tensor {result['largest_tensor_mb']:.0f} MB"
-    table = Table("case", "layers", "anon MB", "/ largest", "rss MB", "written MB", "s", "cp s", title=title)
+    table = Table(
+        "case", "layers", "anon MB", "/ largest", "rss MB", "written MB", "s", "cp s", "speed / cp", title=title
+    )
     for row in result["rows"]:
         table.add_row(
             row["case"], str(row["layers"]), f"{row['anonymous_mb']:.0f}", f"{row['ratio']:.1f}", f"{row['resident_mb']:.0f}",
             f"{row['written_mb']:.0f}", f"{row['seconds']:.1f}", f"{row['cp_seconds']:.1f}",
+            f"{row['cp_seconds'] / row['seconds']:.2f}",
         )  # fmt: skip
     Console().print(table)
 
 
 def main(
-    hidden: Annotated[int, typer.Option(help="Hidden size, a multiple of 256.")] = 2048,
-    layers: Annotated[int, typer.Option(help="Layers; half of them is measured too.")] = 16,
-    vocab: Annotated[int, typer.Option(help="Vocabulary.")] = 32000,
-    num_heads: Annotated[int, typer.Option(help="Medusa heads.")] = 3,
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "1b",
+    layers: Annotated[int | None, typer.Option(help="Layers of the deepest checkpoint, where disk is short.")] = None,
+    cases: Annotated[list[str] | None, typer.Option("--case", help="Only these cases.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where the temporary folder goes. Default: the system's.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Print peak memory, time and the time of cp for every writer."""
+    chosen = SHAPES[shape]
+    if layers is not None:
+        chosen = replace(chosen, depths=(*chosen.depths[:-1], layers))
     with tempfile.TemporaryDirectory(prefix="export-memory-", dir=work) as folder:
-        result = run_all(Path(folder), hidden=hidden, layers=layers, vocab=vocab, num_heads=num_heads)
+        result = run_all(Path(folder), replace(chosen, cases=tuple(cases or chosen.cases)))
     _print(result)
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n")

@@ -32,7 +32,12 @@ class Bound:
 
 # Loose enough for small models. Measured on SmolLM2-135M (see docs/decisions/0003): fp8 0.04 nats, int8 0.005. The int8 noise is the
 # rounding of activations inside MatMulNBits, which one token and several tokens do not share.
-BOUNDS = {"float": Bound(1e-3, 0.97, 5e-2), "fp8": Bound(0.4, 0.5, 5e-2), "int8": Bound(0.1, 0.8, 4.0)}
+BOUNDS = {
+    "float": Bound(1e-3, 0.97, 5e-2),
+    **{form: Bound(0.4, 0.5, 5e-2) for form in ("fp8", "fp8_row", "int8_row")},
+    "int8": Bound(0.1, 0.8, 4.0),
+    **{form: Bound(0.8, 0.4, 4.0) for form in ("int4", "int4_awq")},
+}
 CHECK_TREE = Tree.from_choices([[0], [1], [0, 0], [1, 0]])
 
 

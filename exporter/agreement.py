@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from medusa_export.exporter.rebuild import Rebuilt, activation_scales, iter_hf, rebuild_hf
-from medusa_export.heads.checkpoint import row_chunks
+from medusa_export.exporter.rebuild import InputForm, Rebuilt, input_forms, iter_hf, rebuild_hf
+from medusa_export.exporter.stored import rounded_inputs
+from medusa_export.exporter.torch_threads import run_torch
 from medusa_export.heads.config import read_json
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
-from medusa_export.quantize.scales import dequantize_fp8, quantize_fp8
+from medusa_export.heads.threads import StopPoint
 
-# float8_e4m3fn keeps 3 bits of mantissa: half a step is 1/16 of the value, or 2**-10 scales among the subnormals.
-FP8_RELATIVE = 1 / 16
-FP8_ABSOLUTE = 2.0**-10
 ROUNDING = 1.001  # slack for the float32 arithmetic of the comparison itself
 
 
@@ -32,9 +30,13 @@ class Bound:
     min_argmax: float
 
 
-# By quant_algo; the weights of W8A16 are still 16 bit in the file. FP8's are loose enough for small models:
+# By quant_algo; the weights of W8A16 and W4A16 are still 16 bit in the file. FP8's are loose enough for small models:
 # SmolLM2-135M, over 4 Spec-Bench prompts, loses 0.084 nats and 15 % of best tokens, its heads up to 0.20 and 34 %.
-BOUNDS: dict[str | None, Bound] = {None: Bound(1e-3, 0.97), "W8A16": Bound(1e-3, 0.97), "FP8": Bound(0.4, 0.5)}
+BOUNDS: dict[str | None, Bound] = {
+    **dict.fromkeys((None, "W8A16", "W4A16"), Bound(1e-3, 0.97)),
+    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W8A8_SQ_PER_CHANNEL"), Bound(0.4, 0.5)),
+    **dict.fromkeys(("W4A16_AWQ", "W4A8_AWQ", "NVFP4"), Bound(0.8, 0.4)),
+}
 
 CONFIG_PAIRS = {
     "vocab_size": "vocab_size",
@@ -53,12 +55,30 @@ CONFIG_PAIRS = {
 }
 
 
-def compare_weights(trt_dir: Path, checkpoint: MedusaCheckpoint) -> list[str]:
+@dataclass(frozen=True)
+class WeightError:
+    """What quantization did to one tensor.
+
+    Attributes:
+        largest: of the absolute differences, in units of the weight.
+        snr_db: 10 log10 of the weights' energy over the differences'.
+    """
+
+    largest: float
+    snr_db: float
+
+
+def compare_weights(
+    trt_dir: Path, checkpoint: MedusaCheckpoint, errors: dict[str, WeightError] | None = None
+) -> list[str]:
     """Problems of a checkpoint's numbers: config values, names, and weights further off than its format rounds.
 
-    A 16-bit weight has to be the source's, cast. A dequantized FP8 weight may be half a step off, element by
-    element: this finds q, k and v in the wrong order, fc and gate swapped, heads swapped and wrong scales. One tensor
-    is in memory at a time.
+    A 16-bit weight has to be the source's, cast. A dequantized weight may be half a step off, element by element: this
+    finds q, k and v in the wrong order, fc and gate swapped, heads swapped and wrong scales. Some rows are in memory at
+    a time.
+
+    Args:
+        errors: filled with what quantization did to every quantized tensor.
 
     Raises:
         CheckpointError: files that cannot be put back together (ranks that disagree, padding that is not zero).
@@ -67,14 +87,16 @@ def compare_weights(trt_dir: Path, checkpoint: MedusaCheckpoint) -> list[str]:
     problems = _config_differences(config, checkpoint)
     if problems:
         return problems
-    missing = set(checkpoint.names)
-    for item in iter_hf(trt_dir):
-        if item.name not in missing:
-            problems.append(f"{item.name}: not in the source checkpoint")
-            continue
-        missing.remove(item.name)
-        problems += _weight_difference(item, checkpoint.read(item.name))
-    return problems + [f"{name}: lost" for name in sorted(missing)]
+    items = {item.name: item for item in iter_hf(trt_dir)}
+    problems = [f"{name}: not in the source checkpoint" for name in items if name not in set(checkpoint.names)]
+    problems += [f"{name}: lost" for name in checkpoint.names if name not in items]
+    both = [name for name in checkpoint.names if name in items]
+    found = run_torch(lambda name, stop_point: _weight_difference(items[name], checkpoint, stop_point), both)
+    for name, (problem, error) in zip(both, found, strict=True):
+        problems += problem
+        if errors is not None and items[name].is_quantized:
+            errors[name] = error
+    return problems
 
 
 def logits_agree(
@@ -82,21 +104,22 @@ def logits_agree(
 ) -> list[str]:
     """Problems of a checkpoint's predictions, base and heads, against the source; in float32, all weights in memory.
 
-    With FP8, inputs of quantized linears are rounded with the file's activation scales, as the engine does.
+    Inputs of quantized linears are rounded with the file's activation scales, as the engine does.
 
     Args:
         prompts: token ids; every position of every prompt is compared.
     """
-    bound = BOUNDS[read_json(trt_dir / "config.json")["quantization"]["quant_algo"]]
+    algo = read_json(trt_dir / "config.json")["quantization"]["quant_algo"]
+    forms, bound = input_forms(trt_dir), BOUNDS[algo]
     names = {name for name in checkpoint.names if name.startswith("medusa_heads.")}
     model: Any = load_reference(model_dir, torch.float32)
     heads = {name: checkpoint.read(name).to(torch.float32) for name in names}
-    expected = [_predict(model, heads, checkpoint, ids, {}) for ids in prompts]
+    expected = [_predict(model, heads, checkpoint, ids, _rounding(None, {})) for ids in prompts]
     weights = {name: tensor.to(torch.float32) for name, tensor in rebuild_hf(trt_dir).items()}
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in names})
-    scales = activation_scales(trt_dir)
-    with _rounded_inputs(model, scales):
-        got = [_predict(model, weights, checkpoint, ids, scales) for ids in prompts]
+    rounded = _rounding(algo, forms)
+    with _rounded_inputs(model, forms, rounded):
+        got = [_predict(model, weights, checkpoint, ids, rounded) for ids in prompts]
     return [
         problem
         for row, what in enumerate(["base", *(f"head {head}" for head in range(checkpoint.num_medusa_heads))])
@@ -122,23 +145,38 @@ def _config_differences(config: dict[str, Any], checkpoint: MedusaCheckpoint) ->
     ]
 
 
-def _weight_difference(item: Rebuilt, source: torch.Tensor) -> list[str]:
-    if item.tensor.shape != source.shape:
-        return [f"{item.name}: shape {list(item.tensor.shape)}, the source has {list(source.shape)}"]
-    wrong, error_norm, norm = 0, 0.0, 0.0
-    for got, part in zip(row_chunks(item.tensor), row_chunks(source), strict=True):
-        if item.scale is None:
-            expected, allowed = part.to(got.dtype).to(torch.float32), torch.zeros(())
-        else:
-            expected = part.to(torch.float32)
-            allowed = ROUNDING * (expected.abs() * FP8_RELATIVE + item.scale * FP8_ABSOLUTE)
-        error = (got.to(torch.float32) - expected).abs()
-        wrong += int((error > allowed).sum())
-        error_norm, norm = math.hypot(error_norm, float(error.norm())), math.hypot(norm, float(expected.norm()))
+def _weight_difference(
+    item: Rebuilt, checkpoint: MedusaCheckpoint, stop_point: StopPoint
+) -> tuple[list[str], WeightError]:
+    if item.shape != checkpoint.shape(item.name):
+        shapes = f"shape {list(item.shape)}, the source has {list(checkpoint.shape(item.name))}"
+        return [f"{item.name}: {shapes}"], WeightError(math.inf, -math.inf)
+    wrong, noise, energy, largest = 0, 0.0, 0.0, 0.0
+    for start, rows in item.chunks():
+        stop_point()
+        source = checkpoint.read_rows(item.name, start, start + len(rows.values))
+        if rows.error is None and _same_bits(rows.values, source.to(rows.values.dtype)):
+            continue
+        expected = source.to(rows.values.dtype).to(torch.float32)
+        error = (rows.values.to(torch.float32) - expected).abs()
+        allowed = torch.zeros(()) if rows.error is None else ROUNDING * rows.error
+        wrong += error.numel() - int((error <= allowed).sum())  # NaN compares false
+        largest = max(largest, float(error.max()))
+        noise, energy = noise + float(error.square().sum()), energy + float(expected.square().sum())
+    snr_db = 10 * math.log10(max(energy, 1e-30) / max(noise, 1e-30))
     if not wrong:
-        return []
-    relative = error_norm / max(norm, 1e-30)
-    return [f"{item.name}: {wrong} of {source.numel()} values are not the source's (relative error {relative:.3g})"]
+        return [], WeightError(largest, snr_db)
+    total, relative = math.prod(item.shape), math.sqrt(noise / max(energy, 1e-30))
+    problem = f"{item.name}: {wrong} of {total} values are not the source's (relative error {relative:.3g})"
+    return [problem], WeightError(largest, snr_db)
+
+
+def _same_bits(values: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two contiguous tensors of 16 or 32 bits are equal bit by bit, compared eight bytes at a time."""
+    left, right = (each.contiguous().reshape(-1) for each in (values, other))
+    if left.nbytes % 8 == 0:
+        left, right = left.view(torch.int64), right.view(torch.int64)
+    return torch.equal(left, right)
 
 
 def _predict(
@@ -146,7 +184,7 @@ def _predict(
     heads: Mapping[str, torch.Tensor],
     checkpoint: MedusaCheckpoint,
     ids: Sequence[int],
-    scales: Mapping[str, float],
+    rounded: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> list[torch.Tensor]:
     """Log-probabilities of the base and of every head.  # (1 + H) x [S, V]"""
     with torch.no_grad():
@@ -156,22 +194,22 @@ def _predict(
             state = hidden
             for layer in range(checkpoint.num_medusa_layers):
                 name = f"medusa_heads.{head}.{layer}.linear"
-                block = functional.linear(
-                    _round(state, scales.get(name)), heads[f"{name}.weight"], heads[f"{name}.bias"]
-                )
+                block = functional.linear(rounded(name, state), heads[f"{name}.weight"], heads[f"{name}.bias"])
                 state = state + functional.silu(block)
             name = f"medusa_heads.{head}.{checkpoint.num_medusa_layers}"
-            logits.append(functional.linear(_round(state, scales.get(name)), heads[f"{name}.weight"]))
+            logits.append(functional.linear(rounded(name, state), heads[f"{name}.weight"]))
     return [each.log_softmax(-1) for each in logits]
 
 
 @contextmanager
-def _rounded_inputs(model: Any, scales: Mapping[str, float]) -> Iterator[None]:
-    """The model with the inputs of its quantized linears rounded to FP8."""
+def _rounded_inputs(
+    model: Any, names: Iterable[str], rounded: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """The model with the inputs of its quantized linears rounded as the engine does."""
     handles = [
-        module.register_forward_pre_hook(lambda _, args, scale=scales[name]: (_round(args[0], scale),))
-        for name, module in model.named_modules()
-        if name in scales
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: (rounded(name, args[0]),))
+        for name in names
+        if not name.startswith("medusa_heads.")
     ]
     try:
         yield
@@ -180,9 +218,12 @@ def _rounded_inputs(model: Any, scales: Mapping[str, float]) -> Iterator[None]:
             handle.remove()
 
 
-def _round(inputs: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """The inputs as an FP8 linear with that scale sees them; unchanged without one."""
-    return inputs if scale is None else dequantize_fp8(quantize_fp8(inputs, scale), scale)
+def _rounding(algo: str | None, forms: Mapping[str, InputForm]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    def rounded(name: str, x: torch.Tensor) -> torch.Tensor:
+        form = forms.get(name)
+        return x if form is None else rounded_inputs(algo, x, form.scale, form.smoothing)
+
+    return rounded
 
 
 def _logit_difference(what: str, expected: torch.Tensor, got: torch.Tensor, bound: Bound) -> list[str]:

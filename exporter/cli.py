@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -28,11 +29,8 @@ run_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exce
 
 
 def _table(rows: dict[str, Any]) -> str:
-    """Names and descriptions for --help; what this version cannot write says so."""
-    return "; ".join(
-        f"[bold]{name}[/] {row.description}" + ("" if row.exportable else " (not in this version)")
-        for name, row in rows.items()
-    )
+    """Names and descriptions for --help."""
+    return "; ".join(f"[bold]{name}[/] {row.description}" for name, row in rows.items())
 
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")]
@@ -69,6 +67,31 @@ def export_command(
     draft_vocab: Annotated[
         int, typer.Option(help="Tokens that drafts on the CPU are drawn from, the most frequent ones; 0 for all.")
     ] = 8192,
+    scales: Annotated[
+        Path | None, typer.Option(help="A calibration made elsewhere: an export, or the file of scales in it.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Input channels that share a scale, for int4_awq: 64 or 128. Default: 128.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Linears to leave in 16 bit besides those that always are: TensorRT-LLM names, such as '*mlp.proj*'."
+        ),
+    ] = None,
+    trtllm_version: Annotated[
+        str, typer.Option(help="TensorRT-LLM release that will build the engine: 0.17 to 1.2.1.")
+    ] = "1.2.1",
+    pp: Annotated[int, typer.Option(help="Pipeline-parallel stages; Medusa engines need 1.")] = 1,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="trtllm; hf: ModelOpt's unified checkpoint; or the heads alone: vllm-heads, medusa-v1, medusa-v2."
+        ),
+    ] = "trtllm",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would take, as [bold]plan[/] does, and write nothing.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Turn a Hugging Face checkpoint with Medusa heads into a TensorRT-LLM checkpoint, an ONNX graph and an engine.
@@ -77,29 +100,91 @@ def export_command(
     """
     if context.invoked_subcommand:
         return
+    arguments = _export_arguments(locals())
+    output = arguments.output
+    if dry_run:
+        from medusa_export.heads.manifest import check_free_space
+
+        sizing = _print_plan(arguments)
+        check_free_space(output, sizing.disk_reserve)
+        return
+    from medusa_export.engines.selfcheck import check_engine
+    from medusa_export.exporter.export import export
+
+    with _progress() as progress:
+        written = export(arguments, check_engine, progress, lambda text: stderr.print(text, soft_wrap=True))
+    stdout.print(f"{'wrote' if written else 'up to date:'} {output}", soft_wrap=True)
+
+
+def _export_arguments(given: dict[str, Any]) -> Any:
+    """ExportArguments from the values of the flags."""
+    from medusa_export.exporter.job import ExportArguments
+
+    ckpt = given["ckpt"]
     if ckpt is None:
         raise ConfigError("--ckpt", "nothing", "the directory of the base model", "see medusa-export --help")
-    from medusa_export.engines.selfcheck import check_engine
-    from medusa_export.exporter.export import ExportArguments, export
+    given = {**given, "exclude": tuple(given["exclude"] or ())}
+    output = given["output"] or ckpt.resolve().with_name(f"{ckpt.resolve().name}-{given['quant']}")
+    return ExportArguments(**{item.name: given[item.name] for item in fields(ExportArguments)} | {"output": output})
 
-    given = dict(locals())
-    output = output or ckpt.resolve().with_name(f"{ckpt.resolve().name}-{quant}")
-    arguments = ExportArguments(
-        **{item.name: given[item.name] for item in fields(ExportArguments)} | {"output": output}
-    )
-    with _progress() as progress:
-        written = export(arguments, check_engine, progress)
-    stdout.print(f"{'wrote' if written else 'up to date:'} {output}", soft_wrap=True)
+
+def _print_plan(arguments: Any, **options: Any) -> Any:
+    from medusa_export.exporter.sizing import plan_export, print_sizing
+
+    sizing = plan_export(arguments, **options)
+    print_sizing(sizing, stdout)
+    return sizing
+
+
+def _with_export_flags(command: Any) -> Any:
+    """Give a command the flags of the export before its own; it gets their values as keyword arguments."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    shared = inspect.signature(export_command, eval_str=True).parameters
+    parameters = [shared[name] for name in shared if name not in ("context", "dry_run")]
+    parameters += [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    command.__signature__ = inspect.Signature(keywords)  # what typer reads
+    return command
+
+
+@export_app.command("plan")
+@_with_export_flags
+def plan_command(
+    batch: Annotated[int, typer.Option(help="Sequences that run at once on the GPU.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of each, prompt and output. Default: the model's, up to 4096.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")] = None,
+    **given: Any,
+) -> None:
+    """Print what an export would take: files, disk, RAM, and which GPUs run its engine. Reads headers, writes nothing.
+
+    Example: [bold]medusa-export plan --ckpt model --heads heads --quant fp8 --tp 2 --batch 8[/]
+    """
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise OutputError(str(json_file), "no such directory", "an existing one", "create it first")
+    sizing = _print_plan(_export_arguments(given), batch=batch, context=context)
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(sizing), indent=1) + "\n", encoding="utf-8")
 
 
 @export_app.command("verify")
 def verify_command(
     out: Annotated[Path, typer.Argument(help="A directory that medusa-export wrote.")], verbose: Verbose = False
 ) -> None:
-    """Check an export again: hashes, names, shapes, dtypes and scales. Exit code 1 when something is wrong."""
+    """Check an export again: hashes, names, shapes, dtypes and scales; print what quantization did to the weights.
+
+    Exit code 1 when something is wrong.
+    """
+    from medusa_export.exporter.error_table import error_table
     from medusa_export.exporter.verify import verify_export
+    from medusa_export.heads.manifest import MANIFEST, read_manifest
 
     problems = verify_export(out)
+    if (out / MANIFEST).is_file() and not problems:
+        errors = read_manifest(out).get("quantization_error")
+        if errors:
+            stdout.print(error_table(errors))
     for problem in problems:
         stdout.print(problem, soft_wrap=True)
     if problems:
@@ -193,7 +278,8 @@ def _main(app: typer.Typer) -> None:
     except BaseException as error:
         succeeded = isinstance(error, SystemExit) and not error.code
         if signals and not succeeded:
-            _fail(f"stopped by {signal.Signals(signals[0]).name}; nothing half-written is left", 128 + signals[0])
+            left = next(iter(getattr(error, "__notes__", ())), "nothing half-written is left")
+            _fail(f"stopped by {signal.Signals(signals[0]).name}; {left}", 128 + signals[0])
         if not isinstance(error, MedusaExportError):
             raise
         if verbose:

@@ -15,30 +15,50 @@ from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
-from medusa_export.quantize.formats import Format
+from medusa_export.quantize.formats import FORMATS, Format
 from medusa_export.quantize.scales import Scales
+
+Excluded = Callable[[str], bool]
 
 MIN_TOP_K = 10  # so that other trees than the default one can be tried without a new export
 
 PRECISION = {
     "float": "float32 arithmetic on 16/32-bit weights",
-    "int8": "int8 weights in blocks, int8 arithmetic",
     "fp8": "the exported FP8 weights, float32 arithmetic",
+    "fp8_row": "the exported FP8 weights, float32 arithmetic",
+    "int8": "int8 weights in blocks, int8 arithmetic",
+    "int8_row": "the exported INT8 weights, float32 arithmetic",
+    "int4": "int4 weights in blocks, int8 arithmetic",
+    "int4_awq": "the exported INT4 weights, int8 arithmetic",
 }
 INT8_PRODUCTS = {"session.qdq_matmulnbits_accuracy_level": "4"}
-# int8: MatMulNBits with 8-bit products; fp8: fold DequantizeLinear into float32 weights once, when the session is made.
+FOLDED = {"session.disable_quant_qdq": "1"}
+# Blocks: MatMulNBits with 8-bit products; others: fold DequantizeLinear into float32 weights once, when the session is made.
 SESSION_OPTIONS: dict[str, dict[str, str]] = {
     "float": {},
-    "int8": INT8_PRODUCTS,
-    "fp8": {"session.disable_quant_qdq": "1"},
+    **dict.fromkeys(("fp8", "fp8_row", "int8_row"), FOLDED),
+    **dict.fromkeys(("int8", "int4", "int4_awq"), INT8_PRODUCTS),
 }
+# Storage -> dtype of activations in the exchange graph. TensorRT-LLM quantizes those of fp8_rowwise a token, which is not in it.
+ACTIVATIONS = {"fp8": torch.float8_e4m3fn, "int8_row": torch.int8, "int4_fp8": torch.float8_e4m3fn}
 
 
-def write_onnx(out: Path, checkpoint: MedusaCheckpoint, fmt: Format, scales: Scales | None, *, max_length: int) -> None:
-    """``out/decoder.onnx`` with the numerics that TensorRT-LLM gets: FP8 activations too, where the format has them."""
-    form = onnx_form(fmt)
+def write_onnx(
+    out: Path,
+    checkpoint: MedusaCheckpoint,
+    fmt: Format,
+    scales: Scales | None,
+    *,
+    max_length: int,
+    excluded: Excluded = lambda module: False,
+) -> None:
+    """``out/decoder.onnx`` with the numerics that TensorRT-LLM gets: rounded activations too, where the format has a scale for them.
+
+    Args:
+        excluded: whether a linear, by its Hugging Face name, stays in float.
+    """
+    linear = LinearWriter(checkpoint, onnx_form(fmt), scales, ACTIVATIONS.get(fmt.storage), fmt.group_size, excluded)
     out.mkdir()
-    linear = LinearWriter(checkpoint, form, scales, fp8_activations=form == "fp8")
     write_decoder(out, checkpoint, linear, max_length=max_length)
 
 
@@ -53,6 +73,7 @@ def write_engine(
     draft_vocab: torch.Tensor | None,
     save_tokenizer: Callable[[Path], Any],
     source: dict[str, Any],
+    excluded: Excluded = lambda module: False,
 ) -> None:
     """``out``: decoder.onnx, heads-{depth}.onnx, engine.json, tree.json and the tokenizer; nothing outside it is needed to run.
 
@@ -63,7 +84,8 @@ def write_engine(
     config, num_heads = checkpoint.config, checkpoint.num_medusa_heads
     top_k = max(MIN_TOP_K, tree.top_k if tree.max_draft_len else 1)
     out.mkdir()
-    write_decoder(out, checkpoint, LinearWriter(checkpoint, form, scales), max_length=max_length)
+    linear = LinearWriter(checkpoint, form, scales, group_size=fmt.group_size, excluded=excluded)
+    write_decoder(out, checkpoint, linear, max_length=max_length)
     write_heads(out, checkpoint, top_k=top_k, draft_vocab=draft_vocab, int8=config.hidden_size % 16 == 0)
     info = EngineInfo(
         backend="onnxruntime",
@@ -90,5 +112,6 @@ def write_engine(
 def onnx_form(fmt: Format) -> str:
     """The ONNX form of a format; ConfigError when it has none."""
     if fmt.onnx is None:
-        raise ConfigError(f"--quant {fmt.name}", "no ONNX form", "none, fp8 or int8_wo", "pass --engine none")
+        able = ", ".join(name for name, form in FORMATS.items() if form.onnx)
+        raise ConfigError(f"--quant {fmt.name}", "no ONNX form", f"one of {able}", "pass --engine none")
     return fmt.onnx

@@ -44,12 +44,18 @@ class ExternalData:
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
         self._file.close()
 
-    def add(self, name: str, value: torch.Tensor) -> onnx.TensorProto:
-        """Write a tensor, unless one of that name is there already; small ones stay inline."""
+    def add(self, name: str, value: torch.Tensor, *, nibbles: bool = False) -> onnx.TensorProto:
+        """Write a tensor, unless one of that name is there already; small ones stay inline.
+
+        Args:
+            nibbles: the values are 0 .. 15 in uint8 and are stored as UINT4, two a byte.
+        """
         if name in self._protos:
             return self._protos[name]
-        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()  # [bytes]
-        proto = TensorProto(name=name, data_type=_ONNX_DTYPE[value.dtype], dims=list(value.shape))
+        flat = value.detach().contiguous().reshape(-1)
+        raw = (flat[0::2] | flat[1::2] << 4 if nibbles else flat).view(torch.uint8).numpy()  # [bytes]
+        data_type = TensorProto.UINT4 if nibbles else _ONNX_DTYPE[value.dtype]
+        proto = TensorProto(name=name, data_type=data_type, dims=list(value.shape))
         if raw.nbytes <= INLINE_BYTES:
             proto.raw_data = raw.tobytes()
         else:
@@ -113,10 +119,10 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attributes))
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def tensor(self, name: str, value: torch.Tensor) -> str:
-        """Store an initializer under a unique name; the first value given to a name stays."""
+    def tensor(self, name: str, value: torch.Tensor, *, nibbles: bool = False) -> str:
+        """Store an initializer under a unique name; the first value given to a name stays. For ``nibbles`` see ExternalData."""
         if name not in self._initializers:
-            self._initializers[name] = self._data.add(name, value)
+            self._initializers[name] = self._data.add(name, value, nibbles=nibbles)
         return name
 
     def ints(self, *values: int) -> str:

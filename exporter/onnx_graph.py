@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto
 
 from medusa_export.exporter.onnx_builder import MICROSOFT, GraphBuilder, silu
-from medusa_export.exporter.onnx_linear import LinearWriter
+from medusa_export.exporter.onnx_linear import LinearWriter, int8_matrix
 from medusa_export.heads import families
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.engine_info import DECODER_FILE
@@ -183,9 +183,9 @@ def _add_norm(graph: GraphBuilder, checkpoint: MedusaCheckpoint, x: str, residua
 
 def _lm_head(graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: LinearWriter) -> None:
     """hidden_states [R, h] -> logits [R, V]; a tied projection reuses the embedding table, transposed when the session is made."""
-    if linear.form == "int8":
-        logits = linear(graph, "hidden_states", ["lm_head"])
-        graph.node("Identity", [logits], ["logits"])
+    if linear.form in ("int8", "int4", "int4_awq"):  # 8 bits also there: half of a small model's bytes are in it
+        weight = int8_matrix(graph, "lm_head", checkpoint.read(families.LM_HEAD))
+        graph.node("MatMul", ["hidden_states", weight], ["logits"])
         return
     source = families.EMBED_TOKENS if checkpoint.config.tie_word_embeddings else families.LM_HEAD
     stored = graph.tensor(source, checkpoint.read(source))

@@ -1,4 +1,4 @@
-"""How a linear's weights are stored in ONNX: float, int8 blocks, or the very FP8 values of the TensorRT-LLM checkpoint."""
+"""How a linear's weights are stored in ONNX: float, integer blocks, or the very codes of the TensorRT-LLM checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from medusa_export.exporter.onnx_builder import GraphBuilder
 from medusa_export.heads.checkpoint import row_chunks
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
-from medusa_export.quantize.scales import Scales, fused_scale, quantize_fp8
+from medusa_export.quantize import codes
+from medusa_export.quantize.formats import FP8_MAX, INT8_MAX
+from medusa_export.quantize.scales import Scales, code_scale, fused_amax, fused_scale, quantize_fp8
 
-INT8_BLOCKS = (128, 64, 32, 16)  # sizes that ONNX Runtime's MatMulNBits takes, largest that divides wins
+BLOCKS = (128, 64, 32, 16)  # sizes that ONNX Runtime's MatMulNBits takes, largest that divides wins
+SMALL_BLOCKS = (32, 16)  # for 4 bits: TensorRT-LLM's own W4A16 has a scale a row, which loses far more
+BOUNDS = {torch.float8_e4m3fn: FP8_MAX, torch.int8: INT8_MAX}  # of activations
 
 
 @dataclass(frozen=True)
@@ -22,15 +26,19 @@ class LinearWriter:
     """Adds ``x @ W.T + b`` for one linear or several fused ones (same input, outputs concatenated).
 
     Attributes:
-        form: "float", "int8" or "fp8".
-        scales: calibrated scales; needed by "fp8".
-        fp8_activations: quantize-dequantize the input with the calibrated scale, as TensorRT-LLM does.
+        form: key of the table at the end of this file.
+        scales: calibrated scales; needed by "fp8", "int8_row" and "int4_awq".
+        activations: dtype that the input is quantized to and back with the calibrated scale, as TensorRT-LLM does; or None.
+        group_size: inputs that share a scale; needed by "int4_awq".
+        excluded: whether a module stays in float.
     """
 
     checkpoint: MedusaCheckpoint
     form: str
     scales: Scales | None = None
-    fp8_activations: bool = False
+    activations: torch.dtype | None = None
+    group_size: int | None = None
+    excluded: Callable[[str], bool] = lambda module: False
 
     def __call__(self, graph: GraphBuilder, x: str, modules: Sequence[str], *, scale_with: Sequence[str] = ()) -> str:
         """Add the product.  # x [..., K] -> [..., sum of N]
@@ -41,9 +49,13 @@ class LinearWriter:
             scale_with: further modules that share the FP8 scales (gate_proj and up_proj, which TensorRT-LLM fuses).
         """
         name = modules[0] if len(modules) == 1 else f"{modules[0]}+{len(modules) - 1}"
-        weight = _FORMS[self.form](self, graph, name, modules, scale_with)
-        if self.fp8_activations:
-            x = self._fake_quantize(graph, x, name, [*modules, *scale_with])
+        is_float = self.excluded(modules[0])
+        form = "float" if is_float else self.form
+        if form in SMOOTHED:
+            x = graph.node("Mul", [x, graph.tensor(f"{name}.pre_quant_scale", self._smoothing(modules))])
+        weight = _FORMS[form](self, graph, name, modules, scale_with)
+        if self.activations is not None and not is_float:
+            x = self._fake_quantize(graph, x, name, modules if form in SMOOTHED else [*modules, *scale_with])
         out = graph.node("MatMul", [x, weight])
         bias = self._bias(modules)
         return out if bias is None else graph.node("Add", [out, graph.tensor(f"{name}.bias", bias)])
@@ -56,18 +68,29 @@ class LinearWriter:
 
     def _required_scales(self) -> Scales:
         if self.scales is None:
-            raise ConfigError("fp8", "no calibrated scales", "scales from calibration", "calibrate before writing")
+            raise ConfigError(self.form, "no calibrated scales", "scales from calibration", "calibrate before writing")
         return self.scales
 
+    def _smoothing(self, modules: Sequence[str]) -> torch.Tensor:
+        return self._required_scales().pre_quant_scale[modules[0]]  # fused modules share it
+
     def _fake_quantize(self, graph: GraphBuilder, x: str, name: str, modules: Sequence[str]) -> str:
-        value = fused_scale(self._required_scales().input_amax, modules)
+        assert self.activations is not None
+        value = code_scale(fused_amax(self._required_scales().input_amax, modules), BOUNDS[self.activations])
         scale = graph.tensor(f"{name}.input_scale", torch.tensor(value, dtype=torch.float32))
-        zero = graph.tensor("fp8_zero", torch.zeros((), dtype=torch.float8_e4m3fn))
+        zero = graph.tensor(f"{str(self.activations)[6:]}_zero", torch.zeros((), dtype=self.activations))
         return graph.node("DequantizeLinear", [graph.node("QuantizeLinear", [x, scale, zero]), scale])
+
+    def _read(self, modules: Sequence[str]) -> torch.Tensor:
+        """The stacked weights, as stored.  # [N, K]"""
+        return torch.cat([self.checkpoint.read(f"{module}.weight") for module in modules])
+
+    def _smoothed(self, modules: Sequence[str]) -> torch.Tensor:
+        return self._read(modules).float() * (1.0 / self._smoothing(modules))
 
     def _float(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
         """[K, N] in the checkpoint's dtype; a Cast that ONNX Runtime folds when the session is made."""
-        weight = torch.cat([self.checkpoint.read(f"{module}.weight") for module in modules]).T
+        weight = self._read(modules).T
         stored = graph.tensor(f"{name}.weight", weight)
         return stored if weight.dtype == torch.float32 else graph.node("Cast", [stored], to=TensorProto.FLOAT)
 
@@ -81,16 +104,56 @@ class LinearWriter:
         scalar = graph.tensor(f"{name}.weight_scale", torch.tensor(scale, dtype=torch.float32))
         return graph.node("DequantizeLinear", [stored, scalar])
 
+    def _fp8_row(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
+        """[K, N] float8_e4m3fn with a scale an output."""
+        weight = self._read(modules).float()
+        scales = codes.row_scales(weight, FP8_MAX)
+        stored = quantize_fp8(weight, scales[:, None]).view(torch.uint8).T.contiguous().view(torch.float8_e4m3fn)
+        return _per_output(graph, name, stored, scales)
+
+    def _int8_row(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
+        """[K, N] int8 with a scale an output, smoothed."""
+        weight = self._smoothed(modules)
+        scales = codes.row_scales(weight, INT8_MAX)
+        return _per_output(graph, name, codes.int8_rows(weight, scales).T, scales)
+
     def _int8(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
-        weight = torch.cat([self.checkpoint.read(f"{module}.weight") for module in modules])
-        return int8_matrix(graph, name, weight)
+        return int8_matrix(graph, name, self._read(modules))
+
+    def _int4(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
+        weight = self._read(modules).float()
+        return _int4_matrix(graph, name, weight, _block(weight.shape[1], name, SMALL_BLOCKS))
+
+    def _int4_awq(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
+        return _int4_matrix(graph, name, self._smoothed(modules), self.group_size or 128)
 
 
 _FORMS: dict[str, Callable[[LinearWriter, GraphBuilder, str, Sequence[str], Sequence[str]], str]] = {
     "float": LinearWriter._float,
     "fp8": LinearWriter._fp8,
+    "fp8_row": LinearWriter._fp8_row,
     "int8": LinearWriter._int8,
+    "int8_row": LinearWriter._int8_row,
+    "int4": LinearWriter._int4,
+    "int4_awq": LinearWriter._int4_awq,
 }
+SMOOTHED = ("int8_row", "int4_awq")
+
+
+def _per_output(graph: GraphBuilder, name: str, stored: torch.Tensor, scales: torch.Tensor) -> str:
+    """[K, N] codes, [N] scales."""
+    weight = graph.tensor(f"{name}.weight", stored)
+    return graph.node("DequantizeLinear", [weight, graph.tensor(f"{name}.weight_scale", scales)], axis=1)
+
+
+def _int4_matrix(graph: GraphBuilder, name: str, weight: torch.Tensor, block: int) -> str:
+    """float32 [N, K] stored as [K, N] UINT4 around 8, in blocks along K; ONNX Runtime fuses it to MatMulNBits."""
+    values = (codes.int4_groups(weight, block) + 8).to(torch.uint8)
+    scales = codes.group_scales(weight, block)
+    stored = graph.tensor(f"{name}.weight", values.T, nibbles=True)
+    scale = graph.tensor(f"{name}.weight_scale", scales.T)
+    zero = graph.tensor(f"{name}.weight_zero", torch.full(scales.T.shape, 8, dtype=torch.uint8), nibbles=True)
+    return graph.node("DequantizeLinear", [stored, scale, zero], axis=0, block_size=block)
 
 
 def int8_matrix(graph: GraphBuilder, name: str, weight: torch.Tensor) -> str:
@@ -100,6 +163,13 @@ def int8_matrix(graph: GraphBuilder, name: str, weight: torch.Tensor) -> str:
     scale = graph.tensor(f"{name}.weight_scale", scales.T)
     zero = graph.tensor(f"{name}.weight_zero", torch.full(scales.T.shape, 128, dtype=torch.uint8))
     return graph.node("DequantizeLinear", [stored, scale, zero], axis=0, block_size=weight.shape[1] // scales.shape[1])
+
+
+def _block(width: int, name: str, sizes: Sequence[int]) -> int:
+    block = next((size for size in sizes if width % size == 0), None)
+    if block is None:
+        raise ConfigError(name, f"{width} input features", "a multiple of 16", "use --quant none or fp8")
+    return block
 
 
 def quantize_int8_blocks(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,9 +183,7 @@ def quantize_int8_blocks(weight: torch.Tensor, name: str) -> tuple[torch.Tensor,
         uint8 values around the zero point 128, [N, K], and float32 scales, [N, K / block].
     """
     rows, width = weight.shape
-    block = next((size for size in INT8_BLOCKS if width % size == 0), None)
-    if block is None:
-        raise ConfigError(name, f"{width} input features", "a multiple of 16", "use --quant none or fp8")
+    block = _block(width, name, BLOCKS)
     values, scales = torch.empty((rows, width), dtype=torch.uint8), torch.empty(rows, width // block)
     start = 0
     for part in row_chunks(weight):

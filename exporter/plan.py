@@ -5,33 +5,42 @@ Source: TensorRT-LLM 0.17 .. 1.2.1, ``models/modeling_utils.py``, ``models/medus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
 
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.heads import families
 
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
+
 
 class Kind(Enum):
-    """How a tensor's bytes come about."""
+    """How a tensor's bytes come about. All but the single numbers are made row by row from the rows of ``sources``."""
 
     COPY = "slices, cast to the plan's dtype"
-    FP8 = "slices, divided by the weight scale of the plan's modules, in float8_e4m3fn"
-    WEIGHT_SCALE = "largest weight amax of the modules / 448"
-    INPUT_SCALE = "largest input amax of the modules / 448"
-    KV_SCALE = "key/value amax of the layer / 448, at least 1"
+    FP8 = "slices / the modules' weight scale, in float8_e4m3fn"
+    FP8_ROW = "slices / the scale of each row, in float8_e4m3fn"
+    INT8_ROW = "slices / the scale of each row, rounded to int8"
+    INT4 = "slices / the scale of each group, rounded to 4 bits, two rows a byte"
+    FP4 = "slices / the scale of each block, rounded to float4_e2m1fn, two columns a byte"
+    ROW_SCALE = "largest weight of each row / the format's bound"
+    GROUP_SCALE = "largest weight of each group / the format's bound"
+    BLOCK_SCALE = "scale of each block in units of the weight scale, in float8_e4m3fn"
+    SMOOTHING = "factor that each input is multiplied with"
+    WEIGHT_SCALE = "largest weight of the modules / the bound"
+    INPUT_SCALE = "largest input of the modules / the format's bound"
+    KV_SCALE = "largest key or value of the layer / the cache's bound"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of a checkpoint tensor: all of it, or ``start .. stop - 1`` of rows (axis 0) or columns (axis 1)."""
+    """Rows ``start .. stop - 1`` of a checkpoint tensor, all of them by default."""
 
     tensor: str
-    axis: int | None = None
     start: int = 0
-    stop: int = 0
+    stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class TensorPlan:
         dtype: torch's name.
         shape: on this rank.
         sources: stacked on axis 0; zero rows fill up what they leave of ``shape``.
-        modules: the Hugging Face modules that share this tensor's scale.
+        columns: of the sources, ``(start, stop)``; None is all.
+        modules: the Hugging Face modules that share this tensor's scales.
         layer: whose key/value scale it is; read for that kind only.
     """
 
@@ -53,8 +63,14 @@ class TensorPlan:
     dtype: str
     shape: tuple[int, ...]
     sources: tuple[Slice, ...] = ()
+    columns: tuple[int, int] | None = None
     modules: tuple[str, ...] = ()
     layer: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -67,18 +83,26 @@ class RankPlan:
 
 def plan_ranks(spec: ExportSpec) -> list[RankPlan]:
     """The tensors of every rank file, in the order in which they are best read from the checkpoint."""
-    return [RankPlan(rank, tuple(_rank_tensors(spec, rank))) for rank in range(spec.tp)]
+    return [plan_rank(spec, rank) for rank in range(spec.tp)]
 
 
-def scaled_modules(spec: ExportSpec) -> list[str]:
-    """Hugging Face names of the modules whose calibration the plan needs."""
-    modules = (module for tensor in plan_ranks(spec)[0].tensors for module in tensor.modules)
-    return list(dict.fromkeys(modules))
+def plan_rank(spec: ExportSpec, rank: int) -> RankPlan:
+    """The tensors of one rank file."""
+    return RankPlan(rank, tuple(_rank_tensors(spec, rank)))
 
 
-def scaled_layers(spec: ExportSpec) -> list[int]:
-    """Layers whose key/value calibration the plan needs."""
-    return list(range(spec.config.num_hidden_layers)) if spec.kv_cache.quant_algo else []
+_CALIBRATED = {Kind.INPUT_SCALE: "input_amax", Kind.WEIGHT_SCALE: "weight_amax", Kind.SMOOTHING: "pre_quant_scale"}
+
+
+def needed_scales(spec: ExportSpec) -> dict[str, list[str | int]]:
+    """What a calibration has to have measured: kind of scale -> modules, or layers for "kv_amax"."""
+    needed: dict[str, dict[str | int, None]] = {}
+    for tensor in plan_rank(spec, 0).tensors:
+        if tensor.kind is Kind.KV_SCALE:
+            needed.setdefault("kv_amax", {})[tensor.layer] = None
+        elif tensor.kind in _CALIBRATED:
+            needed.setdefault(_CALIBRATED[tensor.kind], {}).update(dict.fromkeys(tensor.modules))
+    return {kind: list(names) for kind, names in needed.items()}
 
 
 def _rank_tensors(spec: ExportSpec, rank: int) -> Iterator[TensorPlan]:
@@ -87,7 +111,7 @@ def _rank_tensors(spec: ExportSpec, rank: int) -> Iterator[TensorPlan]:
     for layer in range(spec.config.num_hidden_layers):
         yield from _layer_tensors(spec, rank, layer)
     yield _copy(spec, "transformer.ln_f.weight", (hidden,), Slice(families.FINAL_NORM))
-    yield from _vocab_projection(spec, rank, "lm_head", "lm_head", fp8=False)
+    yield from _vocab_projection(spec, rank, "lm_head", "lm_head", quantized=False)
     for head in range(spec.num_medusa_heads):
         yield from _head_tensors(spec, rank, head)
 
@@ -100,7 +124,7 @@ class _Linear:
         name, module: under TensorRT-LLM and in Hugging Face.
         shape: [out, in] over all ranks.
         axis: what the ranks split: 0 outputs, 1 inputs.
-        fp8_with: the modules that share its FP8 scale; none is 16 bit.
+        scaled_with: the modules that share its scales; none is 16 bit.
     """
 
     name: str
@@ -108,11 +132,11 @@ class _Linear:
     shape: tuple[int, int]
     axis: int
     bias: bool
-    fp8_with: tuple[str, ...]
+    scaled_with: tuple[str, ...]
 
 
 # TensorRT-LLM applies the activation to ``fc`` and multiplies by ``gate``: the reverse of what the names suggest. Both
-# have one scale, as in ModelOpt's export: trtllm-build fuses them and would round the weights a second time.
+# have one FP8 or NVFP4 scale, as in ModelOpt's export: trtllm-build fuses them and would round the weights a second time.
 _GATED = (families.GATE_PROJ, families.UP_PROJ)
 _LAYER_LINEARS = (
     ("attention.dense", families.O_PROJ, 1, (families.O_PROJ,)),
@@ -132,8 +156,10 @@ def _layer_tensors(spec: ExportSpec, rank: int, layer: int) -> Iterator[TensorPl
             yield _copy(spec, f"{prefix}.attention.{name}.weight", (config.head_dim,), Slice(source.format(layer)))
     yield from _qkv(spec, rank, layer)
     for name, pattern, axis, together in _LAYER_LINEARS:
-        bias, fp8_with = config.has_bias(pattern), [each.format(layer) for each in together if spec.fp8_base]
-        linear = _Linear(f"{prefix}.{name}", pattern.format(layer), shapes[pattern], axis, bias, tuple(fp8_with))
+        name, bias = f"{prefix}.{name}", config.has_bias(pattern)
+        shared = (pattern,) if spec.fmt.smooths else together  # smoothed linears are not fused
+        scaled_with = tuple(each.format(layer) for each in shared) if spec.is_quantized(name) else ()
+        linear = _Linear(name, pattern.format(layer), shapes[pattern], axis, bias, scaled_with)
         yield from _linear(spec, rank, linear)
     if spec.kv_cache.quant_algo:
         name = f"{prefix}.attention.kv_cache_scaling_factor"
@@ -144,11 +170,11 @@ def _head_tensors(spec: ExportSpec, rank: int, head: int) -> Iterator[TensorPlan
     hidden, prefix = spec.config.hidden_size, f"medusa_heads.{head}"
     for layer in range(spec.num_medusa_layers):
         name, module = f"{prefix}.medusa_layers.{layer}.linear", f"{prefix}.{layer}.linear"
-        fp8_with = (module,) if spec.quant_heads else ()
-        yield from _linear(spec, rank, _Linear(name, module, (hidden, hidden), 0, bias=True, fp8_with=fp8_with))
+        scaled_with = (module,) if spec.is_quantized(name) else ()
+        yield from _linear(spec, rank, _Linear(name, module, (hidden, hidden), 0, True, scaled_with))
     # Never left out: TensorRT-LLM's check exempts names ending in lm_head.weight and would leave it random.
-    module = f"{prefix}.{spec.num_medusa_layers}"
-    yield from _vocab_projection(spec, rank, f"{prefix}.lm_head", module, fp8=spec.quant_heads)
+    name, module = f"{prefix}.lm_head", f"{prefix}.{spec.num_medusa_layers}"
+    yield from _vocab_projection(spec, rank, name, module, quantized=spec.is_quantized(name))
 
 
 def _copy(spec: ExportSpec, name: str, shape: tuple[int, ...], *sources: Slice) -> TensorPlan:
@@ -167,10 +193,10 @@ def _qkv(spec: ExportSpec, rank: int, layer: int) -> Iterator[TensorPlan]:
     parts = [(name.format(layer), first * config.head_dim, count * config.head_dim) for name, first, count in heads]
     name, rows = f"transformer.layers.{layer}.attention.qkv", sum(count for _, _, count in parts)
     for suffix, shape in (("weight", (rows, config.hidden_size)), ("bias", (rows,))):
-        slices = (Slice(f"{module}.{suffix}", 0, start, start + count) for module, start, count in parts)
+        slices = (Slice(f"{module}.{suffix}", start, start + count) for module, start, count in parts)
         plan = _copy(spec, f"{name}.{suffix}", shape, *slices)
         if suffix == "weight":
-            yield from _quantized(plan, *(module for module, _, _ in parts)) if spec.fp8_base else (plan,)
+            yield from _stored(spec, plan, tuple(module for module, _, _ in parts) if spec.is_quantized(name) else ())
         elif config.attention_bias:
             yield plan
 
@@ -178,28 +204,86 @@ def _qkv(spec: ExportSpec, rank: int, layer: int) -> Iterator[TensorPlan]:
 def _linear(spec: ExportSpec, rank: int, linear: _Linear) -> Iterator[TensorPlan]:
     """A split linear. A bias is split with the outputs; where inputs are split it is added once and kept whole."""
     size = linear.shape[linear.axis] // spec.tp
-    part = (linear.axis, rank * size, (rank + 1) * size)
+    part = (rank * size, (rank + 1) * size)
     shape = (size, linear.shape[1]) if linear.axis == 0 else (linear.shape[0], size)
-    weight = _copy(spec, f"{linear.name}.weight", shape, Slice(f"{linear.module}.weight", *part))
-    yield from _quantized(weight, *linear.fp8_with) if linear.fp8_with else (weight,)
+    source = Slice(f"{linear.module}.weight", *part) if linear.axis == 0 else Slice(f"{linear.module}.weight")
+    weight = _copy(spec, f"{linear.name}.weight", shape, source)
+    yield from _stored(spec, weight if linear.axis == 0 else replace(weight, columns=part), linear.scaled_with)
     if linear.bias:
-        source = f"{linear.module}.bias"
-        yield _copy(spec, f"{linear.name}.bias", shape[:1], Slice(source, *part) if linear.axis == 0 else Slice(source))
+        bias = f"{linear.module}.bias"
+        yield _copy(spec, f"{linear.name}.bias", shape[:1], Slice(bias, *part) if linear.axis == 0 else Slice(bias))
 
 
-def _vocab_projection(spec: ExportSpec, rank: int, name: str, module: str, *, fp8: bool) -> Iterator[TensorPlan]:
+def _vocab_projection(spec: ExportSpec, rank: int, name: str, module: str, *, quantized: bool) -> Iterator[TensorPlan]:
     """Vocabulary rows split over the ranks; the last ranks end in zero rows where the vocabulary does not divide."""
     rows = spec.padded_vocab // spec.tp
     start, stop = rank * rows, min((rank + 1) * rows, spec.config.vocab_size)
-    sources = (Slice(f"{module}.weight", 0, start, stop),) if start < stop else ()
+    sources = (Slice(f"{module}.weight", start, stop),) if start < stop else ()
     plan = _copy(spec, f"{name}.weight", (rows, spec.config.hidden_size), *sources)
-    yield from _quantized(plan, module) if fp8 else (plan,)
+    yield from _stored(spec, plan, (module,) if quantized else ())
 
 
-def _quantized(weight: TensorPlan, *modules: str) -> Iterator[TensorPlan]:
-    """An FP8 weight and its two scales, which are the same on every rank."""
-    prefix = weight.name.removesuffix(".weight")
-    yield replace(weight, kind=Kind.FP8, dtype="float8_e4m3fn", modules=modules)
-    scale = partial(TensorPlan, dtype="float32", shape=(1,), modules=modules)
-    yield scale(f"{prefix}.weights_scaling_factor", Kind.WEIGHT_SCALE)
-    yield scale(f"{prefix}.activation_scaling_factor", Kind.INPUT_SCALE)
+@dataclass(frozen=True)
+class _Part:
+    """One of the tensors that a quantized linear is stored in.
+
+    Attributes:
+        dtype: torch's name; None is that of unquantized tensors.
+        shape: from (out, in, group size) on a rank.
+    """
+
+    suffix: str
+    kind: Kind
+    dtype: str | None
+    shape: Callable[[int, int, int], tuple[int, ...]]
+
+
+def _one(suffix: str, kind: Kind) -> _Part:
+    return _Part(suffix, kind, "float32", lambda out, width, group: (1,))
+
+
+_FP8, _INPUT = "float8_e4m3fn", _one("activation_scaling_factor", Kind.INPUT_SCALE)
+_SMOOTHING = _Part("prequant_scaling_factor", Kind.SMOOTHING, None, lambda out, width, group: (width,))
+_ROW_SCALE = _Part("", Kind.ROW_SCALE, "float32", lambda out, width, group: (out,))
+_INT4 = (
+    _Part("weight", Kind.INT4, "int8", lambda out, width, group: (out // 2, width)),
+    _Part("weights_scaling_factor", Kind.GROUP_SCALE, "float32", lambda out, width, group: (out, width // group)),
+    _SMOOTHING,
+)
+_PARTS: dict[str, tuple[_Part, ...]] = {
+    "fp8": (
+        _Part("weight", Kind.FP8, _FP8, lambda out, width, group: (out, width)),
+        _one("weights_scaling_factor", Kind.WEIGHT_SCALE),
+        _INPUT,
+    ),
+    "fp8_row": (
+        _Part("weight", Kind.FP8_ROW, _FP8, lambda out, width, group: (out, width)),
+        replace(_ROW_SCALE, suffix="per_channel_scale"),
+    ),
+    "int8_row": (
+        _Part("weight", Kind.INT8_ROW, "int8", lambda out, width, group: (out, width)),
+        replace(_ROW_SCALE, suffix="weights_scaling_factor"),
+        _INPUT,
+        _SMOOTHING,
+    ),
+    "int4": _INT4,
+    "int4_fp8": (*_INT4, _one("weights_scaling_factor_2", Kind.WEIGHT_SCALE), _INPUT),
+    "nvfp4": (
+        _Part("weight", Kind.FP4, "uint8", lambda out, width, group: (out, width // 2)),
+        _Part("weights_scaling_factor", Kind.BLOCK_SCALE, _FP8, lambda out, width, group: (out, width // group)),
+        _one("weights_scaling_factor_2", Kind.WEIGHT_SCALE),
+        _INPUT,
+    ),
+}
+
+
+def _stored(spec: ExportSpec, weight: TensorPlan, modules: tuple[str, ...]) -> Iterator[TensorPlan]:
+    """The tensors of a linear: its weight as it is, or what the format keeps of it, scales included."""
+    if not modules:
+        yield weight
+        return
+    prefix, (out, width) = weight.name.removesuffix("weight"), weight.shape
+    for part in _PARTS[spec.fmt.storage]:
+        shape = part.shape(out, width, spec.fmt.group_size or 1)
+        dtype = part.dtype or spec.dtype
+        yield replace(weight, name=prefix + part.suffix, kind=part.kind, dtype=dtype, shape=shape, modules=modules)

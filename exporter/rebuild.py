@@ -7,27 +7,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medusa_export.exporter.stored import Rows, StoredLinear
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import CheckpointError
 
+CHUNK_VALUES = 1 << 20  # as in the writer, for the same reason
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start .. stop - 1`` of one rank's share of a linear."""
+
+    linear: StoredLinear
+    start: int
+    stop: int
+
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A tensor under its Hugging Face name: float32 where it was quantized, otherwise in the file's dtype.
+    """A matrix or vector under its Hugging Face name, put together from the ranks when its rows are read.
 
     Attributes:
-        scale: of a dequantized weight, None for others.
+        source: its module's name in the rank files.
+        grid: pieces, those of one line side by side, the lines one below the other; empty for a vector.
+        vector: a norm or bias, in memory.
     """
 
     name: str
-    tensor: torch.Tensor
-    scale: float | None = None
+    source: str
+    grid: tuple[tuple[Piece, ...], ...] = ()
+    vector: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As Hugging Face has it."""
+        if self.vector is not None:
+            return tuple(self.vector.shape)
+        rows = sum(line[0].stop - line[0].start for line in self.grid)
+        return rows, sum(piece.linear.shape[1] for piece in self.grid[0])
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its values were rounded."""
+        return bool(self.grid) and self.grid[0][0].linear.is_quantized
+
+    def chunks(self) -> Iterator[tuple[int, Rows]]:
+        """(first row, rows), top to bottom; bounded in memory."""
+        if self.vector is not None:
+            yield 0, Rows(self.vector)
+            return
+        step = max(2, CHUNK_VALUES // self.shape[1] // 2 * 2)
+        above = 0
+        for line in self.grid:
+            start, stop = line[0].start, line[0].stop
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                rows = Rows.join([piece.linear.rows(first, last) for piece in line], 1)
+                yield above + first - start, rows
+            above += stop - start
+
+    def tensor(self) -> torch.Tensor:
+        """All of it: float32 where it was quantized, otherwise in the file's dtype."""
+        return Rows.join([rows for _, rows in self.chunks()], 0).values
 
 
 def rebuild_hf(trt_dir: Path) -> dict[str, torch.Tensor]:
@@ -36,17 +84,17 @@ def rebuild_hf(trt_dir: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: a missing tensor, ranks that disagree on a replicated one, or padding that is not zero.
     """
-    return {item.name: item.tensor for item in iter_hf(trt_dir)}
+    return {item.name: item.tensor() for item in iter_hf(trt_dir)}
 
 
 def iter_hf(trt_dir: Path) -> Iterator[Rebuilt]:
-    """As :func:`rebuild_hf`, one tensor at a time."""
+    """As :func:`rebuild_hf`, to be read in chunks."""
     ranks = _Ranks(trt_dir)
     config = ranks.config
-    yield Rebuilt("model.embed_tokens.weight", ranks.replicated("transformer.vocab_embedding.weight"))
+    yield ranks.embedding()
     for layer in range(config["num_hidden_layers"]):
         yield from _layer(ranks, f"transformer.layers.{layer}.", f"model.layers.{layer}.")
-    yield Rebuilt("model.norm.weight", ranks.replicated("transformer.ln_f.weight"))
+    yield ranks.replicated("transformer.ln_f.weight", "model.norm.weight")
     yield _vocabulary(ranks, "lm_head", "lm_head")
     for head in range(config["num_medusa_heads"]):
         for layer in range(config["num_medusa_layers"]):
@@ -55,16 +103,33 @@ def iter_hf(trt_dir: Path) -> Iterator[Rebuilt]:
         yield _vocabulary(ranks, f"medusa_heads.{head}.lm_head", f"medusa_heads.{head}.{config['num_medusa_layers']}")
 
 
-def activation_scales(trt_dir: Path) -> dict[str, float]:
-    """Input scale of every quantized linear by Hugging Face module name."""
-    ranks = _Ranks(trt_dir)
-    scales = {}
+@dataclass(frozen=True)
+class InputForm:
+    """What happens to a quantized linear's input: its scale and, where the format smooths, a factor a channel."""
+
+    scale: float | None
+    smoothing: torch.Tensor | None
+
+
+def input_forms(trt_dir: Path) -> dict[str, InputForm]:
+    """By Hugging Face module name, for every quantized linear."""
+    ranks, forms = _Ranks(trt_dir), {}
     for name in ranks.files[0].names:
         module, _, kind = name.rpartition(".")
-        if kind == "activation_scaling_factor":
-            value = ranks.replicated(name).item()
-            scales.update(dict.fromkeys(_hf_modules(module, ranks.config["num_medusa_layers"]), value))
-    return scales
+        linear = ranks.linears(module)[0] if kind == "weight" and module.split(".")[-1] in _QUANTIZABLE else None
+        if linear is None or not linear.is_quantized:
+            continue
+        parts = (
+            [file.read(f"{module}.prequant_scaling_factor") for file in ranks.files]
+            if ranks.has(f"{module}.prequant_scaling_factor")
+            else []
+        )
+        split = module.endswith((".dense", ".proj"))
+        smoothing = (torch.cat(parts) if split else parts[0]) if parts else None
+        scale = linear.number("activation_scaling_factor") if ranks.has(f"{module}.activation_scaling_factor") else None
+        form = InputForm(scale, smoothing)
+        forms.update(dict.fromkeys(_hf_modules(module, ranks.config["num_medusa_layers"]), form))
+    return forms
 
 
 class _Ranks:
@@ -73,38 +138,50 @@ class _Ranks:
     def __init__(self, trt_dir: Path) -> None:
         self.config: dict[str, Any] = read_json(trt_dir / "config.json")
         self.tp = self.config["mapping"]["tp_size"]
+        self.algo = self.config["quantization"]["quant_algo"]
         self.files = [TensorSource.open(trt_dir / f"rank{rank}.safetensors") for rank in range(self.tp)]
+        for name in self.files[0].names if self.tp > 1 else ():
+            if self.files[0].shape(name) == (1,):  # scales a tensor
+                self.replicated(name, name)
 
     def has(self, name: str) -> bool:
         return name in self.files[0]
 
-    def split(self, name: str) -> list[torch.Tensor]:
-        """One tensor of every rank."""
-        return [file.read(name) for file in self.files]
+    def linears(self, module: str) -> list[StoredLinear]:
+        """One linear of every rank."""
+        return [StoredLinear(file, module, self.algo) for file in self.files]
 
-    def replicated(self, name: str) -> torch.Tensor:
-        """A tensor that has to be the same on every rank."""
-        first, *others = self.split(name)
-        if not all(torch.equal(first, other) for other in others):
-            raise CheckpointError(name, "ranks that differ", "the same tensor on every rank", "export again")
-        return first
+    def replicated(self, name: str, target: str) -> Rebuilt:
+        """A vector that has to be the same on every rank."""
+        first, *others = (file.read(name) for file in self.files)
+        if not all(torch.equal(first.view(torch.uint8), other.view(torch.uint8)) for other in others):
+            raise _differ(name)
+        return Rebuilt(target, name.rpartition(".")[0], vector=first)
 
-    def weights(self, module: str) -> tuple[list[torch.Tensor], float | None]:
-        """A linear's weight of every rank, dequantized, and its scale."""
-        parts = self.split(f"{module}.weight")
-        if parts[0].dtype != torch.float8_e4m3fn:
-            return parts, None
-        scale = self.replicated(f"{module}.weights_scaling_factor").item()
-        return [part.to(torch.float32) * scale for part in parts], scale
+    def embedding(self) -> Rebuilt:
+        """The same on every rank, compared in chunks."""
+        module = "transformer.vocab_embedding"
+        copies = [
+            Rebuilt("model.embed_tokens.weight", module, ((Piece(linear, 0, linear.shape[0]),),))
+            for linear in self.linears(module)
+        ]
+        for other in copies[1:]:
+            pairs = zip(copies[0].chunks(), other.chunks(), strict=True)
+            if not all(torch.equal(mine.values, theirs.values) for (_, mine), (_, theirs) in pairs):
+                raise _differ(f"{module}.weight")
+        return copies[0]
+
+
+def _differ(name: str) -> CheckpointError:
+    return CheckpointError(name, "ranks that differ", "the same tensor on every rank", "export again")
 
 
 def _layer(ranks: _Ranks, source: str, target: str) -> Iterator[Rebuilt]:
-    yield Rebuilt(f"{target}input_layernorm.weight", ranks.replicated(f"{source}input_layernorm.weight"))
-    yield Rebuilt(f"{target}post_attention_layernorm.weight", ranks.replicated(f"{source}post_layernorm.weight"))
+    yield ranks.replicated(f"{source}input_layernorm.weight", f"{target}input_layernorm.weight")
+    yield ranks.replicated(f"{source}post_layernorm.weight", f"{target}post_attention_layernorm.weight")
     for theirs, ours in (("q_layernorm", "q_norm"), ("k_layernorm", "k_norm")):
         if ranks.has(f"{source}attention.{theirs}.weight"):
-            tensor = ranks.replicated(f"{source}attention.{theirs}.weight")
-            yield Rebuilt(f"{target}self_attn.{ours}.weight", tensor)
+            yield ranks.replicated(f"{source}attention.{theirs}.weight", f"{target}self_attn.{ours}.weight")
     yield from _qkv(ranks, f"{source}attention.qkv", f"{target}self_attn")
     yield from _joined(ranks, f"{source}attention.dense", f"{target}self_attn.o_proj", 1)
     yield from _joined(ranks, f"{source}mlp.fc", f"{target}mlp.gate_proj", 0)
@@ -114,49 +191,55 @@ def _layer(ranks: _Ranks, source: str, target: str) -> Iterator[Rebuilt]:
 
 def _qkv(ranks: _Ranks, source: str, target: str) -> Iterator[Rebuilt]:
     """Undo the stacking of q, k and v on every rank; copies of a shared key/value head have to agree."""
-    weights, scale = ranks.weights(source)
-    yield from (Rebuilt(f"{target}.{name}.weight", tensor, scale) for name, tensor in _unstack(ranks, weights).items())
-    if ranks.has(f"{source}.bias"):
-        biases = _unstack(ranks, ranks.split(f"{source}.bias"))
-        yield from (Rebuilt(f"{target}.{name}.bias", tensor) for name, tensor in biases.items())
-
-
-def _unstack(ranks: _Ranks, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     config, tp = ranks.config, ranks.tp
     size, kv_heads = config["head_size"], config["num_key_value_heads"]
-    q_rows, kv_rows = config["num_attention_heads"] // tp * size, max(kv_heads // tp, 1) * size
-    queries, keys, values = zip(*(part.split([q_rows, kv_rows, kv_rows]) for part in parts), strict=True)
-    copies = max(tp // kv_heads, 1)
-    return {
-        "q_proj": torch.cat(queries),
-        "k_proj": torch.cat(_one_of_each(keys, copies)),
-        "v_proj": torch.cat(_one_of_each(values, copies)),
-    }
+    counts = [config["num_attention_heads"] // tp * size, *[max(kv_heads // tp, 1) * size] * 2]
+    biases = [file.read(f"{source}.bias").split(counts) for file in ranks.files] if ranks.has(f"{source}.bias") else []
+    for index, (name, count, stop) in enumerate(
+        zip(("q_proj", "k_proj", "v_proj"), counts, accumulate(counts), strict=True)
+    ):
+        copies = 1 if index == 0 else max(tp // kv_heads, 1)
+        pieces = [Piece(linear, stop - count, stop) for linear in ranks.linears(source)]
+        _require_equal_copies(source, pieces, copies)
+        yield Rebuilt(f"{target}.{name}.weight", source, tuple((piece,) for piece in pieces[::copies]))
+        if biases:
+            yield Rebuilt(f"{target}.{name}.bias", source, vector=torch.cat([bias[index] for bias in biases][::copies]))
 
 
-def _one_of_each(parts: tuple[torch.Tensor, ...], copies: int) -> list[torch.Tensor]:
-    for index, part in enumerate(parts):
-        if not torch.equal(part, parts[index - index % copies]):
-            raise CheckpointError("attention.qkv", "ranks that differ in a shared head", "equal copies", "export again")
-    return list(parts[::copies])
+def _require_equal_copies(source: str, pieces: list[Piece], copies: int) -> None:
+    for index, piece in enumerate(pieces):
+        first = pieces[index - index % copies]
+        if first is not piece and not torch.equal(
+            *(each.linear.rows(each.start, each.stop).values for each in (first, piece))
+        ):
+            raise CheckpointError(source, "ranks that differ in a shared head", "equal copies", "export again")
 
 
 def _joined(ranks: _Ranks, source: str, target: str, axis: int) -> Iterator[Rebuilt]:
     """A linear split on its outputs (axis 0, bias too) or its inputs (axis 1, bias whole)."""
-    weights, scale = ranks.weights(source)
-    yield Rebuilt(f"{target}.weight", torch.cat(weights, dim=axis), scale)
+    pieces = [Piece(linear, 0, linear.shape[0]) for linear in ranks.linears(source)]
+    yield Rebuilt(f"{target}.weight", source, tuple((piece,) for piece in pieces) if axis == 0 else (tuple(pieces),))
     bias = f"{source}.bias"
-    if ranks.has(bias):
-        yield Rebuilt(f"{target}.bias", torch.cat(ranks.split(bias)) if axis == 0 else ranks.replicated(bias))
+    if ranks.has(bias) and axis == 0:
+        yield Rebuilt(f"{target}.bias", source, vector=torch.cat([file.read(bias) for file in ranks.files]))
+    elif ranks.has(bias):
+        yield ranks.replicated(bias, f"{target}.bias")
 
 
 def _vocabulary(ranks: _Ranks, source: str, target: str) -> Rebuilt:
-    weights, scale = ranks.weights(source)
-    joined = torch.cat(weights)
-    rows = ranks.config["vocab_size"]
-    if joined[rows:].any():
-        raise CheckpointError(f"{source}.weight", "padding rows that are not zero", "zeros at the end", "export again")
-    return Rebuilt(f"{target}.weight", joined[:rows], scale)
+    """Rows split over the ranks, the last ones padding."""
+    left, pieces = ranks.config["vocab_size"], []
+    for linear in ranks.linears(source):
+        rows = linear.shape[0]
+        used = min(rows, left)
+        padding = Rebuilt("", source, ((Piece(linear, used - used % 2, rows),),))  # two rows may share a byte
+        if used < rows and any(part.values[used % 2 * (first == 0) :].any() for first, part in padding.chunks()):
+            got = "padding rows that are not zero"
+            raise CheckpointError(f"{source}.weight", got, "zeros at the end", "export again")
+        if used:
+            pieces.append((Piece(linear, 0, used),))
+        left -= used
+    return Rebuilt(f"{target}.weight", source, tuple(pieces))
 
 
 _LINEARS = {
@@ -166,6 +249,7 @@ _LINEARS = {
     "mlp.gate": ("mlp.up_proj",),
     "mlp.proj": ("mlp.down_proj",),
 }
+_QUANTIZABLE = {*(name.split(".")[-1] for name in _LINEARS), "linear", "lm_head"}
 
 
 def _hf_modules(module: str, num_medusa_layers: int) -> list[str]:

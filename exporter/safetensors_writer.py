@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
@@ -24,6 +24,8 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int64: "I64",
 }
 
 
@@ -71,20 +73,29 @@ class SafetensorsWriter(Generic[_Planned]):
         self._put(self._header)
         return self
 
-    def write(self, tensor: torch.Tensor) -> None:
-        """The next entry's bytes."""
+    def write(self, chunks: torch.Tensor | Iterable[torch.Tensor]) -> None:
+        """The next entry's bytes: the tensor, or chunks of its rows."""
         if self._next == len(self.entries):
             raise OutputError(str(self.path), "one tensor too many", f"{self._next}", "write every entry once")
-        entry = self.entries[self._next]
-        if tensor.dtype != _torch_dtype(entry) or tuple(tensor.shape) != entry.shape:
-            raise OutputError(
-                f"{self.path}: {entry.name}",
-                f"{tensor.dtype} {list(tensor.shape)}",
-                f"{entry.dtype} {list(entry.shape)}",
-                "report this: the plan and its execution disagree",
-            )
-        self._put(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        entry, rows, shape = self.entries[self._next], 0, list[int]()
+        for chunk in [chunks] if isinstance(chunks, torch.Tensor) else chunks:
+            rows += chunk.shape[0] if chunk.ndim else 1
+            shape = [rows, *chunk.shape[1:]] if chunk.ndim else []
+            fits = chunk.dtype == _torch_dtype(entry) and shape[1:] == list(entry.shape[1:])
+            if not fits or rows > math.prod(entry.shape[:1]):
+                raise self._disagree(entry, chunk.dtype, shape)
+            self._put(chunk.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if shape != list(entry.shape):
+            raise self._disagree(entry, _torch_dtype(entry), shape)
         self._next += 1
+
+    def _disagree(self, entry: Entry, dtype: torch.dtype, shape: list[int]) -> OutputError:
+        return OutputError(
+            f"{self.path}: {entry.name}",
+            f"{dtype} {shape}",
+            f"{entry.dtype} {list(entry.shape)}",
+            "report this: the plan and its execution disagree",
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -5,13 +5,19 @@ Source: TensorRT-LLM 0.17 .. 1.2.1; the tile sizes are those of ``quantization/l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
 
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.errors import ConfigError
-from medusa_export.quantize.formats import Format, KvCache, check_heads
+from medusa_export.quantize.formats import FORMATS, Format, KvCache, check_heads
 
 DTYPES = ("float16", "bfloat16")
+ALWAYS_16_BIT = ("*router", "*vocab_embedding", "*position_embedding", "*block_embedding")
+HEADS_16_BIT = ("*lm_head", *ALWAYS_16_BIT, "*medusa_heads*")
+HEADS_QUANTIZED = ("lm_head*", *ALWAYS_16_BIT)  # "*lm_head" would also match the heads' own
 MAX_TP = 64  # largest tensor-parallel size that an error suggests
 
 
@@ -24,6 +30,7 @@ class ExportSpec:
         tp: tensor-parallel ranks. Pipeline parallelism is not a choice: Medusa engines cannot be built with it.
         dtype: "float16" or "bfloat16", of everything that is not quantized.
         quant_heads: whether the heads' linears and vocabulary projections are quantized like the base.
+        exclude: patterns of TensorRT-LLM module names to leave in 16 bit besides those that always are.
 
     Raises:
         ConfigError: on construction, for a combination that TensorRT-LLM cannot build or would build wrongly.
@@ -38,6 +45,7 @@ class ExportSpec:
     dtype: str
     kv_cache: KvCache
     quant_heads: bool
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -48,9 +56,40 @@ class ExportSpec:
         return -(-self.config.vocab_size // self.tp) * self.tp
 
     @property
-    def fp8_base(self) -> bool:
-        """Whether the base's linears are stored in FP8."""
-        return self.fmt.trtllm_weights == "fp8"
+    def exclude_modules(self) -> list[str]:
+        """TensorRT-LLM's ``exclude_modules``; it replaces the default list, so that is in it."""
+        given = [pattern if pattern.endswith("*") else f"{pattern}*" for pattern in self.exclude]
+        return [*(HEADS_QUANTIZED if self.quant_heads else HEADS_16_BIT), *given]
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether a linear is stored quantized in the file, by TensorRT-LLM's name of it."""
+        return self.fmt.storage != "float" and not self.is_excluded(module)
+
+    def is_excluded(self, module: str) -> bool:
+        """Whether a linear stays in 16 bit in the engine, by TensorRT-LLM's name of it."""
+        return any(fnmatchcase(module, pattern) for pattern in self.exclude_modules)
+
+    def linear_shapes(self) -> dict[str, tuple[tuple[int, int], int]]:
+        """TensorRT-LLM's name of every linear but lm_head -> ([out, in] as fused, over all ranks; the axis that ranks split)."""
+        config, hidden = self.config, self.config.hidden_size
+        qkv = (config.q_size + 2 * self.local_kv_heads * self.tp * config.head_dim, hidden)
+        layer = {
+            "attention.qkv": (qkv, 0),
+            "attention.dense": ((hidden, config.q_size), 1),
+            "mlp.fc": ((config.intermediate_size, hidden), 0),
+            "mlp.gate": ((config.intermediate_size, hidden), 0),
+            "mlp.proj": ((hidden, config.intermediate_size), 1),
+        }
+        shapes = {
+            f"transformer.layers.{index}.{name}": shape
+            for index in range(config.num_hidden_layers)
+            for name, shape in layer.items()
+        }
+        for head in range(self.num_medusa_heads):
+            for index in range(self.num_medusa_layers):
+                shapes[f"medusa_heads.{head}.medusa_layers.{index}.linear"] = ((hidden, hidden), 0)
+            shapes[f"medusa_heads.{head}.lm_head"] = ((self.padded_vocab, hidden), 0)
+        return shapes
 
     @property
     def qwen_base(self) -> bool:
@@ -77,17 +116,66 @@ def _check(spec: ExportSpec) -> None:
     if spec.qwen_base and spec.config.o_bias:
         expected = "no bias there (TensorRT-LLM's Qwen model has none and would drop it)"
         raise ConfigError("attention_bias", "a bias on o_proj", expected, "use a model without it")
-    problems = _misfits(spec, spec.tp) if spec.tp >= 1 else [("tp", str(spec.tp), "at least 1")]
+    _check_excludes(spec)
+    problems = _misfits(spec) if spec.tp >= 1 else [("tp", str(spec.tp), "at least 1")]
     if problems:
-        fits = [str(tp) for tp in range(1, MAX_TP + 1) if not _misfits(spec, tp)]
-        action = f"use tp {', '.join(fits)}" if fits else f"no tp works with format {spec.fmt.name}: use another format"
         where, got, expected = problems[0]
-        raise ConfigError(where, got, expected, action)
+        raise ConfigError(where, got, expected, _way_out(spec))
 
 
-def _misfits(spec: ExportSpec, tp: int) -> list[tuple[str, str, str]]:
-    """What does not divide over ``tp`` ranks: (tensor, its size, what is needed)."""
-    config, kv_heads = spec.config, spec.config.num_key_value_heads
+def _check_excludes(spec: ExportSpec) -> None:
+    if spec.exclude and not spec.fmt.excludable:
+        raise ConfigError(
+            f"--exclude {spec.exclude[0]}",
+            f"format {spec.fmt.name}",
+            "a format that quantizes linear by linear (fp8_rowwise takes whole attention and MLP blocks)",
+            "leave --exclude out, or use fp8",
+        )
+    for pattern, written in zip(
+        spec.exclude, spec.exclude_modules[-len(spec.exclude) :] if spec.exclude else (), strict=True
+    ):
+        if not any(fnmatchcase(module, written) for module in spec.linear_shapes()):
+            raise ConfigError(
+                f"--exclude {pattern}",
+                "no such module",
+                "a pattern of TensorRT-LLM's names, such as '*mlp.proj*' or 'transformer.layers.0.*'",
+                "correct it",
+            )
+    for layer in range(spec.config.num_hidden_layers if spec.exclude else 0):
+        fc, gate = (spec.is_excluded(f"transformer.layers.{layer}.mlp.{name}") for name in ("fc", "gate"))
+        if fc != gate:
+            got = f"only {'mlp.fc' if fc else 'mlp.gate'} of layer {layer}"
+            raise ConfigError("--exclude", got, "both or none (trtllm-build fuses them)", "exclude mlp.gate and mlp.fc")
+
+
+def _way_out(spec: ExportSpec) -> str:
+    """The smallest change that fits: other ranks, another group size, then the nearest format."""
+    fits = [str(tp) for tp in range(1, MAX_TP + 1) if not _misfits(_with(spec, tp=tp))]
+    if fits:
+        return f"use tp {', '.join(fits)}"
+    for size in spec.fmt.group_sizes:
+        if not _misfits(_with(spec, fmt=replace(spec.fmt, group_size=size))):
+            return f"use --group-size {size}"
+    form = spec.fmt
+    while form.nearest != form.name and form.name != "none":
+        form = FORMATS[form.nearest]
+        quant_heads = spec.quant_heads and form.quantizes_heads
+        if any(not _misfits(_with(spec, fmt=form, tp=tp, quant_heads=quant_heads)) for tp in {spec.tp, 1}):
+            return f"no tp works with format {spec.fmt.name}: use --quant {form.name}"
+    return "no tp and no format works for this model: use the ONNX Runtime engine"
+
+
+def _with(spec: ExportSpec, **changes: Any) -> ExportSpec:
+    """The spec with changes, unchecked: whether it fits is what the caller wants to know."""
+    other = copy(spec)
+    for name, value in changes.items():
+        object.__setattr__(other, name, value)
+    return other
+
+
+def _misfits(spec: ExportSpec) -> list[tuple[str, str, str]]:
+    """What does not divide over the ranks: (tensor, its size, what is needed)."""
+    config, kv_heads, tp = spec.config, spec.config.num_key_value_heads, spec.tp
     sizes = {
         "attention.qkv": (config.num_attention_heads, "query heads"),
         "mlp.fc": (config.intermediate_size, "intermediate features"),
@@ -101,23 +189,22 @@ def _misfits(spec: ExportSpec, tp: int) -> list[tuple[str, str, str]]:
     if max(kv_heads, tp) % min(kv_heads, tp):
         got = f"{kv_heads} key/value heads over tp {tp}"
         problems.append(("attention.qkv", got, "one a multiple of the other"))
-    return problems + _unaligned(spec, tp)
+    return problems or _unaligned(spec)
 
 
-def _unaligned(spec: ExportSpec, tp: int) -> list[tuple[str, str, str]]:
+def _unaligned(spec: ExportSpec) -> list[tuple[str, str, str]]:
     """Linears that TensorRT-LLM would pad to its kernels' tile, after which the checkpoint's shape no longer fits."""
-    config, multiple = spec.config, spec.fmt.multiple * tp
-    if spec.fmt.multiple == 1:
-        return []
-    kv_heads = -(-config.num_key_value_heads // tp) * tp
-    features = {
-        "attention.qkv": (config.q_size + 2 * kv_heads * config.head_dim, config.hidden_size),
-        "attention.dense": (config.hidden_size, config.q_size),
-        "mlp.fc": (config.intermediate_size, config.hidden_size),
-        "mlp.proj": (config.hidden_size, config.intermediate_size),
-    }
-    return [
-        (f"{name} in format {spec.fmt.name}", f"{list(shape)} features over tp {tp}", f"multiples of {multiple}")
-        for name, shape in features.items()
-        if any(size % multiple for size in shape)
-    ]
+    multiple = max(spec.fmt.multiple, spec.fmt.group_size or 1)
+    tiles = [multiple * spec.tp] * 2 if spec.fmt.multiple > 1 else list(spec.fmt.rank_tile)
+    problems = []
+    for module, (shape, axis) in spec.linear_shapes().items():
+        if tiles == [1, 1] or spec.is_excluded(module):
+            continue
+        needed = [
+            tile * (spec.tp if spec.fmt.multiple == 1 and axis == index else 1) for index, tile in enumerate(tiles)
+        ]
+        if any(size % need for size, need in zip(shape, needed, strict=True)):
+            name = module.removeprefix("transformer.layers.0.")
+            got = f"{list(shape)} features over tp {spec.tp}"
+            problems.append((f"{name} in format {spec.fmt.name}", got, f"multiples of {needed}"))
+    return problems

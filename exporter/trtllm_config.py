@@ -10,11 +10,6 @@ from typing import Any
 
 from medusa_export.exporter.spec import ExportSpec
 
-# exclude_modules replaces TensorRT-LLM's own list, so its entries are repeated here.
-ALWAYS_16_BIT = ["*router", "*vocab_embedding", "*position_embedding", "*block_embedding"]
-HEADS_16_BIT = ["*lm_head", *ALWAYS_16_BIT, "*medusa_heads*"]
-HEADS_QUANTIZED = ["lm_head*", *ALWAYS_16_BIT]  # "*lm_head" would also match the heads' own
-
 
 def trtllm_config(spec: ExportSpec) -> dict[str, Any]:
     """The file's content. Never ``kv_dtype``, ``quant_mode`` or ``quant_algo`` at top level: TensorRT-LLM raises."""
@@ -63,7 +58,11 @@ def _quantization(spec: ExportSpec) -> dict[str, Any]:
         "kv_cache_quant_algo": spec.kv_cache.quant_algo,
     }
     if spec.fmt.quant_algo is not None:
-        body["exclude_modules"] = list(HEADS_QUANTIZED if spec.quant_heads else HEADS_16_BIT)
+        body["exclude_modules"] = spec.exclude_modules
+    if spec.fmt.storage in ("int4", "int4_fp8"):
+        body |= {"group_size": spec.fmt.group_size, "has_zero_point": False, "pre_quant_scale": True}
+    if spec.fmt.storage == "nvfp4":
+        body["group_size"] = spec.fmt.group_size
     return body
 
 

@@ -5,14 +5,14 @@ What every file has to hold is derived here from config.json by TensorRT-LLM's r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medusa_export.exporter.agreement import compare_weights
+from medusa_export.exporter.agreement import WeightError, compare_weights
 from medusa_export.heads.checkpoint import TensorSource, row_chunks
 from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import CheckpointError, ConfigError
@@ -20,6 +20,7 @@ from medusa_export.heads.manifest import verify_manifest
 from medusa_export.heads.model import MedusaCheckpoint
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name: (dtype, shape)
+Form = tuple[str, Callable[[int, int, int], tuple[int, ...]]]
 
 # What TensorRT-LLM's QuantConfig knows; it raises on any other key.
 QUANTIZATION_KEYS = {
@@ -53,8 +54,43 @@ ALLOWED_VALUES: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("rope_gpt_neox",),
     "use_parallel_embedding": (False,),
 }
-WEIGHT_ALGOS = (None, "FP8", "W8A16")
-KV_ALGOS = (None, "FP8")
+# Per quant_algo, how a linear of [o, n] is stored besides in 16 bit: name -> (dtype, shape); "16 bit" is the config's dtype.
+_SCALAR: Form = ("float32", lambda o, n, g: (1,))
+_AWQ: dict[str, Form] = {
+    "weight": ("int8", lambda o, n, g: (o // 2, n)),
+    "weights_scaling_factor": ("float32", lambda o, n, g: (o, n // g)),
+    "prequant_scaling_factor": ("16 bit", lambda o, n, g: (n,)),
+}
+STORED: dict[str, dict[str, Form]] = {
+    "FP8": {
+        "weight": ("float8_e4m3fn", lambda o, n, g: (o, n)),
+        "weights_scaling_factor": _SCALAR,
+        "activation_scaling_factor": _SCALAR,
+    },
+    "FP8_PER_CHANNEL_PER_TOKEN": {
+        "weight": ("float8_e4m3fn", lambda o, n, g: (o, n)),
+        "per_channel_scale": ("float32", lambda o, n, g: (o,)),
+    },
+    "W8A8_SQ_PER_CHANNEL": {
+        "weight": ("int8", lambda o, n, g: (o, n)),
+        "weights_scaling_factor": ("float32", lambda o, n, g: (o,)),
+        "activation_scaling_factor": _SCALAR,
+        "prequant_scaling_factor": ("16 bit", lambda o, n, g: (n,)),
+    },
+    "W4A16_AWQ": _AWQ,
+    "W4A8_AWQ": {**_AWQ, "weights_scaling_factor_2": _SCALAR, "activation_scaling_factor": _SCALAR},
+    "NVFP4": {
+        "weight": ("uint8", lambda o, n, g: (o, n // 2)),
+        "weights_scaling_factor": ("float8_e4m3fn", lambda o, n, g: (o, n // g)),
+        "weights_scaling_factor_2": _SCALAR,
+        "activation_scaling_factor": _SCALAR,
+    },
+}
+GROUPED = {"W4A16_AWQ": (64, 128), "W4A8_AWQ": (128,), "NVFP4": (16,)}  # group sizes with a kernel
+BUILT = ("W8A16", "W4A16")  # 16 bit in the file; trtllm-build quantizes
+WEIGHT_ALGOS = (None, *BUILT, *STORED)
+KV_ALGOS = (None, "FP8", "INT8")
+POSITIVE = ("_scaling_factor", "_scaling_factor_2", "per_channel_scale")
 
 
 def verify_export(out: Path) -> list[str]:
@@ -63,18 +99,21 @@ def verify_export(out: Path) -> list[str]:
     return problems + (verify_trtllm(out / "trtllm") if (out / "trtllm").is_dir() else [])
 
 
-def verify_trtllm(trt_dir: Path, checkpoint: MedusaCheckpoint | None = None) -> list[str]:
+def verify_trtllm(
+    trt_dir: Path, checkpoint: MedusaCheckpoint | None = None, errors: dict[str, WeightError] | None = None
+) -> list[str]:
     """Problems of a TensorRT-LLM Medusa checkpoint, one line each; an empty list is a good checkpoint.
 
     Args:
         trt_dir: the directory with config.json and the rank files.
         checkpoint: the model and heads that it was made from; every weight is compared with theirs.
+        errors: filled with what quantization did to every tensor, when there is a checkpoint to compare with.
     """
     try:
         config = read_json(trt_dir / "config.json")
-        problems = _config_problems(config) or _file_problems(trt_dir, config)
+        problems = _config_problems(config) or _file_problems(trt_dir, config, values=checkpoint is None)
         if not problems and checkpoint is not None:
-            problems = compare_weights(trt_dir, checkpoint)
+            problems = compare_weights(trt_dir, checkpoint, errors)
     except (CheckpointError, ConfigError) as error:
         return [str(error)]
     return problems
@@ -83,7 +122,7 @@ def verify_trtllm(trt_dir: Path, checkpoint: MedusaCheckpoint | None = None) -> 
 def required_tensors(config: dict[str, Any]) -> Shapes:
     """Dtype and shape of every tensor that each rank file has to hold, by name."""
     dtype, hidden = config["dtype"], config["hidden_size"]
-    fp8 = config["quantization"]["quant_algo"] == "FP8"
+    stored, group = STORED.get(config["quantization"]["quant_algo"]), config["quantization"].get("group_size", 128)
     need: Shapes = {
         "transformer.vocab_embedding.weight": (dtype, (config["vocab_size"], hidden)),
         "transformer.ln_f.weight": (dtype, (hidden,)),
@@ -96,12 +135,13 @@ def required_tensors(config: dict[str, Any]) -> Shapes:
         if config["quantization"].get("kv_cache_quant_algo"):
             need[f"{prefix}attention.kv_cache_scaling_factor"] = ("float32", (1,))
     for module, shape, bias_size in _linears(config):
-        quantized = fp8 and not _excluded(config, module)
-        need[f"{module}.weight"] = ("float8_e4m3fn" if quantized else dtype, shape)
         if bias_size:
             need[f"{module}.bias"] = (dtype, (bias_size,))
-        if quantized:
-            need |= {f"{module}.{kind}_scaling_factor": ("float32", (1,)) for kind in ("weights", "activation")}
+        if stored is None or _excluded(config, module):
+            need[f"{module}.weight"] = (dtype, shape)
+            continue
+        for suffix, (form, size) in stored.items():
+            need[f"{module}.{suffix}"] = (dtype if form == "16 bit" else form, size(*shape, group))
     return need
 
 
@@ -158,12 +198,23 @@ def _quantization_problems(config: dict[str, Any]) -> list[str]:
     for key, known in (("quant_algo", WEIGHT_ALGOS), ("kv_cache_quant_algo", KV_ALGOS)):
         if quantization.get(key) not in known:
             problems.append(f"config.json: quantization.{key} {quantization.get(key)!r} is not one of {known}")
-    if quantization.get("quant_algo") == "W8A16":
+    algo = quantization.get("quant_algo")
+    if algo in BUILT:
         built = (".qkv", ".dense", ".fc", ".gate", ".proj")  # all that trtllm-build quantizes by itself
         stray = [name for name, _, _ in _linears(config) if not name.endswith(built) and not _excluded(config, name)]
-        problems += [f"config.json: {name} has to be excluded under W8A16" for name in stray]
+        problems += [f"config.json: {name} has to be excluded under {algo}" for name in stray]
         if not _excluded(config, "transformer.vocab_embedding"):
-            problems.append("config.json: the embedding has to be excluded under W8A16")
+            problems.append(f"config.json: the embedding has to be excluded under {algo}")
+    if algo in GROUPED and quantization.get("group_size") not in GROUPED[algo]:
+        got = quantization.get("group_size")
+        problems.append(f"config.json: quantization.group_size {got!r} is not one of {GROUPED[algo]} under {algo}")
+    if algo in ("W4A16_AWQ", "W4A8_AWQ"):
+        wrong = [
+            key
+            for key, want in (("has_zero_point", False), ("pre_quant_scale", True))
+            if quantization.get(key) is not want
+        ]
+        problems += [f"config.json: quantization.{key} is {quantization.get(key)!r} under {algo}" for key in wrong]
     return problems
 
 
@@ -185,18 +236,25 @@ def _number_problems(config: dict[str, Any]) -> list[str]:
     return [f"config.json: {what}" for what, wrong in checks.items() if wrong]
 
 
-def _file_problems(trt_dir: Path, config: dict[str, Any]) -> list[str]:
+def _file_problems(trt_dir: Path, config: dict[str, Any], *, values: bool) -> list[str]:
+    """Ranks and what is in them.
+
+    Args:
+        values: look at all values, not only scales: a comparison with the source does it better.
+    """
     expected = {f"rank{rank}.safetensors" for rank in range(config["mapping"]["tp_size"])}
     present = {path.name for path in trt_dir.glob("*.safetensors")}
     problems = [f"{name}: missing" for name in sorted(expected - present)]
     problems += [f"{name}: belongs to no rank" for name in sorted(present - expected)]
     need = required_tensors(config)
     for name in sorted(expected & present):
-        problems += [f"{name}: {problem}" for problem in _rank_problems(TensorSource.open(trt_dir / name), need)]
+        problems += [
+            f"{name}: {problem}" for problem in _rank_problems(TensorSource.open(trt_dir / name), need, values)
+        ]
     return problems
 
 
-def _rank_problems(source: TensorSource, need: Shapes) -> Iterator[str]:
+def _rank_problems(source: TensorSource, need: Shapes, values: bool) -> Iterator[str]:
     yield from (f"{name} is missing" for name in need.keys() - source.names)
     yield from (f"{name} is not expected" for name in set(source.names) - need.keys())
     for name, (dtype, shape) in need.items():
@@ -205,8 +263,19 @@ def _rank_problems(source: TensorSource, need: Shapes) -> Iterator[str]:
         if (source.dtype(name), source.shape(name)) != (dtype, shape):
             yield f"{name} is {source.dtype(name)} {list(source.shape(name))}; expected {dtype} {list(shape)}"
             continue
+        is_scale = name.endswith(POSITIVE)
+        if not values and not is_scale:
+            continue
         tensor = source.read(name)
-        if not all(torch.isfinite(part.to(torch.float32)).all() for part in row_chunks(tensor)):
+        if tensor.is_floating_point() and not all(_finite(part) for part in row_chunks(tensor)):
             yield f"{name} has values that are not finite"
-        elif name.endswith("scaling_factor") and not (tensor > 0).all():
-            yield f"{name} is {tensor.item()}; a scale is above 0"
+        elif is_scale and not bool((tensor.to(torch.float32) > 0).all()):
+            yield f"{name} has the value {float(tensor.to(torch.float32).min())}; a scale is above 0"
+
+
+def _finite(part: torch.Tensor) -> bool:
+    """Whether all values are; the smallest and largest tell, and NaN comes through both."""
+    if part.dtype == torch.float8_e4m3fn:
+        return int((part.view(torch.uint8) & 0x7F).max()) < 0x7F  # its only NaN, and it has no infinity
+    low, high = part.aminmax()
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))

@@ -5,6 +5,7 @@ The layouts are those that ``save_pretrained`` writes, looked for in the order i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +16,15 @@ from safetensors import SafetensorError, safe_open
 
 from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import CheckpointError, ConfigError
+from medusa_export.heads.files import found_instead
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 CHUNK_VALUES = 1 << 21  # several float32 temporaries of this size cost less than one of a vocabulary projection
 
-_LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -180,18 +183,25 @@ def _is_pickle(file: Path) -> bool:
 
 def _weights_file(path: Path) -> Path:
     """The weights file or index to read: ``path`` itself, or the first known one in the directory."""
-    if path.is_dir():
-        for name in _LAYOUTS:
-            if (path / name).is_file():
-                return path / name
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty directory"
-        raise CheckpointError(str(path), found, f"one of {', '.join(_LAYOUTS)}", "check the path")
-    if not path.exists():
-        raise CheckpointError(str(path), "no such file or directory", "a checkpoint", "check the path")
+    if found_instead(path) == "a directory":
+        path /= _file_name(path)
+    kind = found_instead(path)
+    if kind is not None:
+        raise CheckpointError(str(path), kind, "a file with weights", "check the path")
     if path.suffix != ".safetensors" and not path.name.endswith(".index.json") and not _is_pickle(path):
         suffixes = ", ".join((".safetensors", ".index.json", *_PICKLE_SUFFIXES))
         raise CheckpointError(str(path), f"a {path.suffix or 'nameless'} file", suffixes, "check the path")
     return path
+
+
+def _file_name(directory: Path) -> str:
+    with _reported(directory):
+        entries = sorted(entry.name for entry in directory.iterdir())
+    name = next((name for name in LAYOUTS if name in entries), None)
+    if name is None:
+        found = ", ".join(entries[:8]) or "an empty directory"
+        raise CheckpointError(str(directory), found, f"one of {', '.join(LAYOUTS)}", "check the path")
+    return name
 
 
 def _contents(file: Path) -> dict[str, _Stored]:
@@ -214,22 +224,37 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         body = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # hostile or damaged bytes can make the unpickler raise almost anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            str(file),
-            f"a pickle that cannot be read safely ({reason[0]})",
-            "plain tensors",
-            "convert it to safetensors",
-        ) from error
+        got = f"a pickle that cannot be read safely ({_pickle_reason(str(error)) or type(error).__name__})"
+        raise CheckpointError(str(file), got, "plain tensors", "convert it to safetensors") from error
     if not isinstance(body, Mapping):
         raise CheckpointError(
             str(file), f"a pickled {type(body).__name__}", "a dictionary of tensors", "save the state_dict() alone"
         )
     for name, tensor in body.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            kind = type(tensor).__name__
-            raise CheckpointError(f"{file}: {name}", f"a {kind}", "a dense tensor", "save the state_dict() alone")
+        flaw = _flaw(tensor) if isinstance(name, str) else "a name that is no text"
+        if flaw is not None:
+            raise CheckpointError(f"{file}: {name}", flaw, "a dense tensor", "save the state_dict() alone")
     return dict(body)
+
+
+def _pickle_reason(message: str) -> str:
+    """Why torch refuses a pickle, without its advice: to trust the file, in several lines."""
+    if named := _FORBIDDEN.search(message):
+        return f"it asks for {named[1]}"
+    if "mmap can only be used" in message:
+        return "it is not the zip file that torch.save writes since 1.6"
+    return message.split("WeightsUnpickler error: ")[-1].strip().split("\n")[0].split(". ")[0]
+
+
+def _flaw(tensor: object) -> str | None:
+    """What makes an unpickled object useless as weights; a tensor without bytes of its own could claim any size."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"a {type(tensor).__name__}"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "a sparse or nested tensor"
+    if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "a tensor whose values are not all stored"
+    return None
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -256,8 +281,9 @@ def _collect(index: Path, shards: Mapping[str, str]) -> dict[str, _Stored]:
     stored: dict[str, _Stored] = {}
     for shard in dict.fromkeys(shards.values()):
         file = index.parent / shard
-        if not file.is_file():
-            raise CheckpointError(str(index), f"no shard {shard}", "every shard that it names", again)
+        kind = found_instead(file)
+        if kind is not None:
+            raise CheckpointError(f"{index}: shard {shard}", kind, "a file beside the index", again)
         if file.suffix != ".safetensors" and not _is_pickle(file):
             raise CheckpointError(str(index), f"shard {shard}", "a .safetensors or .bin file", again)
         for name, entry in _contents(file).items():

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
 from medusa_export.heads import families
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.families import FAMILIES, Family
+from medusa_export.heads.fields import Fields
+from medusa_export.heads.files import found_instead
+from medusa_export.heads.rope import read_rope
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class DecoderConfig:
         raw = read_json(ckpt / "config.json")
         generation = ckpt / "generation_config.json"
         return cls.from_dict(
-            raw, where=str(ckpt / "config.json"), generation=read_json(generation) if generation.is_file() else {}
+            raw, where=str(ckpt / "config.json"), generation=read_json(generation) if lexists(generation) else {}
         )
 
     @classmethod
@@ -63,34 +70,29 @@ class DecoderConfig:
     ) -> DecoderConfig:
         """As :meth:`from_dir`, from parsed JSON."""
         family = _family(raw, where)
-        need = _Reader(raw, where)
-        hidden, heads = need.positive("hidden_size"), need.positive("num_attention_heads")
-        kv_heads = need.positive("num_key_value_heads", heads)
-        head_dim = need.positive("head_dim", 0 if hidden % heads else hidden // heads)
-        if heads % kv_heads:
-            raise ConfigError(
-                where, f"{heads} query heads over {kv_heads} key/value heads", "a multiple", "fix config.json"
-            )
-        rope_theta, rope_scaling = _rope(raw, family, where)
-        attention_bias = bool(raw.get("attention_bias") or family.qkv_bias)
+        _refuse_quantized(raw, where)
+        fields = Fields(raw, where)
+        heads = fields.positive("num_attention_heads")
+        head_dim = _head_dim(fields, heads)
+        rope_theta, rope_scaling = read_rope(raw, where, default_theta=family.default_rope_theta, head_dim=head_dim)
         return cls(
             family=family,
-            vocab_size=need.positive("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=need.positive("intermediate_size"),
-            num_hidden_layers=need.positive("num_hidden_layers"),
+            vocab_size=fields.positive("vocab_size"),
+            hidden_size=fields.positive("hidden_size"),
+            intermediate_size=fields.positive("intermediate_size"),
+            num_hidden_layers=fields.positive("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
+            num_key_value_heads=_kv_heads(fields, heads),
             head_dim=head_dim,
             hidden_act=_hidden_act(raw, where),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=need.positive("max_position_embeddings", 2048),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            max_position_embeddings=fields.positive("max_position_embeddings", 2048),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=attention_bias,
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            sliding_window=_sliding_window(raw),
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            attention_bias=fields.flag("attention_bias") or family.qkv_bias,
+            mlp_bias=fields.flag("mlp_bias"),
+            sliding_window=_sliding_window(fields),
             dtype=_dtype(raw, where),
             eos_token_ids=_eos(raw, generation or {}, where),
             raw=dict(raw),
@@ -155,11 +157,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: missing, unreadable, not UTF-8, not JSON or not an object.
     """
+    kind = found_instead(path)
+    if kind is not None:
+        raise ConfigError(str(path), kind, "a Hugging Face directory with it", "check the path")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(str(path), "no such file", "a Hugging Face directory with it", "check the path") from error
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(
             str(path), f"unreadable JSON ({error})", "a JSON object", "download the file again"
         ) from error
@@ -168,60 +171,62 @@ def read_json(path: Path) -> dict[str, Any]:
     return body
 
 
-class _Reader:
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self.raw, self.where = raw, where
-
-    def positive(self, key: str, default: int | None = None) -> int:
-        """A positive integer; an absent or null key takes the default."""
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if type(value) is not int or value <= 0:
-            raise ConfigError(self.where, f"{key} = {value!r}", "a positive integer", "fix config.json")
-        return value
-
-
 def _family(raw: Mapping[str, Any], where: str) -> Family:
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ConfigError(where, f"model_type {model_type!r}", f"one of {known}", "use a dense model of these families")
-    return FAMILIES[model_type]
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    got = f"model_type {reprlib.repr(model_type)}"
+    if str(model_type).endswith("moe") or any(raw.get(key) for key in _EXPERT_KEYS):
+        got += ", a mixture of experts: its router and experts have no place in what is written"
+    raise ConfigError(where, got, f"one of {', '.join(FAMILIES)}", "use a dense model of these families")
+
+
+def _refuse_quantized(raw: Mapping[str, Any], where: str) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if raw.get(key):
+            method = raw[key].get("quant_method", "?") if isinstance(raw[key], dict) else raw[key]
+            expected = "weights in 16 to 64 bit floating point"
+            action = "use the checkpoint that it was quantized from"
+            raise ConfigError(where, f"{key} of {reprlib.repr(method)}", expected, action)
+
+
+def _head_dim(fields: Fields, heads: int) -> int:
+    hidden = fields.positive("hidden_size")
+    if fields.raw.get("head_dim") is None and hidden % heads:
+        raise fields.error("num_attention_heads", heads, f"a divisor of hidden_size = {hidden}, or head_dim")
+    head_dim = fields.positive("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise fields.error("head_dim", head_dim, "an even number: the rotary embedding turns pairs")
+    return head_dim
+
+
+def _kv_heads(fields: Fields, heads: int) -> int:
+    kv_heads = fields.positive("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise fields.error("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
+    return kv_heads
 
 
 def _hidden_act(raw: Mapping[str, Any], where: str) -> str:
     act = raw.get("hidden_act", "silu")
     if act != "silu":
-        raise ConfigError(where, f"hidden_act {act!r}", "'silu'", "this activation is not supported")
+        raise ConfigError(
+            where, f"hidden_act {reprlib.repr(act)}", "'silu'", "use a model of these families as it was released"
+        )
     return "silu"
 
 
-def _rope(raw: Mapping[str, Any], family: Family, where: str) -> tuple[float, dict[str, Any] | None]:
-    """transformers 5 moved rope_theta and rope_scaling into rope_parameters; both spellings are read."""
-    parameters, older = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    if not isinstance(parameters, dict) or not isinstance(older, dict):
-        got = f"{parameters or older!r}"
-        raise ConfigError(where, f"rope parameters {got}", "an object", "fix config.json")
-    theta = parameters.get("rope_theta", raw.get("rope_theta", family.default_rope_theta))
-    scaling = {**older, **parameters}
-    scaling.pop("rope_theta", None)
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type == "default":
-        return float(theta), None
-    return float(theta), {**scaling, "rope_type": rope_type}
-
-
-def _sliding_window(raw: Mapping[str, Any]) -> int | None:
+def _sliding_window(fields: Fields) -> int | None:
     """The window in force: Qwen2 and Qwen3 carry one that ``use_sliding_window`` switches off."""
-    default_on = raw["model_type"] == "mistral"
-    window = raw.get("sliding_window") if raw.get("use_sliding_window", default_on) else None
-    return int(window) if window else None
+    default_on = fields.raw["model_type"] == "mistral"
+    is_on = fields.flag("use_sliding_window", default_on) and fields.raw.get("sliding_window") is not None
+    return fields.positive("sliding_window") if is_on else None
 
 
 def _dtype(raw: Mapping[str, Any], where: str) -> str:
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if dtype not in ("float16", "bfloat16", "float32"):
-        raise ConfigError(where, f"dtype {dtype!r}", "float16, bfloat16 or float32", "fix config.json")
+        raise ConfigError(where, f"dtype {reprlib.repr(dtype)}", "float16, bfloat16 or float32", "fix config.json")
     return str(dtype)
 
 
@@ -229,5 +234,7 @@ def _eos(raw: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> t
     ids = generation.get("eos_token_id", raw.get("eos_token_id"))
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if any(type(token) is not int for token in ids):
-        raise ConfigError(where, f"eos_token_id {ids!r}", "an integer or a list of integers", "fix config.json")
+        raise ConfigError(
+            where, f"eos_token_id {reprlib.repr(ids)}", "an integer or a list of integers", "fix config.json"
+        )
     return tuple(ids)

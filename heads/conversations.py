@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.files import ENDLESS, found_instead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,9 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """
     if limit is not None and limit < 1:
         raise ConfigError("limit", f"{limit}", "at least one prompt", "leave it out to read all")
+    kind = found_instead(path)
+    if kind is not None:
+        raise ConfigError(str(path), f"no readable file ({kind})", "a JSONL file", "check the path")
     prompts: list[Prompt] = []
     try:
         with path.open("rb") as file:
@@ -74,6 +78,10 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    for path in sorted(directory.glob("*")):  # transformers looks for more files than the ones below
+        kind = found_instead(path)
+        if kind in ENDLESS:
+            raise ConfigError(str(path), kind, "a file", "copy the base model's tokenizer files there")
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         expected = f"one of {', '.join(_TOKENIZER_FILES)}"
         raise ConfigError(str(directory), "no tokenizer", expected, "copy the base model's tokenizer files there")
@@ -82,8 +90,9 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             directory, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare Exceptions on damaged files
+        reason = f"{type(error).__name__}: {str(error).split('. ')[0]}"  # its first sentence: others advise to trust it
         raise ConfigError(
-            str(directory), f"an unreadable tokenizer ({error})", "tokenizer files", "copy the base model's again"
+            str(directory), f"an unreadable tokenizer ({reason})", "tokenizer files", "copy the base model's again"
         ) from error
     return tokenizer
 
@@ -94,8 +103,6 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     Raises:
         ConfigError: the tokenizer has no chat template, or the template refuses these messages.
     """
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise ConfigError(
             str(tokenizer.name_or_path), "no chat template", "a tokenizer of a chat model", "use an instruct model"
@@ -103,7 +110,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     conversation = [dict(message) for message in messages]
     try:
         text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, ValueError) as error:
+    except Exception as error:  # a template computes, so it can fail in every way that Python can
         raise ConfigError(
             f"{tokenizer.name_or_path} chat template", f"a refusal ({error})", "messages it takes", "change the prompts"
         ) from error
@@ -148,11 +155,12 @@ def _messages(body: Mapping[str, Any], where: str) -> list[dict[str, str]]:
 
 def _message(message: object, where: str) -> dict[str, str]:
     """Role and content alone; other keys would reach the chat template."""
-    if (
-        not isinstance(message, dict)
-        or message.get("role") not in _ROLES
-        or not isinstance(message.get("content"), str)
-    ):
+    if not isinstance(message, dict) or message.get("role") not in _ROLES or not _is_text(message.get("content")):
         expected = f"a role of {', '.join(_ROLES)} and text as content"
         raise ConfigError(where, f"the message {str(message)[:80]!r}", expected, "correct the line")
     return {"role": message["role"], "content": message["content"]}
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is text of whole characters: JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

@@ -23,7 +23,7 @@ class EngineInfo:
 
     Attributes:
         backend: "onnxruntime".
-        form: how the weights are stored: "float", "fp8" or "int8".
+        form: how the weights are stored, a key of the exporter's table: "float", "fp8", "int8" ...
         precision: what the weights are and what the arithmetic is, for reports.
         max_length: tokens of prompt and answer together, the shape of the KV cache.
         max_depth: heads in the heads graph; a tree may not be deeper.

@@ -14,15 +14,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from os.path import lexists
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from medusa_export.heads import families
-from medusa_export.heads.checkpoint import TensorSource
+from medusa_export.heads.checkpoint import LAYOUTS, TensorSource
 from medusa_export.heads.config import DecoderConfig, read_json
 from medusa_export.heads.errors import CheckpointError
+from medusa_export.heads.files import found_instead
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 BLOCK_WEIGHT = "medusa_heads.{}.{}.linear.weight"
@@ -30,12 +32,14 @@ BLOCK_BIAS = "medusa_heads.{}.{}.linear.bias"
 HEAD_LM_HEAD = "medusa_heads.{}.{}.weight"
 
 _PREFIXES = ("medusa_heads.", "medusa_head.", "heads.")
+# As str() writes them: Python's \d and int() also take "007", other scripts' digits and more digits than any head needs.
+_HEAD, _LAYER = (rf"(?P<{name}>0|[1-9][0-9]{{0,8}})" for name in ("head", "layer"))
 _BLOCKS = tuple(
     re.compile(pattern + r"\.(?P<part>weight|bias)")
-    for pattern in (r"(?P<head>\d+)\.(?P<layer>\d+)\.linear", r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)")
+    for pattern in (rf"{_HEAD}\.{_LAYER}\.linear", rf"blocks\.{_HEAD}\.layers\.{_LAYER}")
 )
-_HEAD_LM_HEAD = re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.weight")
-_VLLM_LM_HEAD = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
+_HEAD_LM_HEAD = re.compile(rf"{_HEAD}\.{_LAYER}\.weight")
+_VLLM_LM_HEAD = re.compile(rf"lm_heads\.{_HEAD}\.weight")
 _CHUNK_ROWS = 4096
 
 
@@ -69,22 +73,21 @@ class MedusaHeads:
         return tuple(form.format(head, layer) for head in range(self.num_heads) for layer, form in forms)
 
 
-def open_heads(path: Path, config: DecoderConfig) -> MedusaHeads:
+def open_heads(path: Path, config: DecoderConfig, *, check_values: bool = True) -> MedusaHeads:
     """Open a heads directory or file, in any layout, and check it against the base model.
-
-    Every head tensor is read once, one at a time, to see that it is finite.
 
     Args:
         path: a directory with medusa_lm_head.* or with a checkpoint that holds heads, or one weights file.
         config: the base model's.
+        check_values: read every head tensor once, one at a time, to see that it is finite; otherwise only headers are read.
 
     Raises:
         CheckpointError: no heads, an unknown or missing tensor, a shape that does not fit the base model, a dtype that
             is not floating point, a truncated vocabulary, or a value that is not finite.
     """
     source = TensorSource.open(_heads_file(path))
-    config_file = (path if path.is_dir() else path.parent) / "config.json"
-    raw = read_json(config_file) if config_file.is_file() else {}
+    config_file = source.files[0].parent / "config.json"
+    raw = read_json(config_file) if lexists(config_file) else {}
     _refuse_truncated_vocabulary(source, raw, config)
     keys = _parse(source)
     if raw.get("original_lm_head"):
@@ -92,7 +95,8 @@ def open_heads(path: Path, config: DecoderConfig) -> MedusaHeads:
     heads, layers = _check_numbering(source, keys)
     names = _canonical(keys, heads, layers)
     source.require({stored: _shape(name, config) for name, stored in names.items()})
-    _require_finite(source, names.values())
+    if check_values:
+        _require_finite(source, names.values())
     found = MedusaHeads(source, heads, layers, _layout(source, keys), names, ())
     return replace(found, warnings=tuple(_disagreements(config_file, raw, found)))
 
@@ -114,9 +118,14 @@ class _Key(NamedTuple):
 
 
 def _heads_file(path: Path) -> Path:
-    if path.is_dir():
-        return next((path / name for name in HEAD_FILES if (path / name).is_file()), path)
-    return path
+    """The weights file of a directory, or the directory where its checkpoint has to be looked into."""
+    if found_instead(path) != "a directory":
+        return path
+    name = next((name for name in (*HEAD_FILES, *LAYOUTS) if lexists(path / name)), None)
+    if name is None:
+        expected = f"one of {', '.join((*HEAD_FILES, *LAYOUTS))}"
+        raise CheckpointError(str(path), "a directory without weights", expected, "check the path of the heads")
+    return path / name
 
 
 def _refuse_truncated_vocabulary(source: TensorSource, raw: Mapping[str, Any], config: DecoderConfig) -> None:
@@ -133,7 +142,7 @@ def _parse(source: TensorSource) -> dict[_Key, str]:
     has_base = _has_base(source)
     keys: dict[_Key, str] = {}
     for name in source.names:
-        if has_base and not name.startswith((*_PREFIXES, "blocks.", "lm_heads.")) and not name[0].isdigit():
+        if has_base and not name.startswith((*_PREFIXES, "blocks.", "lm_heads.")) and not name[:1].isdigit():
             continue
         key = _key(name)
         if key is None:

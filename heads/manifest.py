@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -17,6 +18,9 @@ from typing import Any
 from medusa_export.heads import staging
 from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import ConfigError, OutputError
+from medusa_export.heads.hashing import WORKERS, list_files, sha256, sha256_all
+from medusa_export.heads.threads import StopPoint, run_all
+from medusa_export.heads.work import Work
 
 MANIFEST = "medusa.json"
 FORMAT_VERSION = 1
@@ -34,14 +38,15 @@ _PACKAGES = (
     "tensorrt_llm",
 )
 _ABSENT = object()
-_CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
-def output_directory(out: Path, *, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> Iterator[Path]:
-    """A temporary directory beside ``out``, which becomes it, hashed, when the body ends well, and vanishes otherwise.
+def output_directory(out: Path, *, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> Iterator[Work]:
+    """A directory beside ``out`` to fill, which becomes it, with a manifest, when the body ends well.
 
-    An interrupt and SIGTERM end it cleanly too. What ``kill -9`` leaves is removed by the next call for ``out``.
+    Its parts (:meth:`Work.once`) outlive a kill, a power loss, an interrupt and an unforeseen error: the next call for ``out`` with
+    the same inputs, arguments and package versions goes on from them, and one with others discards them. After a
+    MedusaExportError and on a full disk nothing is left.
 
     Args:
         out: the directory to make; it may exist when it is empty.
@@ -49,14 +54,30 @@ def output_directory(out: Path, *, inputs: Mapping[str, str], arguments: Mapping
         arguments: what it is made with: JSON values and paths.
 
     Raises:
-        OutputError: ``out`` holds something else, its parent cannot be written, or the disk is full.
+        OutputError: ``out`` holds something else or is being made by another process, its parent cannot be written, or the disk
+            is full.
     """
     out = out.resolve()
     _refuse_occupied(out, inputs, arguments)
-    with staging.full_disk_named(out), staging.temporary_beside(out) as temporary, staging.sigterm_raises():
-        yield temporary
-        _write_manifest(temporary, inputs, arguments)
-        staging.publish(temporary, out)
+    run = {"inputs": _plain(inputs), "arguments": _plain(arguments), "versions": package_versions()}
+    with staging.full_disk_named(out), staging.partial_beside(out) as partial, staging.sigterm_raises():
+        _refuse_occupied(out, inputs, arguments)  # another process may have published it before the lock was ours
+        work = Work(partial, run)
+        yield work
+        _write_manifest(work, run)
+        staging.publish(work.path, out)
+
+
+def require_idle(out: Path) -> None:
+    """Raise OutputError when another process is making ``out`` at this moment."""
+    staging.require_idle(out.resolve())
+
+
+@contextmanager
+def leftovers_noted(out: Path) -> Iterator[None]:
+    """Around what comes before :func:`output_directory`: an interrupt gets a note when an earlier one has left parts of ``out``."""
+    with staging.leftovers_noted(out.resolve()):
+        yield
 
 
 def is_up_to_date(out: Path, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
@@ -101,20 +122,12 @@ def verify_manifest(out: Path) -> list[str]:
     except OutputError as error:
         return [str(error)]
     problems = _listing_problems(out, files)
-    for name in sorted(set(files) & set(_list_files(out))):
-        path = out / name
-        if path.is_file() and path.stat().st_size == files[name]["size"] and sha256(path) != files[name]["sha256"]:
-            problems.append(f"{path}: its content is not what was written (SHA-256 differs)")
+    present = _list_files(out)
+    whole = [name for name in present if name in files and _is_whole(present[name], files[name])]
+    for name, digest in zip(whole, sha256_all(present[name] for name in whole), strict=True):
+        if digest != files[name]["sha256"]:
+            problems.append(f"{present[name]}: its content is not what was written (SHA-256 differs)")
     return problems
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def hash_files(paths: Iterable[Path]) -> dict[str, str]:
@@ -123,15 +136,14 @@ def hash_files(paths: Iterable[Path]) -> dict[str, str]:
     Raises:
         ConfigError: a file cannot be read.
     """
-    hashes = {}
-    for path in paths:
-        try:
-            hashes[str(path)] = sha256(path)
-        except OSError as error:
-            raise ConfigError(
-                str(path), f"no readable file ({error.strerror})", "an input", "check the path"
-            ) from error
-    return hashes
+    paths = list(paths)
+    hashes = run_all(_hash_input, paths, workers=WORKERS)
+    return {str(path): digest for path, digest in zip(paths, hashes, strict=True)}
+
+
+def package_versions() -> dict[str, str]:
+    """The installed packages that shape what is written, this one included."""
+    return {name: version for name in _PACKAGES if (version := _version(name))}
 
 
 def check_free_space(parent: Path, needed_bytes: int) -> None:
@@ -141,6 +153,13 @@ def check_free_space(parent: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         got = f"{free / 1e9:.2f} GB free"
         raise OutputError(str(parent), got, f"{needed_bytes / 1e9:.2f} GB", "free some space or choose another disk")
+
+
+def _hash_input(path: Path, stop_point: StopPoint) -> str:
+    try:
+        return sha256(path, stop_point)
+    except OSError as error:
+        raise ConfigError(str(path), f"no readable file ({error.strerror})", "an input", "check the path") from error
 
 
 def _refuse_occupied(out: Path, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
@@ -189,10 +208,14 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _list_files(root: Path) -> dict[str, Path]:
     """Relative name -> path of every file and link in a directory but the manifest, sorted."""
-    paths = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
-    found = {path.relative_to(root).as_posix(): path for path in paths}
+    found = list_files(root, root)
     found.pop(MANIFEST, None)
     return found
+
+
+def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether it is a file of the right size: only then its content is worth a look."""
+    return path.is_file() and path.stat().st_size == entry["size"]
 
 
 def _listing_problems(out: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -208,21 +231,21 @@ def _listing_problems(out: Path, files: Mapping[str, Mapping[str, Any]]) -> list
     return problems
 
 
-def _write_manifest(root: Path, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
-    files = _list_files(root)
-    if links := [name for name, path in files.items() if path.is_symlink()]:
-        raise OutputError(links[0], "a link", "files that do not depend on other directories", "copy it instead")
-    installed = {name: version for name in _PACKAGES if (version := _version(name))}
+def _write_manifest(work: Work, run: Mapping[str, Any]) -> None:
+    files = work.finish()
     manifest = {
         "format_version": FORMAT_VERSION,
-        "tool_version": installed.get("medusa-export"),
+        "tool_version": run["versions"].get("medusa-export"),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "arguments": _plain(arguments),
-        "inputs": _plain(inputs),
-        "versions": {"python": platform.python_version(), **installed},
-        "files": {name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "arguments": run["arguments"],
+        "inputs": run["inputs"],
+        "versions": {"python": platform.python_version(), **run["versions"]},
     }
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    if taken := (manifest.keys() | {"files"}) & work.values.keys():
+        raise ValueError(f"{sorted(taken)} cannot be recorded: the manifest has keys of that name")
+    manifest |= {**work.values, "files": files}
+    (work.path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def _version(package: str) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +41,13 @@ class MedusaCheckpoint:
     warnings: tuple[str, ...]
 
     @classmethod
-    def open(cls, ckpt: Path, heads: Path | None = None) -> MedusaCheckpoint:
+    def open(cls, ckpt: Path, heads: Path | None = None, *, check_values: bool = True) -> MedusaCheckpoint:
         """Open a base checkpoint's directory and the heads for it.
 
         Args:
             ckpt: Hugging Face directory of the base model.
             heads: directory or file of the heads; None looks for them in ``ckpt``.
+            check_values: also check what takes reading weights: finite heads, and one lm_head where it is tied.
 
         Raises:
             ConfigError: config.json cannot be used.
@@ -53,9 +56,10 @@ class MedusaCheckpoint:
         config = DecoderConfig.from_dir(ckpt)
         base = TensorSource.open(ckpt)
         base.require(config.tensor_shapes())
+        _refuse_more_layers(base, config)
         if config.tie_word_embeddings and families.LM_HEAD in base:
-            _refuse_two_lm_heads(base, config)
-        found = open_heads(_heads_inside(ckpt, base) if heads is None else heads, config)
+            _refuse_two_lm_heads(base, config, check_values)
+        found = open_heads(_heads_inside(ckpt, base) if heads is None else heads, config, check_values=check_values)
         warnings = [*_surplus(base, config), *found.warnings]
         if heads is not None and found.layout == "modelopt" and heads.resolve() != ckpt.resolve():
             warnings.append(f"{heads}: it holds a base model too; the one in {ckpt} is used")
@@ -168,7 +172,7 @@ def load_reference(ckpt: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _heads_inside(ckpt: Path, base: TensorSource) -> Path:
     """The heads of a checkpoint that brings its own: a file beside the weights, or tensors among them."""
-    files = [ckpt / name for name in HEAD_FILES if (ckpt / name).is_file()]
+    files = [ckpt / name for name in HEAD_FILES if lexists(ckpt / name)]
     combined = holds_heads(base.names)
     if files and combined:
         raise CheckpointError(
@@ -179,10 +183,10 @@ def _heads_inside(ckpt: Path, base: TensorSource) -> Path:
     return files[0] if files else ckpt
 
 
-def _refuse_two_lm_heads(base: TensorSource, config: DecoderConfig) -> None:
+def _refuse_two_lm_heads(base: TensorSource, config: DecoderConfig, check_values: bool) -> None:
     """A tied model may store its lm_head too, but not another one: transformers 4 would ignore it, 5 would use it."""
     base.require({families.LM_HEAD: (config.vocab_size, config.hidden_size)})
-    for start in range(0, config.vocab_size, _CHUNK_ROWS):
+    for start in range(0, config.vocab_size if check_values else 0, _CHUNK_ROWS):
         stop = min(start + _CHUNK_ROWS, config.vocab_size)
         if not torch.equal(*(base.read_rows(name, start, stop) for name in (families.EMBED_TOKENS, families.LM_HEAD))):
             raise CheckpointError(
@@ -191,6 +195,17 @@ def _refuse_two_lm_heads(base: TensorSource, config: DecoderConfig) -> None:
                 "the same one",
                 "set tie_word_embeddings to false to use it, or remove it from the weights",
             )
+
+
+def _refuse_more_layers(base: TensorSource, config: DecoderConfig) -> None:
+    """Other tensors without a place are pointed out; with layers left out it would be another model."""
+    for name in base.names:
+        number = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
+        if number and int(number[1]) >= config.num_hidden_layers:
+            raise CheckpointError(
+                f"{base.path}: {name}", f"layer {number[1]}",
+                f"layers 0 .. {config.num_hidden_layers - 1}, as num_hidden_layers says", "correct config.json",
+            )  # fmt: skip
 
 
 def _surplus(base: TensorSource, config: DecoderConfig) -> list[str]:

@@ -1,75 +1,147 @@
-"""A temporary directory beside the output, removed however its process ends, and renamed when it is complete."""
+"""The directory beside an output in which it is made: locked, kept while it is of use, and renamed when it is complete."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import glob
 import os
-import secrets
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from medusa_export.heads import locking
 from medusa_export.heads.errors import MedusaExportError, OutputError
+
+KEPT = "finished parts are kept, and the same command continues"
+KEPT_BEFORE = "what an earlier run finished is kept"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: FAT's 4 GB a file, or ulimit -f
 _NO_SPACE_TEXTS = tuple(os.strerror(number) for number in _NO_SPACE)  # safetensors and torch pass only the text on
 
 
-@contextmanager
-def temporary_beside(out: Path) -> Iterator[Path]:
-    """A locked sibling of ``out``, removed at the end if it is still there, after those that dead processes left.
+@dataclass
+class Partial:
+    """The directory in which an output is made.
 
-    The kernel drops a lock with its process, so an unlocked sibling is stale. Process ids would not tell: they repeat,
-    and two containers that share a disk do not see each other's.
+    Attributes:
+        path: ``.{name}.partial`` beside the output.
+        has_finished_parts: the next run can go on from what is in it.
+    """
+
+    path: Path
+    has_finished_parts: bool = False
+
+    @property
+    def files(self) -> Path:
+        """What becomes the output."""
+        return self.path / "files"
+
+    @property
+    def journal(self) -> Path:
+        """What the next run has to know of them."""
+        return self.path / "journal.jsonl"
+
+
+@contextmanager
+def partial_beside(out: Path) -> Iterator[Partial]:
+    """A locked directory beside ``out``, as the last process for ``out`` left it; removed at the end.
+
+    It stays when the body was interrupted or met an error that nobody foresaw, and it has finished parts: the exception gets a
+    note then. The kernel drops a lock with its process, so nothing has to be cleaned up after ``kill -9``.
 
     Raises:
-        OutputError: the parent is a file or cannot be written.
+        OutputError: another process is at it, or the parent is a file or cannot be written.
     """
-    temporary = out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    lock = None
+    partial = Partial(_partial_path(out))
+    descriptor = _make_locked(partial.path, out)
     try:
-        lock = _make_locked(temporary, out)
-        yield temporary
+        yield partial
+    except BaseException as error:
+        if _can_continue(error) and partial.has_finished_parts and partial.files.is_dir():
+            _note(error, KEPT)
+            raise
+        shutil.rmtree(partial.path, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(partial.path, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _unlock(lock)
+        os.close(descriptor)
 
 
-def _make_locked(temporary: Path, out: Path) -> int | None:
-    """Remove what is stale and make the temporary directory. Returns the descriptor of its lock."""
+@contextmanager
+def leftovers_noted(out: Path) -> Iterator[None]:
+    """Interrupts before :func:`partial_beside` get a note too, where an earlier run has left something."""
+    try:
+        yield
+    except BaseException as error:
+        if _was_interrupted(error) and not hasattr(error, "__notes__") and Partial(_partial_path(out)).files.is_dir():
+            _note(error, KEPT_BEFORE)
+        raise
+
+
+def require_idle(out: Path) -> None:
+    """Raise OutputError when another process is making ``out`` at this moment."""
+    locking.require_idle(_partial_path(out), out)
+
+
+def _partial_path(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def _make_locked(path: Path, out: Path) -> int:
+    """The descriptor of the directory's lock."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out.parent, fcntl.LOCK_EX):  # or another process could take ours for stale before it is locked
-            _remove_stale(out)
-            temporary.mkdir()
-            return _lock(temporary, fcntl.LOCK_EX)
+        descriptor = locking.make_locked(path, out)
+        sync(out.parent)
     except OSError as error:
         if _is_full(error):
             raise
         raise OutputError(
             str(out.parent), f"no way to write there ({error.strerror})", "a writable directory", "choose another one"
         ) from error
+    return descriptor
 
 
-def publish(temporary: Path, out: Path) -> None:
+def _note(error: BaseException, text: str) -> None:
+    """What ``add_note`` does since Python 3.11."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), text]
+
+
+def _can_continue(error: BaseException) -> bool:
+    """Whether the same command may get further: it was cut off, not refused, and the disk has room."""
+    if isinstance(error, Exception) and _is_full(error):
+        return False
+    return not isinstance(error, MedusaExportError) or _was_interrupted(error)
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Libraries that are interrupted while they are imported turn SystemExit into errors of their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (SystemExit, KeyboardInterrupt)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def publish(files: Path, out: Path) -> None:
     """Have the disk hold everything, then give it its name; only an absent or empty ``out`` is replaced."""
-    for path in (*temporary.rglob("*"), temporary):
-        _sync(path)
+    for path in (*files.rglob("*"), files):
+        sync(path)
     try:
-        os.rename(temporary, out)
+        os.rename(files, out)
     except OSError as error:
         if _is_full(error):
             raise
         raise OutputError(
             str(out), f"something that came up meanwhile ({error.strerror})", "nothing there", "look there, run again"
         ) from error
-    _sync(out.parent)
+    sync(out.parent)
 
 
 @contextmanager
@@ -114,43 +186,8 @@ def _what_is_full(error: Exception) -> str:
     return "a file larger than the disk's format or ulimit -f allows" if too_large else "no space left on the disk"
 
 
-def _remove_stale(out: Path) -> None:
-    for path in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
-        with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as is_stale:
-            if is_stale:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _locked(directory: Path, how: int) -> Iterator[bool]:
-    """Holds a lock; yields False when somebody else does, or when the file system has no locks."""
-    lock = _lock(directory, how)
-    try:
-        yield lock is not None
-    finally:
-        _unlock(lock)
-
-
-def _lock(directory: Path, how: int) -> int | None:
-    """An open descriptor that holds the lock, or None."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _unlock(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a directory's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

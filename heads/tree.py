@@ -8,6 +8,7 @@ last accepted token) is not listed. Source: Medusa (arXiv 2401.10774, section 2.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.heads.errors import TreeError
+from medusa_export.heads.files import ABSENT, found_instead
 
 Choice = tuple[int, ...]
 
 MAX_TOP_K = 16  # TensorRT-LLM packs a top-k index into 4 bits, so ids are 0 .. 15
 MAX_DEPTH = 16  # and a path into 64 bits
+MAX_CHOICES = 1024  # 16 times the paper's largest tree; the masks grow with the square
+
+_SHORT = reprlib.Repr()  # a wrong entry may be of any size
 
 
 @dataclass(frozen=True)
@@ -146,12 +151,13 @@ def load_tree(spec: str, *, num_medusa_heads: int | None = None) -> Tree:
     if spec in PRESETS:
         return Tree.from_choices(PRESETS[spec], num_medusa_heads=num_medusa_heads)
     path = Path(spec)
-    names = ", ".join(PRESETS)
-    if not path.is_file():
-        raise TreeError(f"tree {spec}", "no such file or preset", f"a JSON file or one of {names}", "check the name")
+    kind = found_instead(path)
+    if kind is not None:
+        got = "no such file or preset" if kind == ABSENT else kind
+        raise TreeError(f"tree {spec}", got, f"a JSON file or one of {', '.join(PRESETS)}", "check the name")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise TreeError(str(path), f"unreadable JSON ({error})", "a list of choices", "write it again") from error
     choices = body.get("medusa_choices") if isinstance(body, dict) else body
     if not isinstance(choices, list):
@@ -163,19 +169,25 @@ def _as_path(choice: object) -> Choice:
     """One choice as a tuple of ints; bool and float are refused rather than converted."""
     ids = tuple(choice) if isinstance(choice, (list, tuple)) else None
     if not ids or any(type(index) is not int for index in ids):
-        raise TreeError(f"tree choice {choice!r}", "no list of integers", "a path like [0, 1]", "correct the entry")
+        raise TreeError(
+            f"tree choice {_SHORT.repr(choice)}", "no list of integers", "a path like [0, 1]", "correct the entry"
+        )
     return ids
 
 
 def _check(choices: tuple[Choice, ...]) -> None:
     """Every rule of section 5.4 of TensorRT-LLM's decoding, also those that its runtimes skip."""
+    if len(choices) > MAX_CHOICES:
+        raise TreeError("tree", f"{len(choices)} choices", f"at most {MAX_CHOICES}", "leave out the least likely ones")
     known = set(choices)
     if len(known) < len(choices):
         twice = next(choice for choice in choices if choices.count(choice) > 1)
         raise TreeError(f"tree choice {list(twice)}", "the same path twice", "each path once", "remove one")
     for choice in choices:
         if len(choice) > MAX_DEPTH:
-            raise TreeError(f"tree choice {list(choice)}", f"depth {len(choice)}", f"at most {MAX_DEPTH}", "shorten it")
+            raise TreeError(
+                f"tree choice {_SHORT.repr(list(choice))}", f"depth {len(choice)}", f"at most {MAX_DEPTH}", "shorten it"
+            )
         if not all(0 <= index < MAX_TOP_K for index in choice):
             raise TreeError(
                 f"tree choice {list(choice)}",

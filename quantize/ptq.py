@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import io
 import logging
 import sys
@@ -63,7 +65,9 @@ def calibrate(
         model = _load(model_dir, checkpoint, quant_heads, device)
         config = _quant_config(quantization, fmt, kv, quant_heads)
         model = quantization.quantize(model, config, forward_loop=_forward_loop(batches, progress, console))
-    return _read_scales(model)
+        if fmt.smooths:
+            _share_smoothing(model)
+    return _read_scales(model, fmt)
 
 
 def _import_quantization() -> Any:
@@ -101,14 +105,31 @@ def _quant_config(quantization: Any, fmt: Format, kv: KvCache, quant_heads: bool
     """ModelOpt's recipe: a list of rules in which later ones win, so exceptions are appended."""
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithm: Any = "max"
-    if fmt.needs_calibration and fmt.modelopt_config is not None:
-        recipe = getattr(quantization, fmt.modelopt_config)
+    if fmt.modelopt_config is not None:
+        recipe = copy.deepcopy(getattr(quantization, fmt.modelopt_config))
         rules, algorithm = list(recipe["quant_cfg"]), recipe["algorithm"]
-    if kv.modelopt_config is not None:
-        rules += getattr(quantization, kv.modelopt_config)["quant_cfg"]
+    for rule in rules:
+        _set_group_size(rule, fmt.group_size)
+    if kv.bits is not None:
+        rules.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": kv.bits, "axis": None}})
     if not quant_heads:
         rules.append({"quantizer_name": f"*{HEADS}*", "enable": False})
     return {"quant_cfg": rules, "algorithm": algorithm}
+
+
+def _set_group_size(rule: dict[str, Any], group_size: int | None) -> None:
+    stages = rule.get("cfg") or []
+    for stage in stages if isinstance(stages, list) else [stages]:
+        if group_size is not None and "block_sizes" in stage:
+            stage["block_sizes"][-1] = group_size
+
+
+def _share_smoothing(model: torch.nn.Module) -> None:
+    """q, k and v are one linear in TensorRT-LLM: they get one factor a channel, the mean of theirs, as in ModelOpt's exporter."""
+    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
+
+    for layer in model.get_submodule("model.layers").children():
+        preprocess_linear_fusion([layer.get_submodule(f"self_attn.{name}_proj") for name in "qkv"])
 
 
 def _forward_loop(
@@ -131,29 +152,36 @@ def _forward_loop(
     return run
 
 
-def _read_scales(model: torch.nn.Module) -> Scales:
-    """The enabled quantizers' amax, by the name of the module that they sit in."""
-    tables: dict[str, dict[str, float]] = {"input_quantizer": {}, "weight_quantizer": {}}
-    kv_amax: dict[int, float] = {}
+def _read_scales(model: torch.nn.Module, fmt: Format) -> Scales:
+    """What the enabled quantizers saw, by the name of the module that they sit in."""
+    scales = Scales()
     for name, module in model.named_modules():
         owner, _, kind = name.rpartition(".")
-        if not kind.endswith("_quantizer") or not getattr(module, "is_enabled", False):
+        if not getattr(module, "is_enabled", False) and not fmt.smooths:
             continue
-        if kind in tables:
-            tables[kind][owner] = _amax(name, module)
-        elif kind in ("k_bmm_quantizer", "v_bmm_quantizer"):
+        if kind == "input_quantizer" and fmt.input_bound and module.is_enabled:
+            scales.input_amax[owner] = _amax(name, module)
+        if kind == "input_quantizer" and module.pre_quant_scale is not None:
+            scales.pre_quant_scale[owner] = module.pre_quant_scale.detach().float().cpu().reshape(-1)
+        if kind == "weight_quantizer" and fmt.stores_weight_amax and _enabled(module):
+            scales.weight_amax[owner] = _amax(name, module[-1] if isinstance(module, torch.nn.Sequential) else module)
+        if kind in ("k_bmm_quantizer", "v_bmm_quantizer") and module.is_enabled:
             layer = int(owner.split(".")[2])  # model.layers.{layer}.self_attn
-            kv_amax[layer] = max(kv_amax.get(layer, 0.0), _amax(name, module))
-    return Scales(tables["input_quantizer"], tables["weight_quantizer"], kv_amax)
+            scales.kv_amax[layer] = max(scales.kv_amax.get(layer, 0.0), _amax(name, module))
+    return dataclasses.replace(scales)  # which checks the values
+
+
+def _enabled(quantizer: Any) -> bool:
+    """A weight has one quantizer, or a sequence of them (INT4, then FP8)."""
+    last = quantizer[-1] if isinstance(quantizer, torch.nn.Sequential) else quantizer
+    return bool(last.is_enabled)
 
 
 def _amax(name: str, quantizer: Any) -> float:
     amax = quantizer.amax
     if amax is None or amax.numel() != 1:
         got = "no amax" if amax is None else f"{amax.numel()} values"
-        raise ConfigError(
-            f"ModelOpt quantizer {name}", got, "one value a tensor", "use a per-tensor format such as fp8"
-        )
+        raise ConfigError(f"ModelOpt quantizer {name}", got, "one value a tensor", "report this")
     return float(amax)
 
 

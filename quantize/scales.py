@@ -1,128 +1,148 @@
-"""What calibration yields: the largest magnitudes seen, by module name, and the FP8 arithmetic on them.
-
-Source of the formulas: ModelOpt's ``export_tensorrt_llm_checkpoint`` and TensorRT-LLM's FP8 linears: a scale is
-``amax / 448``, a stored weight is ``weight / scale``.
-"""
+"""What calibration yields, by Hugging Face module name: largest magnitudes, and smoothing factors a channel."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import CheckpointError
+from medusa_export.quantize.formats import FP8_MAX
 
-FP8_MAX = 448.0  # the largest finite float8_e4m3fn
-MIN_KV_SCALE = 1.0  # TensorRT-LLM's recommended default; smaller ones cost accuracy where later tokens are larger
+SCALES_FILE = "scales.safetensors"
+_FORMAT = {"format": "medusa-export scales 1"}
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Largest magnitudes from calibration; unitless, in the model's own numbers.
+    """Results of a calibration; unitless, in the model's own numbers.
 
     Attributes:
-        input_amax: of the input of a linear, by Hugging Face module name (``model.layers.0.self_attn.q_proj``,
-            ``medusa_heads.0.0.linear``, ``medusa_heads.0.1``).
-        weight_amax: of its weight.
+        input_amax: largest magnitude of a linear's input, by module (``model.layers.0.self_attn.q_proj``,
+            ``medusa_heads.0.0.linear``, ``medusa_heads.0.1``); after smoothing, where the format smooths.
+        weight_amax: of its weight, likewise.
         kv_amax: of keys and values together, by layer.
+        pre_quant_scale: factor that a linear's input is multiplied with and its weight divided by.  # float32 [in]
     """
 
     input_amax: dict[str, float] = field(default_factory=dict)
     weight_amax: dict[str, float] = field(default_factory=dict)
     kv_amax: dict[int, float] = field(default_factory=dict)
+    pre_quant_scale: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for what, table in (("input", self.input_amax), ("weight", self.weight_amax), ("kv", self.kv_amax)):
-            _check(what, table)
+        for what, name, value in self._values():
+            if not bool(torch.isfinite(value).all()) or not bool((value > 0).all()):
+                raise CheckpointError(
+                    f"{what} of {name}",
+                    str(value.item()) if value.numel() == 1 else "a factor that is not finite or not above 0",
+                    "a finite number above 0",
+                    "train heads before quantizing them (zero weights have no scale), or check the weights for NaN",
+                )
 
-    def require(self, modules: Iterable[str], layers: Iterable[int]) -> None:
-        """Raise CheckpointError unless every module has both scales and every layer its cache scale."""
-        wanted = list(modules)
-        missing = [name for name in wanted if name not in self.input_amax or name not in self.weight_amax]
-        missing += [f"layer {layer} kv" for layer in layers if layer not in self.kv_amax]
-        if missing:
-            raise CheckpointError(
-                f"scales of {missing[0]}",
-                f"{len(missing)} missing",
-                "a scale for everything that is quantized",
-                "calibrate again with the same format, kv cache and heads as the export",
-            )
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Count, smallest and largest value of every kind of scale, for people to look at."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for what, _, value in self._values():
+            found.setdefault(what, []).append(value)
+        return {
+            what: {"count": len(values), "min": min(float(v.min()) for v in values), "max": max(float(v.max()) for v in values)}
+            for what, values in found.items()
+        }  # fmt: skip
 
     def save(self, path: Path) -> None:
-        """Write JSON; floats keep every digit, so a loaded copy compares equal."""
-        body = {
-            "input_amax": self.input_amax,
-            "weight_amax": self.weight_amax,
-            "kv_amax": {str(layer): amax for layer, amax in self.kv_amax.items()},
-        }
-        path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        """Write safetensors, ``{kind}/{module}``; floats keep every digit, so a loaded copy is the same."""
+        tensors = {f"{what}/{name}": value.contiguous() for what, name, value in self._values()}
+        path.write_bytes(save(tensors, _FORMAT))  # save_file would make it readable to its owner alone
 
     @classmethod
     def load(cls, path: Path) -> Scales:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ConfigError: no such file, or not JSON.
-            CheckpointError: JSON that is not scales, or a scale that is not finite and above 0.
+            CheckpointError: no such file, something else in it, or a scale that is not finite and above 0.
         """
-        body = read_json(path)
         try:
-            return cls(
-                {str(name): float(amax) for name, amax in body["input_amax"].items()},
-                {str(name): float(amax) for name, amax in body["weight_amax"].items()},
-                {int(layer): float(amax) for layer, amax in body["kv_amax"].items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") != _FORMAT["format"]:
+                    raise ValueError("no scales in it")
+                return cls._of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(
-                str(path), f"{type(error).__name__} {error}", "saved scales", "calibrate again"
+                str(path), f"{type(error).__name__}: {error}", "saved scales", "calibrate again"
             ) from error
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, torch.Tensor]) -> Scales:
+        tables: dict[str, dict] = {item.name: {} for item in fields(cls)}
+        for name, value in tensors.items():
+            what, _, module = name.partition("/")
+            number = value if what == "pre_quant_scale" else value.item()
+            tables[what][int(module) if what == "kv_amax" else module] = number
+        return cls(**tables)
+
+    def _values(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(kind, module or layer, value); amax are float64 so that they come back as they were."""
+        for item in fields(self):
+            for name, value in getattr(self, item.name).items():
+                yield (
+                    item.name,
+                    str(name),
+                    torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64),
+                )
+
+    def require(self, needed: Mapping[str, Iterable[str | int]]) -> None:
+        """Raise CheckpointError unless every kind of scale is there for the modules (or layers) named."""
+        missing = [
+            f"{what} of {name}" for what, names in needed.items() for name in names if name not in getattr(self, what)
+        ]
+        if missing:
+            raise CheckpointError(
+                missing[0],
+                f"none, {len(missing)} missing in all",
+                "a scale for everything that is quantized",
+                "calibrate again with the same format, kv cache and heads as the export",
+            )
 
 
 def fp8_scale(amax: float) -> float:
     """The FP8 scale of a tensor whose largest magnitude is ``amax``, rounded to the float32 that files hold."""
-    return float(torch.tensor(amax, dtype=torch.float32) / FP8_MAX)
+    return code_scale(amax, FP8_MAX)
 
 
-def kv_scale(amax: float) -> float:
-    """The FP8 key/value cache scale: never below 1, so that tokens larger than the calibrated ones do not saturate."""
-    return max(MIN_KV_SCALE, fp8_scale(amax))
+def code_scale(amax: float, bound: float) -> float:
+    """What one unit of a code is worth when ``bound`` is the code of ``amax``; in the float32 that files hold."""
+    return float(torch.tensor(amax, dtype=torch.float32) / bound)
+
+
+def fused_amax(amax: Mapping[str, float], modules: Iterable[str]) -> float:
+    """The largest magnitude of linears that are stored as one tensor (q, k and v), or that the builder fuses."""
+    return max(amax[name] for name in modules)
 
 
 def fused_scale(amax: Mapping[str, float], modules: Iterable[str]) -> float:
-    """One FP8 scale for linears stored as one tensor (q, k and v): the largest of theirs."""
-    return fp8_scale(max(amax[name] for name in modules))
+    """One FP8 scale for fused linears."""
+    return fp8_scale(fused_amax(amax, modules))
 
 
-def quantize_fp8(weight: torch.Tensor, scale: float) -> torch.Tensor:
+def quantize_fp8(weight: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """``weight / scale`` in float8_e4m3fn; computed in float32 and saturating on every torch release.
 
     Args:
         weight: any floating dtype.  # [out, in]
-        scale: float32 value above 0.
+        scale: float32 value above 0, or one a row.  # [out, 1]
 
     Returns:
         float8_e4m3fn.  # [out, in]
     """
     scaled = weight.to(torch.float32) / scale
-    return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def dequantize_fp8(weight: torch.Tensor, scale: float) -> torch.Tensor:
     """The float32 weight that a stored FP8 weight stands for.  # [out, in]"""
     return weight.to(torch.float32) * scale
-
-
-def _check(what: str, table: Mapping[str, float] | Mapping[int, float]) -> None:
-    for name, amax in table.items():
-        if not math.isfinite(amax) or amax <= 0:
-            raise CheckpointError(
-                f"{what} amax of {name}",
-                str(amax),
-                "a finite number above 0",
-                "train heads before quantizing them (zero weights have no scale), or check the weights for NaN",
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,14 @@ HIDDEN, VOCAB = 64, 97
 
 CheckpointWriter = Callable[..., Path]
 HeadTensors = Callable[..., dict[str, torch.Tensor]]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_calibration_cache() -> Iterator[None]:
+    """The user's cache is not touched, and no test finds what another one left; programs that tests start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDUSA_EXPORT_CACHE", "off")
+        yield
 
 
 def _config(family: str, overrides: dict[str, Any]) -> Any:

@@ -1,16 +1,17 @@
-"""Real exports that are killed, interrupted or run out of disk: the output is complete or absent, and the next run cleans up."""
+"""Real exports that are killed, interrupted or run out of disk: the output is complete or absent, and the next run goes on."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,53 @@ import pytest
 import torch
 
 from medusa_export.exporter.verify import verify_export
+from medusa_export.heads.manifest import output_directory
+from medusa_export.heads.staging import KEPT, KEPT_BEFORE
 
 PAGE = 4096
 
 # Imports once (seconds), then every line is one export in a process of its own, through the commands' entry point.
 SERVER = """
-import json, os, resource, signal, sys
+import json, os, resource, signal, sys, threading
 import onnx, torch, transformers.models.auto.tokenization_auto, transformers.models.llama.modeling_llama
 from medusa_export.engines import selfcheck
-from medusa_export.exporter import cli, export
+from medusa_export.exporter import cli, export, ranks
+from medusa_export.heads import journal, staging
+
+def log_ranks(path):
+    write = ranks.write_rank
+    def logged(target, checkpoint, spec, scales, rank, progress):
+        with open(path, "a") as file:
+            file.write(f"{rank}\\n")
+        write(target, checkpoint, spec, scales, rank, progress)
+    ranks.write_rank = logged
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_at_line(number, when):
+    # Just before that line of the journal is written, in the middle of it, or just after it.
+    append, lines, lock = journal.Journal.append, [], threading.Lock()
+    def deadly(self, entry):
+        with lock:
+            lines.append(entry)
+            if len(lines) < number:
+                return append(self, entry)
+            if when == "half":
+                with self.path.open("a") as file:
+                    file.write('12345678 {"part": "trtl')
+            if when == "after":
+                append(self, entry)
+            die()
+    journal.Journal.append = deadly
+
+def die_at_publication(when):
+    publish = staging.publish
+    def deadly(files, out):
+        if when == "after":
+            publish(files, out)
+        die()
+    staging.publish = deadly
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 print("ready", flush=True)
@@ -44,6 +83,9 @@ for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
     if job["trust_the_disk"]:
         export.check_free_space = lambda *_: None
+    log_ranks(job["ranks"])
+    if job["die"]:
+        globals()[job["die"][0]](*job["die"][1:])
     sys.argv = ["medusa-export", *job["flags"]]
     try:
         cli.export_main()
@@ -57,7 +99,7 @@ class Exports:
     """Starts exports, one at a time, and says how they ended."""
 
     def __init__(self, directory: Path) -> None:
-        self.stdout, self.stderr = directory / "stdout", directory / "stderr"
+        self.stdout, self.stderr, self._ranks = (directory / name for name in ("stdout", "stderr", "ranks"))
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
@@ -67,11 +109,18 @@ class Exports:
         )
         assert self._answer() == "ready"
 
-    def start(self, flags: list[str], *, largest_file: int = 0, trust_the_disk: bool = False) -> int:
-        """The process id of the export."""
+    def start(
+        self, flags: list[str], *, largest_file: int = 0, trust_the_disk: bool = False, die: Sequence[object] = ()
+    ) -> int:
+        """The process id of the export.
+
+        Args:
+            die: a function of the server, with arguments, after which the export kills itself.
+        """
         assert self._server.stdin is not None
-        job = {"flags": flags, "largest_file": largest_file, "trust_the_disk": trust_the_disk}
-        job |= {"stdout": str(self.stdout), "stderr": str(self.stderr)}
+        self._ranks.write_text("")
+        job: dict[str, Any] = {"flags": flags, "largest_file": largest_file, "trust_the_disk": trust_the_disk}
+        job |= {"stdout": str(self.stdout), "stderr": str(self.stderr), "ranks": str(self._ranks), "die": die}
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         return int(self._answer())
@@ -83,6 +132,11 @@ class Exports:
     def run(self, flags: list[str], **options: Any) -> int:
         self.start(flags, **options)
         return self.wait()
+
+    @property
+    def ranks(self) -> list[int]:
+        """Those that the last export began to write, sorted."""
+        return sorted(map(int, self._ranks.read_text().split()))
 
     def _answer(self) -> str:
         assert self._server.stdout is not None
@@ -103,16 +157,44 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
 def flags(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_heads: Callable[..., Path], tiny_tokenizer: Any
 ) -> list[str]:
-    """An export into ``work/out``, large enough (10 MB) to be caught in the middle of it."""
+    """An export of four ranks into ``work/out``, large enough (10 MB) to be caught in the middle of it."""
     size = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2000, "num_hidden_layers": 2}
     model = tiny_tokenizer(tiny_checkpoint(tmp_path / "model", dtype=torch.float16, **size))
     heads = tiny_heads(tmp_path / "heads", hidden=256, vocab=2000, dtype=torch.float16)
     (tmp_path / "work").mkdir()
-    return ["--ckpt", str(model), "--heads", str(heads), "--engine", "none", "--output", str(tmp_path / "work/out")]
+    given = {"ckpt": model, "heads": heads, "engine": "none", "tp": 4, "output": tmp_path / "work/out"}
+    return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
 
 
-def stale(work: Path) -> list[str]:
-    return [name for name in os.listdir(work) if name.startswith(".out.tmp-")]
+PARTIAL = ".out.partial"
+PARTS = ["tree.json", "tokenizer", "trtllm/config.json", *(f"trtllm/rank{rank}.safetensors" for rank in range(4))]
+GONE = "nothing half-written is left"
+
+
+def finished(work: Path) -> set[str]:
+    """The parts that the journal of an interrupted export names."""
+    journal = work / PARTIAL / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+    entries = [json.loads(line.partition(" ")[2]) for line in lines if line.endswith("}\n")]
+    return {entry["part"] for entry in entries if "part" in entry}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file; of the manifest, what does not depend on the time."""
+    found = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    manifest = json.loads(found["medusa.json"])
+    return {**found, "medusa.json": json.dumps({**manifest, "created": ""}).encode()}
+
+
+def check_continued(exports: Exports, flags: list[str], work: Path, reference: dict[str, bytes]) -> None:
+    """The same command gives the same bytes as an undisturbed export, and makes no finished rank again."""
+    before = finished(work)
+    assert exports.run(flags) == 0
+    assert os.listdir(work) == ["out"]
+    assert contents(work / "out") == reference
+    assert exports.ranks == [rank for rank in range(4) if f"trtllm/rank{rank}.safetensors" not in before]
+    notice = f"continuing: {len(before)} of {len(PARTS)} parts were finished\n" if before else ""
+    assert exports.stderr.read_text() == notice
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -128,7 +210,7 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def is_writing(work: Path) -> bool:
-    return any((work / name / "trtllm/rank0.safetensors").exists() for name in stale(work))
+    return any((work / PARTIAL / "files/trtllm").glob("rank*"))
 
 
 def duration(exports: Exports, flags: list[str], work: Path) -> float:
@@ -147,6 +229,7 @@ def duration(exports: Exports, flags: list[str], work: Path) -> float:
 def test_kill_9_at_random_moments(exports: Exports, flags: list[str], tmp_path: Path) -> None:
     work, chance = tmp_path / "work", random.Random(20)
     seconds = duration(exports, flags, work)
+    reference = contents(tmp_path / "reference")
     killed = 0
     for attempt in range(60):
         if killed == 6:
@@ -160,13 +243,57 @@ def test_kill_9_at_random_moments(exports: Exports, flags: list[str], tmp_path: 
             (work / "out").rename(tmp_path / f"complete{attempt}")
         else:
             killed += 1
-            assert os.listdir(work) == stale(work)
+            assert set(os.listdir(work)) <= {PARTIAL}
     assert killed == 6
-    assert exports.run(flags) == 0
-    assert os.listdir(work) == ["out"]
+    check_continued(exports, flags, work, reference)
     assert verify_export(work / "out") == []
-    for file in ("rank0.safetensors", "config.json"):
-        assert (work / "out/trtllm" / file).read_bytes() == (tmp_path / "reference/trtllm" / file).read_bytes()
+
+
+@pytest.mark.parametrize("when", ["before", "half", "after"])
+def test_kill_9_at_every_part(when: str, exports: Exports, flags: list[str], tmp_path: Path) -> None:
+    """Around the moment that makes a part count, for all of them: no work is lost, and none that is not done is taken for done."""
+    work = tmp_path / "work"
+    assert exports.run(flags) == 0
+    assert exports.ranks == [0, 1, 2, 3]
+    reference = contents(work / "out")
+    for line in range(1, len(PARTS) + 2):  # the first one says what the run is made from
+        shutil.rmtree(work / "out")
+        exports.start(flags, die=("die_at_line", line, when))
+        assert exports.wait() == -signal.SIGKILL
+        assert os.listdir(work) == [PARTIAL]
+        assert len(finished(work)) == max(0, line - 1 if when == "after" else line - 2)
+        check_continued(exports, flags, work, reference)
+
+
+def test_kill_9_again_and_again(exports: Exports, flags: list[str], tmp_path: Path) -> None:
+    """Every run gets one part further, and no rank is begun more often than it has to be."""
+    work, begun = tmp_path / "work", []
+    for number in range(1, len(PARTS) + 1):
+        exports.start(flags, die=("die_at_line", 2 if number == 1 else 1, "after"))
+        assert exports.wait() == -signal.SIGKILL
+        assert len(finished(work)) == number
+        begun.append(exports.ranks)
+    assert exports.run(flags) == 0
+    assert exports.ranks == []
+    assert verify_export(work / "out") == []
+    assert all(1 <= sum(rank in ranks for ranks in begun) <= 4 for rank in range(4))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_kill_9_at_publication(when: str, exports: Exports, flags: list[str], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    assert exports.run(flags) == 0
+    reference = contents(work / "out")
+    shutil.rmtree(work / "out")
+    exports.start(flags, die=("die_at_publication", when))
+    assert exports.wait() == -signal.SIGKILL
+    if when == "before":
+        check_continued(exports, flags, work, reference)
+        assert exports.ranks == []
+    else:
+        assert contents(work / "out") == reference
+        assert exports.run(flags) == 0
+        assert exports.stdout.read_text().startswith("up to date: ")
 
 
 def test_kill_9_while_writing(exports: Exports, flags: list[str], tmp_path: Path) -> None:
@@ -177,51 +304,87 @@ def test_kill_9_while_writing(exports: Exports, flags: list[str], tmp_path: Path
         wait_until(lambda: is_writing(work))
         send(pid, signal.SIGKILL)
         assert exports.wait() == -signal.SIGKILL
-        assert len(stale(work)) == 1  # the one before it is gone
-        assert os.listdir(work) == stale(work)
+        assert os.listdir(work) == [PARTIAL]
+        for path in (work / PARTIAL / "files/trtllm").glob("rank*"):  # as if none had been finished
+            path.unlink()
     assert exports.run(flags) == 0
+    assert os.listdir(work) == ["out"]
+    assert exports.ranks == [0, 1, 2, 3]
+    assert verify_export(work / "out") == []
+
+
+def test_other_arguments_start_anew(exports: Exports, flags: list[str], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    exports.start(flags, die=("die_at_line", len(PARTS), "after"))
+    assert exports.wait() == -signal.SIGKILL
+    assert exports.run([*flags, "--dtype", "bfloat16"]) == 0
+    assert exports.ranks == [0, 1, 2, 3]
+    (line,) = exports.stderr.read_text().splitlines()
+    assert line.startswith("WARNING: ")
+    assert line.endswith(f"{PARTIAL}: left by an interrupted run with other arguments (dtype); discarded")
     assert os.listdir(work) == ["out"]
     assert verify_export(work / "out") == []
 
 
+def test_two_at_once(exports: Exports, flags: list[str], tmp_path: Path) -> None:
+    """The second one says so before it has read the first input, and disturbs nothing."""
+    work = tmp_path / "work"
+    with output_directory(work / "out", inputs={}, arguments={}) as other:
+        (other.path / "mine").touch()
+        assert exports.run([*flags, "--ckpt", str(tmp_path / "absent")]) == 2
+        (line,) = exports.stderr.read_text().splitlines()
+        assert line.startswith(f"error: {work / 'out'}: got another process that is making it")
+        assert exports.stdout.read_text() == ""
+    assert sorted(os.listdir(work / "out")) == ["medusa.json", "mine"]
+    assert os.listdir(work) == ["out"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(
+def test_an_interrupt_keeps_finished_parts(
     number: signal.Signals, exports: Exports, flags: list[str], tmp_path: Path
 ) -> None:
     work, chance = tmp_path / "work", random.Random(21)
     seconds = duration(exports, flags, work)
-    for attempt in range(3):
+    for attempt in range(4):
         pid = exports.start(flags)
         if attempt < 1:
             wait_until(lambda: is_writing(work))
         else:
-            wait_until(lambda: stale(work))
-            time.sleep(chance.uniform(0, 0.5) * seconds)
+            time.sleep(chance.uniform(0.1, 0.7) * seconds)
         send(pid, number)
         code = exports.wait()
-        if code in (0, -number):  # it had been published: complete, or cut off at the interpreter's own end
+        if code in (0, -number):  # it had been published, or it was cut off at the interpreter's own end
             assert attempt >= 1
-            (work / "out").rename(tmp_path / f"complete{attempt}")
+            if (work / "out").exists():
+                (work / "out").rename(tmp_path / f"complete{attempt}")
             continue
         assert code == 128 + number
-        assert os.listdir(work) == []
-        assert exports.stderr.read_text() == f"error: stopped by {number.name}; nothing half-written is left\n"
         assert exports.stdout.read_text() == ""
-    assert exports.run(flags) == 0
+        *_, line = exports.stderr.read_text().splitlines()
+        left = line.removeprefix(f"error: stopped by {number.name}; ")
+        assert left in ([KEPT] if attempt < 1 else [KEPT, KEPT_BEFORE, GONE] if finished(work) else [GONE])
+        assert os.listdir(work) == ([PARTIAL] if finished(work) else [])
+    check_continued(exports, flags, work, contents(tmp_path / "reference"))
     assert verify_export(work / "out") == []
 
 
 def test_an_interrupt_of_the_console_script(flags: list[str], tmp_path: Path) -> None:
-    """As a user meets it: fresh process, all imports, the engine too."""
+    """As a user meets it: fresh process, all imports, the engine too; and the same command once more."""
     work, flags = tmp_path / "work", [*flags, "--engine", "onnxruntime"]
     command = [str(Path(sys.executable).with_name("medusa-export")), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: any((work / name / "engine").exists() for name in stale(work)))
+    wait_until((work / PARTIAL / "files/engine").exists)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
     assert (process.returncode, out) == (143, "")
-    assert err == "error: stopped by SIGTERM; nothing half-written is left\n"
-    assert os.listdir(work) == []
+    assert err == f"error: stopped by SIGTERM; {KEPT}\n"
+    assert os.listdir(work) == [PARTIAL]
+    assert finished(work) >= {*PARTS, "onnx"}
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout == f"wrote {work / 'out'}\n"
+    assert re.fullmatch(r"continuing: [89] of 9 parts were finished\n", again.stderr)
+    assert os.listdir(work) == ["out"]
+    assert verify_export(work / "out") == []
 
 
 @contextmanager

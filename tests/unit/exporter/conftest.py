@@ -29,7 +29,8 @@ class Case:
 
     def write(self, out: Path, fmt: str = "none", **options: Any) -> Path:
         """``write_trtllm`` with a small tree and this case's scales."""
-        write_trtllm(out, self.checkpoint, get_format(fmt), self.scales, **{"tree": TREE, **options})
+        form = get_format(fmt, options.pop("group_size", None))
+        write_trtllm(out, self.checkpoint, form, self.scales, **{"tree": TREE, **options})
         return out
 
 
@@ -40,7 +41,20 @@ def scales_of(checkpoint: MedusaCheckpoint) -> Scales:
     weight_amax = {module: float(checkpoint.read(f"{module}.weight").abs().max()) for module in modules}
     input_amax = {module: 3.0 + 0.25 * index for index, module in enumerate(modules)}
     kv_amax = {layer: 100.0 + 500 * layer for layer in range(checkpoint.config.num_hidden_layers)}
-    return Scales(input_amax, weight_amax, kv_amax)
+    smoothing = {
+        module: torch.linspace(0.5, 2.0, checkpoint.shape(f"{module}.weight")[1]).roll(index)
+        for index, module in enumerate(_one_of_fused(modules))
+    }
+    return Scales(input_amax, weight_amax, kv_amax, {module: smoothing[_representative(module)] for module in modules})
+
+
+def _representative(module: str) -> str:
+    """The first of linears that are fused: q for k and v."""
+    return module.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+
+
+def _one_of_fused(modules: list[str]) -> list[str]:
+    return [module for module in modules if module == _representative(module)]
 
 
 @pytest.fixture

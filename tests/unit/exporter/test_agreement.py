@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_export.exporter.agreement import logits_agree
-from medusa_export.exporter.rebuild import activation_scales
+from medusa_export.exporter.rebuild import input_forms
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import Scales
@@ -31,7 +31,7 @@ def test_fp8_predicts_almost_the_same(family: str, make_case: Callable[..., Any]
     case = calibrated(make_case(family))
     out = case.write(tmp_path / "out", "fp8", tp=2, quant_heads=True, kv_cache="fp8")
     assert logits_agree(out, case.model_dir, case.checkpoint, PROMPTS) == []
-    assert activation_scales(out).keys() == case.scales.input_amax.keys()
+    assert input_forms(out).keys() == case.scales.input_amax.keys()
 
 
 def test_16_bit_predicts_the_same(make_case: Callable[..., Any], tmp_path: Path) -> None:

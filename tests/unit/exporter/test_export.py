@@ -15,14 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.engines.selfcheck import check_engine
 from medusa_export.exporter import export as export_module
+from medusa_export.exporter import parts, ranks
 from medusa_export.exporter.export import ExportArguments, export
 from medusa_export.exporter.verify import verify_export
+from medusa_export.heads import threads as heads_threads
 from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError, MedusaExportError, OutputError
 from medusa_export.heads.manifest import read_manifest
+from medusa_export.heads.staging import KEPT_BEFORE
 from medusa_export.heads.tree import PRESETS, load_tree
-from medusa_export.quantize.scales import Scales
+from medusa_export.quantize import ptq
+from medusa_export.quantize.scales import SCALES_FILE, Scales
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
 FULL_FP8: dict[str, Any] = {"quant": "fp8", "kv_cache": "fp8", "quant_heads": True, "calib_prompts": 2}
@@ -96,7 +100,7 @@ def test_with_engine(name: str, make: Make) -> None:
     assert export(given, check_engine)  # the engines' own check, against transformers
     out = given.output
     heads = {file for file in written(out) if file.startswith("engine/heads")}
-    scales = {"scales.json"} if name == "fp8" else set()
+    scales = {SCALES_FILE} if name == "fp8" else set()
     assert len(heads) >= 2
     assert written(out) == ALWAYS | ENGINE_FILES | heads | scales | {"medusa.json"}
     assert verify_export(out) == []
@@ -112,20 +116,21 @@ def test_without_engine(name: str, make: Make) -> None:
     arguments, model, _, _ = FORMATS[name]
     given = make(config=model, engine="none", **arguments)
     assert export(given, no_engine)
-    assert written(given.output) == ALWAYS | {"medusa.json"} | ({"scales.json"} if name == "fp8" else set())
+    assert written(given.output) == ALWAYS | {"medusa.json"} | ({SCALES_FILE} if name == "fp8" else set())
     assert verify_export(given.output) == []
 
 
 def test_scales_are_those_of_everything_that_is_quantized(make: Make) -> None:
     given = make(engine="none", **FULL_FP8)
     export(given, no_engine)
-    scales = Scales.load(given.output / "scales.json")
+    scales = Scales.load(given.output / SCALES_FILE)
     base = {name for name in scales.weight_amax if name.startswith("model.layers.")}
     assert len(base) == 2 * 7
     assert scales.weight_amax.keys() - base == {
         f"medusa_heads.{h}.{part}" for h in range(3) for part in ("0.linear", "1")
     }
     assert scales.kv_amax.keys() == {0, 1}
+    assert read_manifest(given.output)["scales"] == scales.summary()
     tensors = load_file(given.output / "trtllm/rank0.safetensors")
     stored = tensors["medusa_heads.1.lm_head.weights_scaling_factor"].item()
     assert stored == pytest.approx(scales.weight_amax["medusa_heads.1.1"] / 448)
@@ -238,6 +243,229 @@ class TestAgain:
             export(given, no_engine)
 
 
+def test_parallel_ranks_are_the_same_bytes(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, found = make(engine="none", tp=4, **FULL_FP8), []
+    for cores in (1, 4):
+        monkeypatch.setattr(heads_threads, "cpus", lambda cores=cores: cores)
+        export(given, no_engine)
+        found.append(contents(given.output))
+        given.output.rename(tmp_path / f"{cores} cores")
+    assert found[0] == found[1]
+    assert len({found[0][f"trtllm/rank{rank}.safetensors"] for rank in range(4)}) == 4
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file; of the manifest, what does not depend on the time."""
+    found = {name: (out / name).read_bytes() for name in written(out)}
+    manifest = json.loads(found["medusa.json"])
+    return {**found, "medusa.json": json.dumps({**manifest, "created": ""}).encode()}
+
+
+@dataclass
+class Ranks:
+    """Counts the ranks that are written, and fails at those asked for."""
+
+    failing: tuple[int, ...] = ()
+    error: Exception = field(default_factory=lambda: ZeroDivisionError("a bug"))
+    begun: list[int] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        write = ranks.write_rank
+
+        def counted(path: Path, checkpoint: Any, spec: Any, scales: Any, rank: int, progress: Any) -> None:
+            self.begun.append(rank)
+            write(path, checkpoint, spec, scales, rank, progress)
+            if rank in self.failing:
+                raise self.error
+
+        monkeypatch.setattr(ranks, "write_rank", counted)
+        monkeypatch.setattr(heads_threads, "cpus", lambda: 1)
+
+    def interrupted(self, given: ExportArguments) -> Path:
+        """Export until the failure; returns the working directory."""
+        with pytest.raises(type(self.error)):
+            export(given, no_engine)
+        self.failing = ()
+        self.begun.clear()
+        return given.output.parent / ".out.partial"
+
+    def again(self, given: ExportArguments) -> None:
+        """The same command once more."""
+        self.notices.clear()
+        assert export(given, no_engine, notice=self.notices.append)
+        assert verify_export(given.output) == []
+        assert not (given.output.parent / ".out.partial").exists()
+
+
+class TestContinued:
+    @pytest.fixture
+    def counted(self, monkeypatch: pytest.MonkeyPatch) -> Ranks:
+        counted = Ranks(failing=(2,))
+        counted.install(monkeypatch)
+        return counted
+
+    def test_the_same_bytes_and_nothing_twice(
+        self, make: Make, tmp_path: Path, counted: Ranks, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given = make(engine="none", tp=4, **FULL_FP8)
+        partial = counted.interrupted(given)
+        files = partial / "files"
+        inodes = {name: (files / f"trtllm/rank{name}.safetensors").stat().st_ino for name in (0, 1)}
+        assert not (files / "trtllm/rank3.safetensors").exists()
+        monkeypatch.setattr(parts, "calibrate", no_engine)
+        counted.again(given)
+        assert counted.begun == [2, 3]
+        assert counted.notices == ["continuing: 6 of 8 parts were finished"]
+        trtllm = given.output / "trtllm"
+        assert {name: (trtllm / f"rank{name}.safetensors").stat().st_ino for name in (0, 1)} == inodes
+        continued = contents(given.output)
+        given.output.rename(tmp_path / "continued")
+        monkeypatch.undo()
+        monkeypatch.setenv("MEDUSA_EXPORT_CACHE", "off")
+        assert export(given, no_engine)
+        assert contents(given.output) == continued
+
+    def test_a_flipped_byte_costs_that_rank(self, make: Make, counted: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+        given = make(engine="none", tp=4)
+        path = counted.interrupted(given) / "files/trtllm/rank1.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(bytes(data))
+        counted.again(given)
+        assert counted.begun == [1, 2, 3]
+        assert "trtllm/rank1.safetensors: changed since it was finished; made again" in caplog.text
+
+    def test_other_arguments_start_anew(self, make: Make, counted: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+        given = make(engine="none", tp=4)
+        counted.interrupted(given)
+        counted.again(replace(given, dtype="bfloat16"))
+        assert counted.begun == [0, 1, 2, 3]
+        assert counted.notices == []
+        assert "other arguments (dtype); discarded" in caplog.text
+
+    def test_after_a_refusal_nothing_is_left(self, make: Make, tmp_path: Path, counted: Ranks) -> None:
+        counted.error = OutputError("rank2", "a bad weight", "a good one", "look at it")
+        given = make(engine="none", tp=4)
+        before = set(os.listdir(tmp_path))
+        counted.interrupted(given)
+        assert set(os.listdir(tmp_path)) == before
+
+    def test_an_interrupt_before_it_continues(
+        self, make: Make, counted: Ranks, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: object) -> None:
+            raise SystemExit(143)
+
+        given = make(engine="none", tp=4)
+        with monkeypatch.context() as patch:
+            patch.setattr(export_module, "hash_files", interrupt)
+            with pytest.raises(SystemExit) as first:
+                export(given, no_engine)
+            patch.undo()
+            counted.interrupted(given)
+            patch.setattr(export_module, "hash_files", interrupt)
+            with pytest.raises(SystemExit) as second:
+                export(given, no_engine)
+        assert not hasattr(first.value, "__notes__")
+        assert second.value.__notes__ == [KEPT_BEFORE]
+        counted.again(given)
+        assert counted.begun == [2, 3]
+
+    def test_an_interrupted_engine(self, make: Make, counted: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+        given = make(tp=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(parts, "write_engine", counted.interrupted)  # with other arguments: a TypeError
+            with pytest.raises(TypeError):
+                export(given, no_engine)
+        counted.begun.clear()
+        monkeypatch.setattr(parts, "write_onnx", no_engine)
+        assert export(given, Calls(), notice=counted.notices.append)
+        assert counted.begun == []
+        assert counted.notices == ["continuing: 6 of 7 parts were finished"]
+        assert verify_export(given.output) == []
+
+    def test_what_is_there_needs_no_room(self, make: Make, counted: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[int] = []
+        monkeypatch.setattr(export_module, "check_free_space", lambda out, needed: asked.append(needed))
+        given = make(engine="none", tp=4)
+        files = counted.interrupted(given) / "files"
+        there = sum((files / f"trtllm/rank{rank}.safetensors").stat().st_size for rank in (0, 1))
+        counted.again(given)
+        assert there < asked[0] - asked[1] < there + 50_000  # config, tokenizer, tree
+
+
+class TestScales:
+    @pytest.fixture
+    def calibrations(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Grows with every calibration."""
+        seen: list[str] = []
+
+        def counted(*given: Any, **options: Any) -> Scales:
+            seen.append(options["kv_cache"])
+            return ptq.calibrate(*given, **options)
+
+        monkeypatch.setattr(parts, "calibrate", counted)
+        return seen
+
+    def test_another_tp_needs_no_second_calibration(
+        self, make: Make, tmp_path: Path, calibrations: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MEDUSA_EXPORT_CACHE", str(tmp_path / "cache"))
+        given = make(engine="none", **FULL_FP8)
+        export(given, no_engine)
+        for number, same in enumerate(({"tp": 2}, {"dtype": "bfloat16"}, {"tree": "cpu-8"})):
+            other = replace(given, output=tmp_path / f"same{number}", **same)  # type: ignore[arg-type]
+            export(other, no_engine)
+            assert (other.output / SCALES_FILE).read_bytes() == (given.output / SCALES_FILE).read_bytes()
+        assert calibrations == ["fp8"]
+        export(replace(given, output=tmp_path / "other", kv_cache="none"), no_engine)
+        export(replace(given, output=tmp_path / "fewer", calib_prompts=1), no_engine)
+        export(replace(given, output=tmp_path / "16-bit heads", quant_heads=False), no_engine)
+        assert calibrations == ["fp8", "none", "fp8", "fp8"]
+
+    @pytest.mark.parametrize(("quant_heads", "calibrated"), [(True, 2), (False, 1)])
+    def test_heads_count_when_they_are_quantized(
+        self, quant_heads: bool, calibrated: int, make: Make, tmp_path: Path, calibrations: list[str], monkeypatch: Any
+    ) -> None:
+        monkeypatch.setenv("MEDUSA_EXPORT_CACHE", str(tmp_path / "cache"))
+        given = make(engine="none", quant="fp8", quant_heads=quant_heads, calib_prompts=1)
+        export(given, no_engine)
+        path = tmp_path / "heads/medusa_lm_head.safetensors"
+        save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
+        export(replace(given, output=tmp_path / "other"), no_engine)
+        assert len(calibrations) == calibrated
+
+    @pytest.mark.parametrize("name", ["", SCALES_FILE], ids=["export", "file"])
+    def test_given(self, name: str, make: Make, tmp_path: Path, calibrations: list[str]) -> None:
+        first = make(engine="none", **FULL_FP8)
+        export(first, no_engine)
+        (tmp_path / "model/chat_template.jinja").unlink()  # no prompt is run
+        given = replace(first, output=tmp_path / "other", scales=first.output / name, calib_prompts=1, tp=2)
+        export(given, no_engine)
+        assert calibrations == ["fp8"]
+        assert (given.output / SCALES_FILE).read_bytes() == (first.output / SCALES_FILE).read_bytes()
+        manifest = read_manifest(given.output)
+        assert manifest["inputs"][str(first.output / SCALES_FILE)]
+        assert manifest["arguments"]["scales"] == str(first.output / name)
+
+    def test_given_ones_that_do_not_fit(self, make: Make, tmp_path: Path) -> None:
+        first = make(engine="none", quant="fp8", calib_prompts=1)
+        export(first, no_engine)
+        before = set(os.listdir(tmp_path))
+        other = replace(first, output=tmp_path / "other", scales=first.output)
+        for changes, message in (
+            ({"quant_heads": True}, "missing"),
+            ({"kv_cache": "fp8"}, "missing"),
+            ({"quant": "none"}, "--scales: got a calibration for --quant none --kv-cache none; expected a format"),
+            ({"scales": tmp_path / "absent"}, "absent"),
+            ({"scales": tmp_path / "model/config.json"}, r"config\.json"),
+        ):
+            with pytest.raises(MedusaExportError, match=message):
+                export(replace(other, **changes), no_engine)
+        assert set(os.listdir(tmp_path)) == before
+
+
 class TestChecks:
     def test_what_the_engine_check_gets(self, make: Make) -> None:
         check, given = Calls(), make()
@@ -264,16 +492,15 @@ class TestChecks:
         self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The check is of what lies on the disk: a byte that changes on its way there is found."""
-        write = export_module.write_trtllm
+        write = ranks.write_rank
 
-        def write_and_flip(out: Path, *args: Any, **options: Any) -> None:
-            write(out, *args, **options)
-            path = out / "rank0.safetensors"
+        def write_and_flip(path: Path, *args: Any) -> None:
+            write(path, *args)
             data = bytearray(path.read_bytes())
             data[-1] ^= 0x40
             path.write_bytes(bytes(data))
 
-        monkeypatch.setattr(export_module, "write_trtllm", write_and_flip)
+        monkeypatch.setattr(ranks, "write_rank", write_and_flip)
         given = make(engine="none")
         before = set(os.listdir(tmp_path))
         with pytest.raises(OutputError, match=r"1 of .* values are not the source's"):
@@ -313,7 +540,7 @@ def test_a_full_disk_is_seen_before_writing(make: Make, monkeypatch: pytest.Monk
     before = set(os.listdir(tmp_path))
     real = export_module.check_free_space
     monkeypatch.setattr(export_module, "check_free_space", lambda out, needed: real(out, needed + 10**18))
-    monkeypatch.setattr(export_module, "write_trtllm", no_engine)
+    monkeypatch.setattr(export_module, "write_parts", no_engine)
     with pytest.raises(OutputError, match="GB free; expected"):
         export(given, no_engine)
     assert set(os.listdir(tmp_path)) == before

@@ -86,14 +86,19 @@ def rms(values: np.ndarray) -> float:
 def decoder(
     make_case: Callable[..., Any], open_session: Callable[..., Any], tmp_path: Path
 ) -> Callable[..., tuple[Any, Decoder]]:
-    """``decoder(family, form="float", *, fp8_activations, dtype, **config) -> (case, its decoder.onnx)``."""
+    """``decoder(family, form="float", *, activations, dtype, **config) -> (case, its decoder.onnx)``."""
 
     def make(
-        family: str, form: str = "float", *, fp8_activations: bool = False, optimize: bool = True, **config: Any
+        family: str,
+        form: str = "float",
+        *,
+        activations: torch.dtype | None = None,
+        optimize: bool = True,
+        **config: Any,
     ) -> tuple[Any, Decoder]:
         config = {"dtype": torch.float32, **({"head_dim": 32} if family == "qwen3" else {}), **config}
         case = make_case(family, **config)
-        linear = LinearWriter(case.checkpoint, form, case.scales, fp8_activations=fp8_activations)
+        linear = LinearWriter(case.checkpoint, form, case.scales, activations=activations)
         write_decoder(tmp_path, case.checkpoint, linear, max_length=MAX_LENGTH)
         return case, Decoder(open_session(tmp_path / "decoder.onnx", optimize=optimize), case.checkpoint.config)
 
@@ -189,7 +194,7 @@ def test_fp8_weights(family: str, decoder: Callable[..., Any]) -> None:
 
 def test_fp8_activations(decoder: Callable[..., Any]) -> None:
     """Every linear's input is rounded with its calibrated scale; a near tie of the rounding may fall either way."""
-    case, made = decoder("llama", "fp8", fp8_activations=True, optimize=False)
+    case, made = decoder("llama", "fp8", activations=torch.float8_e4m3fn, optimize=False)
     model = quantized_model(case, fp8_weight(case))
     without = reference_logits(model, PROMPT)
     amax = case.scales.input_amax

@@ -52,7 +52,7 @@ def test_fp8_is_the_rank_file(family: str, dtype: torch.dtype, make_case: Callab
     write_decoder(
         tmp_path,
         case.checkpoint,
-        LinearWriter(case.checkpoint, "fp8", case.scales, fp8_activations=True),
+        LinearWriter(case.checkpoint, "fp8", case.scales, activations=torch.float8_e4m3fn),
         max_length=64,
     )
     graph = initializers(tmp_path / "decoder.onnx")
@@ -75,7 +75,7 @@ def test_fp8_without_scales(make_case: Callable[..., Any], tmp_path: Path) -> No
     assert not (tmp_path / "x.onnx").exists()
 
 
-@pytest.mark.parametrize("form", ["float", "int8", "fp8"])
+@pytest.mark.parametrize("form", ["float", "int8", "fp8", "fp8_row", "int8_row", "int4", "int4_awq"])
 @pytest.mark.parametrize("modules", [QKV, [f"{MLP}.down_proj"]], ids=["fused", "one"])
 def test_product(
     form: str, modules: list[str], make_case: Callable[..., Any], open_session: Callable[..., Any], tmp_path: Path
@@ -86,10 +86,17 @@ def test_product(
     weight = torch.cat([read(f"{module}.weight").float() for module in modules])  # [N, K]
     bias = torch.cat([read(f"{module}.bias").float() for module in modules])
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(4))
-    write_linear(tmp_path / "x.onnx", LinearWriter(case.checkpoint, form, case.scales), x.shape[1], modules)
+    write_linear(
+        tmp_path / "x.onnx", LinearWriter(case.checkpoint, form, case.scales, group_size=16), x.shape[1], modules
+    )
     y = torch.from_numpy(open_session(tmp_path / "x.onnx", optimize=False).run(["y"], {"x": x.numpy()})[0])
     error = (y - (x @ weight.T + bias)).norm() / (x @ weight.T).norm()
-    assert error < {"float": 1e-6, "int8": 0.01, "fp8": 0.05}[form]
+    assert (
+        error
+        < {"float": 1e-6, "int8": 0.01, "int8_row": 0.02, "fp8": 0.05, "fp8_row": 0.05, "int4": 0.15, "int4_awq": 0.2}[
+            form
+        ]
+    )
     assert form == "float" or error > 1e-3
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
-from itertools import product
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from medusa_export.exporter.plan import Kind, Slice, TensorPlan, plan_ranks, scaled_layers, scaled_modules
+from medusa_export.exporter.plan import Kind, Slice, TensorPlan, needed_scales, plan_rank, plan_ranks
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm_config import trtllm_config
 from medusa_export.exporter.verify import required_tensors
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.errors import ConfigError
-from medusa_export.quantize.formats import FORMATS, KV_CACHE
+from medusa_export.quantize.formats import FORMATS, KV_CACHE, get_format
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "trtllm_llama_fp8.json"
 BASE = {
@@ -33,6 +35,7 @@ BASE = {
 
 def make_spec(model_type: str = "llama", *, tp: int = 1, fmt: str = "none", **options: Any) -> ExportSpec:
     kv_cache, quant_heads = options.pop("kv_cache", "none"), options.pop("quant_heads", False)
+    group_size, exclude = options.pop("group_size", None), options.pop("exclude", ())
     numbers = {"heads": 2, "layers": 1, "max_draft_len": 7, "dtype": "bfloat16"}
     numbers |= {key: options.pop(key) for key in list(options) if key in numbers}
     config = DecoderConfig.from_dict({"model_type": model_type, **BASE, **options})
@@ -42,10 +45,11 @@ def make_spec(model_type: str = "llama", *, tp: int = 1, fmt: str = "none", **op
         numbers["layers"],
         numbers["max_draft_len"],
         tp,
-        FORMATS[fmt],
+        get_format(fmt, group_size),
         numbers["dtype"],
         KV_CACHE[kv_cache],
         quant_heads,
+        exclude,
     )
 
 
@@ -71,21 +75,67 @@ def test_golden_listing() -> None:
     assert got == json.loads(GOLDEN.read_text())
 
 
-def combinations() -> Iterator[tuple[str, int, str, str, bool]]:
-    for family, tp, fmt, kv in product(
-        ("llama", "mistral", "qwen2", "qwen3"), (1, 2, 4), ("none", "fp8"), ("none", "fp8")
-    ):
-        for quant_heads in (False, True) if fmt == "fp8" else (False,):
-            yield family, tp, fmt, kv, quant_heads
+@st.composite
+def specs(draw: st.DrawFn) -> ExportSpec:
+    """Layouts that can be built, of every family, format, size and number of ranks."""
+    tp, fmt = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from(list(FORMATS.values())))
+    kv_heads = draw(st.sampled_from([1, 2, 4, 8]))
+    tile = 128 * tp if fmt.multiple > 1 or fmt.rank_tile != (1, 1) else tp
+    head_dim = draw(st.sampled_from([64, 128]))
+    return make_spec(
+        draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])),
+        tp=tp,
+        fmt=fmt.name,
+        kv_cache=draw(st.sampled_from(list(KV_CACHE))),
+        quant_heads=fmt.quantizes_heads and draw(st.booleans()),
+        group_size=draw(st.sampled_from(fmt.group_sizes or (None,))),
+        hidden_size=tile * draw(st.integers(1, 4)),
+        intermediate_size=tile * draw(st.integers(1, 5)),
+        num_attention_heads=8 * max(tp, kv_heads) // draw(st.sampled_from([1, 2, 4])),
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim if fmt.multiple == 1 and fmt.rank_tile == (1, 1) else 128,
+        vocab_size=tile * draw(st.integers(1, 3)) - (0 if tile > 8 else draw(st.integers(0, 7)) % tile),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        heads=draw(st.integers(1, 5)),
+        layers=draw(st.integers(1, 2)),
+        tie_word_embeddings=draw(st.booleans()),
+    )
 
 
-@pytest.mark.parametrize(("family", "tp", "fmt", "kv", "quant_heads"), combinations())
-def test_agrees_with_the_specification(family: str, tp: int, fmt: str, kv: str, quant_heads: bool) -> None:
+@settings(max_examples=150, deadline=None)
+@given(specs())
+def test_agrees_with_the_specification(spec: ExportSpec) -> None:
     """``required_tensors`` derives the same list from config.json, from the other side."""
-    spec = make_spec(family, tp=tp, fmt=fmt, kv_cache=kv, quant_heads=quant_heads, layers=2)
-    need = required_tensors(trtllm_config(spec))
+    need = required_tensors(json.loads(json.dumps(trtllm_config(spec))))
     for rank in plan_ranks(spec):
         assert {plan.name: (plan.dtype, plan.shape) for plan in rank.tensors} == need
+
+
+@settings(max_examples=100, deadline=None)
+@given(specs())
+def test_ranks_hold_every_row_and_column_once(spec: ExportSpec) -> None:
+    """Over all ranks every element of every weight is there as often as it is meant to be."""
+    shapes = spec.config.tensor_shapes()
+    copies = max(spec.tp // spec.config.num_key_value_heads, 1)
+    elements: Counter[str] = Counter()
+    weights = {Kind.COPY, Kind.FP8, Kind.FP8_ROW, Kind.INT8_ROW, Kind.INT4, Kind.FP4}
+    for rank in plan_ranks(spec):
+        for plan in (plan for plan in rank.tensors if plan.kind in weights):
+            for source in plan.sources:
+                shape = shapes.get(source.tensor)
+                if shape is None:  # the heads' and lm_head
+                    continue
+                rows = (shape[0] if source.stop is None else source.stop) - source.start
+                width = math.prod(shape[1:]) if plan.columns is None else plan.columns[1] - plan.columns[0]
+                elements[source.tensor] += rows * width
+    for name, shape in shapes.items():
+        if name == "lm_head.weight":
+            continue
+        times = copies if ".k_proj" in name or ".v_proj" in name else 1
+        whole = (
+            "norm" in name or "embed" in name or (name.endswith(".bias") and ("o_proj" in name or "down_proj" in name))
+        )
+        assert elements[name] == math.prod(shape) * (spec.tp if whole else times), name
 
 
 class TestQkv:
@@ -119,7 +169,7 @@ def test_fc_is_gate_proj_and_gate_is_up_proj() -> None:
 def test_vocabulary_is_padded_with_rows_at_the_end() -> None:
     spec = make_spec(tp=4)
     last = tensor(spec, "lm_head.weight", rank=3)
-    assert (last.shape, last.sources) == ((25, 64), (Slice("lm_head.weight", 0, 75, 97),))
+    assert (last.shape, last.sources) == ((25, 64), (Slice("lm_head.weight", 75, 97),))
     assert tensor(spec, "medusa_heads.1.lm_head.weight", rank=3).shape == (25, 64)
     assert tensor(spec, "transformer.vocab_embedding.weight", rank=3).shape == (97, 64)
     assert trtllm_config(spec)["vocab_size"] == 97
@@ -132,11 +182,48 @@ def test_a_rank_can_hold_padding_only() -> None:
 
 def test_what_calibration_has_to_give() -> None:
     spec = make_spec(fmt="fp8", kv_cache="fp8", quant_heads=True)
-    modules = scaled_modules(spec)
-    assert len(modules) == len(set(modules)) == 2 * 7 + 2 * 2
-    assert scaled_layers(spec) == [0, 1]
-    assert scaled_modules(make_spec()) == []
-    assert scaled_layers(make_spec()) == []
+    needed = needed_scales(spec)
+    assert needed.keys() == {"input_amax", "weight_amax", "kv_amax"}
+    assert len(needed["input_amax"]) == len(set(needed["input_amax"])) == 2 * 7 + 2 * 2
+    assert (needed["weight_amax"], needed["kv_amax"]) == (needed["input_amax"], [0, 1])
+    assert needed_scales(make_spec()) == {}
+    wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    assert needed_scales(make_spec(fmt="int4_awq", **wide)).keys() == {"pre_quant_scale"}
+    assert needed_scales(make_spec(fmt="int8_sq", kv_cache="int8")).keys() == {
+        "pre_quant_scale",
+        "input_amax",
+        "kv_amax",
+    }
+
+
+class TestExclude:
+    def test_is_added_to_what_always_stays(self) -> None:
+        spec = make_spec(fmt="fp8", exclude=("transformer.layers.0.*", "*mlp.proj"))
+        written = trtllm_config(spec)["quantization"]["exclude_modules"]
+        assert written == [*trtllm_config(make_spec(fmt="fp8"))["quantization"]["exclude_modules"],
+                           "transformer.layers.0.*", "*mlp.proj*"]  # fmt: skip
+        kinds = {plan.name.removesuffix(".weight"): plan.kind for plan in plan_rank(spec, 0).tensors}
+        assert kinds["transformer.layers.0.attention.qkv"] is kinds["transformer.layers.1.mlp.proj"] is Kind.COPY
+        assert kinds["transformer.layers.1.attention.qkv"] is kinds["transformer.layers.1.mlp.fc"] is Kind.FP8
+
+    def test_excluded_linears_need_not_fit(self) -> None:
+        misfit = {"fmt": "int8_wo", "hidden_size": 256, "head_dim": 64, "intermediate_size": 80}
+        with pytest.raises(ConfigError, match=r"mlp.fc"):
+            make_spec(**misfit)
+        make_spec(**misfit, exclude=("*mlp*",))
+
+    @pytest.mark.parametrize(
+        ("fmt", "pattern", "message"),
+        [
+            ("fp8", "model.layers.0.*", "no such module.*TensorRT-LLM's names"),
+            ("fp8", "*mlp.fc", "only mlp.fc of layer 0.*both or none"),
+            ("fp8_rowwise", "*mlp*", "use fp8"),
+            ("none", "*mlp*", "format none"),
+        ],
+    )
+    def test_refused(self, fmt: str, pattern: str, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            make_spec(fmt=fmt, exclude=(pattern,))
 
 
 class TestConfig:
@@ -193,8 +280,23 @@ class TestRefusals:
                 "3 key/value heads over tp 2; .* use tp 1$",
             ),
             ({"tp": 0}, "tp: got 0; expected at least 1"),
-            ({"fmt": "int8_wo", "intermediate_size": 96}, "mlp.fc in format int8_wo.*no tp works.*another format"),
-            ({"fmt": "int8_wo", "tp": 2}, r"attention.qkv in format int8_wo.*\[128, 64\].*multiples of 128.*use tp 1$"),
+            ({"fmt": "int8_wo", "intermediate_size": 96}, "mlp.fc in format int8_wo.*no tp works.*use --quant fp8$"),
+            (
+                {"fmt": "int8_wo", "tp": 2},
+                r"attention.qkv in format int8_wo.*\[128, 64\].*multiples of .128, 128.*use tp 1$",
+            ),
+            (
+                {
+                    "fmt": "int4_awq",
+                    "hidden_size": 576,
+                    "intermediate_size": 1536,
+                    "num_attention_heads": 9,
+                    "num_key_value_heads": 3,
+                    "head_dim": 64,
+                },
+                r"int4_awq.*use --group-size 64$",
+            ),
+            ({"fmt": "nvfp4", "tp": 2, "hidden_size": 128}, r"attention.dense in format nvfp4|mlp.fc in format nvfp4"),
             ({"fmt": "int8_wo", "quant_heads": True}, "leave the heads in 16 bit"),
             ({"quant_heads": True}, "format none"),
             ({"dtype": "float32"}, "float16 or bfloat16"),

@@ -16,31 +16,47 @@ from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.exporter.verify import verify_trtllm
 from medusa_export.heads.errors import CheckpointError, ConfigError, OutputError, TreeError
 from medusa_export.heads.tree import Tree
-from medusa_export.quantize.formats import get_format
+from medusa_export.quantize.formats import FORMATS, get_format
 from medusa_export.quantize.scales import Scales
 
 HIDDEN, VOCAB = 64, 97  # of the shared fixtures
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+WIDEST: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 512, "head_dim": 128, "num_hidden_layers": 1}
 TREE = Tree.from_choices([[0], [0, 0]])
-FORMATS = {"none": {}, "fp8": {"quant_heads": True, "kv_cache": "fp8"}, "int8_wo": {}}
+KV_HEADS = {"quant_heads": True, "kv_cache": "fp8"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in FORMATS},
+    **dict.fromkeys(("fp8", "int8_sq", "nvfp4"), KV_HEADS),
+    "w4a8_awq": {"kv_cache": "int8"},  # 97 words are no multiple for quantized heads
+    "int4_awq": {"group_size": 64},
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "int4_awq": WIDE, "int8_wo": WIDE, "int4_wo": WIDE, "w4a8_awq": WIDEST, "nvfp4": WIDEST | {"vocab_size": 512},
+}  # fmt: skip
+# Relative error of dequantized weights: about half a step of each code over the weights' spread.
+ERROR = {"fp8": 0.04, "fp8_rowwise": 0.04, "int8_sq": 0.02, "int4_awq": 0.15, "w4a8_awq": 0.15, "nvfp4": 0.13}
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_round_trip(family: str, fmt: str, make_case: Callable[..., Any], tmp_path: Path) -> None:
     # tp 4 repeats the 2 key/value heads and pads 97 words to 100
-    case = make_case(family, **(WIDE if fmt == "int8_wo" else {}))
+    case = make_case(family, **SIZES.get(fmt, {}))
     for tp in (1, 2, 4):
-        out = case.write(tmp_path / f"tp{tp}", fmt, tp=tp, **FORMATS[fmt])
+        out = case.write(tmp_path / f"tp{tp}", fmt, tp=tp, **OPTIONS[fmt])
         assert verify_trtllm(out, case.checkpoint) == []
         rebuilt = rebuild_hf(out)
         assert rebuilt.keys() == set(case.checkpoint.names)
+        rounded = 0
         for name, tensor in rebuilt.items():
             source = case.checkpoint.read(name)
-            if fmt != "fp8" or tensor.dtype == source.dtype:
+            if tensor.dtype == source.dtype:
                 assert torch.equal(tensor, source), name
             else:
-                assert (tensor - source.float()).norm() / source.float().norm() < 0.04, name
+                rounded += 1
+                assert 0 < (tensor - source.float()).norm() / source.float().norm() < ERROR[fmt], name
+        quantized_heads = 4 if OPTIONS[fmt].get("quant_heads") else 0
+        assert rounded == (7 * case.checkpoint.config.num_hidden_layers + quantized_heads if fmt in ERROR else 0)
 
 
 @pytest.mark.parametrize("layout", ["v2", "vllm"])
@@ -94,12 +110,17 @@ def test_dtype(stored: torch.dtype, asked: str, written: str, make_case: Callabl
     assert verify_trtllm(out, case.checkpoint) == []
 
 
-def test_progress_counts_every_tensor(make_case: Callable[..., Any], tmp_path: Path) -> None:
+def test_progress_counts_bytes(make_case: Callable[..., Any], tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     case = make_case()
     out = case.write(tmp_path / "out", tp=2, progress=lambda done, total: seen.append((done, total)))
-    total = sum(len(load_file(out / f"rank{rank}.safetensors")) for rank in range(2))
-    assert seen == [(done, total) for done in range(1, total + 1)]
+    for rank in range(2):
+        sizes = [tensor.nbytes for tensor in load_file(out / f"rank{rank}.safetensors").values()]
+        mine, seen = seen[: len(sizes)], seen[len(sizes) :]
+        assert mine[-1] == (sum(sizes), sum(sizes))
+        steps = [later - earlier for (earlier, _), (later, _) in zip([(0, 0), *mine], mine, strict=False)]
+        assert sorted(steps) == sorted(sizes)
+    assert not seen
 
 
 def test_largest_tensor_bounds_what_is_read_at_once(

@@ -178,8 +178,8 @@ def test_damaged_files_are_problems_not_tracebacks(exported: tuple[Path, Any]) -
 
 def test_export_directory(make_case: Callable[..., Any], tmp_path: Path) -> None:
     case, out = make_case(), tmp_path / "export"
-    with output_directory(out, inputs={}, arguments={}) as directory:
-        case.write(directory / "trtllm")
+    with output_directory(out, inputs={}, arguments={}) as work:
+        case.write(work.path / "trtllm")
     assert verify_export(out) == []
     rank = out / "trtllm" / "rank0.safetensors"
     data = bytearray(rank.read_bytes())

@@ -230,13 +230,56 @@ def _bomb_copy(file: Path, marker: Path) -> Path:
     [
         ([torch.ones(1)], "a pickled list"),
         ({"state_dict": {"a": torch.ones(1)}}, "state_dict: got a dict; expected a dense tensor"),
-        ({1: torch.ones(1)}, "expected a dense tensor"),
-        ({"a": torch.ones(2, 2).to_sparse()}, "a: got a Tensor; expected a dense tensor"),
+        ({1: torch.ones(1)}, "1: got a name that is no text; expected a dense tensor"),
+        ({"a": torch.ones(2, 2).to_sparse()}, "a: got a sparse or nested tensor; expected a dense tensor"),
+        ({"a": torch.ones(2, device="meta")}, "a: got a tensor whose values are not all stored"),
+        ({"a": torch.ones(1).expand(2**40)}, "a: got a tensor whose values are not all stored"),
     ],
 )
 def test_pickles_of_something_else(tmp_path: Path, body: object, message: str) -> None:
     torch.save(body, tmp_path / "x.pt")
     _expect_one_line(tmp_path / "x.pt", message)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_has_no_shape(tmp_path: Path) -> None:
+    torch.save({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, tmp_path / "x.pt")
+    _expect_one_line(tmp_path / "x.pt", "a: got a sparse or nested tensor")
+
+
+def test_views_and_parameters_of_a_pickle(tmp_path: Path) -> None:
+    """What training scripts save besides plain tensors."""
+    weight = torch.randn(4, 6)
+    body = {"turned": weight.T, "rows": weight[1:3], "trained": torch.nn.Parameter(weight), "tied": weight}
+    torch.save(body, tmp_path / "x.pt")
+    source = TensorSource.open(tmp_path / "x.pt")
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in body.items())
+
+
+def test_the_reason_why_a_pickle_is_refused(tmp_path: Path) -> None:
+    """Never torch's advice to read it all the same."""
+    file = tmp_path / "x.pt"
+    torch.save({"a": _Bomb(tmp_path / "marker")}, file)
+    _expect_one_line(file, r"\(it asks for posix\.mkdir\); expected plain tensors; convert it to safetensors$")
+    torch.save({"a": torch.ones(1)}, file, _use_new_zipfile_serialization=False)
+    _expect_one_line(file, r"\(it is not the zip file that torch\.save writes since 1\.6\)")
+
+
+@pytest.mark.timeout(60, method="thread")  # an opened FIFO waits, out of the reach of signals
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    os.mkfifo(file)
+    _expect_one_line(file, "model.safetensors: got a FIFO; expected a file with weights")
+    _expect_one_line(tmp_path, "model.safetensors: got a FIFO")
+    file.unlink()
+    file.symlink_to("absent")
+    _expect_one_line(tmp_path, "model.safetensors: got a link to nothing")
+    file.unlink()
+    file.symlink_to(file.name)
+    _expect_one_line(tmp_path, "model.safetensors: got a path that cannot be read")
+    file.unlink()
+    file.mkdir()
+    _expect_one_line(tmp_path, "model.safetensors: got a directory; expected a file with weights")
 
 
 def _edit_index(directory: Path, **weight_map: str | None) -> None:
@@ -255,7 +298,8 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"a__weight": "model-00009.safetensors"}, r"got no shard model-00009.safetensors"),
+        ({"a__weight": "model-00009.safetensors"}, r"shard model-00009.safetensors: got no such file or directory"),
+        ({"a__weight": "a" * 300}, r"got a path that cannot be read \(File name too long\)"),
         ({"a__weight": "../model.safetensors"}, r"a file name in the same directory"),
         ({"a__weight": "/etc/passwd"}, r"a file name in the same directory"),
         ({"a__weight": "sub/model.safetensors"}, r"a file name in the same directory"),

@@ -49,7 +49,13 @@ def test_an_explicit_head_dim() -> None:
 
 
 def test_both_spellings_of_rope() -> None:
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     old = _config(rope_theta=5e5, rope_scaling=llama3)
     new = _config(rope_parameters={**llama3, "rope_theta": 5e5})
     assert (old.rope_theta, old.rope_scaling) == (new.rope_theta, new.rope_scaling) == (5e5, llama3)
@@ -125,8 +131,19 @@ def test_generation_config_of_the_directory(tmp_path: Path) -> None:
         ({"vocab_size": 0}, "vocab_size = 0"),
         ({"vocab_size": True}, "vocab_size = True"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers = '2'"),
-        ({"num_key_value_heads": 3}, "4 query heads over 3 key/value heads"),
-        ({"hidden_size": 66}, "head_dim = 0"),
+        ({"num_hidden_layers": 1001}, "num_hidden_layers = 1001; expected at most 1000"),
+        ({"vocab_size": 2**31}, "vocab_size = 2147483648; expected at most 2147483647"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3; expected a divisor of num_attention_heads = 4"),
+        ({"hidden_size": 66}, "num_attention_heads = 4; expected a divisor of hidden_size = 66, or head_dim"),
+        ({"head_dim": 15}, "head_dim = 15; expected an even number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan; expected a positive number"),
+        ({"rms_norm_eps": True}, "rms_norm_eps = True; expected a positive number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'; expected true or false"),
+        ({"model_type": "mistral", "sliding_window": -1}, "sliding_window = -1"),
+        ({"model_type": "qwen2", "use_sliding_window": 1}, "use_sliding_window = 1; expected true or false"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "model_type 'mixtral', a mixture of experts"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config of 'gptq'"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"torch_dtype": "float8"}, "dtype 'float8'"),
     ],
@@ -149,5 +166,5 @@ def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         DecoderConfig.from_dir(tmp_path)
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ConfigError, match="unreadable JSON"):
+    with pytest.raises(ConfigError, match="got a directory"):
         DecoderConfig.from_dir(tmp_path)

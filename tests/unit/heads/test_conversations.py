@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_lines_after_the_limit_are_not_read(tmp_path: Path) -> None:
         ({"messages": [{"role": ["user"], "content": "x"}]}, "expected a role of"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "text as content"),
         ({"messages": ["Hi"]}, "the message 'Hi'"),
+        ('{"prompt": "half of a pair \\ud83d"}\n', "text as content"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: object, message: str) -> None:
@@ -113,9 +115,33 @@ def test_chat_templates_that_refuse(tmp_path: Path, tiny_tokenizer: Any) -> None
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ConfigError, match=r"a refusal \(System role not supported\)"):
         encode_chat(tokenizer, [SYSTEM, ASK])
-    tokenizer.chat_template = "{% if %}"
-    with pytest.raises(ConfigError, match="a refusal"):
-        encode_chat(tokenizer, [ASK])
+    for template in ("{% if %}", "{{ 1 / 0 }}", "{{ messages + 1 }}", "{% for i in range(10 ** 9) %}{% endfor %}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ConfigError, match="a refusal"):
+            encode_chat(tokenizer, [ASK])
+
+
+@pytest.mark.timeout(60, method="thread")  # an opened FIFO waits, out of the reach of signals
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_a_fifo_is_not_opened(tmp_path: Path, name: str, tiny_tokenizer: Any) -> None:
+    directory = tiny_tokenizer(tmp_path)
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(ConfigError, match=f"{name}: got a FIFO"):
+        read_tokenizer(directory)
+    with pytest.raises(ConfigError, match=f"{name}: got no readable file"):
+        load_prompts(directory / name)
+
+
+def test_code_of_a_tokenizers_own_is_not_run(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    directory = tiny_tokenizer(tmp_path)
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Own: pass\n")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="an unreadable tokenizer") as caught:
+        read_tokenizer(directory)
+    assert "trust_remote_code" not in str(caught.value)
+    assert not (tmp_path / "mark").exists()
 
 
 def test_tokenizers_that_are_not_there(tmp_path: Path, tiny_tokenizer: Any) -> None:

@@ -191,6 +191,12 @@ def _poison(name: str, value: float) -> Callable[[Tensors], Tensors]:
         (_poison("2.2.weight", float("-inf")), r"2\.2\.weight: got NaN or infinite values"),
         (_poison("0.1.linear.bias", float("inf")), r"0\.1\.linear\.bias: got NaN or infinite values"),
         (_put("0.0.linear.weight", torch.zeros(64, 64, dtype=torch.int8)), r"0\.0\.linear\.weight: got dtype int8"),
+        (
+            _put("007.0.linear.weight", torch.zeros(64, 64)),
+            r"007\.0\.linear\.weight: got a tensor that no known layout",
+        ),
+        (_put("\u0663.0.linear.weight", torch.zeros(64, 64)), r"got a tensor that no known layout has"),
+        (_put("9" * 5000 + ".0.linear.weight", torch.zeros(1)), r"got a tensor that no known layout has"),
         (_put("0.0.linear.weight_scale", torch.ones(1)), r"weight_scale: got a tensor that no known layout has"),
         (_put("0.0.linear.extra", torch.ones(1)), r"0\.0\.linear\.extra: got a tensor that no known layout has"),
         (_put("heads.0.0.linear.bias", torch.zeros(64)), r"got the same tensor as (heads\.)?0\.0\.linear\.bias"),
@@ -251,3 +257,24 @@ def test_heads_without_a_config(tmp_path: Path, config: DecoderConfig, tiny_head
     directory = tiny_heads(tmp_path, "v2")
     (directory / "config.json").unlink()
     assert open_heads(directory, config).warnings == ()
+
+
+def test_a_directory_without_heads(tmp_path: Path, config: DecoderConfig, tiny_heads: Any) -> None:
+    directory = tiny_heads(tmp_path / "heads")
+    (directory / "medusa_lm_head.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        CheckpointError, match=r"expected one of medusa_lm_head\.safetensors, medusa_lm_head\.pt, model"
+    ):
+        open_heads(directory, config)
+    (directory / "medusa_lm_head.safetensors").symlink_to("../elsewhere")
+    assert open_heads(directory, config).num_heads == 3
+    (tmp_path / "elsewhere").unlink()
+    with pytest.raises(CheckpointError, match=r"medusa_lm_head\.safetensors: got a link to nothing"):
+        open_heads(directory, config)
+
+
+def test_a_tensor_without_a_name_beside_a_base_model(
+    tmp_path: Path, config: DecoderConfig, tiny_checkpoint: Any, tiny_heads: Any
+) -> None:
+    directory = _edit(tiny_heads(tiny_checkpoint(tmp_path), "modelopt"), _put("", torch.ones(1)))
+    assert open_heads(directory, config).num_heads == 3

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from medusa_export.heads import manifest
+from medusa_export.heads import hashing, staging
 from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.manifest import (
     check_free_space,
@@ -23,6 +26,7 @@ from medusa_export.heads.manifest import (
     is_up_to_date,
     output_directory,
     read_manifest,
+    require_idle,
     verify_manifest,
 )
 
@@ -34,29 +38,25 @@ SLOW_WRITER = """
 import sys, time
 from pathlib import Path
 from medusa_export.heads.manifest import output_directory
-with output_directory(Path(sys.argv[1]), inputs={}, arguments={}) as root:
-    (root / "half").write_text("x")
+with output_directory(Path(sys.argv[1]), inputs={}, arguments={}) as work:
+    (work.path / "half").write_text("x")
     print("writing", flush=True)
     time.sleep(60)
 """
 
 
 def _make(out: Path) -> Path:
-    with output_directory(out, inputs=INPUTS, arguments=ARGUMENTS) as root:
-        (root / "sub").mkdir()
-        (root / "a.bin").write_text("hello")
-        (root / "sub/b.json").write_text("{}")
+    with output_directory(out, inputs=INPUTS, arguments=ARGUMENTS) as work:
+        (work.path / "sub").mkdir()
+        (work.path / "a.bin").write_text("hello")
+        (work.path / "sub/b.json").write_text("{}")
     return out
 
 
 def _write_and(out: Path, action: Callable[[], Any]) -> None:
-    with output_directory(out, inputs={}, arguments={}) as root:
-        (root / "half").write_text("x")
+    with output_directory(out, inputs={}, arguments={}) as work:
+        (work.path / "half").write_text("x")
         action()
-
-
-def _leftovers(parent: Path) -> list[str]:
-    return [name for name in os.listdir(parent) if ".tmp-" in name]
 
 
 def test_a_complete_output(tmp_path: Path) -> None:
@@ -73,18 +73,18 @@ def test_a_complete_output(tmp_path: Path) -> None:
     assert body["tool_version"] == body["versions"]["medusa-export"]
     assert body["created"].endswith("+00:00")
     assert "numpy" in body["versions"]
+    assert shlex.split(body["command"]) == [Path(sys.argv[0]).name, *sys.argv[1:]]
     assert read_manifest(out) == body
     assert verify_manifest(out) == []
-    assert _leftovers(tmp_path / "deep/er") == []
+    assert os.listdir(tmp_path / "deep/er") == ["out"]
 
 
 def test_the_output_appears_only_when_complete(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with output_directory(out, inputs=INPUTS, arguments=ARGUMENTS) as root:
-        assert root.parent == tmp_path
-        assert root.name.startswith(f".out.tmp-{os.getpid()}-")
+    with output_directory(out, inputs=INPUTS, arguments=ARGUMENTS) as work:
+        assert work.path.parent == tmp_path / ".out.partial"
         assert not out.exists()
-    assert out.is_dir()
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_an_empty_directory_is_replaced(tmp_path: Path) -> None:
@@ -114,14 +114,13 @@ def test_kill_9_leaves_no_output_and_the_next_run_cleans_up(tmp_path: Path) -> N
     writer = _start(out)
     writer.kill()
     writer.wait()
-    assert not out.exists()
-    (stale,) = _leftovers(tmp_path)
-    (tmp_path / ".out2.tmp-1-aaaa").mkdir()  # of another output
-    (tmp_path / ".out.tmp-1-aaaa").mkdir()  # its process id is alive, but not ours: ids repeat in containers
+    assert os.listdir(tmp_path) == [".out.partial"]
+    assert (tmp_path / ".out.partial/files/half").exists()
+    (tmp_path / ".out2.partial").mkdir()  # of another output
     _make(out)
     assert verify_manifest(out) == []
-    assert _leftovers(tmp_path) == [".out2.tmp-1-aaaa"]
-    assert not (tmp_path / stale).exists()
+    assert sorted(os.listdir(tmp_path)) == [".out2.partial", "out"]
+    assert not (out / "half").exists()
 
 
 def test_sigterm_cleans_up(tmp_path: Path) -> None:
@@ -131,22 +130,75 @@ def test_sigterm_cleans_up(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
     writer = _start(tmp_path / "out")
-    before = _leftovers(tmp_path)
-    _make(tmp_path / "out")
-    assert _leftovers(tmp_path) == before
+    for attempt in (lambda: _make(tmp_path / "out"), lambda: require_idle(tmp_path / "out")):
+        with pytest.raises(OutputError, match="out: got another process that is making it; expected one at a time"):
+            attempt()
+    assert (tmp_path / ".out.partial/files/half").exists()
+    _make(tmp_path / "other")
     writer.kill()
     writer.wait()
+    require_idle(tmp_path / "out")
+    _make(tmp_path / "out")
 
 
-def test_two_writers_the_second_to_finish_loses(tmp_path: Path) -> None:
+def test_a_second_writer_in_the_same_process(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="another process"):
+        _write_and(out, lambda: _make(out))
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_output_that_comes_up_while_the_lock_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is seen before the body runs, not hours later."""
+    make_locked = staging.locking.make_locked
+
+    def publish_and_lock(path: Path, out: Path) -> int:
+        monkeypatch.undo()
+        _make(out)
+        return make_locked(path, out)
+
+    monkeypatch.setattr(staging.locking, "make_locked", publish_and_lock)
+    with (
+        pytest.raises(OutputError, match="complete and up to date"),
+        output_directory(tmp_path / "out", inputs=INPUTS, arguments=ARGUMENTS),
+    ):
+        pytest.fail("the body must not run")
+    assert os.listdir(tmp_path) == ["out"]
+    assert verify_manifest(tmp_path / "out") == []
+
+
+def test_something_in_the_way_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="something that came up meanwhile"):
-        _write_and(out, lambda: _make(out))
-    assert verify_manifest(out) == []
-    assert not (out / "half").exists()
-    assert _leftovers(tmp_path) == []
+        _write_and(out, lambda: (out / "mine").mkdir(parents=True))
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out) == ["mine"]
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    require_idle(tmp_path / "out")
+    assert verify_manifest(_make(tmp_path / "out")) == []
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "out: no file locks there (No locks available): do not make it twice at the same time"
+    )
+
+
+def test_something_else_with_the_name_of_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/mine").touch()
+    with pytest.raises(OutputError, match="no way to write there"):
+        _make(tmp_path / "out")
+    assert os.listdir(tmp_path / "elsewhere") == ["mine"]
 
 
 def _os_error() -> None:
@@ -256,9 +308,9 @@ def test_a_link_as_output_is_followed(tmp_path: Path) -> None:
 def test_a_link_inside_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match="link: got a link"),
-        output_directory(tmp_path / "out", inputs={}, arguments={}) as root,
+        output_directory(tmp_path / "out", inputs={}, arguments={}) as work,
     ):
-        (root / "link").symlink_to("/etc/hostname")
+        (work.path / "link").symlink_to("/etc/hostname")
     assert os.listdir(tmp_path) == []
 
 
@@ -325,8 +377,13 @@ def test_no_manifest_at_all(tmp_path: Path, text: str) -> None:
 def test_hash_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a"
     file.write_text("hello")
-    monkeypatch.setattr(manifest, "_CHUNK_BYTES", 2)
+    monkeypatch.setattr(hashing, "_CHUNK_BYTES", 2)
     assert hash_files([file]) == {str(file): HELLO}
+    others = [tmp_path / f"{size}" for size in range(20)]
+    for size, path in enumerate(others):
+        path.write_bytes(b"x" * size)
+    expected = {str(path): hashlib.sha256(b"x" * size).hexdigest() for size, path in enumerate(others)}
+    assert list(hash_files(others).items()) == list(expected.items())
     with pytest.raises(ConfigError, match="absent: got no readable file"):
         hash_files([file, tmp_path / "absent"])
 

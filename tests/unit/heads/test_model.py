@@ -147,6 +147,14 @@ def test_a_base_that_does_not_fit_its_config(tmp_path: Path, tiny_checkpoint: An
         MedusaCheckpoint.open(ckpt, heads)
 
 
+def test_layers_that_the_config_leaves_out(tmp_path: Path, tiny_checkpoint: Any, tiny_heads: Any) -> None:
+    ckpt = tiny_checkpoint(tmp_path / "base")
+    config = json.loads((ckpt / "config.json").read_text())
+    (ckpt / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\..*: got layer 1; expected layers 0 \.\. 0"):
+        MedusaCheckpoint.open(ckpt, tiny_heads(tmp_path / "heads"))
+
+
 def test_tensors_that_the_config_has_no_place_for_are_reported(
     tmp_path: Path, tiny_checkpoint: Any, tiny_heads: Any
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_export.heads.errors import TreeError
-from medusa_export.heads.tree import MAX_DEPTH, MAX_TOP_K, PRESETS, Choice, Tree, load_tree
+from medusa_export.heads.tree import MAX_CHOICES, MAX_DEPTH, MAX_TOP_K, PRESETS, Choice, Tree, load_tree
 
 
 @st.composite
@@ -112,6 +113,9 @@ def test_the_empty_tree_is_plain_decoding() -> None:
         ([[0.0]], r"tree choice \[0\.0\]: got no list of integers"),
         ([[True]], r"tree choice \[True\]: got no list of integers"),
         ([[None]], r"tree choice \[None\]: got no list of integers"),
+        (["x" * 10**6], r"^tree choice 'x{12}\.\.\.x{13}': got no list of integers"),
+        ([[0] * 10**6], r"^tree choice \[0, 0, 0, 0, 0, 0, \.\.\.\]: got depth 1000000; expected at most 16"),
+        ([[i] for i in range(MAX_CHOICES + 1)], r"tree: got 1025 choices; expected at most 1024"),
     ],
 )
 def test_every_rule_has_an_error(choices: Any, message: str) -> None:
@@ -122,6 +126,9 @@ def test_every_rule_has_an_error(choices: Any, message: str) -> None:
 def test_the_limits_themselves_are_allowed() -> None:
     assert Tree.from_choices([[0] * level for level in range(1, MAX_DEPTH + 1)]).depth == 16
     assert Tree.from_choices([[MAX_TOP_K - 1]]).top_k == 16
+    paths = [[a] for a in range(16)] + [[a, b] for a in range(16) for b in range(16)]
+    deeper = [[a, b, c] for a in range(3) for b in range(16) for c in range(16)]
+    assert Tree.from_choices([*paths, *deeper][:MAX_CHOICES]).max_draft_len == MAX_CHOICES
 
 
 def test_choices_out_of_order_are_refused_when_not_sorted_for_you() -> None:
@@ -165,7 +172,20 @@ def test_trees_from_files(tmp_path: Path) -> None:
         load_tree(str(tmp_path / "object.json"), num_medusa_heads=1)
 
 
-@pytest.mark.parametrize("text", [b"{", b"\xff\xff", b"5", b'"none"', b"{}", b'{"medusa_choices": {}}', b"[[0, 1]]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"\xff\xff",
+        b"[" * 100_000,
+        b"[[" + b"9" * 5000 + b"]]",
+        b"5",
+        b'"none"',
+        b"{}",
+        b'{"medusa_choices": {}}',
+        b"[[0, 1]]",
+    ],
+)
 def test_bad_tree_files(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "tree.json").write_bytes(text)
     with pytest.raises(TreeError):
@@ -175,3 +195,15 @@ def test_bad_tree_files(tmp_path: Path, text: bytes) -> None:
 def test_an_unknown_tree_names_the_presets(tmp_path: Path) -> None:
     with pytest.raises(TreeError, match=r"no such file or preset; expected a JSON file or one of none, .*medusa-63"):
         load_tree("medusa-64")
+
+
+@pytest.mark.timeout(60, method="thread")  # an opened FIFO waits, out of the reach of signals
+def test_what_is_no_tree_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for spec, message in {
+        str(tmp_path): "got a directory; expected a JSON file",
+        str(tmp_path / "fifo"): "got a FIFO; expected a JSON file",
+        str([[0], [1]] * 500): r"got a path that cannot be read \(File name too long\)",
+    }.items():
+        with pytest.raises(TreeError, match=message):
+            load_tree(spec)

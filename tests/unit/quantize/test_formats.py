@@ -21,14 +21,19 @@ ROWS: list[Format | KvCache] = [*FORMATS.values(), *KV_CACHE.values()]
 def test_rows_are_consistent(row: Format | KvCache) -> None:
     table = FORMATS if isinstance(row, Format) else KV_CACHE
     assert table[row.name] is row
-    assert table[row.nearest].exportable
     assert row.description
-    assert row.exportable is False or row.nearest == row.name
+    if isinstance(row, Format):
+        assert row.nearest in FORMATS
+        assert (row.group_size in row.group_sizes) == (row.group_size is not None)
+        assert row.needs_calibration == (row.input_bound is not None or row.smooths)
 
 
-def test_exportable_formats() -> None:
-    assert [name for name, form in FORMATS.items() if form.exportable] == ["none", "fp8", "int8_wo"]
-    assert [name for name, form in KV_CACHE.items() if form.exportable] == ["none", "fp8"]
+def test_nearest_leads_to_16_bit() -> None:
+    for form in FORMATS.values():
+        seen = [form.name]
+        while seen[-1] != "none":
+            seen.append(FORMATS[seen[-1]].nearest)
+            assert len(seen) < len(FORMATS)
 
 
 def test_quant_algos_are_tensorrt_llms() -> None:
@@ -50,18 +55,25 @@ def test_quant_algos_are_tensorrt_llms() -> None:
 def test_recipes_exist_in_modelopt() -> None:
     import modelopt.torch.quantization as mtq
 
-    for row in ROWS:
+    for row in FORMATS.values():
         assert row.modelopt_config is None or hasattr(mtq, row.modelopt_config)
-    assert all(form.modelopt_config for form in FORMATS.values() if form.needs_calibration)
 
 
-def test_errors_name_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'w4a8_awq'.*one of none, fp8, int8_wo; use fp8$"):
-        get_format("w4a8_awq")
-    with pytest.raises(ConfigError, match=r"an unknown name.*one of none, fp8, int8_wo"):
+def test_errors() -> None:
+    with pytest.raises(ConfigError, match=r"an unknown name.*one of none, fp8, fp8_rowwise, int8_sq"):
         get_format("fp7")
-    with pytest.raises(ConfigError, match=r"kv cache format 'int8'.*use fp8$"):
-        get_kv_cache("int8")
+    with pytest.raises(ConfigError, match=r"kv cache format 'int4'.*one of none, fp8, int8"):
+        get_kv_cache("int4")
+
+
+def test_group_sizes() -> None:
+    assert get_format("int4_awq").group_size == 128
+    assert get_format("int4_awq", 64).group_size == 64
+    assert FORMATS["int4_awq"].group_size == 128
+    with pytest.raises(ConfigError, match=r"int4_awq: got 32; expected one of 64, 128"):
+        get_format("int4_awq", 32)
+    with pytest.raises(ConfigError, match=r"fp8: got 64; expected none"):
+        get_format("fp8", 64)
 
 
 def test_calibration_for_weights_or_cache() -> None:
@@ -69,7 +81,7 @@ def test_calibration_for_weights_or_cache() -> None:
     assert needed == {("none", "none"): False, ("none", "fp8"): True, ("fp8", "none"): True, ("fp8", "fp8"): True}
 
 
-def test_only_fp8_quantizes_heads() -> None:
+def test_formats_that_cannot_quantize_heads() -> None:
     check_heads(FORMATS["fp8"], True)
     check_heads(FORMATS["int8_wo"], False)
     with pytest.raises(ConfigError, match=r"format int8_wo.*fp8"):

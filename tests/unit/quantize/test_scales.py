@@ -7,53 +7,71 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from medusa_export.heads.errors import CheckpointError, ConfigError
+from medusa_export.heads.errors import CheckpointError
 from medusa_export.quantize.scales import (
     FP8_MAX,
     Scales,
     dequantize_fp8,
     fp8_scale,
     fused_scale,
-    kv_scale,
     quantize_fp8,
 )
 
-SCALES = Scales({"a": 0.1, "b": 3.0}, {"a": 1 / 3, "b": 2.5}, {0: 7.25, 10: 1e-9})
+SCALES = Scales({"a": 0.1, "b": 3.0}, {"a": 1 / 3, "b": 2.5}, {0: 7.25, 10: 1e-9}, {"a": torch.tensor([0.1, 3.0])})
 
 
 def test_saved_scales_are_the_same(tmp_path: Path) -> None:
-    SCALES.save(tmp_path / "scales.json")
-    assert Scales.load(tmp_path / "scales.json") == SCALES
+    SCALES.save(tmp_path / "scales.safetensors")
+    loaded = Scales.load(tmp_path / "scales.safetensors")
+    assert (loaded.input_amax, loaded.weight_amax, loaded.kv_amax) == (
+        SCALES.input_amax,
+        SCALES.weight_amax,
+        SCALES.kv_amax,
+    )
+    assert loaded.pre_quant_scale.keys() == {"a"}
+    assert torch.equal(loaded.pre_quant_scale["a"], SCALES.pre_quant_scale["a"])
 
 
-@pytest.mark.parametrize("text", ["{}", '{"input_amax": 3, "weight_amax": {}, "kv_amax": {}}', "[]", "{"])
-def test_damaged_file(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "scales.json"
-    path.write_text(text)
-    with pytest.raises((CheckpointError, ConfigError), match=r"scales.json"):
+def test_summary() -> None:
+    assert SCALES.summary()["kv_amax"] == {"count": 2, "min": 1e-9, "max": 7.25}
+    assert SCALES.summary()["pre_quant_scale"] == pytest.approx({"count": 1, "min": 0.1, "max": 3.0})
+    assert Scales().summary() == {}
+
+
+def test_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "scales.safetensors"
+    with pytest.raises(CheckpointError, match=r"scales.safetensors"):
         Scales.load(path)
+    save_file({"input_amax/a": torch.ones(1)}, path)  # somebody else's
+    with pytest.raises(CheckpointError, match=r"no scales in it"):
+        Scales.load(path)
+    SCALES.save(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"calibrate again"):
+        Scales.load(path)
+
+
+def test_smoothing_is_finite_and_above_zero() -> None:
+    with pytest.raises(CheckpointError, match=r"pre_quant_scale of a"):
+        Scales(pre_quant_scale={"a": torch.tensor([1.0, 0.0])})
 
 
 @pytest.mark.parametrize("amax", [0.0, -1.0, math.nan, math.inf])
 def test_scales_are_finite_and_above_zero(amax: float) -> None:
-    with pytest.raises(CheckpointError, match=r"weight amax of medusa_heads.0.0.linear.*train heads"):
+    with pytest.raises(CheckpointError, match=r"weight_amax of medusa_heads.0.0.linear.*train heads"):
         Scales(weight_amax={"medusa_heads.0.0.linear": amax})
-    with pytest.raises(CheckpointError, match="kv amax of 3"):
+    with pytest.raises(CheckpointError, match="kv_amax of 3"):
         Scales(kv_amax={3: amax})
 
 
 def test_require_names_what_is_missing() -> None:
-    SCALES.require(["a", "b"], [0, 10])
-    with pytest.raises(CheckpointError, match="scales of c: got 1 missing"):
-        SCALES.require(["a", "c"], [0])
-    with pytest.raises(CheckpointError, match="scales of layer 1 kv"):
-        SCALES.require(["a"], [0, 1])
-
-
-def test_cache_scale_is_never_below_one() -> None:
-    assert kv_scale(10.0) == 1.0
-    assert kv_scale(896.0) == 2.0
+    SCALES.require({"input_amax": ["a", "b"], "kv_amax": [0, 10], "pre_quant_scale": ["a"]})
+    with pytest.raises(CheckpointError, match="weight_amax of c: got none, 1 missing in all"):
+        SCALES.require({"weight_amax": ["a", "c"], "kv_amax": [0]})
+    with pytest.raises(CheckpointError, match="kv_amax of 1"):
+        SCALES.require({"kv_amax": [0, 1]})
 
 
 def test_fused_scale_is_the_largest() -> None:

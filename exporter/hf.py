@@ -1,0 +1,174 @@
+"""ModelOpt's unified Hugging Face checkpoint with Medusa heads: what ModelOpt and vLLM's quantization loaders take.
+
+Source: ``modelopt.torch.export.export_hf_checkpoint`` 0.47, whose files these are compared with in the tests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from medusa_export.exporter.plan import Kind, Slice, TensorPlan
+from medusa_export.exporter.safetensors_writer import SafetensorsWriter
+from medusa_export.exporter.spec import ExportSpec
+from medusa_export.exporter.tensor_maker import TensorMaker
+from medusa_export.heads import families
+from medusa_export.heads.config import read_json
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.quantize.scales import Scales
+
+SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
+
+# Storage -> suffix, kind, dtype (None is the checkpoint's), shape from (out, in, group). Smoothed formats are not here:
+# in the unified form their factors move into the norms before, so that other tensors than the linears change.
+_PARTS: dict[str, tuple[tuple[str, Kind, str | None, Callable[[int, int, int], tuple[int, ...]]], ...]] = {
+    "float": (("weight", Kind.COPY, None, lambda o, n, g: (o, n)),),
+    "fp8": (
+        ("weight", Kind.FP8, "float8_e4m3fn", lambda o, n, g: (o, n)),
+        ("weight_scale", Kind.WEIGHT_SCALE, "float32", lambda o, n, g: ()),
+        ("input_scale", Kind.INPUT_SCALE, "float32", lambda o, n, g: ()),
+    ),
+    "fp8_row": (
+        ("weight", Kind.FP8_ROW, "float8_e4m3fn", lambda o, n, g: (o, n)),
+        ("weight_scale", Kind.ROW_SCALE, "float32", lambda o, n, g: (o,)),
+    ),
+    "nvfp4": (
+        ("weight", Kind.FP4, "uint8", lambda o, n, g: (o, n // 2)),
+        ("weight_scale", Kind.BLOCK_SCALE, "float8_e4m3fn", lambda o, n, g: (o, n // g)),
+        ("weight_scale_2", Kind.WEIGHT_SCALE, "float32", lambda o, n, g: ()),
+        ("input_scale", Kind.INPUT_SCALE, "float32", lambda o, n, g: ()),
+    ),
+}
+# Linears that read the same input have one input scale; vLLM fuses them, and FP4 kernels then need one weight scale too.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def require_hf(spec: ExportSpec) -> None:
+    """Raise ConfigError when the unified form of this layout is not one that is written here."""
+    if spec.fmt.storage not in _PARTS or spec.fmt.quant_algo in ("W8A16", "W4A16"):
+        raise ConfigError(
+            f"--format hf with --quant {spec.fmt.name}",
+            "no writer for it",
+            "none, fp8, fp8_rowwise or nvfp4",
+            "use fp8",
+        )
+    if spec.tp != 1 or spec.exclude or spec.kv_cache.name == "int8":
+        got = "--tp" if spec.tp != 1 else "--exclude" if spec.exclude else "--kv-cache int8"
+        raise ConfigError(f"--format hf with {got}", "an option of TensorRT-LLM's form", "none", "leave it out")
+
+
+def plan_hf(checkpoint: MedusaCheckpoint, spec: ExportSpec) -> list[TensorPlan]:
+    """Every tensor of the checkpoint, in the order of the source."""
+    return [plan for name in checkpoint.names for plan in _tensors(checkpoint, spec, name)]
+
+
+def shards(plans: list[TensorPlan], limit: int = SHARD_BYTES) -> dict[str, list[TensorPlan]]:
+    """File name -> its tensors: files of at most ``limit`` bytes, but for tensors that are larger."""
+    groups: list[list[TensorPlan]] = [[]]
+    size = 0
+    for plan in plans:
+        if groups[-1] and size + plan.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(plan)
+        size += plan.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{index:05}-of-{len(groups):05}.safetensors": group for index, group in enumerate(groups, start=1)}
+
+
+def write_shard(
+    path: Path, checkpoint: MedusaCheckpoint, spec: ExportSpec, scales: Scales, plans: list[TensorPlan]
+) -> None:
+    """One safetensors file."""
+    maker = TensorMaker(checkpoint, spec, scales)
+    with SafetensorsWriter(path, plans, {"format": "pt"}) as writer:
+        for plan in writer.entries:
+            writer.write(maker.rows(plan))
+
+
+def write_hf_configs(out: Path, ckpt: Path, spec: ExportSpec, files: dict[str, list[TensorPlan]]) -> None:
+    """config.json, hf_quant_config.json and the index of shards."""
+    counts = {"num_medusa_heads": spec.num_medusa_heads, "num_medusa_layers": spec.num_medusa_layers}
+    config = {**read_json(ckpt / "config.json"), "dtype": spec.dtype, "medusa": counts}
+    config.pop("torch_dtype", None)
+    if spec.fmt.quant_algo or spec.kv_cache.quant_algo:
+        config["quantization_config"] = _quantization_config(spec)
+        _write(out / "hf_quant_config.json", {"producer": _PRODUCER, "quantization": _quantization(spec)})
+    _write(out / "config.json", config)
+    if len(files) > 1:
+        total = sum(plan.nbytes for plans in files.values() for plan in plans)
+        weight_map = {plan.name: file for file, plans in files.items() for plan in plans}
+        _write(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+# ModelOpt's and vLLM's readers look for this name to know the format.
+_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+
+def _write(path: Path, body: dict[str, Any]) -> None:
+    path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+
+
+def _excluded(spec: ExportSpec) -> list[str]:
+    return ["lm_head", "model.embed_tokens", *([] if spec.quant_heads else ["medusa_heads*"])]
+
+
+def _quantization(spec: ExportSpec) -> dict[str, Any]:
+    group = {"group_size": spec.fmt.group_size} if spec.fmt.group_size else {}
+    return {
+        "quant_algo": spec.fmt.quant_algo,
+        "kv_cache_quant_algo": spec.kv_cache.quant_algo,
+        **group,
+        "exclude_modules": _excluded(spec),
+    }
+
+
+def _quantization_config(spec: ExportSpec) -> dict[str, Any]:
+    """The same in the form of config.json, which is what loaders read first."""
+    body: dict[str, Any] = {"ignore": _excluded(spec), "quant_algo": spec.fmt.quant_algo, "producer": _PRODUCER}
+    body["quant_method"] = "modelopt"
+    if spec.kv_cache.quant_algo:
+        body["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if spec.fmt.storage in ("fp8", "nvfp4"):
+        group = {"group_size": spec.fmt.group_size} if spec.fmt.group_size else {}
+        numbers = {"dynamic": False, "num_bits": 4 if group else 8, "type": "float", **group}
+        targets = {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}
+        body["config_groups"] = {"group_0": targets}
+    return body
+
+
+def _tensors(checkpoint: MedusaCheckpoint, spec: ExportSpec, name: str) -> Iterator[TensorPlan]:
+    if name == families.LM_HEAD and spec.config.tie_word_embeddings:
+        return  # tied again when it is loaded
+    shape, module = checkpoint.shape(name), name.removesuffix(".weight")
+    if not _is_quantized(spec, name):
+        yield TensorPlan(name, Kind.COPY, spec.dtype, shape, (Slice(name),))
+    else:
+        for suffix, kind, dtype, sized in _PARTS[spec.fmt.storage]:
+            modules = _sharing(spec, module, kind)
+            size = sized(shape[0], shape[1], spec.fmt.group_size or 1)
+            yield TensorPlan(f"{module}.{suffix}", kind, dtype or spec.dtype, size, (Slice(name),), None, modules)
+    if spec.kv_cache.quant_algo and module.endswith(("k_proj", "v_proj")) and name.endswith(".weight"):
+        layer = int(module.split(".")[2])
+        yield TensorPlan(f"{module}.{module[-6]}_scale", Kind.KV_SCALE, "float32", (), layer=layer)
+
+
+def _is_quantized(spec: ExportSpec, name: str) -> bool:
+    if not name.endswith(".weight") or spec.fmt.storage == "float":
+        return False
+    if name.startswith("medusa_heads."):
+        return spec.quant_heads
+    return name.endswith("_proj.weight")
+
+
+def _sharing(spec: ExportSpec, module: str, kind: Kind) -> tuple[str, ...]:
+    """The modules that this one shares a scale with."""
+    owner, _, last = module.rpartition(".")
+    alone = kind in (Kind.FP8, Kind.WEIGHT_SCALE) and spec.fmt.storage == "fp8"
+    group = next((names for names in _FUSED if last in names), ()) if not alone else ()
+    return tuple(f"{owner}.{name}" for name in group) or (module,)

@@ -1,0 +1,219 @@
+"""What an export is made from: the flags, the inputs opened once, and every refusal that needs no computation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medusa_export.exporter.draft_vocab import DEFAULT_SIZE
+from medusa_export.exporter.engine_dir import onnx_form
+from medusa_export.exporter.hf import require_hf
+from medusa_export.exporter.onnx_graph import require_supported
+from medusa_export.exporter.releases import DEFAULT_RELEASE, parse_release, release_warnings
+from medusa_export.exporter.spec import ExportSpec
+from medusa_export.exporter.trtllm import export_spec, require_scales
+from medusa_export.heads.conversations import Prompt, load_prompts, read_tokenizer
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.tree import PRESETS, Tree, load_tree
+from medusa_export.quantize.cache import calibration_key
+from medusa_export.quantize.calibration import DEFAULT_PROMPTS, token_batches
+from medusa_export.quantize.formats import get_format, get_kv_cache, needs_calibration
+from medusa_export.quantize.scales import SCALES_FILE, Scales
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("onnxruntime", "none")
+HEAD_FORMS = {"vllm-heads": "vllm", "medusa-v1": "medusa-v1", "medusa-v2": "medusa-v2"}  # --format -> layout
+FORMS = ("trtllm", "hf", *HEAD_FORMS)
+GPU_TREE, CPU_TREE = "medusa-63", "cpu-3"
+DEFAULT_CALIB = Path(str(files("medusa_export.quantize") / "default_prompts.jsonl"))
+MAX_LENGTH = 2048
+TOKENIZER_FILES = {
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """The flags of medusa-export; see its --help. ``None`` takes the default that suits the checkpoint."""
+
+    ckpt: Path
+    output: Path
+    quant: str = "none"
+    heads: Path | None = None
+    kv_cache: str = "none"
+    quant_heads: bool = False
+    dtype: str = "auto"
+    tp: int = 1
+    tree: str | None = None
+    calib: Path | None = None
+    calib_prompts: int = DEFAULT_PROMPTS
+    engine: str = "onnxruntime"
+    max_length: int | None = None
+    draft_vocab: int = DEFAULT_SIZE
+    scales: Path | None = None
+    group_size: int | None = None
+    exclude: tuple[str, ...] = ()
+    trtllm_version: str = DEFAULT_RELEASE
+    pp: int = 1
+    format: str = "trtllm"
+
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest keeps: everything that shapes the output."""
+        return {key: value for key, value in asdict(self).items() if key != "output"}
+
+
+class Job:
+    """One export's inputs, opened once.
+
+    Args:
+        check_values: read the heads to see that they are finite; a plan needs headers only.
+    """
+
+    def __init__(self, arguments: ExportArguments, *, check_values: bool = True) -> None:
+        self.arguments = arguments
+        self.fmt = get_format(arguments.quant, arguments.group_size)
+        self.release = parse_release(arguments.trtllm_version)
+        if arguments.pp != 1:
+            raise ConfigError(
+                "--pp",
+                str(arguments.pp),
+                "1 (TensorRT-LLM cannot build the Medusa graph on a stage that is not the last)",
+                f"use --tp {max(arguments.tp, 1) * max(arguments.pp, 1)}",
+            )
+        if arguments.format not in FORMS:
+            raise ConfigError("--format", repr(arguments.format), f"one of {', '.join(FORMS)}", "pick one of them")
+        if arguments.engine not in ENGINES:
+            raise ConfigError("--engine", repr(arguments.engine), " or ".join(ENGINES), "pick one of them")
+        self.checkpoint = MedusaCheckpoint.open(arguments.ckpt, arguments.heads, check_values=check_values)
+        for warning in self.checkpoint.warnings:
+            logger.warning("%s", warning)
+        self.tokenizer = read_tokenizer(arguments.ckpt)
+        self.trtllm_tree = _tree(arguments.tree, GPU_TREE, self.checkpoint.num_medusa_heads)
+        self.engine_tree = _tree(arguments.tree, CPU_TREE, self.checkpoint.num_medusa_heads)
+
+    @cached_property
+    def spec(self) -> ExportSpec:
+        """The layout of the TensorRT-LLM checkpoint; raises what cannot be built."""
+        arguments = self.arguments
+        return export_spec(
+            self.checkpoint, self.fmt, tree=self.trtllm_tree, tp=arguments.tp, dtype=arguments.dtype,
+            kv_cache=arguments.kv_cache, quant_heads=arguments.quant_heads, exclude=tuple(arguments.exclude),
+        )  # fmt: skip
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """Calibration conversations; all of them, as the draft vocabulary counts them all."""
+        return load_prompts(self.arguments.calib or DEFAULT_CALIB)
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether the output has a file of scales."""
+        return self.arguments.format in ("trtllm", "hf") and needs_calibration(self.fmt, self.arguments.kv_cache)
+
+    @property
+    def writes_engine(self) -> bool:
+        """Whether the output has an ONNX graph and an engine."""
+        return self.arguments.format == "trtllm" and self.arguments.engine != "none"
+
+    @cached_property
+    def given_scales(self) -> Scales | None:
+        """Those of a calibration that was made elsewhere."""
+        return Scales.load(self._scales_file) if self._scales_file else None
+
+    @property
+    def max_length(self) -> int:
+        """Context of the engine."""
+        return self.arguments.max_length or min(MAX_LENGTH, self.checkpoint.config.max_position_embeddings)
+
+    @property
+    def input_files(self) -> list[Path]:
+        """Everything whose change makes another output."""
+        given = [path for path in (self.arguments.calib, self._scales_file) if path]
+        given += [Path(self.arguments.tree)] if self.arguments.tree and self.arguments.tree not in PRESETS else []
+        tokenizer = [path for path in self.arguments.ckpt.glob("*") if path.name in TOKENIZER_FILES]
+        return [*self.checkpoint.files, *sorted(tokenizer), *given]
+
+    @property
+    def estimated_bytes(self) -> int:
+        """Upper bound of what is written: every target holds the weights once, every rank the whole embedding."""
+        weights = sum(path.stat().st_size for path in self.checkpoint.files)
+        lm_head = 4 * self.checkpoint.config.vocab_size * self.checkpoint.config.hidden_size
+        copies = lm_head * (self.checkpoint.num_medusa_heads + self.arguments.tp - 1)
+        return weights + copies + (2 * weights + 3 * lm_head if self.writes_engine else 0)
+
+    @property
+    def device(self) -> str:
+        """Where calibration runs."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """Token ids for calibration."""
+        return token_batches(self.tokenizer, self.prompts, max_prompts=self.arguments.calib_prompts)
+
+    def calibration_key(self, inputs: Mapping[str, str]) -> str:
+        """What names this job's calibration in the cache.
+
+        Args:
+            inputs: file -> SHA-256 of :attr:`input_files`.
+        """
+        base, heads = self.checkpoint.base, self.checkpoint.heads.source
+        read = {"config": base.files[0].parent / "config.json"}
+        read |= {f"base/{path.name}": path for path in base.files}
+        read |= {f"heads/{path.name}": path for path in heads.files if self.arguments.quant_heads}
+        return calibration_key(
+            {name: inputs[str(path)] for name, path in read.items()},
+            batches=self.batches, fmt=self.fmt, kv_cache=get_kv_cache(self.arguments.kv_cache),
+            quant_heads=self.arguments.quant_heads, device=self.device,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Every refusal that needs no computation, before the first of it."""
+        arguments, spec = self.arguments, self.spec
+        for warning in release_warnings(self.checkpoint.config, self.release):
+            logger.warning("%s", warning)
+        if arguments.format == "hf":
+            require_hf(spec)
+        if self.writes_engine:
+            onnx_form(self.fmt)
+            require_supported(self.checkpoint.config, self.max_length)
+        if arguments.draft_vocab < 0:
+            raise ConfigError("--draft-vocab", str(arguments.draft_vocab), "0 (all) or more", "correct it")
+        if self.given_scales is not None:
+            self._check_given_scales(spec, self.given_scales)
+        if (self.has_scales and self.given_scales is None) or self.writes_engine:
+            token_batches(
+                self.tokenizer, self.prompts[:1], max_prompts=arguments.calib_prompts
+            )  # there is a chat template
+        _ = self.prompts
+
+    def _check_given_scales(self, spec: ExportSpec, scales: Scales) -> None:
+        if not self.has_scales:
+            what = f"a calibration for --quant {self.fmt.name} --kv-cache {self.arguments.kv_cache}"
+            raise ConfigError("--scales", what, "a format that has scales", "leave it out or choose another format")
+        require_scales(spec, scales)
+
+    @property
+    def _scales_file(self) -> Path | None:
+        given = self.arguments.scales
+        return given / SCALES_FILE if given and given.is_dir() else given
+
+
+def _tree(spec: str | None, default: str, num_medusa_heads: int) -> Tree:
+    """The tree asked for; the default one is cut to the heads there are, a given one has to fit as it is."""
+    if spec is not None:
+        tree = load_tree(spec, num_medusa_heads=num_medusa_heads)
+        if not tree.max_draft_len:
+            raise ConfigError("--tree", "an empty tree", "at least one choice", "leave it out for the default")
+        return tree
+    return Tree.from_choices(choice for choice in PRESETS[default] if len(choice) <= num_medusa_heads)

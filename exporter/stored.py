@@ -1,0 +1,184 @@
+"""What the numbers of a TensorRT-LLM checkpoint stand for: every quantized form as float32 rows, with its rounding error.
+
+Written from TensorRT-LLM's rules (``preprocess_perlayer_weights``) and the names in the file; shares no code with the writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from medusa_export.heads.checkpoint import TensorSource
+
+FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+FP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+# float8_e4m3fn keeps 3 bits of mantissa: half a step is 1/16 of the value, or 2**-10 scales among the subnormals.
+FP8_RELATIVE, FP8_ABSOLUTE = 1 / 16, 2.0**-10
+# float4_e2m1fn: half a step is at most a quarter of the value (2 for 2.5, 4 for 5), or of the scale near zero; the scale
+# itself is rounded to FP8, which cuts off up to 1/16 of the largest values.
+FP4_RELATIVE, FP4_ABSOLUTE = 1 / 4, 1 / 4
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a linear.
+
+    Attributes:
+        values: float32 where it was quantized, otherwise as stored.  # [n, in]
+        error: how far rounding may have moved them from the source, None where nothing was rounded.  # [n, in]
+    """
+
+    values: torch.Tensor
+    error: torch.Tensor | None = None
+
+    @staticmethod
+    def join(parts: list[Rows], axis: int) -> Rows:
+        """Rows side by side (axis 1) or one below the other (axis 0)."""
+        if len(parts) == 1:
+            return parts[0]
+        errors = [part.error for part in parts if part.error is not None]
+        values = torch.cat([part.values for part in parts], dim=axis)
+        return Rows(values, torch.cat(errors, dim=axis) if errors else None)
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear's weight on one rank.
+
+    Attributes:
+        module: its name in the file, without ".weight".
+        algo: ``quantization.quant_algo``.
+    """
+
+    file: TensorSource
+    module: str
+    algo: str | None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is stored in other than 16 bit."""
+        return self.file.dtype(f"{self.module}.weight") in ("float8_e4m3fn", "int8", "uint8")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] on this rank, whatever the packing."""
+        rows, columns = self.file.shape(f"{self.module}.weight")
+        if self.is_quantized and self.algo in ("W4A16_AWQ", "W4A8_AWQ"):
+            return 2 * rows, columns
+        return (rows, 2 * columns) if self.is_quantized and self.algo == "NVFP4" else (rows, columns)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows ``start .. stop - 1``; both even where two rows share a byte.  # [stop - start, in]"""
+        if not self.is_quantized:
+            return Rows(self.file.read_rows(f"{self.module}.weight", start, stop))
+        return _DECODERS[str(self.algo)](self, start, stop)
+
+    def number(self, kind: str) -> float:
+        """A scale a tensor: "weights_scaling_factor", "activation_scaling_factor" ..."""
+        return float(self.file.read(f"{self.module}.{kind}").item())
+
+    def _take(self, kind: str, start: int, stop: int) -> torch.Tensor:
+        return _to_float(self.file.read_rows(f"{self.module}.{kind}", start, stop))
+
+    def _unsmoothed(self, values: torch.Tensor, step: torch.Tensor) -> Rows:
+        """The file's weight is the source's divided by the factor of each input, which is itself rounded to 16 bit."""
+        stored = self.file.read(f"{self.module}.prequant_scaling_factor")
+        factor = stored.to(torch.float32)
+        values = values * factor
+        return Rows(values, step * factor / 2 + values.abs() * torch.finfo(stored.dtype).eps)
+
+    def _fp8(self, start: int, stop: int) -> Rows:
+        return _fp8_rows(self._take("weight", start, stop), torch.tensor(self.number("weights_scaling_factor")))
+
+    def _fp8_row(self, start: int, stop: int) -> Rows:
+        return _fp8_rows(self._take("weight", start, stop), self._take("per_channel_scale", start, stop)[:, None])
+
+    def _int8(self, start: int, stop: int) -> Rows:
+        scale = self._take("weights_scaling_factor", start, stop)[:, None]
+        return self._unsmoothed(self._take("weight", start, stop) * scale, scale)
+
+    def _int4(self, start: int, stop: int) -> Rows:
+        packed = self.file.read_rows(f"{self.module}.weight", start // 2, stop // 2).to(torch.int32)
+        low, high = (packed << 28) >> 28, packed >> 4  # both signed
+        codes = torch.stack([low, high], dim=1).reshape(stop - start, -1)  # row 2k is the low half
+        scales = self._take("weights_scaling_factor", start, stop)
+        scales = scales.repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
+        return self._unsmoothed(codes * scales, scales)
+
+    def _fp4(self, start: int, stop: int) -> Rows:
+        packed = self.file.read_rows(f"{self.module}.weight", start, stop)
+        codes = torch.stack([packed & 0xF, packed >> 4], dim=2).reshape(len(packed), -1).to(torch.int64)
+        magnitude = FP4_VALUES[codes & 7]
+        blocks = self._take("weights_scaling_factor", start, stop) * self.number("weights_scaling_factor_2")
+        scales = blocks.repeat_interleave(codes.shape[1] // blocks.shape[1], dim=1)
+        values = torch.where(codes >= 8, -magnitude, magnitude) * scales
+        return Rows(values, values.abs() * FP4_RELATIVE + scales * FP4_ABSOLUTE)
+
+
+def _to_float(stored: torch.Tensor) -> torch.Tensor:
+    """As float32; FP8 through a table, five times faster than torch's cast on a CPU."""
+    if stored.dtype != torch.float8_e4m3fn:
+        return stored.to(torch.float32)
+    codes = stored.contiguous().view(torch.uint8).reshape(-1).to(torch.int32)
+    return torch.index_select(FP8_VALUES, 0, codes).reshape(stored.shape)
+
+
+def _fp8_rows(codes: torch.Tensor, scale: torch.Tensor) -> Rows:
+    values = codes * scale
+    return Rows(values, values.abs() * FP8_RELATIVE + scale * FP8_ABSOLUTE)
+
+
+_DECODERS: dict[str, Callable[[StoredLinear, int, int], Rows]] = {
+    "FP8": StoredLinear._fp8,
+    "FP8_PER_CHANNEL_PER_TOKEN": StoredLinear._fp8_row,
+    "W8A8_SQ_PER_CHANNEL": StoredLinear._int8,
+    "W4A16_AWQ": StoredLinear._int4,
+    "W4A8_AWQ": StoredLinear._int4,
+    "NVFP4": StoredLinear._fp4,
+}
+
+
+def rounded_inputs(
+    algo: str | None, x: torch.Tensor, scale: float | None, smoothing: torch.Tensor | None
+) -> torch.Tensor:
+    """Activations as a quantized linear of that algorithm sees them.  # [..., in]
+
+    Args:
+        scale: the file's activation scale; None where there is none.
+        smoothing: the file's factor of each input, undone again because the weights here are the source's.  # [in]
+    """
+    if algo not in _ROUNDING:
+        return x
+    factor = torch.ones(()) if smoothing is None else smoothing.to(torch.float32)
+    return _ROUNDING[algo](x * factor, scale or 1.0) / factor
+
+
+def _round_fp8(x: torch.Tensor, scale: Any) -> torch.Tensor:
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32) * scale
+
+
+def _round_token(x: torch.Tensor, _: float) -> torch.Tensor:
+    return _round_fp8(x, x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 448)
+
+
+def _round_int8(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+def _round_fp4(x: torch.Tensor, scale: float) -> torch.Tensor:
+    blocks = x.reshape(*x.shape[:-1], -1, 16)
+    steps = _round_fp8(blocks.abs().amax(dim=-1, keepdim=True) / 6, scale).clamp_min(scale * 2.0**-9)
+    nearest = ((blocks.abs() / steps)[..., None] - FP4_VALUES).abs().argmin(dim=-1)
+    return (FP4_VALUES[nearest] * blocks.sign() * steps).reshape(x.shape)
+
+
+_ROUNDING: dict[str | None, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "FP8": _round_fp8,
+    "FP8_PER_CHANNEL_PER_TOKEN": _round_token,
+    "W8A8_SQ_PER_CHANNEL": _round_int8,
+    "W4A8_AWQ": _round_fp8,
+    "NVFP4": _round_fp4,
+}

@@ -1,0 +1,67 @@
+"""Values of a config.json, checked one by one: JSON knows types, but what writes it does not always."""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from medusa_export.heads.errors import ConfigError
+
+# What runtimes keep in 32 bits. Layers are fewer by far, and a list of every layer's tensors has to fit into memory.
+_LARGEST = {"num_hidden_layers": 1000}
+_LARGEST_INT = 2**31 - 1
+_LARGEST_FLOAT = sys.float_info.max
+
+
+class Fields:
+    """The keys of one JSON object; an absent key and null are the same.
+
+    Args:
+        raw: the object.
+        where: its file, for errors.
+        inside: the key under which the object is found in it, if any.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], where: str, inside: str = "") -> None:
+        self.raw, self.where, self._prefix = raw, where, f"{inside}." if inside else ""
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        """A positive integer; without a default it has to be there."""
+        value = self._get(key, default)
+        largest = _LARGEST.get(key, _LARGEST_INT)
+        if type(value) is not int or value <= 0:
+            raise self.error(key, value, "a positive integer")
+        if value > largest:
+            raise self.error(key, value, f"at most {largest}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number, and a finite one: Python's JSON has NaN, Infinity and integers of any length."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST_FLOAT:
+            raise self.error(key, value, "a positive number")
+        return float(value)
+
+    def numbers(self, key: str, length: int) -> list[float]:
+        """A list of so many positive numbers."""
+        values = self._get(key, None)
+        if not isinstance(values, list) or len(values) != length:
+            raise self.error(key, values, f"a list of {length} numbers")
+        return [Fields({key: value}, self.where, self._prefix.rstrip(".")).number(key) for value in values]
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false; the text "false" is neither."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "true or false")
+        return value
+
+    def error(self, key: str, value: object, expected: str) -> ConfigError:
+        """What to raise about one key; a long value is shortened."""
+        return ConfigError(self.where, f"{self._prefix}{key} = {reprlib.repr(value)}", expected, "fix config.json")
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.raw.get(key)
+        return default if value is None else value

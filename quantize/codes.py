@@ -1,0 +1,79 @@
+"""The arithmetic of the weight formats on float32 rows: scales from the weights themselves, codes, and their packing.
+
+Every function works row by row, so a matrix can be quantized in chunks of rows.
+
+Sources: TensorRT-LLM's ``preprocess_perlayer_weights`` (what the loader takes) and the OCP MX specification (float4_e2m1fn).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from medusa_export.quantize.formats import FP4_MAX, FP8_MAX, INT4_MAX, INT8_MAX
+
+MIN_BLOCK_SCALE = 2.0**-9  # the smallest float8_e4m3fn above zero
+FP4_EDGES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # midpoints of 0, 0.5, 1, 1.5, 2, 3, 4, 6
+
+
+def row_scales(weight: torch.Tensor, bound: float) -> torch.Tensor:
+    """The scale of every row; 1 for rows of zeros.  # float32 [out, in] -> [out]"""
+    return _filled(weight.abs().amax(dim=1) / bound)
+
+
+def group_scales(weight: torch.Tensor, group_size: int, bound: float = INT4_MAX) -> torch.Tensor:
+    """The scale of every group of inputs; 1 for groups of zeros.  # float32 [out, in] -> [out, in / group_size]"""
+    return _filled(_grouped(weight, group_size).abs().amax(dim=-1) / bound)
+
+
+def int8_rows(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Symmetric INT8.  # float32 [out, in], a scale a row [out] -> int8 [out, in]"""
+    codes = (weight / scales[:, None]).round_()
+    return codes.clamp_(-INT8_MAX - 1, INT8_MAX).to(torch.int8)
+
+
+def int4_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Symmetric INT4 codes, -8 .. 7, with a scale a group.  # float32 [out, in] -> int8 [out, in]"""
+    codes = (_grouped(weight, group_size) / group_scales(weight, group_size)[..., None]).round_()
+    return codes.clamp_(-INT4_MAX - 1, INT4_MAX).to(torch.int8).reshape(weight.shape)
+
+
+def pack_rows(codes: torch.Tensor) -> torch.Tensor:
+    """Two rows of 4-bit codes in one of bytes, the first in the low half.  # int8 [out, in] -> [out / 2, in]"""
+    return (codes[0::2] & 0x0F) | (codes[1::2] << 4)
+
+
+def fp4_block_scales(weight: torch.Tensor, global_scale: float, block_size: int) -> torch.Tensor:
+    """NVFP4's scale of every block, itself in units of ``global_scale``.
+
+    Returns:
+        float8_e4m3fn.  # [out, in / block_size]
+    """
+    scales = _grouped(weight, block_size).abs().amax(dim=-1) / (FP4_MAX * global_scale)
+    return _filled(scales).clamp_(MIN_BLOCK_SCALE, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def fp4_blocks(weight: torch.Tensor, global_scale: float, block_size: int) -> torch.Tensor:
+    """NVFP4 codes, two neighbouring inputs a byte, the first in the low half.
+
+    Ties go to the even mantissa, as in IEEE rounding.
+
+    Returns:
+        uint8.  # [out, in / 2]
+    """
+    scale = fp4_block_scales(weight, global_scale, block_size).to(torch.float32) * global_scale
+    scaled = (_grouped(weight, block_size) / scale[..., None]).reshape(weight.shape)
+    magnitude, edges = scaled.abs(), torch.tensor(FP4_EDGES)
+    codes = torch.bucketize(magnitude, edges, out_int32=True)  # a tie stays below its edge ...
+    for edge in FP4_EDGES[1::2]:
+        codes += magnitude == edge  # ... which is right where the code below is even
+    codes = codes.to(torch.uint8) | ((scaled < 0).to(torch.uint8) << 3)
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _grouped(weight: torch.Tensor, size: int) -> torch.Tensor:
+    return weight.reshape(weight.shape[0], -1, size)
+
+
+def _filled(scales: torch.Tensor) -> torch.Tensor:
+    """Zeros have no scale; 1 stores them as zeros and cannot divide by zero."""
+    return torch.where(scales == 0, 1.0, scales)

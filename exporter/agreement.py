@@ -35,7 +35,8 @@ class Bound:
 BOUNDS: dict[str | None, Bound] = {
     **dict.fromkeys((None, "W8A16", "W4A16"), Bound(1e-3, 0.97)),
     **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W8A8_SQ_PER_CHANNEL"), Bound(0.4, 0.5)),
-    **dict.fromkeys(("W4A16_AWQ", "W4A8_AWQ", "NVFP4"), Bound(0.8, 0.4)),
+    **dict.fromkeys(("W4A16_AWQ", "W4A8_AWQ"), Bound(0.8, 0.4)),
+    "NVFP4": Bound(0.8, 0.3),  # four bits for activations too
 }
 
 CONFIG_PAIRS = {
@@ -158,11 +159,14 @@ def _weight_difference(
         if rows.error is None and _same_bits(rows.values, source.to(rows.values.dtype)):
             continue
         expected = source.to(rows.values.dtype).to(torch.float32)
-        error = (rows.values.to(torch.float32) - expected).abs()
-        allowed = torch.zeros(()) if rows.error is None else ROUNDING * rows.error
-        wrong += error.numel() - int((error <= allowed).sum())  # NaN compares false
+        error = rows.values.to(torch.float32).sub_(expected).abs_()
+        allowed = torch.zeros(()) if rows.error is None else rows.error.mul_(ROUNDING)
+        wrong += error.numel() - int(torch.le(error, allowed).sum())  # NaN compares false
         largest = max(largest, float(error.max()))
-        noise, energy = noise + float(error.square().sum()), energy + float(expected.square().sum())
+        noise, energy = (
+            noise + float(torch.linalg.vecdot(error.flatten(), error.flatten())),
+            energy + float(torch.linalg.vecdot(expected.flatten(), expected.flatten())),
+        )
     snr_db = 10 * math.log10(max(energy, 1e-30) / max(noise, 1e-30))
     if not wrong:
         return [], WeightError(largest, snr_db)

@@ -159,7 +159,16 @@ class Job:
     @cached_property
     def batches(self) -> list[list[int]]:
         """Token ids for calibration."""
-        return token_batches(self.tokenizer, self.prompts, max_prompts=self.arguments.calib_prompts)
+        batches = token_batches(self.tokenizer, self.prompts, max_prompts=self.arguments.calib_prompts)
+        largest, vocab_size = max(max(ids) for ids in batches), self.checkpoint.config.vocab_size
+        if largest >= vocab_size:
+            raise ConfigError(
+                f"{self.arguments.ckpt}: tokenizer",
+                f"the token {largest}",
+                f"ids below the model's vocab_size {vocab_size}",
+                "use the tokenizer of this model",
+            )
+        return batches
 
     def calibration_key(self, inputs: Mapping[str, str]) -> str:
         """What names this job's calibration in the cache.
@@ -192,9 +201,7 @@ class Job:
         if self.given_scales is not None:
             self._check_given_scales(spec, self.given_scales)
         if (self.has_scales and self.given_scales is None) or self.writes_engine:
-            token_batches(
-                self.tokenizer, self.prompts[:1], max_prompts=arguments.calib_prompts
-            )  # there is a chat template
+            _ = self.batches  # there is a chat template, and the model knows its tokens
         _ = self.prompts
 
     def _check_given_scales(self, spec: ExportSpec, scales: Scales) -> None:

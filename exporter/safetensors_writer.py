@@ -19,6 +19,7 @@ from medusa_export.heads.errors import OutputError
 
 ALIGNMENT = 8
 DTYPE_NAMES = {
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",

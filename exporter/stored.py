@@ -78,14 +78,15 @@ class StoredLinear:
 
     def number(self, kind: str) -> float:
         """A scale a tensor: "weights_scaling_factor", "activation_scaling_factor" ..."""
-        return float(self.file.read(f"{self.module}.{kind}").item())
+        return float(self.file.read_rows(f"{self.module}.{kind}", 0, 1).item())
 
     def _take(self, kind: str, start: int, stop: int) -> torch.Tensor:
         return _to_float(self.file.read_rows(f"{self.module}.{kind}", start, stop))
 
     def _unsmoothed(self, values: torch.Tensor, step: torch.Tensor) -> Rows:
         """The file's weight is the source's divided by the factor of each input, which is itself rounded to 16 bit."""
-        stored = self.file.read(f"{self.module}.prequant_scaling_factor")
+        name = f"{self.module}.prequant_scaling_factor"
+        stored = self.file.read_rows(name, 0, self.file.shape(name)[0])
         factor = stored.to(torch.float32)
         values = values * factor
         return Rows(values, step * factor / 2 + values.abs() * torch.finfo(stored.dtype).eps)
@@ -127,8 +128,8 @@ def _to_float(stored: torch.Tensor) -> torch.Tensor:
 
 
 def _fp8_rows(codes: torch.Tensor, scale: torch.Tensor) -> Rows:
-    values = codes * scale
-    return Rows(values, values.abs() * FP8_RELATIVE + scale * FP8_ABSOLUTE)
+    values = codes.mul_(scale)
+    return Rows(values, values.abs().mul_(FP8_RELATIVE).add_(scale * FP8_ABSOLUTE))
 
 
 _DECODERS: dict[str, Callable[[StoredLinear, int, int], Rows]] = {

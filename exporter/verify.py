@@ -240,7 +240,7 @@ def _file_problems(trt_dir: Path, config: dict[str, Any], *, values: bool) -> li
     """Ranks and what is in them.
 
     Args:
-        values: look at all values, not only scales: a comparison with the source does it better.
+        values: look at the values of matrices too; a comparison with the source does it better.
     """
     expected = {f"rank{rank}.safetensors" for rank in range(config["mapping"]["tp_size"])}
     present = {path.name for path in trt_dir.glob("*.safetensors")}
@@ -264,7 +264,7 @@ def _rank_problems(source: TensorSource, need: Shapes, values: bool) -> Iterator
             yield f"{name} is {source.dtype(name)} {list(source.shape(name))}; expected {dtype} {list(shape)}"
             continue
         is_scale = name.endswith(POSITIVE)
-        if not values and not is_scale:
+        if not values and not is_scale and len(shape) > 1:
             continue
         tensor = source.read(name)
         if tensor.is_floating_point() and not all(_finite(part) for part in row_chunks(tensor)):

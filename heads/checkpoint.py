@@ -5,10 +5,12 @@ The layouts are those that ``save_pretrained`` writes, looked for in the order i
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -44,18 +46,26 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor's place: its file, shape and dtype."""
+    """One tensor's place.
+
+    Attributes:
+        offset: of its first byte in the file; None in a pickle, which has no fixed places.
+        changed: when the file was last written (ns), as places hold for that file only.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int | None = None
+    changed: int = 0
 
 
 @dataclass(frozen=True)
 class TensorSource:
     """The tensors of a checkpoint by name, each read when it is asked for.
 
-    A file is mapped anew for every read and unmapped with the tensor: memory is bounded by what the caller keeps.
+    For a whole tensor the file is mapped, and unmapped with the tensor; rows are copied into memory of their own, because mapping
+    gigabytes to touch some rows costs more than the copy. Memory is bounded by what the caller keeps.
 
     Attributes:
         path: what was opened.
@@ -108,7 +118,8 @@ class TensorSource:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start .. stop - 1`` of the first axis.  # [stop - start, ...]"""
         self._check_range(name, 0, start, stop)
-        return self._take(name, slice(start, stop))
+        stored = self._find(name)
+        return self._take(name, slice(start, stop)) if stored.offset is None else _copy_rows(stored, start, stop)
 
     def read_columns(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Columns ``start .. stop - 1`` of the second axis, a strided view.  # [rows, stop - start, ...]"""
@@ -169,7 +180,7 @@ def _reported(file: Path) -> Iterator[None]:
     """Turns what safetensors and the file system raise on a file into CheckpointError."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: too large to map
         raise _damaged(file, str(error)) from error
 
 
@@ -215,8 +226,36 @@ def _contents(file: Path) -> dict[str, _Stored]:
     with _reported(file), safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118  (a safe_open is no mapping)
             part = opened.get_slice(name)
-            stored[name] = _Stored(file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
-    return stored
+            dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
+            stored[name] = _Stored(file, tuple(part.get_shape()), dtype)
+    places = _places(file)  # of a header that safetensors has found valid
+    changed = file.stat().st_mtime_ns
+    return {name: replace(entry, offset=places[name], changed=changed) for name, entry in stored.items()}
+
+
+def _places(file: Path) -> dict[str, int]:
+    """Where every tensor's bytes begin in a safetensors file: after eight bytes of length and the header."""
+    with _reported(file), file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()}
+
+
+def _copy_rows(stored: _Stored, start: int, stop: int) -> torch.Tensor:
+    """Rows of a safetensors file, read at their place.  # [stop - start, ...]"""
+    rows = torch.empty((stop - start, *stored.shape[1:]), dtype=getattr(torch, stored.dtype))
+    left = rows.reshape(-1).view(torch.uint8).numpy().data
+    place = int(stored.offset or 0) + start * (len(left) // (stop - start))
+    with _reported(stored.file), stored.file.open("rb", buffering=0) as opened:
+        if os.fstat(opened.fileno()).st_mtime_ns != stored.changed:
+            raise _damaged(stored.file, "it has changed since it was opened")
+        while left:
+            count = os.preadv(opened.fileno(), [left], place)
+            if not count:
+                raise _damaged(stored.file, "it is shorter than when it was opened")
+            left, place = left[count:], place + count
+    return rows
 
 
 def _unpickle(file: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from medusa_export.heads.errors import ConfigError, missing_package
+from medusa_export.heads.errors import CheckpointError, ConfigError, missing_package
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.quantize.formats import Format, KvCache, check_heads, get_kv_cache
 from medusa_export.quantize.scales import Scales
@@ -64,7 +64,12 @@ def calibrate(
         quantization = _import_quantization()
         model = _load(model_dir, checkpoint, quant_heads, device)
         config = _quant_config(quantization, fmt, kv, quant_heads)
-        model = quantization.quantize(model, config, forward_loop=_forward_loop(batches, progress, console))
+        try:
+            model = quantization.quantize(model, config, forward_loop=_forward_loop(batches, progress, console))
+        except AssertionError as error:  # how ModelOpt reports values that are not finite
+            raise CheckpointError(
+                str(model_dir), f"numbers that cannot be calibrated ({error})", "finite weights", "check it for NaN"
+            ) from error
         if fmt.smooths:
             _share_smoothing(model)
     return _read_scales(model, fmt)

@@ -8,9 +8,16 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from medusa_export.exporter.error_table import COLUMNS
+from medusa_export.exporter.gpus import GPUS
+from medusa_export.exporter.job import FORMS
+from medusa_export.heads.families import FAMILIES
+from medusa_export.quantize.formats import FORMATS, KV_CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,14 +41,34 @@ def file_tree() -> str:
     return "\n".join(["| file | what |", "|---|---|", *rows]) + "\n"
 
 
-def test_file_tree() -> None:
+def format_table() -> str:
+    """Every weight format, from the table that the export itself is derived from."""
+    rows = []
+    for form in FORMATS.values():
+        gpus = f"{form.min_sm} and newer" if form.max_sm is None else f"{form.min_sm} .. {form.max_sm}"
+        switches = ("yes" if yes else "no" for yes in (form.needs_calibration, form.quantizes_heads, form.onnx))
+        rows.append([f"`{form.name}`", form.description, form.quant_algo or "-", gpus, *switches])
+    head = ["`--quant`", "weights and activations", "`quant_algo`", "GPUs (SM)", "prompts", "heads", "CPU"]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("files", file_tree), ("formats", format_table)])
+def test_generated_section(name: str, expected: Callable[[], str]) -> None:
     """``MEDUSA_EXPORT_GOLDEN=write`` rewrites the section."""
-    expected = file_tree()
     if os.environ.get("MEDUSA_EXPORT_GOLDEN") == "write":
-        mark = "<!-- files -->\n"
-        (ROOT / "README.md").write_text(README.replace(mark + section("files"), mark + expected), encoding="utf-8")
+        path, mark = ROOT / "README.md", f"<!-- {name} -->\n"
+        path.write_text(
+            path.read_text(encoding="utf-8").replace(mark + section(name), mark + expected()), encoding="utf-8"
+        )
         return
-    assert section("files") == expected
+    assert section(name) == expected()
+
+
+def test_every_choice_is_named() -> None:
+    for name in (*FORMS, *FAMILIES):
+        assert re.search(rf"^\|.*`{name}`.*\|", README, flags=re.MULTILINE), name
+    for name in KV_CACHE:
+        assert f"`{name}`" in README.split("`--kv-cache` takes", 1)[1].split("\n\n")[0], name
 
 
 def test_make_targets() -> None:
@@ -84,6 +111,12 @@ def test_quickstart_output_is_one() -> None:
     positions = [section("quickstart output").find(row) for row in rows]
     assert all(position >= 0 for position in positions)
     assert positions == sorted(positions)
+
+
+def test_samples_have_the_columns_that_are_printed() -> None:
+    assert re.findall(r"^  (\w+-\d+GB) ", section("plan output"), flags=re.MULTILINE) == [gpu.name for gpu in GPUS]
+    header = section("verify output").splitlines()[2]
+    assert [cell.strip() for cell in header.split("┃")[1:-1]] == ["layer", *COLUMNS, "max |error|"]
 
 
 def test_links_resolve() -> None:

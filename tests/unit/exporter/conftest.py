@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.heads.model import MedusaCheckpoint
@@ -26,6 +27,14 @@ class Case:
     model_dir: Path
     checkpoint: MedusaCheckpoint
     scales: Scales
+
+    def edit(self, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        """Change the base model's tensors in their file, and open it again."""
+        file = self.model_dir / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+        self.checkpoint = MedusaCheckpoint.open(self.model_dir, self.checkpoint.heads.source.path)
 
     def write(self, out: Path, fmt: str = "none", **options: Any) -> Path:
         """``write_trtllm`` with a small tree and this case's scales."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.exporter.agreement import logits_agree
 from medusa_export.exporter.rebuild import input_forms
+from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import Scales
@@ -32,6 +33,39 @@ def test_fp8_predicts_almost_the_same(family: str, make_case: Callable[..., Any]
     out = case.write(tmp_path / "out", "fp8", tp=2, quant_heads=True, kv_cache="fp8")
     assert logits_agree(out, case.model_dir, case.checkpoint, PROMPTS) == []
     assert input_forms(out).keys() == case.scales.input_amax.keys()
+
+
+def shrink_logits(case: Any) -> None:
+    """Random weights make predictions that no rounding leaves alone; these are about as sure as a language model's."""
+    heads = case.checkpoint.heads.source.files[0]
+    for file in (case.model_dir / "model.safetensors", heads):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if tensor.shape[0] == 128 and (name == "lm_head.weight" or name[1:] == ".1.weight"):
+                tensor.mul_(0.5)
+        save_file(tensors, file, {"format": "pt"})
+    case.checkpoint = MedusaCheckpoint.open(case.model_dir, heads)
+
+
+@pytest.mark.parametrize("fmt", ["fp8_rowwise", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4"])
+def test_every_format_predicts_almost_the_same(fmt: str, make_case: Callable[..., Any], tmp_path: Path) -> None:
+    group_size = 64 if fmt == "int4_awq" else None
+    form = get_format(fmt, group_size)
+    case = make_case(hidden_size=128, intermediate_size=128, head_dim=32, vocab_size=128, num_hidden_layers=1)
+    shrink_logits(case)
+    options = {"quant_heads": form.quantizes_heads, "kv_cache": "none"}
+    if form.needs_calibration:
+        case.scales = calibrate(case.model_dir, case.checkpoint, form, batches=PROMPTS, **options)
+    out = case.write(tmp_path / "out", fmt, group_size=group_size, **options)
+    assert logits_agree(out, case.model_dir, case.checkpoint, PROMPTS) == []
+    # the same file with one row of scales wrong: far off, so that the bound is no formality
+    rank = out / "rank0.safetensors"
+    tensors = load_file(rank)
+    name = next(name for name in tensors if name.endswith(("per_channel_scale", "weights_scaling_factor")))
+    scales = tensors[name].float()
+    tensors[name] = scales.mul_(8).clamp_(max=448).to(tensors[name].dtype)
+    save_file(tensors, rank)
+    assert logits_agree(out, case.model_dir, case.checkpoint, PROMPTS) != []
 
 
 def test_16_bit_predicts_the_same(make_case: Callable[..., Any], tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
     logging.getLogger().setLevel(logging.WARNING)
 
 
+def _each(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 @dataclass
 class Inputs:
     """A tiny model with a tokenizer, heads for it, and the directory that both lie in."""
@@ -81,7 +85,8 @@ class Inputs:
     def flags(self, **changes: object) -> list[str]:
         """The smallest export; ``None`` drops a flag, and "" makes it a switch."""
         given = {"ckpt": self.model, "heads": self.heads, "engine": "none", "output": self.root / "out", **changes}
-        pairs = ((f"--{name.replace('_', '-')}", value) for name, value in given.items() if value is not None)
+        repeated = [(name, each) for name, value in given.items() for each in _each(value)]
+        pairs = ((f"--{name.replace('_', '-')}", value) for name, value in repeated if value is not None)
         return [str(part) for pair in pairs for part in pair if part != ""]
 
 
@@ -145,13 +150,18 @@ class TestExport:
         seen = spy(monkeypatch, "medusa_export.exporter.export.export", True)
         expected = ExportArguments(
             inputs.model, tmp_path / "o", "fp8", inputs.heads, "fp8", True, "bfloat16", 4, "cpu-4", tmp_path / "calib",
-            5, "none", 99, 100,
+            5, "none", 99, 100, tmp_path / "scales", 64, ("*mlp.proj*", "*attention.dense*"), "1.0", 2, "hf",
         )  # fmt: skip
+        default = ExportArguments(inputs.model, inputs.root / "model-none")
+        unset = {
+            item.name for item in fields(ExportArguments) if getattr(expected, item.name) == getattr(default, item.name)
+        }
+        assert unset == {"ckpt"}
         flags = {item.name: getattr(expected, item.name) for item in fields(ExportArguments)} | {"quant_heads": ""}
         assert run("export", *inputs.flags(**flags)).code == 0
         assert seen == [expected]
         run("export", "--ckpt", inputs.model)
-        assert seen[1] == ExportArguments(inputs.model, inputs.root / "model-none")
+        assert seen[1] == default
 
 
 def remove(name: str) -> Callable[[Inputs], dict[str, object]]:
@@ -208,6 +218,12 @@ def bad_config(inputs: Inputs) -> dict[str, object]:
     return {}
 
 
+def experts(inputs: Inputs) -> dict[str, object]:
+    path = inputs.model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "mixtral", "num_local_experts": 8}))
+    return {}
+
+
 def bad_prompts(inputs: Inputs) -> dict[str, object]:
     (inputs.root / "calib.jsonl").write_text('{"prompt": "w1"}\n{"question": "w2"}\n')
     return {"calib": inputs.root / "calib.jsonl"}
@@ -229,12 +245,68 @@ ERRORS: dict[str, tuple[Callable[[Inputs], dict[str, object]], str]] = {
         lambda inputs: {**remove("chat_template.jinja")(inputs), "engine": "onnxruntime"},
         "got no chat template",
     ),
-    "unknown format": (flags(quant="fp9"), "format 'fp9': got an unknown name; expected one of none, fp8, int8_wo"),
+    "unknown format": (
+        flags(quant="fp9"),
+        f"format 'fp9': got an unknown name; expected one of {', '.join(FORMATS)};",
+    ),
     "unknown cache": (flags(kv_cache="fp4"), "kv cache format 'fp4': got an unknown name"),
     "unknown engine": (flags(engine="vllm"), "--engine: got 'vllm'; expected onnxruntime or none"),
     "unknown dtype": (flags(dtype="int4"), "dtype 'int4'"),
     "16-bit heads only": (flags(quant_heads=""), "leave the heads in 16 bit"),
-    "dims of int8": (flags(quant="int8_wo"), "in format int8_wo: got "),
+    "dims of int8": (
+        flags(quant="int8_wo"),
+        "in format int8_wo: got [80, 64] features over tp 1; expected multiples of",
+    ),
+    "dims of nvfp4": (flags(quant="nvfp4"), "no tp works with format nvfp4: use --quant fp8"),
+    "group size": (
+        flags(quant="int4_awq", group_size=32),
+        "group size of format int4_awq: got 32; expected one of 64, 128; leave --group-size out",
+    ),
+    "group size of a tensor": (flags(quant="fp8", group_size=64), "got 64; expected none: it has no groups"),
+    "pipeline": (
+        flags(pp=2),
+        "--pp: got 2; expected 1 (TensorRT-LLM cannot build the Medusa graph on a stage that is not the last); use --tp 2",
+    ),
+    "pipeline and tensor": (flags(pp=2, tp=2), "; use --tp 4"),
+    "no stage": (flags(pp=0), "--pp: got 0; expected 1"),
+    "release without engines": (
+        flags(trtllm_version="1.3.0"),
+        "--trtllm-version: got 1.3.0, which has no engine backend and so no Medusa; expected at most 1.2.1; stay on 1.2.1, or "
+        "serve the ONNX graph (OUT/engine, OUT/onnx)",
+    ),
+    "old release": (flags(trtllm_version="0.16"), "--trtllm-version: got 0.16; expected 0.17 or later"),
+    "no release": (
+        flags(trtllm_version="1.0.9"),
+        "--trtllm-version: got 1.0.9, which was not released; expected one of",
+    ),
+    "no release number": (flags(trtllm_version="newest"), "--trtllm-version: got 'newest'"),
+    "exclude nothing": (
+        flags(quant="fp8", exclude=("*mlp.proj*", "mlp.prj")),
+        "--exclude mlp.prj: got no such module; expected a pattern of TensorRT-LLM's names, such as '*mlp.proj*'",
+    ),
+    "exclude half of a pair": (
+        flags(quant="fp8", exclude="*mlp.fc"),
+        "--exclude: got only mlp.fc of layer 0; expected both or none (trtllm-build fuses them)",
+    ),
+    "exclude from 16 bit": (flags(exclude="*mlp.proj*"), "--exclude *mlp.proj*: got format none;"),
+    "exclude from rows": (flags(quant="fp8_rowwise", exclude="*mlp.proj*"), "leave --exclude out, or use fp8"),
+    "unknown form": (
+        flags(format="nope"),
+        "--format: got 'nope'; expected one of trtllm, hf, vllm-heads, medusa-v1, medusa-v2;",
+    ),
+    "smoothed unified form": (
+        flags(format="hf", quant="int8_sq"),
+        "--format hf with --quant int8_sq: got no writer for it; expected none, fp8, fp8_rowwise or nvfp4; use fp8",
+    ),
+    "unified form of two ranks": (flags(format="hf", tp=2), "--format hf with --tp: got an option of TensorRT-LLM's"),
+    "unified form, integer cache": (flags(format="hf", kv_cache="int8"), "--format hf with --kv-cache int8: got"),
+    "heads that medusa-v2 cannot hold": (flags(format="medusa-v2"), "write medusa-v1 instead"),
+    "scales of nothing": (flags(quant="fp8", scales="absent"), "absent: got "),
+    "experts": (
+        experts,
+        "config.json: got model_type 'mixtral', a mixture of experts: its router and experts have no place in what is "
+        "written; expected one of llama, mistral, qwen2, qwen3;",
+    ),
     "missing tree": (flags(tree="oak"), "tree oak: got no such file or preset; expected a JSON file or one of none,"),
     "no JSON tree": (tree("[[0],"), "tree.json: got unreadable JSON"),
     "tree without parent": (tree("[[0], [1, 0]]"), "tree choice [1, 0]: got no parent [1]"),
@@ -265,15 +337,76 @@ def test_error(case: str, run: Run, inputs: Inputs) -> None:
     assert sorted(inputs.root.rglob("*")) == before
 
 
-@pytest.mark.parametrize("table", [FORMATS, KV_CACHE], ids=["quant", "kv-cache"])
-def test_a_format_without_a_writer_names_the_nearest(table: dict[str, Any], run: Run, inputs: Inputs) -> None:
-    flag = "quant" if table is FORMATS else "kv_cache"
-    unwritten = [row for row in table.values() if not row.exportable]
-    assert unwritten
-    for row in unwritten:
-        line = one_line(run("export", *inputs.flags(**{flag: row.name})))
-        assert re.search(rf"'{row.name}': got a known format without a writer .*; use {row.nearest}$", line)
-        assert table[row.nearest].exportable
+@pytest.fixture
+def sized(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_heads: Callable[..., Path], tiny_tokenizer: Any
+) -> Callable[..., Inputs]:
+    """``sized(hidden, intermediate)``: inputs whose linears have the sizes that some format asks for."""
+
+    def make(hidden: int, intermediate: int) -> Inputs:
+        sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": hidden // 64}
+        model = tiny_checkpoint(
+            tmp_path / "model", dtype=torch.float16, **sizes, num_key_value_heads=hidden // 64, head_dim=64
+        )
+        heads = tiny_heads(tmp_path / "heads", hidden=hidden, dtype=torch.float16)
+        return Inputs(tmp_path, tiny_tokenizer(model), heads)
+
+    return make
+
+
+def test_the_group_size_that_fits_is_named(run: Run, sized: Callable[..., Inputs]) -> None:
+    made = sized(192, 320)
+    line = one_line(run("export", *made.flags(quant="int4_awq")))
+    assert line.endswith("got [576, 192] features over tp 1; expected multiples of [128, 128]; use --group-size 64")
+    assert not (made.root / "out").exists()
+    assert run("export", *made.flags(quant="int4_awq", group_size=64, calib_prompts=1)).code == 0
+    config = json.loads((made.root / "out/trtllm/config.json").read_text())
+    assert config["quantization"]["group_size"] == 64
+
+
+def test_fp4_has_no_engine_here(run: Run, sized: Callable[..., Inputs]) -> None:
+    made = sized(256, 256)
+    line = one_line(run("export", *made.flags(quant="nvfp4", engine="onnxruntime")))
+    assert "nvfp4" in line
+    assert "--engine none" in line
+    assert not (made.root / "out").exists()
+    assert run("export", *made.flags(quant="nvfp4", calib_prompts=1)).code == 0
+
+
+FORMS = {
+    "trtllm": {"scales.safetensors", "tree.json", "tokenizer", "trtllm/config.json", "trtllm/rank0.safetensors"},
+    "hf": {
+        "scales.safetensors", "hf/config.json", "hf/hf_quant_config.json", "hf/model.safetensors", "hf/tokenizer.json",
+        "hf/tokenizer_config.json", "hf/chat_template.jinja",
+    },
+    "vllm-heads": {"heads/config.json", "heads/model.safetensors"},
+    "medusa-v1": {"heads/config.json", "heads/medusa_lm_head.safetensors"},
+    "medusa-v2": {"heads/config.json", "heads/medusa_lm_head.safetensors"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form(form: str, run: Run, inputs: Inputs, tiny_heads: Callable[..., Path]) -> None:
+    out, options = inputs.root / "out", {"format": form, "quant": "fp8", "calib_prompts": 1}
+    if form == "medusa-v2":
+        options["heads"] = tiny_heads(inputs.root / "heads-v2", "v2", dtype=torch.float16)
+    assert run("export", *inputs.flags(**options)) == (0, f"wrote {out}\n", "")
+    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    listed = {
+        name if (out / name).is_file() else f"{name}/{each.name}"
+        for name in FORMS[form]
+        for each in members(out / name)
+    }
+    assert written == {"medusa.json", *listed}
+    assert run("export", *inputs.flags(**options)).out == f"up to date: {out}\n"
+    result = run("export", "verify", out)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.endswith(f"{out}: complete and consistent\n")
+    assert ("quantization error" in result.out) == (form == "trtllm")
+
+
+def members(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else [path]
 
 
 @pytest.mark.parametrize("wrong", [["--quantt", "fp8"], ["--tp", "two"], ["verify"], ["publish", "out"]])
@@ -333,6 +466,19 @@ def test_an_ignored_signal_stays_ignored(run: Run, inputs: Inputs, monkeypatch: 
 
 
 class TestVerify:
+    def test_error_table(self, run: Run, inputs: Inputs) -> None:
+        """A row a layer; 16-bit weights have no error, and so no table."""
+        out = inputs.root / "out"
+        run("export", *inputs.flags(quant="fp8", calib_prompts=1, exclude="*layers.1.mlp.proj*"))
+        result = run("export", "verify", out)
+        assert (result.code, result.err) == (0, "")
+        assert "quantization error: signal-to-noise ratio in dB" in " ".join(result.out.split())
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.out.splitlines() if "│" in line]
+        assert [(row[0], row[4]) for row in rows] == [("0", rows[0][4]), ("1", "16 bit")]
+        for value in (*rows[0][1:5], *rows[1][1:4]):
+            assert 25 < float(value) < 40  # e4m3 rounds to 1 part in 16 at worst: 31.5 dB for normal weights
+        assert 0 < float(rows[0][5]) < 0.1
+
     def test_good_and_flipped(self, run: Run, inputs: Inputs) -> None:
         out = inputs.root / "out"
         run("export", *inputs.flags())
@@ -366,8 +512,7 @@ class TestHelp:
         for item in fields(ExportArguments):
             assert f"--{item.name.replace('_', '-')} " in text, item.name
         for row in (*FORMATS.values(), *KV_CACHE.values()):
-            note = "" if row.exportable else " (not in this version)"
-            assert f"{row.name} {row.description}{note}" in text, row.name
+            assert f"{row.name} {row.description}" in text, row.name
         assert ", ".join(PRESETS) in text
         assert "verify Check an export again" in text
         assert "--verbose -v" in text

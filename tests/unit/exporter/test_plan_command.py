@@ -19,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from medusa_export.exporter import cli, sizing
+from medusa_export.exporter import cli, sizing, sizing_report
 from medusa_export.exporter.job import ExportArguments
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import DecoderConfig
@@ -177,7 +177,7 @@ class TestOutput:
         found, out = real_size("70B"), io.StringIO()
         arguments = ExportArguments(found.model, found.root / "out", quant, found.heads, engine="none", tp=8)
         got = sizing.plan_export(arguments, batch=16, context=131072)
-        sizing.print_sizing(got, Console(file=out, width=width))
+        sizing_report.print_sizing(got, Console(file=out, width=width))
         lines = out.getvalue().splitlines()
         assert max(map(len, lines)) <= width
         assert "…" not in out.getvalue()
@@ -212,10 +212,11 @@ class TestFlags:
         seen: list[Any] = []
         monkeypatch.setattr("medusa_export.exporter.export.export", lambda arguments, *_: seen.append(arguments))
         monkeypatch.setattr(sizing, "plan_export", lambda arguments, **_: seen.append(arguments))
-        monkeypatch.setattr(sizing, "print_sizing", lambda *_: None)
+        monkeypatch.setattr(sizing_report, "print_sizing", lambda *_: None)
         values: dict[str, object] = {
             "quant": "fp8", "kv_cache": "fp8", "quant_heads": "", "dtype": "bfloat16", "tp": 4, "tree": "cpu-4",
             "calib": "calib", "calib_prompts": 5, "max_length": 99, "draft_vocab": 100, "scales": "scales",
+            "group_size": 64, "exclude": "*mlp.proj*", "trtllm_version": "1.0", "pp": 2, "format": "hf",
         }  # fmt: skip
         for flags in (["--ckpt", inputs.model], inputs.flags(**values)):
             assert run(*flags).code == 0
@@ -293,6 +294,11 @@ REFUSALS: dict[str, Callable[[Inputs], dict[str, object]]] = {
     "16-bit heads only": flags(quant_heads=""),
     "features that do not fit": flags(quant="int8_wo"),
     "tp": flags(tp=3),
+    "group size": flags(quant="int4_awq", group_size=32),
+    "pipeline": flags(pp=2),
+    "release": flags(trtllm_version="1.3.0"),
+    "exclude": flags(quant="fp8", exclude="nope"),
+    "format": flags(format="nope"),
     "tree too deep": flags(tree="medusa-63"),
     "missing tree": flags(tree="oak"),
     "empty tree": flags(tree="none"),
@@ -312,6 +318,13 @@ def test_refuses_what_the_export_refuses(case: str, inputs: Inputs, run: Run) ->
     assert one_line(run("plan", *changed)) == expected
     assert one_line(run(*changed, "--dry-run")) == expected
     assert listing(inputs.root) == before
+
+
+@pytest.mark.parametrize("form", ["hf", "medusa-v1"])
+def test_other_forms_have_no_plan(form: str, inputs: Inputs, run: Run) -> None:
+    line = one_line(run("plan", *inputs.flags(format=form)))
+    assert line == f"error: --format: got {form}; expected trtllm, the only form with a plan; leave --format out"
+    assert one_line(run(*inputs.flags(format=form), "--dry-run")) == line
 
 
 def test_output_under_a_file(inputs: Inputs, run: Run) -> None:
@@ -384,4 +397,4 @@ class TestWeights:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
-        assert usage.ru_maxrss * 1024 < 1_200_000_000
+        assert usage.ru_maxrss * 1024 < 1_600_000_000

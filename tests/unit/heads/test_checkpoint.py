@@ -344,3 +344,13 @@ def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(Path("..") / "blobs" / file.name)
     assert torch.equal(TensorSource.open(snapshot).read("a.weight"), _tensors()["a.weight"])
+
+
+def test_rows_of_a_file_that_changed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(6.0).reshape(3, 2), "b": torch.ones(2)}, path)
+    source = TensorSource.open(path)
+    assert source.read_rows("a", 1, 3).tolist() == [[2.0, 3.0], [4.0, 5.0]]
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(CheckpointError, match="it has changed since it was opened"):
+        source.read_rows("a", 0, 1)

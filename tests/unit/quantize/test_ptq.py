@@ -124,3 +124,15 @@ def test_refusals(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_importing_loads_no_modelopt() -> None:
     code = "import sys, medusa_export.quantize.ptq; sys.exit('modelopt' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_weights_that_are_not_finite(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_heads: Callable[..., Path]
+) -> None:
+    model = tiny_checkpoint(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    checkpoint = MedusaCheckpoint.open(model, tiny_heads(tmp_path / "heads", "v1", 2, 1))
+    with pytest.raises(CheckpointError, match=r"finite weights|finite number"):
+        calibrate(model, checkpoint, get_format("fp8"), kv_cache="none", quant_heads=False, batches=BATCHES)

@@ -370,6 +370,8 @@ def main(
     chosen = SHAPES[shape]
     if layers is not None:
         chosen = replace(chosen, depths=(*chosen.depths[:-1], layers))
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="export-memory-", dir=work) as folder:
         result = run_all(Path(folder), replace(chosen, cases=tuple(cases or chosen.cases)))
     _print(result)

@@ -43,7 +43,7 @@ class OnnxRuntimeEngine:
         self._rows = self._kv.reshape(
             -1, info.max_length, info.head_dim
         )  # [layers * 2 * kv_heads, max_length, head_dim]
-        self._kv_values = [self._share(self._kv[layer, kind]) for layer in range(shape[0]) for kind in (0, 1)]
+        self._kv_values = [share(self._kv[layer, kind]) for layer in range(shape[0]) for kind in (0, 1)]
         self._hidden = np.zeros((1, info.hidden_size), dtype=np.float32)  # the last kept row, what the heads read
         self._heads: dict[int, _Heads] = {}
         self._steps: dict[int, OnnxRuntimeStep] = {}
@@ -99,25 +99,12 @@ class OnnxRuntimeEngine:
             self.length += len(ids)
             yield block.logits
 
+    def _session(self, path: Path, entries: dict[str, str]) -> Any:
+        return open_graph(self._ort, path, self._options(entries))
+
     def _options(self, entries: dict[str, str]) -> Any:
         """Session options; a profiler may add to them."""
-        options = self._ort.SessionOptions()
-        options.use_per_session_threads = False
-        options.log_severity_level = 3
-        for key, value in entries.items():
-            options.add_session_config_entry(key, value)
-        return options
-
-    def _session(self, path: Path, entries: dict[str, str]) -> Any:
-        options = self._options(entries)
-        try:
-            return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own classes, all derived from Exception
-            raise ConfigError(str(path), f"{error}", "a graph that ONNX Runtime opens", "export again") from error
-
-    def _share(self, array: Array) -> Any:
-        """An OrtValue on the array's own memory."""
-        return self._ort.OrtValue.ortvalue_from_numpy(array)
+        return session_options(self._ort, entries)
 
     def _run(self, session: Any, binding: Any) -> None:
         start = time.perf_counter()
@@ -132,8 +119,8 @@ class _Heads:
         self.session = engine._session(engine._dir / heads_file(depth), engine.info.heads_session_options)
         self.draft_ids = np.zeros((depth, engine.info.top_k), dtype=np.int64)
         self.binding = self.session.io_binding()
-        self.binding.bind_ortvalue_input("hidden_states", engine._share(engine._hidden))
-        self.binding.bind_ortvalue_output("draft_ids", engine._share(self.draft_ids))
+        self.binding.bind_ortvalue_input("hidden_states", share(engine._hidden))
+        self.binding.bind_ortvalue_output("draft_ids", share(self.draft_ids))
 
 
 class _Block:
@@ -165,9 +152,9 @@ class _Block:
         engine = self.engine
         binding = engine._decoder.io_binding()
         for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, engine._share(array))
+            binding.bind_ortvalue_input(name, share(array))
         for name, array in outputs.items():
-            binding.bind_ortvalue_output(name, engine._share(array))
+            binding.bind_ortvalue_output(name, share(array))
         names = [f"{layer}.{kind}" for layer in range(engine.info.num_hidden_layers) for kind in ("key", "value")]
         for name, value in zip(names, engine._kv_values, strict=True):
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
@@ -207,6 +194,36 @@ class OnnxRuntimeStep:
             engine._rows[:, past : past + count] = engine._rows[:, past + path]
         engine.length += count
         engine._hidden[0] = self._block.hidden[path[-1]]
+
+
+def open_decoder(engine_dir: Path, info: EngineInfo, threads: int = 0) -> Any:
+    """The session of an engine's decoder, on the process's thread pool."""
+    ort = _import_onnxruntime()
+    _share_threads(ort, threads)
+    return open_graph(ort, engine_dir / DECODER_FILE, session_options(ort, info.session_options))
+
+
+def session_options(ort: ModuleType, entries: dict[str, str]) -> Any:
+    """Options of a session on the shared pool."""
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def open_graph(ort: ModuleType, path: Path, options: Any) -> Any:
+    """A session; ConfigError when ONNX Runtime refuses the graph."""
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own classes, all derived from Exception
+        raise ConfigError(str(path), f"{error}", "a graph that ONNX Runtime opens", "export again") from error
+
+
+def share(array: Array) -> Any:
+    """An OrtValue on the array's own memory."""
+    return _import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
 
 def _import_onnxruntime() -> ModuleType:

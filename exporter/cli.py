@@ -1,39 +1,26 @@
-"""The commands: parse, call one function, print, and turn errors into one line and exit code 2. The only file that imports across."""
+"""medusa-export and medusa-run: parse, call one function, print. Like the other cli files, it may import across."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import logging
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medusa_export.heads.errors import ConfigError, MedusaExportError, OutputError
+from medusa_export.exporter.console import Verbose, command_app, main, progress_bars, stderr, stdout
+from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.tree import PRESETS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 
-stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
-export_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-run_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+export_app, run_app = command_app(), command_app()
 
 
 def _table(rows: dict[str, Any]) -> str:
     """Names and descriptions for --help."""
     return "; ".join(f"[bold]{name}[/] {row.description}" for name, row in rows.items())
-
-
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")]
 
 
 @export_app.callback(invoke_without_command=True)
@@ -111,7 +98,7 @@ def export_command(
     from medusa_export.engines.selfcheck import check_engine
     from medusa_export.exporter.export import export
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         written = export(arguments, check_engine, progress, lambda text: stderr.print(text, soft_wrap=True))
     stdout.print(f"{'wrote' if written else 'up to date:'} {output}", soft_wrap=True)
 
@@ -219,7 +206,7 @@ def run_command(
     given = dict(locals())
     if report is not None and not report.resolve().parent.is_dir():
         raise OutputError(str(report), "no such directory", "an existing one", "create it first")
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = run(RunArguments(**{item.name: given[item.name] for item in fields(RunArguments)}), progress)
     _print_report(result)
     if report is not None:
@@ -234,70 +221,11 @@ def _print_report(result: dict[str, Any]) -> None:
     print_report(result, stdout)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage on stderr; nothing where that is no terminal."""
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield update
-
-
-def _unwind_on_signals() -> list[int]:
-    """SIGINT and SIGTERM raise SystemExit, so that clean-up runs; one that the caller had ignored, as nohup does, stays ignored.
-
-    Returns:
-        the signals that came: libraries that are interrupted while they are imported turn SystemExit into their own errors.
-    """
-    received: list[int] = []
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, stop)
-    return received
-
-
-def _main(app: typer.Typer) -> None:
-    """Run a command; the project's errors become one line on stderr and exit code 2, a signal one line and 128 + its number."""
-    verbose = bool({"-v", "--verbose"} & set(sys.argv))
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
-    if not verbose:  # or transformers lists the heads of a combined checkpoint as unexpected weights
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    signals = _unwind_on_signals()
-    try:
-        app()
-    except BaseException as error:
-        succeeded = isinstance(error, SystemExit) and not error.code
-        if signals and not succeeded:
-            left = next(iter(getattr(error, "__notes__", ())), "nothing half-written is left")
-            _fail(f"stopped by {signal.Signals(signals[0]).name}; {left}", 128 + signals[0])
-        if not isinstance(error, MedusaExportError):
-            raise
-        if verbose:
-            stderr.print_exception()
-        _fail(str(error), 2)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    stderr.print(f"error: {message}", style="red", soft_wrap=True, markup=False)
-    sys.exit(code)
-
-
 def export_main() -> None:
     """Entry point of medusa-export."""
-    _main(export_app)
+    main(export_app)
 
 
 def run_main() -> None:
     """Entry point of medusa-run."""
-    _main(run_app)
+    main(run_app)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from medusa_export.exporter.onnx_graph import write_decoder
+from medusa_export.exporter.onnx_graph import require_supported, write_decoder
 from medusa_export.exporter.onnx_heads import write_heads
 from medusa_export.exporter.onnx_linear import LinearWriter
+from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
@@ -86,7 +87,8 @@ def write_engine(
     out.mkdir()
     linear = LinearWriter(checkpoint, form, scales, group_size=fmt.group_size, excluded=excluded)
     write_decoder(out, checkpoint, linear, max_length=max_length)
-    write_heads(out, checkpoint, top_k=top_k, draft_vocab=draft_vocab, int8=config.hidden_size % 16 == 0)
+    if num_heads:
+        write_heads(out, checkpoint, top_k=top_k, draft_vocab=draft_vocab, int8=config.hidden_size % 16 == 0)
     info = EngineInfo(
         backend="onnxruntime",
         form=form,
@@ -107,6 +109,21 @@ def write_engine(
     info.save(out)
     (out / TREE_FILE).write_text(tree.to_json(), encoding="utf-8")
     save_tokenizer(out)
+
+
+def write_base_engine(out: Path, ckpt: Path, *, max_length: int | None = None) -> None:
+    """An engine of a base model that has no heads (yet): what writes the conversations that they are trained on.
+
+    Args:
+        max_length: its context; None: the model's, up to 2048.
+    """
+    checkpoint = MedusaCheckpoint.open_base(ckpt)
+    longest = min(max_length or 2048, checkpoint.config.max_position_embeddings)
+    require_supported(checkpoint.config, longest)
+    write_engine(
+        out, checkpoint, FORMATS["none"], None, tree=Tree(()), max_length=longest, draft_vocab=None,
+        save_tokenizer=read_tokenizer(ckpt).save_pretrained, source={"checkpoint": str(ckpt), "quant": "none"},
+    )  # fmt: skip
 
 
 def onnx_form(fmt: Format) -> str:

@@ -28,10 +28,11 @@ HEAD_DIM_MULTIPLE = 16
 def write_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter, *, max_length: int) -> None:
     """Write ``decoder.onnx`` (+ .data) into ``out``.
 
-    Inputs: input_ids, position_ids int64 [1, S]; attention_bias float [1, 1, S, T]; seqlens_k int32 [1] = T - 1;
-    total_sequence_length int32 scalar = T; output_rows int64 [R]; past_key_values.{i}.key/value float
-    [1, num_key_value_heads, max_length, head_dim]. Outputs: next_ids int64 [R]; hidden_states float [R, hidden_size] (after the
-    final norm); logits float [R, vocab_size]; present.{i}.key/value, to be bound to the same buffers as the past.
+    Inputs: input_ids, position_ids int64 [B, S]; attention_bias float [1, 1, S, T]; seqlens_k int32 [B], the rows of each
+    sequence after this run less 1; total_sequence_length int32 scalar, T, the rows of the longest; output_rows int64 [R], of
+    B * S; past_key_values.{i}.key/value float [B, num_key_value_heads, max_length, head_dim]. Outputs: next_ids int64 [R];
+    hidden_states float [R, hidden_size] (after the final norm); logits float [R, vocab_size]; present.{i}.key/value, to be
+    bound to the same buffers as the past.
 
     Raises:
         ConfigError: a rotary scaling or a shape that the graph cannot express.
@@ -102,13 +103,13 @@ def rotary_caches(config: DecoderConfig, max_length: int) -> tuple[torch.Tensor,
 
 
 def _decoder_inputs(graph: GraphBuilder, config: DecoderConfig, max_length: int) -> None:
-    graph.input("input_ids", TensorProto.INT64, [1, "S"])
-    graph.input("position_ids", TensorProto.INT64, [1, "S"])
+    graph.input("input_ids", TensorProto.INT64, ["B", "S"])
+    graph.input("position_ids", TensorProto.INT64, ["B", "S"])
     graph.input("attention_bias", TensorProto.FLOAT, [1, 1, "S", "T"])
-    graph.input("seqlens_k", TensorProto.INT32, [1])
+    graph.input("seqlens_k", TensorProto.INT32, ["B"])
     graph.input("total_sequence_length", TensorProto.INT32, [])
     graph.input("output_rows", TensorProto.INT64, ["R"])
-    cache: list[int | str] = [1, config.num_key_value_heads, max_length, config.head_dim]
+    cache: list[int | str] = ["B", config.num_key_value_heads, max_length, config.head_dim]
     for layer in range(config.num_hidden_layers):
         for kind in ("key", "value"):
             graph.input(f"past_key_values.{layer}.{kind}", TensorProto.FLOAT, cache)
@@ -132,7 +133,7 @@ def _block(
 
 
 def _attention(graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: LinearWriter, layer: int, normed: str) -> str:
-    """Packed QKV, rotary embedding, cache update and tree attention.  # [1, S, h] -> [1, S, num_attention_heads * head_dim]"""
+    """Packed QKV, rotary embedding, cache update and tree attention.  # [B, S, h] -> [B, S, num_attention_heads * head_dim]"""
     config = checkpoint.config
     modules = [name.format(layer) for name in (families.Q_PROJ, families.K_PROJ, families.V_PROJ)]
     packed = linear(graph, normed, modules)
@@ -159,7 +160,7 @@ def _attention(graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: Linear
 
 
 def _head_norm(graph: GraphBuilder, checkpoint: MedusaCheckpoint, x: str, weight: str, size: int) -> str:
-    """RMSNorm over each head (Qwen3).  # [1, S, size] -> [1, S, size]"""
+    """RMSNorm over each head (Qwen3).  # [B, S, size] -> [B, S, size]"""
     config = checkpoint.config
     heads = graph.node("Reshape", [x, graph.ints(0, 0, size // config.head_dim, config.head_dim)])
     scale = _norm_weight(graph, checkpoint, weight)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.files import ENDLESS, found_instead
@@ -50,24 +50,52 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """
     if limit is not None and limit < 1:
         raise ConfigError("limit", f"{limit}", "at least one prompt", "leave it out to read all")
+    prompts: list[Prompt] = []
+    for number, line in numbered_lines(path):
+        if len(prompts) == limit:
+            break
+        prompts.append(_prompt(line, f"{path}:{number}", number))
+    if not prompts:
+        raise ConfigError(str(path), "no prompts", "one JSON object a line", "check the file")
+    return prompts
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Line numbers, from 1, and lines of a JSONL file; blank lines are left out.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     kind = found_instead(path)
     if kind is not None:
         raise ConfigError(str(path), f"no readable file ({kind})", "a JSONL file", "check the path")
-    prompts: list[Prompt] = []
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if len(prompts) == limit:
-                    break
-                if line.strip():
-                    prompts.append(_prompt(line, f"{path}:{number}", number))
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
     except OSError as error:
         raise ConfigError(
             str(path), f"no readable file ({error.strerror})", "a JSONL file", "check the path"
         ) from error
-    if not prompts:
-        raise ConfigError(str(path), "no prompts", "one JSON object a line", "check the file")
-    return prompts
+
+
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """The object that a JSONL line holds.
+
+    Raises:
+        ConfigError: it holds something else; ``where`` is what the error names.
+    """
+    try:
+        body = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(where, f"no JSON ({error})", "one JSON object a line", "correct the line") from error
+    if not isinstance(body, dict):
+        raise ConfigError(where, f"a JSON {type(body).__name__}", "an object", "correct the line")
+    return body
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether it is text of whole characters: JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -119,12 +147,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
 
 
 def _prompt(line: bytes, where: str, number: int) -> Prompt:
-    try:
-        body = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(where, f"no JSON ({error})", "one JSON object a line", "correct the line") from error
-    if not isinstance(body, dict):
-        raise ConfigError(where, f"a JSON {type(body).__name__}", "an object", "correct the line")
+    body = json_object(line, where)
     messages = _messages(body, where)
     answers: list[str] = []
     while messages and messages[-1]["role"] == "assistant":
@@ -155,12 +178,7 @@ def _messages(body: Mapping[str, Any], where: str) -> list[dict[str, str]]:
 
 def _message(message: object, where: str) -> dict[str, str]:
     """Role and content alone; other keys would reach the chat template."""
-    if not isinstance(message, dict) or message.get("role") not in _ROLES or not _is_text(message.get("content")):
+    if not isinstance(message, dict) or message.get("role") not in _ROLES or not is_text(message.get("content")):
         expected = f"a role of {', '.join(_ROLES)} and text as content"
         raise ConfigError(where, f"the message {str(message)[:80]!r}", expected, "correct the line")
     return {"role": message["role"], "content": message["content"]}
-
-
-def _is_text(value: object) -> bool:
-    """Whether it is text of whole characters: JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

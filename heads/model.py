@@ -65,6 +65,16 @@ class MedusaCheckpoint:
             warnings.append(f"{heads}: it holds a base model too; the one in {ckpt} is used")
         return cls(config, base, found, tuple(warnings))
 
+    @classmethod
+    def open_base(cls, ckpt: Path) -> MedusaCheckpoint:
+        """Open a base checkpoint without heads, as if it had none: what conversations are generated with."""
+        config, base = DecoderConfig.from_dir(ckpt), TensorSource.open(ckpt)
+        base.require(config.tensor_shapes())
+        _refuse_more_layers(base, config)
+        if config.tie_word_embeddings and families.LM_HEAD in base:
+            _refuse_two_lm_heads(base, config, True)
+        return cls(config, base, MedusaHeads(base, 0, 0, "none", {}, ()), ())
+
     @property
     def num_medusa_heads(self) -> int:
         """Heads stored: how many tokens beyond the next one are drafted."""

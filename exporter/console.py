@@ -1,0 +1,86 @@
+"""What all commands share: consoles, a progress bar, signals, and errors as one line and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from medusa_export.heads.errors import MedusaExportError
+
+stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")]
+
+
+def command_app() -> typer.Typer:
+    """An app whose errors reach :func:`main`."""
+    return typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage on stderr; nothing where that is no terminal."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def _unwind_on_signals() -> list[int]:
+    """SIGINT and SIGTERM raise SystemExit, so that clean-up runs; one that the caller had ignored, as nohup does, stays ignored.
+
+    Returns:
+        the signals that came: libraries that are interrupted while they are imported turn SystemExit into their own errors.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, stop)
+    return received
+
+
+def main(app: typer.Typer) -> None:
+    """Run a command; the project's errors become one line on stderr and exit code 2, a signal one line and 128 + its number."""
+    verbose = bool({"-v", "--verbose"} & set(sys.argv))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    if not verbose:  # or transformers lists the heads of a combined checkpoint as unexpected weights
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signals = _unwind_on_signals()
+    try:
+        app()
+    except BaseException as error:
+        succeeded = isinstance(error, SystemExit) and not error.code
+        if signals and not succeeded:
+            left = next(iter(getattr(error, "__notes__", ())), "nothing half-written is left")
+            _fail(f"stopped by {signal.Signals(signals[0]).name}; {left}", 128 + signals[0])
+        if not isinstance(error, MedusaExportError):
+            raise
+        if verbose:
+            stderr.print_exception()
+        _fail(str(error), 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    stderr.print(f"error: {message}", style="red", soft_wrap=True, markup=False)
+    sys.exit(code)

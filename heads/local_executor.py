@@ -1,0 +1,53 @@
+"""Conversations answered from this process, several at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+from medusa_export.heads.chat_data import Conversation
+from medusa_export.heads.chat_model import ChatModel
+from medusa_export.heads.distill import Executor, Outcome, converse
+from medusa_export.heads.row_store import Maker
+
+
+def local_executor(model: ChatModel, maker: Maker, concurrency: int) -> Executor:
+    """Have ``model`` answer, at most ``concurrency`` conversations at once. The model is closed at the end."""
+
+    def execute(conversations: Sequence[Conversation], report: Callable[[Outcome], None]) -> None:
+        async def run() -> None:
+            try:
+                await answer_all(model, conversations, maker, concurrency, report)
+            finally:
+                await model.close()
+
+        asyncio.run(run())
+
+    return execute
+
+
+async def answer_all(
+    model: ChatModel,
+    conversations: Iterable[Conversation],
+    maker: Maker,
+    concurrency: int,
+    report: Callable[[Outcome], None],
+) -> None:
+    """Report the outcome of every conversation as it comes.
+
+    Raises:
+        Exception: the first that an answer or a report raises; the answers in flight are cancelled.
+    """
+    waiting = iter(conversations)
+
+    async def work() -> None:
+        for conversation in waiting:
+            report(await converse(model, conversation, maker))
+
+    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)

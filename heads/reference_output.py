@@ -1,0 +1,91 @@
+"""What a training leaves: heads alone beside their config, or base and heads in one Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.head_formats import HEAD_FILES
+from medusa_export.heads.medusa_model import own_head_parameters, save_combined
+from medusa_export.heads.model import load_reference
+from medusa_export.heads.reference_arguments import ReferenceArguments
+
+# What a directory needs beside weights and config.json to be used; tokenizers differ in their files.
+COMPANIONS = ("tokenizer*", "*.jinja", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+              "generation_config.json")  # fmt: skip
+
+
+def write_output(model: Any, model_dir: Path, out: Path, arguments: ReferenceArguments) -> float:
+    """Write what was trained, in the dtype that the base model is stored in.
+
+    Layouts "v1" and "v2" are ``medusa_lm_head.safetensors`` in FasterDecoding's form: with a config.json of its own for a frozen
+    base, beside the base's files for one that was trained. "modelopt" is one checkpoint of base and heads.
+
+    Args:
+        model: in ModelOpt's Medusa form, adapters merged.
+        out: an existing directory.
+
+    Returns:
+        Frobenius norm of the base's change over that of the base, both as stored; 0 for a frozen base.
+
+    Raises:
+        ConfigError: a base that was to be trained and did not change.
+    """
+    dtype = getattr(torch, DecoderConfig.from_dir(model_dir).dtype)
+    fresh = load_reference(model_dir, dtype)
+    change = _copy_base(model, fresh)
+    if arguments.trains_base and change == 0:
+        raise ConfigError(
+            "joint training", "a base model that did not change", "one that did", "train longer or with a higher rate"
+        )
+    if arguments.layout == "modelopt":
+        save_combined(model.to(dtype), out)
+        _copy_companions(model_dir, out)
+        return change
+    tensors = {name: parameter.detach() for name, parameter in own_head_parameters(model).items()}
+    write_heads(out, tensors, dtype)
+    if arguments.trains_base:
+        fresh.save_pretrained(out)
+        shutil.copyfile(
+            model_dir / "config.json", out / "config.json"
+        )  # nothing in it changed: not even its version's form
+        _copy_companions(model_dir, out)
+    else:
+        shared = {"version": "2"} if arguments.shares_lm_head else {}
+        counts = {"medusa_num_heads": arguments.heads, "medusa_num_layers": arguments.layers}
+        (out / "config.json").write_text(json.dumps(counts | shared, indent=1) + "\n", encoding="utf-8")
+    return change
+
+
+def write_heads(out: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """``medusa_lm_head.safetensors`` in FasterDecoding's names; tensors by canonical name."""
+    stored = {name.removeprefix("medusa_heads."): tensor.to("cpu", dtype) for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, out / HEAD_FILES[0], {"format": "pt"})
+
+
+def _copy_base(model: Any, fresh: Any) -> float:
+    """Put the trained base into the model as it was, and measure the difference."""
+    trained = dict(model.named_parameters())
+    difference, norm = 0.0, 0.0
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            stored = trained[name].detach().to("cpu", parameter.dtype)
+            difference += float((stored.double() - parameter.double()).square().sum())
+            norm += float(parameter.double().square().sum())
+            parameter.copy_(stored)
+    return float((difference / norm) ** 0.5)
+
+
+def _copy_companions(model_dir: Path, out: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in sorted(model_dir.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, out / path.name)

@@ -56,7 +56,7 @@ def ray_executor(factory: ModelFactory, maker: Maker, *, workers: int, concurren
                 _Actor,
                 fn_constructor_args=(factory, maker, concurrency),
                 batch_size=concurrency,
-                compute=ray.data.ActorPoolStrategy(size=workers),
+                compute=ray.data.ActorPoolStrategy(size=min(workers, blocks)),
             )
             for batch in results.iter_batches(batch_size=None, prefetch_batches=0):  # iter_rows would hold one back
                 _report(batch, by_key, report)

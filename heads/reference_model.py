@@ -34,11 +34,8 @@ Teacher = Callable[[Batch], torch.Tensor]
 class Extension(Protocol):
     """What turns the training into another one: quantization-aware training puts quantizers in and takes them out again.
 
-    Attributes:
-        base_without_adapters: the model with its adapters off is the base as it was; otherwise the teacher is a copy.
+    With its adapters off the model has to be the base as it was: they are the teacher.
     """
-
-    base_without_adapters: bool
 
     def recorded(self) -> dict[str, Any]:
         """JSON of everything about it that shapes the result."""
@@ -185,8 +182,8 @@ def build(
     Raises:
         MedusaExportError: a model or heads that cannot be read or do not fit; ModelOpt or peft is missing.
     """
-    # Weights that do not change themselves are held as they are stored; quantizers round the sum with the adapters' product.
-    is_constant = not arguments.trains_base or (arguments.uses_adapters and extension is None)
+    # Weights that nothing changes are held as they are stored; what extensions do to them is for them to undo.
+    is_constant = extension is None and (arguments.uses_adapters or not arguments.trains_base)
     is_stored = DecoderConfig.from_dir(model_dir).dtype == "bfloat16"
     dtype = torch.bfloat16 if arguments.bf16 and is_constant and is_stored else torch.float32
     model = load_reference(model_dir, dtype)
@@ -200,7 +197,7 @@ def build(
     model.to(device)
     if extension is not None:
         extension.prepare(model)
-    return Built(model, adapters, _teacher(model_dir, arguments, model, adapters, extension, device))
+    return Built(model, adapters, _teacher(model_dir, arguments, model, adapters, device))
 
 
 def _stored_heads(model_dir: Path, path: Path, arguments: ReferenceArguments) -> dict[str, torch.Tensor]:
@@ -233,13 +230,12 @@ def _teacher(
     arguments: ReferenceArguments,
     model: Any,
     adapters: Any,
-    extension: Extension | None,
     device: torch.device | str,
 ) -> Teacher | None:
-    """The base as it was: the model without its adapters, or, where it changes otherwise, a second copy in memory."""
+    """The base as it was: the model without its adapters, or, where all its weights change, a second copy in memory."""
     if not (arguments.trains_base and arguments.distill):
         return None
-    if adapters is not None and (extension is None or extension.base_without_adapters):
+    if adapters is not None:
 
         def without_adapters(batch: Batch) -> torch.Tensor:
             with adapters.disable_adapter():

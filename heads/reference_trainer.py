@@ -42,8 +42,10 @@ class MedusaTrainer(Trainer):
         self._rates = {"base": arguments.base_rate, "heads": arguments.head_rate}
         self._trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         super().__init__(model, data_collator=Collator(), compute_metrics=metrics, **options)
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise ConfigError("fsdp", "one process, or no GPUs", "several, each with its GPU", "run it under torchrun")
+        if self.args.fsdp and not self.is_fsdp_enabled:  # on CPUs the Trainer would go on without it
+            raise ConfigError("fsdp", "no GPUs", "a GPU a process", "leave it out, or run under torchrun on GPUs")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ConfigError("fsdp_config", "version 1", "version 2, the one this was tested with", "set version to 2")
         self.remove_callback(PrinterCallback)  # a command's stdout is for its result
         self.add_callback(_ProgressCallback(model, progress))
 

@@ -59,23 +59,49 @@ def calibrate(
         raise ConfigError(f"format {fmt.name}", "nothing to calibrate", "a format with scales", "skip calibration")
     if not any(batches):
         raise ConfigError("calibration prompts", "none", "at least one prompt with tokens", "give a prompts file")
+    with _modelopt_output_to_log():
+        config = _quant_config(import_quantization(), fmt, kv, quant_heads)
+        model = _load(model_dir, checkpoint, quant_heads, device)
+    insert_quantizers(model, config, fmt, batches, progress)
+    return read_scales(model, fmt)
+
+
+def insert_quantizers(
+    model: Any,
+    config: dict[str, Any],
+    fmt: Format,
+    batches: Sequence[Sequence[int]],
+    progress: Progress | None = None,
+) -> None:
+    """Put ModelOpt's quantizers into a model, in place, and calibrate them.
+
+    Args:
+        model: a causal LM, perhaps in Medusa form.
+        config: ModelOpt's recipe.
+        fmt: the format that it is for.
+        batches: as for :func:`calibrate`.
+        progress: likewise.
+
+    Raises:
+        CheckpointError: weights or activations that are not finite.
+    """
     console = sys.stdout
     with _modelopt_output_to_log():
-        quantization = _import_quantization()
-        model = _load(model_dir, checkpoint, quant_heads, device)
-        config = _quant_config(quantization, fmt, kv, quant_heads)
         try:
-            model = quantization.quantize(model, config, forward_loop=_forward_loop(batches, progress, console))
+            import_quantization().quantize(model, config, forward_loop=_forward_loop(batches, progress, console))
         except AssertionError as error:  # how ModelOpt reports values that are not finite
             raise CheckpointError(
-                str(model_dir), f"numbers that cannot be calibrated ({error})", "finite weights", "check it for NaN"
+                str(model.config.name_or_path),
+                f"numbers that cannot be calibrated ({error})",
+                "finite weights",
+                "check it for NaN",
             ) from error
         if fmt.smooths:
             _share_smoothing(model)
-    return _read_scales(model, fmt)
 
 
-def _import_quantization() -> Any:
+def import_quantization() -> Any:
+    """ModelOpt's quantization package, or MissingPackageError."""
     try:
         import modelopt.torch.quantization
     except ImportError as error:
@@ -111,15 +137,21 @@ def _quant_config(quantization: Any, fmt: Format, kv: KvCache, quant_heads: bool
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithm: Any = "max"
     if fmt.modelopt_config is not None:
-        recipe = copy.deepcopy(getattr(quantization, fmt.modelopt_config))
-        rules, algorithm = list(recipe["quant_cfg"]), recipe["algorithm"]
-    for rule in rules:
-        _set_group_size(rule, fmt.group_size)
+        rules, algorithm = recipe(quantization, fmt.modelopt_config, fmt.group_size)
     if kv.bits is not None:
         rules.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": kv.bits, "axis": None}})
     if not quant_heads:
         rules.append({"quantizer_name": f"*{HEADS}*", "enable": False})
     return {"quant_cfg": rules, "algorithm": algorithm}
+
+
+def recipe(quantization: Any, name: str, group_size: int | None) -> tuple[list[dict[str, Any]], Any]:
+    """Rules and algorithm of one of ModelOpt's recipes, with our size of groups."""
+    found = copy.deepcopy(getattr(quantization, name))
+    rules = list(found["quant_cfg"])
+    for rule in rules:
+        _set_group_size(rule, group_size)
+    return rules, found["algorithm"]
 
 
 def _set_group_size(rule: dict[str, Any], group_size: int | None) -> None:
@@ -157,7 +189,7 @@ def _forward_loop(
     return run
 
 
-def _read_scales(model: torch.nn.Module, fmt: Format) -> Scales:
+def read_scales(model: torch.nn.Module, fmt: Format) -> Scales:
     """What the enabled quantizers saw, by the name of the module that they sit in."""
     scales = Scales()
     for name, module in model.named_modules():

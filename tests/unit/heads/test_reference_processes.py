@@ -1,9 +1,10 @@
-"""The reference training when it is killed, and on two processes."""
+"""The reference training on two processes."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,34 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-# A program of its own, run three ways: in this process, until it kills itself, and by torchrun.
-PROGRAM = """
-import json, os, random, signal, sys
-from pathlib import Path
-from medusa_export.heads.reference_arguments import ReferenceArguments
-from medusa_export.heads.reference_training import train_reference
-from medusa_export.heads.training_data import Example
-
-def main(model, out, options, kill=""):
-    rng, data = random.Random(0), []
-    for _ in range(26):
-        prompt, answer = rng.randint(3, 8), rng.randint(1, 20)
-        ids = [rng.randrange(97) for _ in range(prompt + answer)]
-        data.append(Example(ids, [False] * prompt + [True] * answer))
-
-    def progress(stage, done, total):
-        if f"{stage}{done}" == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    common = dict(base="joint", heads=2, lora_rank=4, log_every=1, report_to=(), max_steps=9, checkpoint_every=2)
-    arguments = ReferenceArguments(**common | json.loads(options))
-    report = train_reference(Path(model), data[:22], Path(out), arguments, held_out=data[22:], progress=progress)
-    return [report.metrics, [entry["loss"] for entry in report.history.get("joint", ()) if "loss" in entry]]
-
-if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))
-"""
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+PROGRAM = Path(__file__).with_name("training_program.py")
 
 
 @pytest.fixture
@@ -56,16 +30,14 @@ def model(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Iterator[Path
 
 def here(*arguments: object) -> Any:
     """What the program's main returns in this process."""
-    names: dict[str, Any] = {"__name__": "program"}
-    exec(PROGRAM, names)
-    return names["main"](*map(str, arguments))
+    return runpy.run_path(str(PROGRAM))["main"](*map(str, arguments))
 
 
-def apart(script: Path, *arguments: object, launcher: tuple[str, ...] = ()) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of the program in processes of its own, which do not outlive the test."""
-    script.write_text(PROGRAM)
+def on_two(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the program under torchrun, whose processes do not outlive the test."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     process = subprocess.Popen(
-        [sys.executable, *launcher, str(script), *map(str, arguments)],
+        [sys.executable, *launcher, str(PROGRAM), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -84,34 +56,18 @@ def outputs(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors") | load_file(path / "medusa_lm_head.safetensors")
 
 
-def test_killed_and_continued(model: Path, tmp_path: Path) -> None:
-    """Killed in the second stage, between two checkpoints and behind an evaluation: the same bits come out."""
-    options = '{"batch_size": 4, "warmup_heads": 0.3, "patience": 9}'
-    status, _, errors = apart(tmp_path / "program.py", model, tmp_path / "killed", options, "joint5")
-    assert status == -signal.SIGKILL, errors
-    assert not (tmp_path / "killed").exists()
-    checkpoints = (tmp_path / ".killed.training" / "joint").iterdir()
-    assert sorted(path.name for path in checkpoints) == ["checkpoint-2", "checkpoint-4"]
-    continued, whole = (here(model, tmp_path / name, options) for name in ("killed", "whole"))
-    assert continued == whole
-    first, second = outputs(tmp_path / "killed"), outputs(tmp_path / "whole")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_two_processes_are_one(model: Path, tmp_path: Path) -> None:
-    """The same sequences in a step, on one process and on two: the same loss, and the same weights."""
-    sgd = '"warmup_heads": 0, "trainer": {"optim": "sgd"}, "learning_rate": 0.1, "max_grad_norm": 0, "max_steps": 3'
+    """The same sequences in a step, on one process and on two, copies (DDP) or shards (FSDP2): the same loss and weights."""
+    sgd = '"warmup_heads": 0.25, "trainer": {"optim": "sgd"}, "learning_rate": 0.1, "max_grad_norm": 0, "max_steps": 4'
     _, losses = here(model, tmp_path / "one", f'{{"batch_size": 4, {sgd}}}')
-    status, out, errors = apart(
-        tmp_path / "program.py", model, tmp_path / "two", f'{{"batch_size": 2, {sgd}}}', launcher=TORCHRUN
-    )
+    status, out, errors = on_two(model, tmp_path / "two", f'{{"batch_size": 2, {sgd}}}')
     assert status == 0, errors
     assert len(losses) == 3
-    printed = [json.loads(line)[1] for line in out.splitlines()]  # by both; only the first is sure to know the history
-    assert max(printed, key=len) == pytest.approx(losses, rel=1e-5)
-    first, second = outputs(tmp_path / "one"), outputs(tmp_path / "two")
-    original = load_file(model / "model.safetensors")
-    for name, tensor in first.items():
-        step = float((tensor - original.get(name, torch.zeros(()))).abs().max())
-        assert float((second[name] - tensor).abs().max()) <= 1e-3 * step, name
+    printed = [json.loads(line)[1] for line in out.splitlines()]
+    assert len(printed) == 4  # two trainings by two processes
+    assert all(found == pytest.approx(losses, rel=1e-5) for found in printed)
+    first, original = outputs(tmp_path / "one"), load_file(model / "model.safetensors")
+    for second in (outputs(tmp_path / "two"), outputs(tmp_path / "two-sharded")):
+        for name, tensor in first.items():
+            step = float((tensor - original.get(name, torch.zeros(()))).abs().max())
+            assert float((second[name] - tensor).abs().max()) <= 1e-3 * step, name

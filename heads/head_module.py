@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional
 
-from medusa_export.heads.head_formats import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_LM_HEAD
+from medusa_export.heads.head_formats import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_FILES, HEAD_LM_HEAD
 from medusa_export.heads.model import MedusaCheckpoint
-
-HEADS_FILE = "medusa_lm_head.safetensors"
 
 
 class MedusaHeads(nn.Module):
@@ -74,10 +73,18 @@ class MedusaHeads(nn.Module):
             out: an existing directory.
             dtype: of the stored tensors.
         """
-        tensors = {
-            name.removeprefix("medusa_heads."): tensor.to(dtype).contiguous() for name, tensor in self.tensors().items()
-        }
-        save_file(tensors, out / HEADS_FILE, metadata={"format": "pt"})
-        shared = self.own_lm_head is None
-        config = {"medusa_num_heads": self.num_heads, "medusa_num_layers": self.num_layers}
-        (out / "config.json").write_text(json.dumps(config | ({"version": "2"} if shared else {}), indent=1) + "\n")
+        write_heads(out, self.tensors(), dtype)
+        write_heads_config(out, self.num_heads, self.num_layers, shared=self.own_lm_head is None)
+
+
+def write_heads(out: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """``medusa_lm_head.safetensors`` in FasterDecoding's names; tensors by canonical name."""
+    stored = {name.removeprefix("medusa_heads."): tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+    data = save({name: tensor.contiguous() for name, tensor in stored.items()}, {"format": "pt"})
+    (out / HEAD_FILES[0]).write_bytes(data)  # save_file would let nobody else read it
+
+
+def write_heads_config(out: Path, num_heads: int, num_layers: int, *, shared: bool) -> None:
+    """config.json of heads alone; ``shared``: they use the base's lm_head ("version 2")."""
+    config = {"medusa_num_heads": num_heads, "medusa_num_layers": num_layers} | ({"version": "2"} if shared else {})
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.errors import ConfigError
-from medusa_export.heads.head_formats import HEAD_FILES
+from medusa_export.heads.head_module import write_heads, write_heads_config
 from medusa_export.heads.medusa_model import own_head_parameters, save_combined
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.reference_arguments import ReferenceArguments
@@ -59,16 +56,8 @@ def write_output(model: Any, model_dir: Path, out: Path, arguments: ReferenceArg
         )  # nothing in it changed: not even its version's form
         _copy_companions(model_dir, out)
     else:
-        shared = {"version": "2"} if arguments.shares_lm_head else {}
-        counts = {"medusa_num_heads": arguments.heads, "medusa_num_layers": arguments.layers}
-        (out / "config.json").write_text(json.dumps(counts | shared, indent=1) + "\n", encoding="utf-8")
+        write_heads_config(out, arguments.heads, arguments.layers, shared=arguments.shares_lm_head)
     return change
-
-
-def write_heads(out: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """``medusa_lm_head.safetensors`` in FasterDecoding's names; tensors by canonical name."""
-    stored = {name.removeprefix("medusa_heads."): tensor.to("cpu", dtype) for name, tensor in tensors.items()}
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, out / HEAD_FILES[0], {"format": "pt"})
 
 
 def _copy_base(model: Any, fresh: Any) -> float:

@@ -8,13 +8,13 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback
 
-from medusa_export.heads import locking
 from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.reference_arguments import ReferenceArguments, training_arguments
 from medusa_export.heads.reference_model import Built, Extension, MedusaTraining, build, check_examples
@@ -22,12 +22,15 @@ from medusa_export.heads.reference_output import write_output
 from medusa_export.heads.reference_trainer import MedusaTrainer, load_trained
 from medusa_export.heads.staging import publish
 from medusa_export.heads.training_data import Example, data_hash
+from medusa_export.heads.training_work import training_work, work_beside
 
 logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"
 LOGS = "logs"
 Progress = Callable[[str, int, int], None]
+History = dict[str, list[dict[str, Any]]]
+Report = Callable[[Any, Path, History], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class ReferenceReport:
     stages: tuple[Stage, ...]
     metrics: dict[str, float]
     base_change: float
-    history: dict[str, list[dict[str, Any]]]
+    history: History
 
 
 def stages(arguments: ReferenceArguments, examples: int, processes: int = 1) -> tuple[Stage, ...]:
@@ -76,8 +79,8 @@ def train_reference(
     held_out: Sequence[Example] = (),
     heads: Path | None = None,
     extension: Extension | None = None,
-    work_dir: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
+    report: Report = lambda model, out, history: None,
 ) -> ReferenceReport:
     """Train, and write heads, or base and heads, to ``output``; the same call continues what was interrupted.
 
@@ -90,8 +93,9 @@ def train_reference(
         held_out: conversations that metrics and early stopping look at.
         heads: existing heads to continue from.
         extension: what else is done to the model, for instance quantization.
-        work_dir: checkpoints; None: beside the output. Removed in the end.
         progress: called with (stage, steps done, steps in all).
+        report: called with the trained model, adapters merged and quantizers in place, the directory that becomes the output, and
+            the history; by the first process only.
 
     Returns:
         what was done; ``base_change`` is known to the first process only.
@@ -105,14 +109,13 @@ def train_reference(
         check_examples(held_out, "held-out data")
     if arguments.patience and not held_out:
         raise ConfigError("patience", str(arguments.patience), "0 without held-out data", "hold some data back")
-    work = output.parent / f".{output.name}.training" if work_dir is None else work_dir
-    run = _Run(model_dir, dataset, held_out, output, arguments, work, progress)
-    descriptor = run.claim(heads, extension) if int(os.environ.get("RANK", "0")) == 0 else None
-    try:
-        return run.train(heads, extension)
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    beside = training_work(output) if is_first else nullcontext(work_beside(output))
+    with beside as work:
+        run = _Run(model_dir, dataset, held_out, output, arguments, work, progress)
+        if is_first:
+            run.claim(heads, extension)
+        return run.train(heads, extension, report)
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,8 @@ class _Run:
     work: Path
     progress: Progress
 
-    def claim(self, heads: Path | None, extension: Extension | None) -> int:
-        """Lock the work directory, and refuse one of another training, or an output that is there."""
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise OutputError(str(self.output), "something in it", "nothing there", "choose another output")
-        self.work.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = locking.make_locked(self.work, self.output)
+    def claim(self, heads: Path | None, extension: Extension | None) -> None:
+        """Refuse the work directory of another training."""
         wanted = {
             "arguments": self.arguments.recorded(),
             "extension": None if extension is None else extension.recorded(),
@@ -141,14 +140,12 @@ class _Run:
         text = json.dumps(wanted, sort_keys=True)
         record = self.work / "run.json"
         if record.exists() and record.read_text(encoding="utf-8") != text:
-            os.close(descriptor)
             raise OutputError(
                 str(self.work), "a training with other arguments or data", "this one's", "delete it, or train elsewhere"
             )
         record.write_text(text, encoding="utf-8")
-        return descriptor
 
-    def train(self, heads: Path | None, extension: Extension | None) -> ReferenceReport:
+    def train(self, heads: Path | None, extension: Extension | None, report: Report) -> ReferenceReport:
         options = training_arguments(self.arguments, self.work, steps=1, seed=self.arguments.seed, evaluates=False)
         if options.fsdp and extension is not None:
             raise ConfigError("fsdp", "shards of weights, which have no scale", "whole ones", "train without fsdp")
@@ -158,13 +155,15 @@ class _Run:
 
         built, planned = made(), stages(self.arguments, len(self.dataset), options.world_size)
         found: dict[str, float] = {}
-        history = {}
+        history: History = {}
         for stage in planned:
             found, history[stage.name] = self._stage(stage, built, is_last=stage is planned[-1])
             if options.fsdp:  # what it has sharded stays so
                 built = made()
                 load_trained(built.module(self.arguments, freeze_base=stage.freeze_base), self._finished(stage))
-        change = self._write(built, extension, planned) if options.process_index == 0 else 0.0
+        change = 0.0
+        if options.process_index == 0:
+            change = self._write(built, extension, planned, lambda model, out: report(model, out, history))
         return ReferenceReport(planned, found, change, history)
 
     def _stage(self, stage: Stage, built: Built, *, is_last: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -203,12 +202,19 @@ class _Run:
             callbacks=[EarlyStoppingCallback(self.arguments.patience)] if stops_early else [],
         )
 
-    def _write(self, built: Built, extension: Extension | None, planned: Sequence[Stage]) -> float:
+    def _write(
+        self,
+        built: Built,
+        extension: Extension | None,
+        planned: Sequence[Stage],
+        report: Callable[[Any, Path], None],
+    ) -> float:
         """The output, and TensorBoard's files of every stage beside it."""
         built.merge()
         files = self.work / "files"
         shutil.rmtree(files, ignore_errors=True)
         files.mkdir()
+        report(built.model, files)
         if extension is not None:
             extension.finish(built.model, files)
         change = write_output(built.model, self.model_dir, files, self.arguments)

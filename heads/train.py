@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from medusa_export.heads.errors import ConfigError
-from medusa_export.heads.head_loss import chunked_cross_entropy
 from medusa_export.heads.head_metrics import accuracies, head_ranks, mean_accuracy
 from medusa_export.heads.head_module import MedusaHeads
-from medusa_export.heads.hidden_cache import NO_LABEL, Rows
+from medusa_export.heads.head_objective import BatchLoss, Objective, batches
+from medusa_export.heads.hidden_cache import Rows
+from medusa_export.heads.train_state import TrainState, load_state, save_state
 
-HEAD_WEIGHT = 0.8  # loss weight of head h is HEAD_WEIGHT ** h (arXiv 2401.10774, 2.2.1)
-EVALUATED_ROWS = 20_000
+EVALUATED_ROWS = 4096
 
 Progress = Callable[[int, int], None]
 
@@ -27,22 +28,51 @@ class TrainArguments:
 
     Attributes:
         epochs: passes over all rows.
+        max_steps: optimizer steps; wins over the epochs.
         lr: the largest learning rate; it rises over ``warmup`` of the steps and falls as a cosine to 0.
         batch_rows: positions a step.
         distill: share of the loss that is the base model's own distribution; the rest is the token that came.
         vocab: tokens that the loss is taken over, the most frequent labels; 0 for all.
-        patience: epochs without a better held-out accuracy after which training ends; the best heads are kept.
+        bf16: products with the vocabulary are taken in bfloat16.
+        patience: epochs without a better held-out accuracy after which training ends; 0: never. The best heads are kept anyway.
+        checkpoint_every: steps between checkpoints.
     """
 
-    epochs: int = 3
+    epochs: float = 3.0
+    max_steps: int | None = None
     lr: float = 1e-3
     batch_rows: int = 1024
     warmup: float = 0.05
     weight_decay: float = 0.01
-    distill: float = 0.5
-    vocab: int = 8192
-    patience: int = 2
+    distill: float = 0.0
+    vocab: int = 0
+    bf16: bool = False
+    patience: int = 0
     seed: int = 0
+    checkpoint_every: int = 200
+    log_every: int = 10
+
+    def check(self) -> None:
+        """Raise ConfigError for values that train nothing."""
+        for name in ("batch_rows", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise _error(name, getattr(self, name), "at least 1")
+        for name in ("vocab", "patience", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise _error(name, getattr(self, name), "0 or more")
+        for name in ("epochs", "lr"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise _error(name, getattr(self, name), "a number above 0")
+        if not 0 <= self.distill <= 1:
+            raise _error("distill", self.distill, "0 .. 1")
+        if not 0 <= self.warmup < 1:
+            raise _error("warmup", self.warmup, "0 or more, and below 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise _error("max_steps", self.max_steps, "at least 1")
+
+    def recorded(self) -> dict[str, Any]:
+        """JSON of everything that shapes the result."""
+        return asdict(self)
 
 
 def train_heads(
@@ -50,92 +80,92 @@ def train_heads(
     rows: Rows,
     held: Rows,
     arguments: TrainArguments,
+    *,
+    checkpoint: Path | None = None,
     progress: Progress = lambda done, total: None,
-) -> list[dict[str, Any]]:
+) -> TrainState:
     """Train ``heads`` in place; they end as they were after the epoch that was best on the held-out rows.
 
     Args:
+        held: rows of which the first few thousand are looked at after every epoch.
+        checkpoint: file that the state is kept in; where it exists the training goes on from it, to the same heads.
         progress: called with (steps done, steps in all).
 
     Returns:
-        an entry an epoch: mean training loss (nats a label, heads weighted), held-out accuracies.
+        what happened: losses (nats a row, heads weighted) by step, accuracies by epoch.
 
     Raises:
         ConfigError: a loss that is not finite, or arguments that train nothing.
     """
-    if arguments.epochs < 1 or arguments.batch_rows < 1 or not 0 <= arguments.distill <= 1:
-        raise ConfigError("training", f"{arguments}", "at least one epoch and row, distill 0 .. 1", "change it")
-    labels = rows.labels(heads.num_heads)
-    tokens, index_of = _vocabulary(labels, heads.lm_head.shape[0], arguments.vocab)
-    chance = torch.Generator().manual_seed(arguments.seed)
-    steps = arguments.epochs * math.ceil(len(rows) / arguments.batch_rows)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, arguments.warmup))
-    history: list[dict[str, Any]] = []
-    best, best_state, done = -1.0, dict[str, torch.Tensor](), 0
-    for _ in range(arguments.epochs):
-        losses = []
-        for batch in torch.randperm(len(rows), generator=chance).split(arguments.batch_rows):
-            loss = _loss(heads, rows, labels, batch.sort().values, tokens, index_of, arguments.distill)
-            if not math.isfinite(loss.item()):
-                raise ConfigError("training", f"a loss of {loss.item()} at step {done}", "a finite one", "lower --lr")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            done += 1
-            progress(done, steps)
-        found = accuracies(head_ranks(heads, held, limit=EVALUATED_ROWS))
-        history.append({"loss": sum(losses) / len(losses), "heads": found})
-        if mean_accuracy(found) > best:
-            best = mean_accuracy(found)
-            best_state = {name: value.clone() for name, value in heads.state_dict().items()}
-            stale = 0
+    arguments.check()
+    trainer = _Trainer(heads, rows, held, arguments, checkpoint, progress)
+    return trainer.run()
+
+
+class _Trainer:
+    def __init__(
+        self,
+        heads: MedusaHeads,
+        rows: Rows,
+        held: Rows,
+        arguments: TrainArguments,
+        checkpoint: Path | None,
+        progress: Progress,
+    ) -> None:
+        self._heads, self._rows, self._held = heads, rows, held
+        self._arguments, self._checkpoint, self._progress = arguments, checkpoint, progress
+        labels = rows.labels(heads.num_heads)
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+        size = heads.lm_head.shape[0]
+        objective = Objective.over(labels, size, vocab=arguments.vocab, distill=arguments.distill, dtype=dtype)
+        self._loss = BatchLoss(heads, rows, objective)
+        self._steps_an_epoch = math.ceil(len(rows) / arguments.batch_rows)
+        self._steps = arguments.max_steps or math.ceil(arguments.epochs * self._steps_an_epoch)
+        self._optimizer = torch.optim.AdamW(heads.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay)
+
+    def run(self) -> TrainState:
+        state = TrainState()
+        if self._checkpoint is not None and self._checkpoint.exists():
+            state = load_state(self._checkpoint, self._heads, self._optimizer)
+        while state.step < self._steps and not state.stopped:
+            epoch, first = divmod(state.step, self._steps_an_epoch)
+            order = batches(len(self._rows), self._arguments.batch_rows, self._arguments.seed, epoch)
+            for batch in order[first:]:
+                self._step(batch, state)
+                if state.step == self._steps:
+                    break
+                if self._checkpoint is not None and state.step % self._arguments.checkpoint_every == 0:
+                    save_state(self._checkpoint, self._heads, self._optimizer, state)
+            self._evaluate(state)
+        self._heads.load_state_dict(state.best)
+        return state
+
+    def _step(self, batch: torch.Tensor, state: TrainState) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._arguments.lr * _rate(state.step, self._steps, self._arguments.warmup)
+        self._optimizer.zero_grad()
+        loss = self._loss.backward(batch)
+        if not math.isfinite(loss):
+            raise ConfigError("training", f"a loss of {loss} at step {state.step}", "a finite one", "lower --lr")
+        self._optimizer.step()
+        state.add(loss, log_every=self._arguments.log_every)
+        self._progress(state.step, self._steps)
+
+    def _evaluate(self, state: TrainState) -> None:
+        """Look at held-out rows, and remember the heads if they are the best so far."""
+        if state.step % self._steps_an_epoch and state.step != self._steps:
+            return
+        found = accuracies(head_ranks(self._heads, self._held, limit=EVALUATED_ROWS))
+        accuracy = mean_accuracy(found)
+        state.epochs.append({"step": state.step, "heads": found})
+        if accuracy > state.best_accuracy or not state.best:
+            state.best_accuracy, state.stale = accuracy, 0
+            state.best = {name: value.detach().clone() for name, value in self._heads.state_dict().items()}
         else:
-            stale += 1
-            if stale >= arguments.patience:
-                break
-    heads.load_state_dict(best_state)
-    return history
-
-
-def _loss(
-    heads: MedusaHeads,
-    rows: Rows,
-    labels: torch.Tensor,
-    batch: torch.Tensor,
-    tokens: torch.Tensor,
-    index_of: torch.Tensor,
-    distill: float,
-) -> torch.Tensor:
-    """Mean loss of the labels of one batch of rows, heads weighted.  # int64 [R] -> scalar"""
-    hidden = rows.read(batch)
-    lm_head = heads.lm_head[tokens]  # [V', D]
-    total, weights = hidden.new_zeros(()), 0.0
-    for head in range(heads.num_heads):
-        label = labels[batch, head]
-        label = torch.where(label == NO_LABEL, -1, index_of[label.clamp_min(0)])
-        kept = (label >= 0).nonzero()[:, 0]
-        if not len(kept):
-            continue
-        teacher = rows.read(batch[kept] + 1 + head) if distill else None  # where the base model predicts this label
-        weight = lm_head if heads.own_lm_head is None else heads.projection(head)[tokens]
-        found = chunked_cross_entropy(
-            heads(hidden[kept], head), weight, label[kept], teacher=teacher, teacher_weight=lm_head, share=distill
-        )
-        total = total + HEAD_WEIGHT**head * found / len(kept)
-        weights += HEAD_WEIGHT**head
-    return total / max(weights, 1.0)
-
-
-def _vocabulary(labels: torch.Tensor, vocab_size: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of the loss, and the place of every token among them or -1.  # int64 [V'], int64 [vocab_size]"""
-    counts = torch.bincount(labels[labels != NO_LABEL], minlength=vocab_size)
-    tokens = torch.arange(vocab_size) if not 0 < limit < vocab_size else counts.topk(limit).indices.sort().values
-    index_of = torch.full((vocab_size,), -1)
-    index_of[tokens] = torch.arange(len(tokens))
-    return tokens, index_of
+            state.stale += 1
+            state.stopped = 0 < self._arguments.patience <= state.stale
+        if self._checkpoint is not None:
+            save_state(self._checkpoint, self._heads, self._optimizer, state)
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:
@@ -143,3 +173,7 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def _error(name: str, got: object, expected: str) -> ConfigError:
+    return ConfigError(name, str(got), expected, "correct it")

@@ -1,4 +1,4 @@
-"""The chunked loss against torch's own on whole logits, gradients included."""
+"""The fused loss against torch's own, gradients included."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import pytest
 import torch
 from torch.nn import functional
 
-from medusa_export.heads import head_loss
-from medusa_export.heads.head_loss import chunked_cross_entropy
+from medusa_export.heads.head_loss import fused_cross_entropy
 
 ROWS, HIDDEN, VOCAB = 23, 8, 40
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("chunk", [4, 256])
-def test_equals_the_loss_of_whole_logits(share: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "CHUNK_ROWS", chunk)
+def test_equals_the_loss_of_torch(share: float) -> None:
     chance = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, HIDDEN, generator=chance, requires_grad=True)
     weight = torch.randn(VOCAB, HIDDEN, generator=chance, requires_grad=True)
-    teacher, base = torch.randn(ROWS, HIDDEN, generator=chance), torch.randn(VOCAB, HIDDEN, generator=chance)
+    teacher = torch.randn(ROWS, VOCAB, generator=chance).softmax(-1)
     labels = torch.randint(VOCAB, (ROWS,), generator=chance)
+    labels[3] = -1
 
     logits = x @ weight.T
-    soft = functional.cross_entropy(logits, (teacher @ base.T).softmax(-1), reduction="sum")
-    expected = (1 - share) * functional.cross_entropy(logits, labels, reduction="sum") + share * soft
+    soft = functional.cross_entropy(logits, teacher, reduction="sum")
+    hard = functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
+    expected = (1 - share) * hard + share * soft
     wanted = torch.autograd.grad(expected * 0.5, [x, weight])
 
-    loss = chunked_cross_entropy(x, weight, labels, teacher=teacher, teacher_weight=base, share=share)
+    loss = fused_cross_entropy(x, weight, labels, teacher=teacher, share=share)
     found = torch.autograd.grad(loss * 0.5, [x, weight])
     torch.testing.assert_close(loss, expected)
     for gradient, right in zip(found, wanted, strict=True):
@@ -36,6 +35,14 @@ def test_equals_the_loss_of_whole_logits(share: float, chunk: int, monkeypatch: 
 
 def test_a_frozen_projection_gets_no_gradient() -> None:
     x, weight = torch.ones(3, HIDDEN, requires_grad=True), torch.ones(VOCAB, HIDDEN)
-    chunked_cross_entropy(x, weight, torch.zeros(3, dtype=torch.long)).backward()
+    fused_cross_entropy(x, weight, torch.zeros(3, dtype=torch.long)).backward()
     assert x.grad is not None
     assert weight.grad is None
+
+
+def test_products_in_bfloat16_are_close() -> None:
+    chance = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(ROWS, HIDDEN, generator=chance), torch.randn(VOCAB, HIDDEN, generator=chance)
+    labels = torch.randint(VOCAB, (ROWS,), generator=chance)
+    exact = float(fused_cross_entropy(x, weight, labels))
+    assert float(fused_cross_entropy(x, weight.bfloat16(), labels)) == pytest.approx(exact, rel=0.02)

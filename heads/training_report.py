@@ -1,0 +1,82 @@
+"""What a training leaves beside its heads: acceptance.json, training.json, a plot, and TensorBoard's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medusa_export.heads.errors import missing_package
+from medusa_export.heads.head_metrics import acceptance, head_ranks
+from medusa_export.heads.head_module import MedusaHeads
+from medusa_export.heads.hidden_cache import Rows
+
+ACCEPTANCE, REPORT, PLOT, LOGS = "acceptance.json", "training.json", "training.svg", "logs"
+SHOWN = (1, 2, 3, 5, 10)
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def measure(heads: MedusaHeads, held: Rows) -> dict[str, Any]:
+    """What ``acceptance.json`` holds, see ``head_metrics.acceptance``."""
+    return acceptance(head_ranks(heads, held), held.answers.numpy())
+
+
+def write_report(out: Path, record: Mapping[str, Any], found: Mapping[str, Any], curves: Curves) -> None:
+    """Write everything.
+
+    Args:
+        out: an existing directory.
+        record: JSON of how the heads were made.
+        found: what :func:`measure` gave.
+        curves: name -> (step, value), see :func:`plot`.
+    """
+    (out / ACCEPTANCE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+    summary = {"heads": found["heads"], "tree": found["tree"], "positions": found["positions"]}
+    whole = {**record, "held_out": summary, "curves": curves}
+    (out / REPORT).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    plot(out / PLOT, found["heads"], curves)
+
+
+def plot(path: Path, heads: Sequence[Mapping[str, float]], curves: Curves) -> None:
+    """Left the losses by step, right the accuracy of every head, top 1 to top 10.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_package("matplotlib", "train") from error
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, points in curves.items():
+        if points:
+            left.plot(*zip(*points, strict=True), label=name)
+    left.set(title="Loss", xlabel="step", ylabel="nats", yscale="log")
+    left.legend()
+    for number, accuracies in enumerate(heads):
+        shares = [accuracies[f"top{k}"] for k in range(1, len(accuracies) + 1)]
+        right.plot(range(1, len(shares) + 1), shares, marker="o", label=f"head {number}: token t+{number + 2}")
+    right.set(title="Held-out accuracy", xlabel="best k tokens", ylabel="share that has the true one", ylim=(0, 1))
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def write_tensorboard(directory: Path, curves: Curves) -> None:
+    """The curves as an event file.
+
+    Raises:
+        MissingPackageError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise missing_package("tensorboard", "train") from error
+    with SummaryWriter(str(directory)) as writer:
+        for name, points in curves.items():
+            for step, value in points:
+                writer.add_scalar(name, value, step)

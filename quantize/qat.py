@@ -1,0 +1,273 @@
+"""Quantization-aware training: weights and inputs are rounded in every forward pass as the deployed engine will round them.
+
+ModelOpt's quantizers do the rounding, and let gradients through as if there were none. The base model's linears are rounded, the
+heads stay in 16 bit. With ``ReferenceArguments.distill`` the base is held to the predictions of the unquantized model (QAD).
+
+Scales of inputs are calibrated once, before the training. Those of weights follow the weights, by the rule of whoever stores them
+in the end: ModelOpt would keep the maxima of the first step, and a scale that is not the deployed one makes another grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.reference_arguments import ReferenceArguments
+from medusa_export.heads.reference_training import ReferenceReport, train_reference
+from medusa_export.heads.training_data import Example
+from medusa_export.quantize.formats import FORMATS, Format, get_format
+from medusa_export.quantize.ptq import HEADS, import_quantization, insert_quantizers, read_scales, recipe
+from medusa_export.quantize.scales import SCALES_FILE
+
+TARGETS = ("trtllm", "onnx")
+CALIBRATION_EXAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights get their scales where they are stored.
+
+    Attributes:
+        modelopt_config: attribute of ``modelopt.torch.quantization``.
+        reach: what shares a scale: "tensor" (with all that is fused), "row" or "group" of inputs.
+        blocks: sizes of groups, the largest that divides the inputs wins; empty: the format's own.
+        span: share of the largest magnitude that the largest code stands for.
+    """
+
+    modelopt_config: str
+    reach: str
+    blocks: tuple[int, ...] = ()
+    span: float = 1.0
+
+
+# Weight-only formats are rounded by trtllm-build, to amax / 8 and amax / 128 a row (TensorRT-LLM's
+# symmetric_quantize_last_axis_of_batched_matrix), and in ONNX in the blocks of the exporter's MatMulNBits.
+_INT8_BLOCKS, _INT4_BLOCKS = (128, 64, 32, 16), (32, 16)
+ROUNDINGS: dict[tuple[str, str], Rounding] = {
+    ("int8_wo", "trtllm"): Rounding("INT8_WEIGHT_ONLY_CFG", "row", span=127 / 128),
+    ("int8_wo", "onnx"): Rounding("INT8_WEIGHT_ONLY_CFG", "group", _INT8_BLOCKS),
+    ("int4_wo", "trtllm"): Rounding("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "row", span=7 / 8),
+    ("int4_wo", "onnx"): Rounding("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "group", _INT4_BLOCKS),
+} | {
+    (name, target): rounding
+    for target in TARGETS
+    for name, rounding in {
+        "fp8": Rounding("FP8_DEFAULT_CFG", "tensor"),
+        "fp8_rowwise": Rounding("FP8_PER_CHANNEL_PER_TOKEN_CFG", "row"),
+        "int8_sq": Rounding("INT8_SMOOTHQUANT_CFG", "row"),
+        "int4_awq": Rounding("INT4_AWQ_CFG", "group"),
+    }.items()
+}
+# Forward and backward were run on the CPU for every format above.
+UNTRAINABLE = {
+    "none": ("a format that rounds nothing", "train without quantization"),
+    "w4a8_awq": ("a format whose weights are rounded twice", "use int4_awq"),
+    "nvfp4": ("a format that ModelOpt rounds on GPUs only", "use fp8 or int4_awq"),
+}
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class QatArguments:
+    """What is rounded, and for whom.
+
+    Attributes:
+        quant: weight format, by its name in ``formats``.
+        group_size: as for :func:`~medusa_export.quantize.formats.get_format`.
+        target: "trtllm" or "onnx", whose roundings differ for ``int8_wo`` and ``int4_wo``.
+        kv_cache: must be "none".
+    """
+
+    quant: str
+    group_size: int | None = None
+    target: str = "trtllm"
+    kv_cache: str = "none"
+
+    def check(self) -> tuple[Format, Rounding]:
+        """The format and its rounding, or ConfigError where there is nothing that could be trained."""
+        fmt = get_format(self.quant, self.group_size)
+        trained = [name for name in FORMATS if (name, "trtllm") in ROUNDINGS]
+        if fmt.name in UNTRAINABLE:
+            got, action = UNTRAINABLE[fmt.name]
+            raise ConfigError(
+                f"quantization-aware training with {fmt.name}", got, f"one of {', '.join(trained)}", action
+            )
+        if self.kv_cache != "none":
+            raise ConfigError(
+                "quantization-aware training", f"kv cache {self.kv_cache}", "none", "quantize the cache when exporting"
+            )
+        if self.target not in TARGETS:
+            raise ConfigError("target", self.target, f"one of {', '.join(TARGETS)}", "correct it")
+        return fmt, ROUNDINGS[fmt.name, self.target]
+
+
+def train_qat(
+    model_dir: Path,
+    dataset: Sequence[Example],
+    output: Path,
+    arguments: ReferenceArguments,
+    quantization: QatArguments,
+    *,
+    batches: Sequence[Sequence[int]] = (),
+    **options: Any,
+) -> ReferenceReport:
+    """Train heads for a quantized base, or heads and base; written as ``train_reference`` writes it, in 16 bit.
+
+    The output has ``scales.safetensors`` too where the format calibrates: ``medusa-export --scales`` takes the same roundings.
+
+    Args:
+        batches: token ids to calibrate the inputs with, one sequence each; none: the first examples.
+        options: further arguments of :func:`~medusa_export.heads.reference_training.train_reference`.
+
+    Returns:
+        metrics are those of the quantized model.
+
+    Raises:
+        ConfigError: a format that cannot be trained, or that does not fit the model.
+        MedusaExportError: as for ``train_reference``.
+    """
+    fmt, rounding = quantization.check()
+    if arguments.layout == "modelopt":
+        raise ConfigError("layout", "modelopt", "v1 or v2: its checkpoint would hold the quantizers", "use layout v2")
+    if arguments.uses_adapters and fmt.smooths:  # ModelOpt cannot smooth weights under adapters
+        expected = f"0 with {fmt.name}, which moves factors into the weights"
+        raise ConfigError("lora_rank", str(arguments.lora_rank), expected, "train all weights, or another format")
+    texts = batches or [example.input_ids for example in dataset[:CALIBRATION_EXAMPLES]]
+    extension = Quantizers(fmt, rounding, texts, model_dir, trains_base=arguments.trains_base)
+    return train_reference(model_dir, dataset, output, arguments, extension=extension, **options)
+
+
+@dataclass
+class Quantizers:
+    """The extension of the reference training that puts ModelOpt's quantizers in and takes trained scales out."""
+
+    fmt: Format
+    rounding: Rounding
+    batches: Sequence[Sequence[int]] = field(repr=False)
+    model_dir: Path
+    trains_base: bool
+
+    def recorded(self) -> dict[str, Any]:
+        """JSON of what is rounded how."""
+        return {"format": self.fmt.name, "group_size": self.fmt.group_size, "reach": self.rounding.reach,
+                "span": self.rounding.span, "batches": [list(tokens) for tokens in self.batches]}  # fmt: skip
+
+    def prepare(self, model: Any) -> None:
+        """Insert and calibrate quantizers; from now on every pass of the decoder rounds by its current weights.
+
+        Raises:
+            ConfigError: a group size that does not divide the inputs.
+        """
+        insert_quantizers(model, self._config(model), self.fmt, self.batches)
+        self.refresh(model)
+        if self.trains_base:
+            model.model.register_forward_pre_hook(lambda *_: self.refresh(model))
+
+    def refresh(self, model: Any) -> None:
+        """Take the scales of all weights from the weights."""
+        for fused in _fused_linears(model, self.fmt):
+            weights = {name: effective_weight(linear) for name, linear in fused.items()}
+            largest = max(float(weight.abs().amax()) for weight in weights.values())
+            for name, linear in fused.items():
+                for quantizer, reach in zip(_stages(linear), (self.rounding.reach, "tensor"), strict=False):
+                    _set_amax(quantizer, weights[name], reach, largest, self.rounding.span)
+
+    def finish(self, model: Any, out: Path) -> None:
+        """Give back weights as they are stored, without smoothing, and write the scales that belong to them."""
+        dtype = getattr(torch, DecoderConfig.from_dir(self.model_dir).dtype)
+        linears = dict(_linears(model))
+        smoothing = {name: linear.input_quantizer.pre_quant_scale for name, linear in linears.items()}
+        with torch.no_grad():
+            for name, linear in linears.items():
+                factor = 1.0 if smoothing[name] is None else smoothing[name].reshape(1, -1)
+                stored = (linear.weight * factor).to(dtype).float()  # what the exporter will read,
+                linear.weight.copy_(stored / factor)  # and smooth again
+            self.refresh(model)
+            if self.fmt.needs_calibration:
+                read_scales(model, self.fmt).save(out / SCALES_FILE)
+            for name, linear in linears.items():
+                if smoothing[name] is not None:
+                    linear.weight.mul_(smoothing[name].reshape(1, -1))
+
+    def _config(self, model: Any) -> dict[str, Any]:
+        """ModelOpt's recipe for the base model's linears; later rules win."""
+        rules, algorithm = recipe(import_quantization(), self.rounding.modelopt_config, self.fmt.group_size)
+        rules += [
+            {"quantizer_name": pattern, "enable": False} for pattern in (f"*{HEADS}*", "*.lora_*", "*.base_layer.*")
+        ]
+        sizes = {name: linear.in_features for name, linear in _named_projections(model)}
+        if not self.fmt.needs_calibration and self.fmt.storage == "float":
+            bits = {"int8_wo": 8, "int4_wo": 4}[self.fmt.name]
+            for name, width in sizes.items():
+                shape = {"axis": 0} if self.rounding.reach == "row" else {"block_sizes": self._blocks(name, width)}
+                rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": {"num_bits": bits, **shape}})
+        elif self.rounding.reach == "group":
+            for name, width in sizes.items():
+                self._blocks(name, width)
+        return {"quant_cfg": rules, "algorithm": algorithm}
+
+    def _blocks(self, name: str, width: int) -> dict[Any, Any]:
+        """ModelOpt pads where a size does not divide the inputs; no engine does."""
+        sizes = self.rounding.blocks or (self.fmt.group_size or 1,)
+        size = next((size for size in sizes if width % size == 0), None)
+        if size is None:
+            expected = f"a multiple of {' or '.join(map(str, sizes))}"
+            raise ConfigError(name, f"{width} input features", expected, "choose another group size or format")
+        return {-1: size, "type": "static"}
+
+
+def effective_weight(linear: Any) -> torch.Tensor:
+    """The weight that is rounded: with its adapters' product, where it has adapters.  # [out, in]"""
+    base = getattr(linear, "base_layer", linear)
+    weight: torch.Tensor = base.weight.detach()
+    for name in getattr(linear, "active_adapters", ()) if base is not linear else ():
+        product = (linear.scaling[name] * linear.lora_B[name].weight.detach()) @ linear.lora_A[name].weight.detach()
+        weight = weight + product.to(weight.dtype)
+    return weight
+
+
+def _named_projections(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every linear of the decoder's layers by its name, one with adapters as a whole."""
+    layers = model.model.layers
+    for name, module in layers.named_modules():
+        if hasattr(module, "in_features") and name.endswith("_proj"):
+            yield f"model.layers.{name}", module
+
+
+def _linears(model: Any) -> Iterator[tuple[str, Any]]:
+    """The same, where their weights are rounded."""
+    for name, module in _named_projections(model):
+        if any(stage.is_enabled for stage in _stages(module)):
+            yield name, module
+
+
+def _stages(linear: Any) -> list[Any]:
+    """Quantizers that a weight goes through, one after the other."""
+    quantizer = linear.weight_quantizer
+    return list(quantizer) if isinstance(quantizer, torch.nn.Sequential) else [quantizer]
+
+
+def _fused_linears(model: Any, fmt: Format) -> Iterator[dict[str, Any]]:
+    """Linears that share what a scale a tensor is: q, k and v, and without smoothing gate and up; see ``exporter.plan``."""
+    waiting = dict(_linears(model))
+    groups = _FUSED[:1] if fmt.smooths else _FUSED
+    while waiting:
+        name = next(iter(waiting))
+        parent, _, last = name.rpartition(".")
+        together = next((group for group in groups if last in group), (last,))
+        yield {f"{parent}.{each}": waiting.pop(f"{parent}.{each}") for each in together}
+
+
+def _set_amax(quantizer: Any, weight: torch.Tensor, reach: str, largest: float, span: float) -> None:
+    amax = quantizer._amax
+    if reach == "tensor":
+        amax.fill_(largest)
+    else:
+        grouped = weight.reshape(amax.numel(), -1)  # a row of it has one scale
+        amax.copy_(grouped.abs().amax(dim=1).mul(span).reshape(amax.shape))

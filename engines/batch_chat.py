@@ -22,6 +22,8 @@ from medusa_export.heads.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SORTED = 1024  # tokens that are sorted at first: a whole vocabulary takes milliseconds
+
 
 def open_chat_model(model: Path, *, max_batch: int, max_length: int | None) -> BatchChatModel:
     """The engine of a directory as a :class:`medusa_export.heads.chat_model.ChatModel`.
@@ -154,6 +156,14 @@ def choose(logits: npt.NDArray[Any], sampling: Sampling, chance: np.random.Gener
     scaled = logits.astype(np.float64) / sampling.temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities)
-    kept = order[: 1 + int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p))]
+    kept = _nucleus(probabilities, sampling.top_p)
     return int(chance.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))
+
+
+def _nucleus(probabilities: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+    """The most likely tokens, as few as together reach ``top_p``, the best first."""
+    best = np.argpartition(-probabilities, _SORTED)[:_SORTED] if len(probabilities) > _SORTED else np.empty(0, np.int64)
+    if probabilities[best].sum() <= top_p:  # too flat for a few to suffice
+        best = np.arange(len(probabilities))
+    order = best[np.argsort(-probabilities[best], kind="stable")]
+    return order[: 1 + int(np.searchsorted(np.cumsum(probabilities[order]), top_p))]

@@ -15,7 +15,7 @@ from medusa_export.heads.tree import Choice, Tree
 
 TOP_K = 10
 ABSENT = TOP_K  # the rank of a token that is not among the first TOP_K, and of what is behind the end of an answer
-CHUNK_ROWS = 256
+CHUNK_ROWS = 128
 TREE_NODES = 8  # draft nodes of the tree that a training reports tokens per step for
 
 Ranks = npt.NDArray[np.int64]

@@ -23,7 +23,7 @@ from medusa_export.heads.staging import sync
 from medusa_export.heads.training_data import Example, data_hash
 
 SHARD_EXAMPLES = 64
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 INDEX = "index.json"
 NO_LABEL = -100
 

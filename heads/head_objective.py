@@ -79,7 +79,8 @@ class BatchLoss:
         total = 0.0
         for chunk in batch.split(CHUNK_ROWS):
             loss = self._chunk_loss(chunk, weights) / len(batch)
-            loss.backward()
+            if loss.requires_grad:  # answers of one token have no label for any head
+                loss.backward()
             total += float(loss.detach())
         for head, weight in enumerate(weights):
             if weight.grad is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from medusa_export.heads.head_module import MedusaHeads
 from medusa_export.heads.hidden_cache import NO_LABEL, Rows
+from medusa_export.heads.search import grow
 from medusa_export.heads.tree import Choice, Tree
 
 TOP_K = 10
@@ -75,16 +77,9 @@ def tokens_per_step(tree: Tree, ranks: Ranks, answers: npt.NDArray[np.int64]) ->
     return tokens / steps if steps else 1.0
 
 
-def best_tree(ranks: Ranks, answers: npt.NDArray[np.int64], nodes: int = TREE_NODES) -> Tree:
-    """The tree grown node by node, each where the true path most often goes on: the joint frequencies, no independence assumed."""
-    counts = path_counts(ranks)
-    choices: list[Choice] = []
-    for _ in range(nodes):
-        open_paths = [path for path in counts if path not in choices and (len(path) == 1 or path[:-1] in choices)]
-        if not open_paths:
-            break
-        choices.append(max(open_paths, key=lambda path: (counts[path], -len(path), [-rank for rank in path])))
-    return Tree.from_choices(choices)
+def best_tree(ranks: Ranks, nodes: int = TREE_NODES) -> Tree:
+    """The tree of so many draft nodes that most often holds the true path: the joint frequencies, no independence assumed."""
+    return Tree.from_choices(islice(grow(path_counts(ranks)), nodes))
 
 
 def path_counts(ranks: Ranks) -> dict[Choice, int]:
@@ -102,7 +97,7 @@ def path_counts(ranks: Ranks) -> dict[Choice, int]:
 
 def acceptance(ranks: Ranks, answers: npt.NDArray[np.int64]) -> dict[str, Any]:
     """``acceptance.json``: positions, accuracy of every head, counts of the true paths, and the best small tree with its yield."""
-    tree = best_tree(ranks, answers)
+    tree = best_tree(ranks)
     counts = sorted(path_counts(ranks).items(), key=lambda item: (-item[1], item[0]))
     return {
         "positions": len(ranks),

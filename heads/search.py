@@ -1,0 +1,151 @@
+"""The tree that yields most tokens a second: paths grown by how often the model's own text takes them, size by what a step costs.
+
+A node adds to a step's expected tokens the frequency with which the true continuation passes through it, whatever else is in the
+tree (Medusa, arXiv 2401.10774, section 2.3.3). Along a path that frequency never rises, so the most frequent open path is always the
+best next node, and the first n nodes grown are the best tree of n nodes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import MAX_TOP_K, Choice, Tree
+
+Frequencies = Mapping[Choice, float]
+
+
+def grow(frequencies: Frequencies) -> Iterator[Choice]:
+    """Paths in the order in which the best tree takes them; each one's parent comes before it.
+
+    Args:
+        frequencies: how often the true continuation begins with a path, counts or probabilities; a parent's is no less than its
+            children's. Paths without a parent in it are never reached.
+    """
+    children: dict[Choice, list[Choice]] = {}
+    for path in frequencies:
+        children.setdefault(path[:-1], []).append(path)
+    queue: list[tuple[float, int, Choice]] = []
+    parents: list[Choice] = [()]
+    while parents or queue:
+        for path in (child for parent in parents for child in children.get(parent, ())):
+            heapq.heappush(queue, (-frequencies[path], len(path), path))
+        if not queue:
+            return
+        path = heapq.heappop(queue)[2]
+        parents = [path]
+        yield path
+
+
+def independent(accuracy: Sequence[Sequence[float]]) -> dict[Choice, float]:
+    """Probabilities of paths from accuracies by head and rank alone, as if heads were right independently of each other.
+
+    For published tables that hold no paths, such as FasterDecoding's ``medusa_acc.csv``; counted paths are better.
+
+    Args:
+        accuracy: share of positions at which rank r of head h is the true token.  # [H][K]
+
+    Returns:
+        every path of them; K + K ** 2 + ... + K ** H, so cut the table to what a tree can hold.
+    """
+    found: dict[Choice, float] = {}
+    level: dict[Choice, float] = {(): 1.0}
+    for head in accuracy:
+        level = {(*path, rank): p * q for path, p in level.items() for rank, q in enumerate(head[:MAX_TOP_K]) if p * q}
+        found |= level
+    return found
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Milliseconds of a decode step by the number of nodes that it verifies, the root included; between measured sizes, linear.
+
+    Attributes:
+        step_ms: nodes -> milliseconds; has 1, the step without a tree.
+    """
+
+    step_ms: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        wrong = [ms for ms in self.step_ms.values() if not (math.isfinite(ms) and ms > 0)]
+        if 1 not in self.step_ms or wrong:
+            got = f"{wrong[0]} ms" if wrong else f"sizes {sorted(self.step_ms)}"
+            raise ConfigError(
+                "step costs",
+                got,
+                "a positive time for 1 node, a step without a tree, and for others",
+                "measure them again",
+            )
+
+    @property
+    def max_nodes(self) -> int:
+        """The largest size measured; nothing is said about larger ones."""
+        return max(self.step_ms)
+
+    def ratio(self, nodes: int) -> float:
+        """Time of a step with ``nodes`` nodes over the time of one with a single node."""
+        sizes = sorted(self.step_ms)
+        return float(np.interp(nodes, sizes, [self.step_ms[size] for size in sizes])) / self.step_ms[1]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The best tree of its size.
+
+    Attributes:
+        tokens_per_step: expected, at a position drawn at random.
+        cost_ratio: its step's time over that of a step without a tree.
+    """
+
+    tree: Tree
+    tokens_per_step: float
+    cost_ratio: float
+
+    @property
+    def speedup(self) -> float:
+        """Predicted speed of decoding over that without a tree, the prefill not counted."""
+        return self.tokens_per_step / self.cost_ratio
+
+
+def candidates(
+    frequencies: Frequencies,
+    positions: float,
+    cost: CostCurve,
+    *,
+    max_draft_len: int,
+    sizes: Sequence[int] | None = None,
+) -> list[Candidate]:
+    """The best tree of every size, smallest first; the first is no tree at all.
+
+    Args:
+        positions: what frequencies are counted out of; 1 for probabilities.
+        max_draft_len: draft nodes at most.
+        sizes: only these numbers of nodes, the root included, and 1; None: all.
+
+    Raises:
+        ConfigError: positions that are not a positive number, or fewer of them than a path was seen.
+    """
+    if not positions > 0 or max(frequencies.values(), default=0) > positions * (1 + 1e-9):
+        got = f"{positions:g} positions and a path seen {max(frequencies.values(), default=0):g} times"
+        raise ConfigError("acceptance", got, "no path more often than positions", "calibrate again")
+    choices, expected = list[Choice](), 1.0
+    found = [Candidate(Tree(()), 1.0, 1.0)]
+    for path in grow(frequencies):
+        nodes = len(choices) + 2
+        if nodes > min(max_draft_len + 1, cost.max_nodes):
+            break
+        choices.append(path)
+        expected += frequencies[path] / positions
+        if sizes is None or nodes in sizes:
+            found.append(Candidate(Tree.from_choices(choices), expected, cost.ratio(nodes)))
+    return found
+
+
+def best(found: Sequence[Candidate]) -> Candidate:
+    """The fastest one; of equally fast ones the smallest, and no tree where none is faster than that."""
+    return max(found, key=lambda candidate: (candidate.speedup, -candidate.tree.num_nodes))

@@ -81,7 +81,7 @@ def measure(
 
 
 def recovered(rows: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float]:
-    """Share of the loss by rounding that a row does not have; above 1 where it is better than the base in 16 bit, NaN without a loss."""
+    """Share of the loss by rounding that a row does not have; above 1: better than the base in 16 bit; NaN: no loss."""
     full, rounded = rows[FULL], rows[ROUNDED]
     lost = {key: full[key] - rounded[key] for key in RECOVERED}
     return {key: (rows[name][key] - rounded[key]) / loss if loss else math.nan for key, loss in lost.items()}

@@ -20,7 +20,8 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "qat.py"
 
 def _module() -> Any:
     spec = importlib.util.spec_from_file_location("qat_benchmark", BENCHMARK)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

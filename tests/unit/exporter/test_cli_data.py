@@ -52,7 +52,8 @@ def test_a_model_run_here_writes_what_it_says_greedily(
     made = rows(out)
     assert "3 rows (0 made before)" in capfd.readouterr().out
     assert [row["messages"][0]["content"] for row in made] == ["w1 w2", "w3", "w4 w5 w6"]
-    assert made[0]["sampling"]["temperature"] == 0 and made[0]["model"]
+    assert made[0]["sampling"]["temperature"] == 0
+    assert made[0]["model"]
 
     tokenizer, reference = read_tokenizer(model), load_reference(model, torch.float32)
     for row in made:
@@ -108,7 +109,8 @@ def test_bad_lines_end_the_run_or_are_skipped(
     flags = ["--prompts", prompts, "--server", server.url, "--output", out]
     assert run(monkeypatch, *flags) == 2
     assert "prompts.jsonl:4: got" in capfd.readouterr().err
-    assert not out.exists() and not server.requests
+    assert not out.exists()
+    assert not server.requests
     assert run(monkeypatch, *flags, "--skip-bad-lines") == 0
     assert "bad lines skipped: 1" in capfd.readouterr().err
     assert len(rows(out)) == 3

@@ -42,6 +42,9 @@ class StepEngine(Protocol):
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
         """Candidates of the first heads for the last kept row.  # [depth, top_k]"""
 
+    def rewind(self, length: int) -> None:
+        """Drop the rows of the KV cache from ``length`` on; what the heads read stays."""
+
     @property
     def length(self) -> int:
         """Rows in the KV cache."""

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from medusa_export.engines.prompts import encode_prompts
 from medusa_export.engines.reference import compare_with_checkpoint
 from medusa_export.engines.report import build_report
 from medusa_export.engines.runner import RunResult, open_engine, run_prompts
 from medusa_export.engines.selfcheck import BOUNDS
-from medusa_export.heads.conversations import encode_chat, load_prompts, read_tokenizer
+from medusa_export.heads.conversations import load_prompts
 from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.tree import load_tree
@@ -47,16 +48,10 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", str(getattr(arguments, name)), "1 or more", "correct it")
     prompts = load_prompts(arguments.prompts, arguments.limit)
-    tokenizer = read_tokenizer(arguments.engine)
     engine = open_engine(arguments.engine, threads=arguments.threads)
     tree = load_tree(arguments.tree or str(arguments.engine / TREE_FILE))
     engine.info.require_tree(tree)
-    encoded = [(prompt.id, prompt.category, encode_chat(tokenizer, prompt.messages)) for prompt in prompts]
-    for key, _, ids in encoded:
-        if len(ids) + arguments.max_new_tokens > engine.info.max_length:
-            got = f"{len(ids)} tokens and {arguments.max_new_tokens} new ones"
-            action = "drop the prompt, lower --max-new-tokens, or export with a larger --max-length"
-            raise ConfigError(f"prompt {key}", got, f"at most {engine.info.max_length} together", action)
+    encoded = encode_prompts(arguments.engine, engine.info, prompts, max_new_tokens=arguments.max_new_tokens)
     done = iter(range(1, len(encoded) * arguments.repeats + 1))
     result = run_prompts(
         engine, tree, encoded, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,

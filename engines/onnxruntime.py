@@ -71,6 +71,9 @@ class OnnxRuntimeEngine:
         self._run(heads.session, heads.binding)
         return heads.draft_ids
 
+    def rewind(self, length: int) -> None:
+        self.length = min(length, self.length)
+
     def tree_logits(self, tree: Tree, prompt: Sequence[int], node_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Next-token logits after every node of a tree behind a prompt; for checks.  # [N] -> [N, vocab_size]"""
         self.prefill(prompt)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -63,39 +64,44 @@ def independent(accuracy: Sequence[Sequence[float]]) -> dict[Choice, float]:
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Milliseconds of a decode step by the number of nodes that it verifies, the root included; between measured sizes, linear.
+    """Milliseconds of a decode step: of the base model by the number of nodes, and of the heads by their number.
 
     Attributes:
-        step_ms: nodes -> milliseconds; has 1, the step without a tree.
+        verify_ms: nodes -> milliseconds, the root included; has 1, the step without a tree. Between measured sizes it is linear.
+        draft_ms: depth of the tree -> milliseconds of so many heads; empty: they cost nothing, else every depth from 1 on.
     """
 
-    step_ms: Mapping[int, float]
+    verify_ms: Mapping[int, float]
+    draft_ms: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wrong = [ms for ms in self.step_ms.values() if not (math.isfinite(ms) and ms > 0)]
-        if 1 not in self.step_ms or wrong:
-            got = f"{wrong[0]} ms" if wrong else f"sizes {sorted(self.step_ms)}"
-            raise ConfigError(
-                "step costs",
-                got,
-                "a positive time for 1 node, a step without a tree, and for others",
-                "measure them again",
-            )
+        times = [*self.verify_ms.values(), *self.draft_ms.values()]
+        wrong = [ms for ms in times if not (math.isfinite(ms) and ms > 0)]
+        if 1 not in self.verify_ms or wrong or sorted(self.draft_ms) != list(range(1, len(self.draft_ms) + 1)):
+            got = f"{wrong[0]} ms" if wrong else f"sizes {sorted(self.verify_ms)} and depths {sorted(self.draft_ms)}"
+            expected = "positive times for 1 node, a step without a tree, and others, and for depths from 1 on"
+            raise ConfigError("step costs", got, expected, "measure them again")
 
     @property
     def max_nodes(self) -> int:
         """The largest size measured; nothing is said about larger ones."""
-        return max(self.step_ms)
+        return max(self.verify_ms)
 
-    def ratio(self, nodes: int) -> float:
-        """Time of a step with ``nodes`` nodes over the time of one with a single node."""
-        sizes = sorted(self.step_ms)
-        return float(np.interp(nodes, sizes, [self.step_ms[size] for size in sizes])) / self.step_ms[1]
+    def depth(self, frequencies: Frequencies) -> int:
+        """The deepest tree whose cost is known."""
+        deepest = max(map(len, frequencies), default=0)
+        return min(deepest, max(self.draft_ms)) if self.draft_ms else deepest
+
+    def ratio(self, nodes: int, depth: int = 0) -> float:
+        """Time of a step with a tree over the time of one without."""
+        sizes = sorted(self.verify_ms)
+        verify = float(np.interp(nodes, sizes, [self.verify_ms[size] for size in sizes]))
+        return (verify + self.draft_ms.get(depth, 0.0)) / self.verify_ms[1]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The best tree of its size.
+    """The fastest tree of its size.
 
     Attributes:
         tokens_per_step: expected, at a position drawn at random.
@@ -120,7 +126,9 @@ def candidates(
     max_draft_len: int,
     sizes: Sequence[int] | None = None,
 ) -> list[Candidate]:
-    """The best tree of every size, smallest first; the first is no tree at all.
+    """The fastest tree of every size, smallest first; the first is no tree at all.
+
+    Of a given size and depth, the tree that holds most frequent paths is the fastest, as the cost knows only size and depth.
 
     Args:
         positions: what frequencies are counted out of; 1 for probabilities.
@@ -130,20 +138,25 @@ def candidates(
     Raises:
         ConfigError: positions that are not a positive number, or fewer of them than a path was seen.
     """
-    if not positions > 0 or max(frequencies.values(), default=0) > positions * (1 + 1e-9):
-        got = f"{positions:g} positions and a path seen {max(frequencies.values(), default=0):g} times"
+    most = max(frequencies.values(), default=0)
+    if not positions > 0 or most > positions * (1 + 1e-9):
+        got = f"{positions:g} positions and a path seen {most:g} times"
         raise ConfigError("acceptance", got, "no path more often than positions", "calibrate again")
-    choices, expected = list[Choice](), 1.0
-    found = [Candidate(Tree(()), 1.0, 1.0)]
-    for path in grow(frequencies):
-        nodes = len(choices) + 2
-        if nodes > min(max_draft_len + 1, cost.max_nodes):
-            break
-        choices.append(path)
-        expected += frequencies[path] / positions
-        if sizes is None or nodes in sizes:
-            found.append(Candidate(Tree.from_choices(choices), expected, cost.ratio(nodes)))
-    return found
+    largest = min(max_draft_len + 1, cost.max_nodes)
+    found = {1: Candidate(Tree(()), 1.0, 1.0)}
+    for depth in range(1, cost.depth(frequencies) + 1):
+        shallow = {path: count for path, count in frequencies.items() if len(path) <= depth}
+        choices, expected = list[Choice](), 1.0
+        for path in islice(grow(shallow), max(0, largest - 1)):
+            choices.append(path)
+            expected += frequencies[path] / positions
+            nodes = len(choices) + 1
+            if sizes is not None and nodes not in sizes:
+                continue
+            ratio = cost.ratio(nodes, max(map(len, choices)))
+            if nodes not in found or expected / ratio > found[nodes].speedup:
+                found[nodes] = Candidate(Tree.from_choices(choices), expected, ratio)
+    return [found[nodes] for nodes in sorted(found)]
 
 
 def best(found: Sequence[Candidate]) -> Candidate:

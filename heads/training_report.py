@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medusa_export.heads.acceptance import summary
 from medusa_export.heads.errors import missing_package
-from medusa_export.heads.head_metrics import acceptance, head_ranks
+from medusa_export.heads.head_metrics import head_ranks
 from medusa_export.heads.head_module import MedusaHeads
 from medusa_export.heads.hidden_cache import Rows
 
@@ -19,8 +20,8 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def measure(heads: MedusaHeads, held: Rows) -> dict[str, Any]:
-    """What ``acceptance.json`` holds, see ``head_metrics.acceptance``."""
-    return acceptance(head_ranks(heads, held), held.answers.numpy())
+    """What ``acceptance.json`` holds, see ``acceptance.summary``."""
+    return summary(head_ranks(heads, held), held.answers.numpy())
 
 
 def write_report(out: Path, record: Mapping[str, Any], found: Mapping[str, Any], curves: Curves) -> None:
@@ -33,8 +34,8 @@ def write_report(out: Path, record: Mapping[str, Any], found: Mapping[str, Any],
         curves: name -> (step, value), see :func:`plot`.
     """
     (out / ACCEPTANCE).write_text(json.dumps(found) + "\n", encoding="utf-8")
-    summary = {"heads": found["heads"], "tree": found["tree"], "positions": found["positions"]}
-    whole = {**record, "held_out": summary, "curves": curves}
+    held_out = {name: found[name] for name in ("heads", "tree", "positions")}
+    whole = {**record, "held_out": held_out, "curves": curves}
     (out / REPORT).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     plot(out / PLOT, found["heads"], curves)
 

@@ -21,6 +21,7 @@ COMPOSITION = (
     "exporter.cli",
     "exporter.cli_data",
     "exporter.cli_train",
+    "exporter.cli_tree",
 )  # the commands: may import all, nothing may import them
 BACKENDS: dict[str, tuple[str, ...]] = {  # package: the files that may import it
     "modelopt": ("quantize.ptq", "heads.medusa_model"),
@@ -33,6 +34,8 @@ WITHOUT_TORCH = [
     "errors",
     "tree",
     "accept",
+    "acceptance",
+    "search",
     "engine_info",
     "config",
     "families",

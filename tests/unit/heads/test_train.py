@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from medusa_export.heads.acceptance import accuracies
 from medusa_export.heads.errors import ConfigError
-from medusa_export.heads.head_metrics import accuracies, head_ranks
+from medusa_export.heads.head_metrics import head_ranks
 from medusa_export.heads.head_module import MedusaHeads
 from medusa_export.heads.head_objective import BatchLoss, Objective, batches
 from medusa_export.heads.hidden_cache import Rows, build_cache

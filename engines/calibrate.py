@@ -1,0 +1,51 @@
+"""What the heads get right along an engine's own greedy answers: one autoregressive pass, in which every head drafts at every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from medusa_export.engines.base import AUTOREGRESSIVE, StepEngine
+from medusa_export.heads.acceptance import ABSENT, TOP_K, UNKNOWN, Answer, Ranks
+from medusa_export.heads.errors import ConfigError
+
+
+def calibrate(
+    engine: StepEngine,
+    prompts: Sequence[tuple[str, str, list[int]]],
+    *,
+    max_new_tokens: int,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Answer]:
+    """Record the rank of every true token in every head.
+
+    Args:
+        prompts: (id, category, input_ids).
+
+    Raises:
+        ConfigError: an engine without heads.
+    """
+    if not engine.info.max_depth:
+        raise ConfigError("engine", "no Medusa heads", "an engine with heads", "export with --heads")
+    answers = []
+    for key, category, input_ids in prompts:
+        answers.append(Answer(key, category, trace(engine, input_ids, max_new_tokens=max_new_tokens)))
+        progress()
+    return answers
+
+
+def trace(engine: StepEngine, input_ids: Sequence[int], *, max_new_tokens: int) -> Ranks:
+    """One answer's ranks, see :class:`~medusa_export.heads.acceptance.Answer`.  # [T, max_depth]"""
+    step, ends = engine.prepare(AUTOREGRESSIVE), set(engine.info.eos_token_ids)
+    tokens, drafts = [engine.prefill(input_ids)], []
+    while len(tokens) < max_new_tokens and tokens[-1] not in ends and engine.length < engine.info.max_length:
+        drafts.append(engine.draft(engine.info.max_depth)[:, :TOP_K].copy())
+        tokens.append(int(step.verify(np.array(tokens[-1:]))[0]))
+        step.keep(np.zeros(1, dtype=np.int64))
+    ranks = np.full((len(tokens), engine.info.max_depth), UNKNOWN, dtype=np.int64)
+    for row, draft in enumerate(drafts):
+        for head, token in enumerate(tokens[row + 1 : row + 1 + len(draft)]):
+            places = np.flatnonzero(draft[head] == token)
+            ranks[row, head] = places[0] if len(places) else ABSENT
+    return ranks

@@ -1,0 +1,77 @@
+"""Trees side by side on an engine: decoding without one and with each, interleaved, prompt by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_export.engines.base import AUTOREGRESSIVE, StepEngine, generate
+from medusa_export.heads.intervals import bootstrap
+from medusa_export.heads.tree import Tree
+
+WARMUP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A tree's decoding against decoding without one, on the same prompts, the prefill not counted.
+
+    Attributes:
+        speedup: ratio of decoded tokens per second.
+        interval: 95 %, over prompts.
+        tokens_per_step: of the tree's runs.
+    """
+
+    tree: Tree
+    speedup: float
+    interval: tuple[float, float]
+    tokens_per_step: float
+
+
+def compare(
+    engine: StepEngine,
+    trees: Sequence[Tree],
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    repeats: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Measured]:
+    """Measure trees, in their order.
+
+    Args:
+        prompts: input_ids of each.
+        repeats: runs of each tree on each prompt; the median counts.
+    """
+    modes = [AUTOREGRESSIVE, *trees]
+    eos = engine.info.eos_token_ids
+    for tree in modes:
+        generate(engine, prompts[0], tree, max_new_tokens=WARMUP_TOKENS, eos_token_ids=())
+    times = np.zeros((repeats, len(prompts), len(modes)))  # ms a decoded token
+    counts = np.zeros((len(prompts), len(modes), 2))  # tokens and steps
+    for repeat in range(repeats):
+        for number, input_ids in enumerate(prompts):
+            for turn in range(len(modes)):
+                mode = (turn + number + repeat) % len(modes)
+                result = generate(engine, input_ids, modes[mode], max_new_tokens=max_new_tokens, eos_token_ids=eos)
+                times[repeat, number, mode] = result.decode_ms
+                counts[number, mode] = len(result.tokens) - 1, len(result.accepted)
+            progress(repeat * len(prompts) + number + 1, repeats * len(prompts))
+    return [_measured(tree, np.median(times, 0), counts, mode) for mode, tree in enumerate(trees, start=1)]
+
+
+def _measured(tree: Tree, ms: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], mode: int) -> Measured:
+    tokens, steps = counts[:, mode].sum(0)
+    if not tokens:
+        return Measured(tree, 1.0, (1.0, 1.0), 1.0)
+    rows = np.stack([counts[:, 0, 0], ms[:, 0], counts[:, mode, 0], ms[:, mode]], axis=1)
+
+    def speedup(
+        base_tokens: npt.NDArray[np.float64], base_ms: npt.NDArray[np.float64], *own: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        return (own[0] / own[1]) / (base_tokens / base_ms)
+
+    return Measured(tree, float(speedup(*rows.sum(0))), bootstrap(rows, speedup), float(tokens / max(steps, 1)))

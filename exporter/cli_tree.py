@@ -1,0 +1,318 @@
+"""medusa-tree: parse, call one function, print. Like the other cli files, it may import across."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from medusa_export.exporter.console import Verbose, command_app, main, progress_bars, stdout
+from medusa_export.heads.errors import ConfigError, OutputError
+
+tree_app = command_app()
+
+SHOWN = (1, 2, 3, 5, 10)
+
+Engine = Annotated[Path, typer.Option(help="The engine directory of an export.")]
+Prompts = Annotated[Path, typer.Option(help="JSONL with turns, messages or prompt.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes one a core.")]
+MaxNodes = Annotated[int, typer.Option(help="The largest tree to measure, its root included.")]
+PastLength = Annotated[int, typer.Option(help="Tokens in the key/value cache.")]
+Rounds = Annotated[int, typer.Option(help="Interleaved repetitions of the cost's measurement.")]
+
+
+@tree_app.callback()
+def tree_command() -> None:
+    """Choose the Medusa tree by what the heads get right and by what a step costs."""
+
+
+@tree_app.command("calibrate")
+def calibrate_command(
+    engine: Engine,
+    prompts: Prompts,
+    output: Annotated[Path, typer.Option(help="acceptance.json to write.")] = Path("acceptance.json"),
+    limit: Limit = None,
+    max_new_tokens: NewTokens = 128,
+    threads: Threads = 0,
+    verbose: Verbose = False,
+) -> None:
+    """Count, along the engine's own greedy answers, which rank every true token has in every head.
+
+    Example: [bold]medusa-tree calibrate --engine out/engine --prompts chats.jsonl[/]
+    """
+    _require_parent(output)
+    opened, encoded = _open(engine, prompts, limit, max_new_tokens, threads)
+    with progress_bars() as progress:
+        body = _calibrate(
+            opened, encoded, max_new_tokens, progress, output, {"engine": str(engine), "prompts": str(prompts)}
+        )
+    _print_acceptance(body)
+    stdout.print(f"wrote {output}", soft_wrap=True)
+
+
+@tree_app.command("cost")
+def cost_command(
+    engine: Engine,
+    output: Annotated[Path, typer.Option(help="cost.json to write.")] = Path("cost.json"),
+    max_nodes: MaxNodes = 64,
+    past_length: Annotated[
+        list[int] | None, typer.Option(help="Tokens in the cache; may be given again. Default: 256.")
+    ] = None,
+    rounds: Rounds = 9,
+    threads: Threads = 0,
+    verbose: Verbose = False,
+) -> None:
+    """Measure what a step costs by the number of nodes, and a draft by the number of heads.
+
+    Example: [bold]medusa-tree cost --engine out/engine[/]
+    """
+    from medusa_export.engines.cost import PAST_LENGTH, measure_cost, write_costs
+    from medusa_export.engines.runner import open_engine
+
+    _require_parent(output)
+    opened = open_engine(engine, threads=threads)
+    with progress_bars() as progress:
+        curves = [
+            measure_cost(
+                opened, max_nodes=max_nodes, past_length=past, rounds=rounds,
+                progress=lambda done, total, past=past: progress(f"cost, past {past}", done, total),  # type: ignore[misc]
+            )
+            for past in past_length or [PAST_LENGTH]
+        ]  # fmt: skip
+    write_costs(output, curves, opened)
+    for curve in curves:
+        _print_cost(curve)
+    stdout.print(f"wrote {output}", soft_wrap=True)
+
+
+@tree_app.command("search")
+def search_command(
+    engine: Annotated[
+        Path | None, typer.Option(help="Engine to measure on what no file says, and to run trees.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts for that: JSONL with turns, messages or prompt.")
+    ] = None,
+    acceptance: Annotated[Path | None, typer.Option(help="acceptance.json, of medusa-tree or medusa-train.")] = None,
+    cost: Annotated[Path | None, typer.Option(help="cost.json, measured here or on another machine.")] = None,
+    output: Annotated[Path, typer.Option(help="tree.json to write: --tree of the other commands.")] = Path("tree.json"),
+    picture: Annotated[Path | None, typer.Option(help="Draw the tree here: .svg or .png.")] = None,
+    max_draft_len: Annotated[int, typer.Option(help="Draft tokens, at most.")] = 63,
+    sizes: Annotated[
+        list[int] | None, typer.Option("--nodes", help="Only trees of so many nodes, the root included.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Take the cost at this batch size.")] = 1,
+    past_length: Annotated[
+        int | None, typer.Option(help="Take the cost at this length. Default: the first in the file.")
+    ] = None,
+    confirm: Annotated[int, typer.Option(help="Run so many of the best trees and take the fastest.")] = 0,
+    limit: Limit = None,
+    max_new_tokens: NewTokens = 128,
+    threads: Threads = 0,
+    verbose: Verbose = False,
+) -> None:
+    """Find the tree that yields most tokens a second. What --acceptance and --cost do not say is measured on --engine.
+
+    Example: [bold]medusa-tree search --engine out/engine --prompts chats.jsonl --confirm 3 --picture tree.svg[/]
+    """
+    from medusa_export.engines.cost import load_costs, measure_cost
+    from medusa_export.engines.tree_picture import draw
+    from medusa_export.engines.tree_search import confirm as run_trees
+    from medusa_export.engines.tree_search import search, sentence, tree_json
+    from medusa_export.heads.acceptance import Acceptance
+
+    given = dict(locals())
+    _check_search(given)
+    counted = Acceptance.load(acceptance) if acceptance else None
+    curves = load_costs(cost) if cost else []
+    opened, encoded = None, []
+    if engine and (counted is None or not curves or confirm):
+        opened, encoded = _open(engine, prompts, limit, max_new_tokens, threads)
+    with progress_bars() as progress:
+        if counted is None:
+            from medusa_export.engines.calibrate import calibrate
+
+            done = iter(range(1, len(encoded) + 1))
+            counted = Acceptance.from_answers(
+                calibrate(
+                    opened, encoded, max_new_tokens=max_new_tokens,
+                    progress=lambda: progress("acceptance", next(done), len(encoded)),
+                )
+            )  # fmt: skip
+        if not curves:
+            curves = [measure_cost(opened, max_nodes=max_draft_len + 1, progress=lambda *at: progress("cost", *at))]
+        found = search(counted, _curve(curves, batch, past_length), max_draft_len=max_draft_len, sizes=sizes)
+        if confirm:
+            ids = [input_ids for _, _, input_ids in encoded]
+            found = run_trees(
+                found, counted, opened, ids, count=confirm, max_new_tokens=max_new_tokens,
+                progress=lambda *at: progress("trees", *at),
+            )  # fmt: skip
+    crossover = _crossover(counted, curves, max_draft_len)
+    output.write_text(tree_json(found, crossover), encoding="utf-8")
+    if picture:
+        draw(picture, found, counted)
+    _print_search(found)
+    if len(crossover) > 1:
+        _print_crossover(crossover)
+    stdout.print(sentence(found), soft_wrap=True)
+    stdout.print(f"wrote {output}", soft_wrap=True)
+
+
+def _check_search(given: dict[str, Any]) -> None:
+    """Raise ConfigError or OutputError for what cannot work, before anything is measured."""
+    missing = [f"--{name}" for name in ("acceptance", "cost") if given[name] is None]
+    if given["confirm"]:
+        missing.append("--confirm")
+    if missing and given["engine"] is None:
+        expected = "--engine, to measure it on" if missing[0] != "--confirm" else "--engine, to run trees on"
+        raise ConfigError(f"--{missing[0].strip('-')}", "no engine", expected, "give one")
+    if given["prompts"] is None and (given["acceptance"] is None or given["confirm"]):
+        raise ConfigError("--prompts", "nothing", "prompts to run the engine on", "give a JSONL file")
+    if given["max_draft_len"] < 1:
+        raise ConfigError("--max-draft-len", f"{given['max_draft_len']}", "1 or more", "correct it")
+    for name in ("output", "picture"):
+        if given[name] is not None:
+            _require_parent(given[name])
+    if given["picture"] is not None and given["picture"].suffix not in (".svg", ".png"):
+        raise ConfigError("--picture", f"{given['picture']}", "a name that ends with .svg or .png", "rename it")
+
+
+def _require_parent(path: Path) -> None:
+    if not path.resolve().parent.is_dir():
+        raise OutputError(str(path), "no such directory", "an existing one", "create it first")
+
+
+def _open(engine: Path, prompts: Path | None, limit: int | None, max_new_tokens: int, threads: int) -> Any:
+    """The engine, and the prompts as it takes them."""
+    from medusa_export.engines.prompts import encode_prompts
+    from medusa_export.engines.runner import open_engine
+    from medusa_export.heads.conversations import load_prompts
+
+    if max_new_tokens < 2:
+        raise ConfigError("--max-new-tokens", f"{max_new_tokens}", "2 or more", "raise it")
+    loaded = load_prompts(prompts, limit) if prompts else []
+    opened = open_engine(engine, threads=threads)
+    return opened, encode_prompts(engine, opened.info, loaded, max_new_tokens=max_new_tokens) if loaded else []
+
+
+def _calibrate(
+    opened: Any, encoded: Any, max_new_tokens: int, progress: Any, output: Path, source: dict[str, Any]
+) -> Any:
+    from medusa_export.engines.calibrate import calibrate
+    from medusa_export.heads.acceptance import write_calibration
+
+    done = iter(range(1, len(encoded) + 1))
+    answers = calibrate(
+        opened, encoded, max_new_tokens=max_new_tokens,
+        progress=lambda: progress("prompts", next(done), len(encoded)),
+    )  # fmt: skip
+    return write_calibration(output, answers, {**source, "engine_source": opened.info.source})
+
+
+def _curve(curves: list[dict[str, Any]], batch: int, past_length: int | None) -> Any:
+    """The curve that was asked for."""
+    from medusa_export.engines.cost import cost_curve
+
+    found = [row for row in curves if row["batch"] == batch and past_length in (None, row["past_length"])]
+    if not found:
+        got = f"batch {batch}" + (f" and past length {past_length}" if past_length is not None else "")
+        known = "; ".join(f"batch {row['batch']}, past length {row['past_length']}" for row in curves)
+        raise ConfigError(
+            "--batch, --past-length", got, f"what the costs have: {known}", "measure it or choose another"
+        )
+    return cost_curve(found[0])
+
+
+def _crossover(counted: Any, curves: list[dict[str, Any]], max_draft_len: int) -> list[dict[str, Any]]:
+    """The best tree's size and its speed-up by batch and past length."""
+    from medusa_export.engines.cost import cost_curve
+    from medusa_export.engines.tree_search import search
+
+    rows = []
+    for curve in curves:
+        chosen = search(counted, cost_curve(curve), max_draft_len=max_draft_len).chosen
+        rows.append(
+            {
+                "batch": curve["batch"],
+                "past_length": curve["past_length"],
+                "max_draft_len": chosen.tree.max_draft_len,
+                "tokens_per_step": round(chosen.tokens_per_step, 4),
+                "speedup": round(chosen.speedup, 4),
+            }
+        )
+    return rows
+
+
+def _print_acceptance(body: dict[str, Any]) -> None:
+    title = f"{body['prompts']} prompts, {body['positions']} positions"
+    heads = Table("head", "token", *(f"top {k}" for k in SHOWN), "top 1, 95% CI", title=title, title_justify="left")
+    for head, row in enumerate(body["heads"]):
+        low, high = row["top1_ci95"]
+        cells = (f"{row[f'top{k}']:.1%}" for k in SHOWN)
+        heads.add_row(str(head), f"t+{head + 2}", *cells, f"{low:.1%} .. {high:.1%}")
+    stdout.print(heads)
+    if len(body["categories"]) > 1:
+        table = Table(
+            "category",
+            "prompts",
+            *(f"head {head}" for head in range(len(body["heads"]))),
+            title="top 1",
+            title_justify="left",
+        )
+        for row in body["categories"]:
+            table.add_row(row["category"], str(row["prompts"]), *(f"{value:.1%}" for value in row["top1"]))
+        stdout.print(table)
+    tree = body["tree"]
+    stdout.print(f"tokens per step with the best {len(tree['choices'])} draft tokens: {tree['tokens_per_step']:.2f}")
+
+
+def _print_cost(curve: dict[str, Any]) -> None:
+    title = f"batch {curve['batch']}, {curve['past_length']} tokens in the cache"
+    table = Table("nodes", "ms", "95% CI", "ratio", "outliers", title=title, title_justify="left")
+    base = curve["verify"][0]["ms"]
+    for name, key in (("verify", "nodes"), ("draft", "depth")):
+        for row in curve[name]:
+            low, high = row["ci95"]
+            label = str(row[key]) if name == "verify" else f"{row[key]} heads"
+            cells = (
+                f"{row['ms']:.2f}",
+                f"{low:.2f} .. {high:.2f}",
+                f"{row['ms'] / base:.3f}",
+                f"{row['outliers']} of {row['runs']}",
+            )
+            table.add_row(label, *cells, end_section=name == "verify" and row is curve[name][-1])
+    stdout.print(table)
+
+
+def _print_search(found: Any) -> None:
+    table = Table("draft tokens", "depth", "tokens per step", "cost", "predicted", "measured")
+    ran = {item.tree: item for item in found.measured}
+    near = sorted(found.sizes, key=lambda item: -item.speedup)[:5]
+    shown = [
+        item for item in found.sizes if item in near or item.tree in ran or item in (found.sizes[0], found.sizes[-1])
+    ]
+    for item in shown:
+        run = ran.get(item.tree)
+        measured = f"{run.speedup:.2f}x ({run.interval[0]:.2f} .. {run.interval[1]:.2f})" if run else ""
+        cells = (str(item.tree.max_draft_len), str(item.tree.depth), f"{item.tokens_per_step:.2f}")
+        style = "bold" if item is found.chosen or item.tree == found.chosen.tree else None
+        table.add_row(*cells, f"{item.cost_ratio:.2f}", f"{item.speedup:.2f}x", measured, style=style)
+    stdout.print(table)
+
+
+def _print_crossover(rows: list[dict[str, Any]]) -> None:
+    table = Table("batch", "past length", "draft tokens", "tokens per step", "speed-up")
+    for row in rows:
+        numbers = (str(row[name]) for name in ("batch", "past_length", "max_draft_len"))
+        table.add_row(*numbers, f"{row['tokens_per_step']:.2f}", f"{row['speedup']:.2f}x")
+    stdout.print(table)
+
+
+def tree_main() -> None:
+    """Entry point of medusa-tree."""
+    main(tree_app)

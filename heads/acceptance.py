@@ -1,0 +1,220 @@
+"""What heads get right, counted: ranks of true tokens, and from them accuracies, paths and tokens per step. Needs no torch.
+
+``acceptance.json`` is written by medusa-train (on held-out answers) and by medusa-tree (on an engine), and read by the tree search.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_export.heads.config import read_json
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.intervals import bootstrap
+from medusa_export.heads.search import grow
+from medusa_export.heads.tree import Choice, Tree
+
+TOP_K = 10
+ABSENT = TOP_K  # the rank of a token that is not among the first TOP_K, and of what is behind the end of an answer
+UNKNOWN = -1  # where there is no true token
+TREE_NODES = 8  # draft nodes of the tree that tokens per step are reported for
+
+Ranks = npt.NDArray[np.int64]  # [positions, heads]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt's answer as the heads saw it.
+
+    Attributes:
+        ranks: a row for every token of the answer, its last one too: the rank of the token ``h + 1`` later in head h.  # [T, H]
+    """
+
+    prompt: str
+    category: str
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What the tree search needs of an ``acceptance.json``.
+
+    Attributes:
+        positions: how many were counted.
+        paths: how often the true continuation is this path of ranks.
+        answers: each answer's ranks, where the file has them.
+    """
+
+    positions: int
+    paths: Mapping[Choice, int]
+    answers: tuple[Answer, ...] = ()
+
+    @classmethod
+    def from_answers(cls, answers: Sequence[Answer]) -> Acceptance:
+        """Count answers."""
+        ranks = np.concatenate([answer.ranks for answer in answers])
+        return cls(_positions(ranks), path_counts(ranks), tuple(answers))
+
+    @classmethod
+    def load(cls, path: Path) -> Acceptance:
+        """Read a file.
+
+        Raises:
+            ConfigError: not such a file.
+        """
+        body = read_json(path)
+        try:
+            paths = {tuple(map(int, entry["choice"])): int(entry["count"]) for entry in body["paths"]}
+            answers = [
+                Answer(str(entry["prompt"]), str(entry["category"]), np.array(entry["ranks"], dtype=np.int64))
+                for entry in body.get("answers", ())
+            ]
+            return cls(int(body["positions"]), paths, tuple(answers))
+        except (KeyError, TypeError, ValueError) as error:
+            expected = "positions and paths with choice and count, as medusa-tree calibrate writes them"
+            raise ConfigError(str(path), f"{type(error).__name__}: {error}", expected, "calibrate again") from error
+
+    def walk(self, tree: Tree) -> tuple[float, tuple[float, float]] | None:
+        """Tokens per step with a tree on the counted answers, and its interval over prompts; None without answers."""
+        if not self.answers:
+            return None
+        rows = np.array([_walk(_accepted(tree, answer.ranks)) for answer in self.answers])
+        tokens, steps = rows.sum(0)
+        if not steps:
+            return None
+        return float(tokens / steps), bootstrap(rows, lambda tokens, steps: tokens / np.maximum(steps, 1))
+
+
+def accuracies(ranks: Ranks) -> list[dict[str, float]]:
+    """For every head the share of positions at which the true token is among the best 1, 2, ... TOP_K."""
+    found = []
+    for column in ranks.T:
+        valid = column[column >= 0]
+        found.append({f"top{k}": float((valid < k).mean()) if len(valid) else 0.0 for k in range(1, TOP_K + 1)})
+    return found
+
+
+def mean_accuracy(found: Sequence[Mapping[str, float]]) -> float:
+    """Mean top-1 accuracy over the heads, weighted 0.8 ** head: what early stopping looks at."""
+    weights = [0.8**head for head in range(len(found))]
+    return sum(w * head["top1"] for w, head in zip(weights, found, strict=True)) / sum(weights)
+
+
+def path_counts(ranks: Ranks) -> dict[Choice, int]:
+    """How often the true continuation is this path of ranks, for every path that was seen."""
+    counts: dict[Choice, int] = {}
+    for row in ranks.tolist():
+        path: Choice = ()
+        for rank in row:
+            if not 0 <= rank < TOP_K:
+                break
+            path = (*path, rank)
+            counts[path] = counts.get(path, 0) + 1
+    return counts
+
+
+def best_tree(ranks: Ranks, nodes: int = TREE_NODES) -> Tree:
+    """The tree of so many draft nodes that most often holds the true path: the joint frequencies, no independence assumed."""
+    return Tree.from_choices(islice(grow(path_counts(ranks)), nodes))
+
+
+def tokens_per_step(tree: Tree, ranks: Ranks, answers: npt.NDArray[np.int64]) -> float:
+    """Tokens that a step yields when every answer is decoded with the tree: the walk that an engine takes, without the engine.
+
+    Args:
+        ranks: of all answers, see :class:`Answer`.  # [N, H]
+        answers: number of the answer of each row.  # [N]
+    """
+    accepted = _accepted(tree, ranks)
+    ends = (np.flatnonzero(np.diff(answers)) + 1).tolist()
+    rows = np.array([_walk(part) for part in np.split(accepted, ends)])
+    tokens, steps = rows.sum(0)
+    return float(tokens / steps) if steps else 1.0
+
+
+def summary(ranks: Ranks, answers: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """The body of ``acceptance.json``: positions, accuracy of every head, counts of true paths, and a small tree's yield."""
+    tree = best_tree(ranks)
+    counts = sorted(path_counts(ranks).items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "positions": _positions(ranks),
+        "heads": accuracies(ranks),
+        "paths": [{"choice": list(path), "count": count} for path, count in counts],
+        "tree": {
+            "choices": [list(choice) for choice in tree.choices],
+            "tokens_per_step": tokens_per_step(tree, ranks, answers),
+        },
+    }
+
+
+def calibration(answers: Sequence[Answer]) -> dict[str, Any]:
+    """The body of ``acceptance.json`` with intervals, categories, and every answer's ranks, which all of it follows from."""
+    ranks = np.concatenate([answer.ranks for answer in answers])
+    numbers = np.repeat(np.arange(len(answers)), [len(answer.ranks) for answer in answers])
+    body = summary(ranks, numbers)
+    for head, entry in enumerate(body["heads"]):
+        entry["top1_ci95"] = _top1_interval(answers, head)
+    return {
+        **body,
+        "prompts": len(answers),
+        "categories": [_category(name, answers) for name in sorted({answer.category for answer in answers})],
+        "answers": [{"prompt": a.prompt, "category": a.category, "ranks": a.ranks.tolist()} for a in answers],
+    }
+
+
+def write_calibration(path: Path, answers: Sequence[Answer], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``acceptance.json`` and return its body.
+
+    Args:
+        source: where the answers came from.
+    """
+    body = {**calibration(answers), "source": dict(source)}
+    path.write_text(json.dumps(body, separators=(",", ":")) + "\n", encoding="utf-8")
+    return body
+
+
+def _category(name: str, answers: Sequence[Answer]) -> dict[str, Any]:
+    group = [answer for answer in answers if answer.category == name]
+    ranks = np.concatenate([answer.ranks for answer in group])
+    top1 = [head["top1"] for head in accuracies(ranks)]
+    return {"category": name, "prompts": len(group), "positions": _positions(ranks), "top1": top1}
+
+
+def _top1_interval(answers: Sequence[Answer], head: int) -> list[float]:
+    columns = [answer.ranks[:, head] for answer in answers]
+    rows = [(int((column == 0).sum()), int((column >= 0).sum())) for column in columns]
+    return list(bootstrap(rows, lambda right, known: right / np.maximum(known, 1)))
+
+
+def _positions(ranks: Ranks) -> int:
+    """Those at which there is a token to be right about."""
+    return int((ranks[:, 0] >= 0).sum())
+
+
+def _accepted(tree: Tree, ranks: Ranks) -> npt.NDArray[np.int64]:
+    """Length of the longest path of the tree that is the true one, at every row.  # [N, H] -> [N]"""
+    paths: set[Choice] = set(tree.choices)
+    found = np.zeros(len(ranks), dtype=np.int64)
+    for row, line in enumerate(ranks.tolist()):
+        depth = 0
+        while depth < len(line) and tuple(line[: depth + 1]) in paths:
+            depth += 1
+        found[row] = depth
+    return found
+
+
+def _walk(accepted: npt.NDArray[np.int64]) -> tuple[int, int]:
+    """Tokens and steps of one answer, the first token aside, which the prefill gives.  # [T]"""
+    tokens, steps, row, last = 0, 0, 0, len(accepted) - 1
+    while row < last:  # the step from the last row would yield what comes after the answer
+        steps += 1
+        tokens += min(int(accepted[row]) + 1, last - row)
+        row += int(accepted[row]) + 1
+    return tokens, steps

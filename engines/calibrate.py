@@ -1,4 +1,4 @@
-"""What the heads get right along an engine's own greedy answers: one autoregressive pass, in which every head drafts at every token."""
+"""What heads get right along an engine's own greedy answers: one autoregressive pass, with every head drafting at every token."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ from medusa_export.heads.intervals import bootstrap
 from medusa_export.heads.tree import Tree
 
 WARMUP_TOKENS = 16
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,13 @@ def compare(
     return [_measured(tree, np.median(times, 0), counts, mode) for mode, tree in enumerate(trees, start=1)]
 
 
-def _measured(tree: Tree, ms: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], mode: int) -> Measured:
+def _measured(tree: Tree, ms: Array, counts: Array, mode: int) -> Measured:
     tokens, steps = counts[:, mode].sum(0)
     if not tokens:
         return Measured(tree, 1.0, (1.0, 1.0), 1.0)
     rows = np.stack([counts[:, 0, 0], ms[:, 0], counts[:, mode, 0], ms[:, mode]], axis=1)
 
-    def speedup(
-        base_tokens: npt.NDArray[np.float64], base_ms: npt.NDArray[np.float64], *own: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
-        return (own[0] / own[1]) / (base_tokens / base_ms)
+    def speedup(base_tokens: Array, base_ms: Array, own_tokens: Array, own_ms: Array) -> Array:
+        return (own_tokens / own_ms) / (base_tokens / base_ms)
 
     return Measured(tree, float(speedup(*rows.sum(0))), bootstrap(rows, speedup), float(tokens / max(steps, 1)))

@@ -79,7 +79,7 @@ def cost_command(
         curves = [
             measure_cost(
                 opened, max_nodes=max_nodes, past_length=past, rounds=rounds,
-                progress=lambda done, total, past=past: progress(f"cost, past {past}", done, total),  # type: ignore[misc]
+                progress=lambda done, total, past=past: progress(f"cost, past {past}", done, total),
             )
             for past in past_length or [PAST_LENGTH]
         ]  # fmt: skip
@@ -257,13 +257,8 @@ def _print_acceptance(body: dict[str, Any]) -> None:
         heads.add_row(str(head), f"t+{head + 2}", *cells, f"{low:.1%} .. {high:.1%}")
     stdout.print(heads)
     if len(body["categories"]) > 1:
-        table = Table(
-            "category",
-            "prompts",
-            *(f"head {head}" for head in range(len(body["heads"]))),
-            title="top 1",
-            title_justify="left",
-        )
+        heads_shown = (f"head {head}" for head in range(len(body["heads"])))
+        table = Table("category", "prompts", *heads_shown, title="top 1", title_justify="left")
         for row in body["categories"]:
             table.add_row(row["category"], str(row["prompts"]), *(f"{value:.1%}" for value in row["top1"]))
         stdout.print(table)

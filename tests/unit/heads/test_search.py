@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.search import Candidate, CostCurve, best, candidates, grow, independent
-from medusa_export.heads.tree import Choice, Tree
+from medusa_export.heads.tree import PRESETS, Choice, Tree
 
 RANKS, HEADS = 3, 3
 FLAT = CostCurve({1: 2.0, 64: 2.0})
@@ -114,3 +114,28 @@ def test_wrong_costs(step_ms: dict[int, float]) -> None:
 def test_wrong_acceptance(positions: float) -> None:
     with pytest.raises(ConfigError, match="calibrate again"):
         candidates({(0,): 4}, positions, FLAT, max_draft_len=3)
+
+
+# Top 1 to top 5 of the heads of the 7b run in FasterDecoding/Medusa's assets/medusa_acc.csv, rounded to six digits.
+PUBLISHED = [
+    [0.560388, 0.671720, 0.727137, 0.759940, 0.779945],
+    [0.316352, 0.423583, 0.485089, 0.528206, 0.562500],
+    [0.201044, 0.287898, 0.347540, 0.383449, 0.416874],
+    [0.147366, 0.225025, 0.273733, 0.310885, 0.339712],
+]
+
+
+def expected(tree: Tree, frequencies: dict[Choice, float]) -> float:
+    return 1 + sum(frequencies.get(choice, 0.0) for choice in tree.choices)
+
+
+@pytest.mark.parametrize("size", [8, 63])
+def test_on_the_published_accuracies_no_shipped_tree_is_better(size: int) -> None:
+    frequencies = independent(np.diff(PUBLISHED, prepend=0.0, axis=1).tolist())
+    grown = candidates(frequencies, 1.0, FLAT, max_draft_len=size)[-1]
+    shipped = {name: Tree.from_choices(choices) for name, choices in PRESETS.items()}
+    rivals = [expected(tree, frequencies) for tree in shipped.values() if tree.max_draft_len <= size]
+    assert grown.tree.max_draft_len == size
+    assert grown.tokens_per_step == pytest.approx(expected(grown.tree, frequencies))
+    assert grown.tokens_per_step >= max(rivals)
+    assert grown.tokens_per_step == pytest.approx({8: 2.0698, 63: 2.3845}[size], abs=1e-4)

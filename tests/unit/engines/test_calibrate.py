@@ -1,0 +1,70 @@
+"""Ranks along an engine's greedy answers against a scripted model, and against what decoding with the tree then yields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medusa_export.engines.base import AUTOREGRESSIVE, generate
+from medusa_export.engines.calibrate import calibrate, trace
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.heads.acceptance import ABSENT, Acceptance
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import Tree
+from tests.unit.engines.test_base import EOS, PROMPT, ScriptedEngine, with_eos
+
+
+def scripted(ranks: tuple[int, ...], *, eos_at: int | None = None, max_length: int = 1000) -> ScriptedEngine:
+    """A stand-in with so many heads."""
+    engine = ScriptedEngine(with_eos(eos_at) if eos_at else ScriptedEngine().truth, ranks, max_length)
+    engine.info.max_depth, engine.info.eos_token_ids = len(ranks), (EOS,)
+    return engine
+
+
+def test_ranks_of_every_head_at_every_token() -> None:
+    ranks = trace(scripted((2, -1, 0)), PROMPT, max_new_tokens=6)
+    assert ranks.shape == (6, 3)
+    assert ranks[:, 0].tolist() == [2, 2, 2, 2, 2, -1]  # behind the last token nothing is known
+    assert ranks[:, 1].tolist() == [ABSENT] * 4 + [-1] * 2
+    assert ranks[:, 2].tolist() == [0] * 3 + [-1] * 3
+
+
+def test_it_ends_with_the_answer_and_with_the_context() -> None:
+    assert len(trace(scripted((0,), eos_at=4), PROMPT, max_new_tokens=50)) == 5
+    assert len(trace(scripted((0,), max_length=len(PROMPT) + 7), PROMPT, max_new_tokens=50)) == 8
+
+
+@pytest.mark.parametrize("tree", [[[0]], [[0], [1], [0, 0]], [[0], [0, 0], [0, 0, 0], [1]]], ids=str)
+def test_a_real_engine_yields_with_a_tree_what_was_counted(
+    tree: list[list[int]], tiny_engine: Callable[..., Any]
+) -> None:
+    """The ranks predict exactly how many steps and tokens decoding with any tree takes."""
+    engine = OnnxRuntimeEngine(tiny_engine(drafts_well=True).path)
+    chosen = Tree.from_choices(tree)
+    prompts = [(str(n), "c", [5 + n, 9, 11]) for n in range(3)]
+    found = Acceptance.from_answers(calibrate(engine, prompts, max_new_tokens=24))
+    tokens = steps = 0
+    for _, _, ids in prompts:
+        result = generate(engine, ids, chosen, max_new_tokens=24, eos_token_ids=engine.info.eos_token_ids)
+        plain = generate(engine, ids, AUTOREGRESSIVE, max_new_tokens=24, eos_token_ids=engine.info.eos_token_ids)
+        assert result.tokens == plain.tokens
+        tokens, steps = tokens + len(result.tokens) - 1, steps + len(result.accepted)
+    predicted, (low, high) = found.walk(chosen) or pytest.fail("there are answers")
+    assert predicted == pytest.approx(tokens / steps)
+    assert predicted > 1.2
+    assert low <= predicted <= high
+
+
+def test_an_engine_without_heads(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no Medusa heads"):
+        calibrate(scripted(()), [("a", "b", PROMPT)], max_new_tokens=4)
+
+
+def test_progress() -> None:
+    seen = []
+    calibrate(scripted((0,)), [("a", "b", PROMPT)] * 3, max_new_tokens=4, progress=lambda: seen.append(1))
+    assert np.sum(seen) == 3

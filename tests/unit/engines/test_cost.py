@@ -1,0 +1,101 @@
+"""Cost curves: every size and depth measured as often, the cache left as it was, and files read back. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_export.engines import cost
+from medusa_export.engines.cost import cost_curve, load_costs, measure_cost, wide_tree, write_costs
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeStep
+from medusa_export.heads.errors import ConfigError
+
+
+@pytest.fixture
+def engine(tiny_engine: Callable[..., Any]) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(tiny_engine().path)
+
+
+def test_a_curve(engine: OnnxRuntimeEngine, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    curve = measure_cost(engine, max_nodes=6, past_length=20, rounds=3, progress=lambda *at: seen.append(at))
+    assert [row["nodes"] for row in curve["verify"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["depth"] for row in curve["draft"]] == [1, 2, 3]
+    assert {row["runs"] for row in [*curve["verify"], *curve["draft"]]} == {3 * cost.TIMED}
+    assert all(0 < row["ci95"][0] <= row["ms"] <= row["ci95"][1] for row in curve["verify"])
+    assert engine.length == 20
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    body = write_costs(tmp_path / "cost.json", [curve], engine)
+    assert body["backend"] == "onnxruntime"
+    (read,) = load_costs(tmp_path / "cost.json")
+    assert read == curve
+    assert cost_curve(read).ratio(1, 0) == 1.0
+    assert cost_curve(read).max_nodes == 6
+
+
+def test_what_a_step_takes_is_what_is_written(engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that moves with the work: a millisecond a node, a hundredth a head, and one run in which somebody else worked."""
+    now = [0.0]
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    verify, draft, calls = OnnxRuntimeStep.verify, engine.draft, [0]
+
+    def slow_verify(step: Any, node_ids: Any) -> Any:
+        calls[0] += 1
+        now[0] += 1e-3 * len(node_ids) * (50 if calls[0] == 40 else 1)
+        return verify(step, node_ids)
+
+    def slow_draft(depth: int) -> Any:
+        now[0] += 1e-5 * depth
+        return draft(depth)
+
+    monkeypatch.setattr(OnnxRuntimeStep, "verify", slow_verify)
+    monkeypatch.setattr(engine, "draft", slow_draft)
+    curve = measure_cost(engine, max_nodes=5, past_length=8, rounds=4)
+    assert [row["ms"] for row in curve["verify"]] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [row["ms"] for row in curve["draft"]] == [0.01, 0.02, 0.03]
+    assert cost_curve(curve).ratio(4, 2) == pytest.approx(4.02)
+    assert sum(row["outliers"] for row in curve["verify"]) <= 1
+
+
+def test_trees_of_every_size_that_heads_can_fill() -> None:
+    assert [wide_tree(nodes, 1, 3) is None for nodes in (1, 4, 5)] == [False, False, True]
+    tree = wide_tree(9, 2, 4)
+    assert tree is not None
+    assert (tree.num_nodes, tree.depth) == (9, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"past_length": 125}, "--past-length"),
+        ({"past_length": 0}, "--past-length"),
+        ({"rounds": 0}, "--rounds"),
+        ({"max_nodes": 0}, "--max-nodes"),
+    ],
+)
+def test_refusals(options: dict[str, int], message: str, engine: OnnxRuntimeEngine) -> None:
+    with pytest.raises(ConfigError, match=message):
+        measure_cost(engine, **{"max_nodes": 4, "past_length": 8, "rounds": 1, **options})
+
+
+def test_costs_written_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"curves": [{"batch": 8, "verify": [{"nodes": 1, "ms": 10}, {"nodes": 64, "ms": 12}]}]}))
+    (curve,) = load_costs(path)
+    assert (curve["batch"], curve["past_length"], curve["draft"]) == (8, 0, [])
+    assert cost_curve(curve).ratio(64, 4) == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"curves": []}, {"curves": [3]}, {"curves": [{"verify": [{"nodes": 1}]}]}, {"curves": [{"verify": [{"nodes": 2, "ms": 1}]}]},
+     {"curves": [{"verify": [{"nodes": 1, "ms": -1}]}]}],
+)  # fmt: skip
+def test_no_costs(body: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(body))
+    with pytest.raises(ConfigError):
+        load_costs(tmp_path / "c.json")

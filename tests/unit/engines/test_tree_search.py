@@ -1,0 +1,143 @@
+"""The search end to end on counted answers and given costs, its sentence and its file, and trees that are run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medusa_export.engines import confirm as confirm_module
+from medusa_export.engines.calibrate import calibrate
+from medusa_export.engines.confirm import Measured, compare
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.tree_picture import draw, positions
+from medusa_export.engines.tree_search import confirm, search, sentence, tree_json
+from medusa_export.heads.acceptance import Acceptance, Answer
+from medusa_export.heads.search import CostCurve
+from medusa_export.heads.tree import Tree, load_tree
+
+FLAT = CostCurve({1: 10.0, 64: 10.0})
+STEEP = CostCurve({1: 10.0, 2: 20.0, 64: 640.0})
+
+
+@pytest.fixture
+def counted() -> Acceptance:
+    """Three prompts on which the first head is right half of the time, and the second one after it."""
+    chance = np.random.default_rng(0)
+    ranks = [
+        np.stack([chance.choice([0, 1, 10], 50, p=[0.5, 0.2, 0.3]), chance.choice([0, 3], 50)], axis=1)
+        for _ in range(3)
+    ]
+    for table in ranks:
+        table[-1], table[-2, 1] = -1, -1
+    return Acceptance.from_answers([Answer(str(n), "c", table) for n, table in enumerate(ranks)])
+
+
+def tokens_per_step(counted: Acceptance, tree: Tree) -> float:
+    found = counted.walk(tree)
+    assert found is not None
+    return found[0]
+
+
+def test_a_tree_that_pays(counted: Acceptance, tmp_path: Path) -> None:
+    found = search(counted, FLAT)
+    assert found.chosen.speedup == max(item.speedup for item in found.sizes)
+    assert found.chosen.tokens_per_step == tokens_per_step(counted, found.chosen.tree)
+    assert found.interval is not None
+    assert found.interval[0] < found.chosen.speedup < found.interval[1]
+    text = sentence(found)
+    assert f"{found.chosen.tree.max_draft_len} draft tokens, 2 deep" in text
+    assert f"predicted {found.chosen.speedup:.2f}x" in text
+    path = tmp_path / "tree.json"
+    path.write_text(tree_json(found))
+    assert load_tree(str(path)) == found.chosen.tree
+    body = json.loads(path.read_text())
+    assert body["why"] == text
+    assert body["triton_medusa_choices"] == found.chosen.tree.to_triton()
+    assert [row["max_draft_len"] for row in body["sizes"]] == list(range(len(found.sizes)))
+
+
+def test_no_tree_where_nodes_cost_too_much(counted: Acceptance) -> None:
+    found = search(counted, STEEP)
+    assert found.chosen.tree == Tree(())
+    assert found.runner_up.tree.max_draft_len == 1
+    assert sentence(found).startswith("No tree pays here")
+    assert f"{found.runner_up.speedup:.2f}x" in sentence(found)
+
+
+def test_heads_that_cost_keep_the_tree_shallow(counted: Acceptance) -> None:
+    assert search(counted, CostCurve({1: 10.0, 64: 10.0}, {1: 0.1, 2: 8.0})).chosen.tree.depth == 1
+    assert search(counted, CostCurve({1: 10.0, 64: 10.0}, {1: 0.1, 2: 0.2})).chosen.tree.depth == 2
+
+
+def test_limits(counted: Acceptance) -> None:
+    assert search(counted, FLAT, max_draft_len=2).chosen.tree.max_draft_len == 2
+    assert {item.tree.num_nodes for item in search(counted, FLAT, sizes=(1, 4)).sizes} == {1, 4}
+
+
+def test_what_runs_fastest_is_taken(counted: Acceptance, monkeypatch: pytest.MonkeyPatch) -> None:
+    predicted = search(counted, FLAT)
+
+    def run(speeds: list[float]) -> Any:
+        def fake(_engine: Any, trees: list[Tree], _prompts: Any, **_: Any) -> list[Measured]:
+            return [
+                Measured(tree, speed, (speed - 0.1, speed + 0.1), 1.5)
+                for tree, speed in zip(trees, speeds, strict=True)
+            ]
+
+        monkeypatch.setattr("medusa_export.engines.tree_search.compare", fake)
+        return confirm(predicted, counted, None, [[1]], max_new_tokens=4)  # type: ignore[arg-type]
+
+    order = sorted(predicted.sizes[1:], key=lambda item: -item.speedup)
+    found = run([1.1, 1.3, 1.2])
+    assert found.chosen == order[1]
+    assert found.measurement is not None
+    assert "measured 1.30x (1.20 .. 1.40)" in sentence(found)
+    assert json.loads(tree_json(found))["measured"][1]["speedup"] == 1.3
+    assert run([0.9, 0.8, 0.7]).chosen.tree == Tree(())
+    assert "measured 0.90x" in sentence(run([0.9, 0.8, 0.7]))
+
+
+def test_trees_are_compared_on_the_same_tokens(
+    tiny_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that a step without a tree moves by one and a step with a tree by two: the ratio is known."""
+    engine = OnnxRuntimeEngine(tiny_engine(drafts_well=True).path)
+    generate = confirm_module.generate
+
+    def timed(engine: Any, input_ids: list[int], tree: Tree, **options: Any) -> Any:
+        result = generate(engine, input_ids, tree, **options)
+        result.decode_ms = len(result.accepted) * (2.0 if tree.max_draft_len else 1.0)
+        return result
+
+    monkeypatch.setattr(confirm_module, "generate", timed)
+    trees, prompts = [Tree.from_choices([[0]]), Tree.from_choices([[0], [0, 0]])], [[5, 9], [7, 3, 4]]
+    short, deep = compare(engine, trees, prompts, max_new_tokens=20, repeats=2)
+    assert short.speedup == pytest.approx(short.tokens_per_step / 2)
+    assert deep.tokens_per_step > short.tokens_per_step > 1
+    counted = Acceptance.from_answers(calibrate(engine, [("a", "b", ids) for ids in prompts], max_new_tokens=20))
+    assert deep.tokens_per_step == pytest.approx(tokens_per_step(counted, trees[1]))
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_picture(suffix: str, counted: Acceptance, tmp_path: Path) -> None:
+    found, path = search(counted, FLAT), tmp_path / f"tree{suffix}"
+    draw(path, found, counted)
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+    if suffix == ".svg":
+        assert re.search(r"<!-- \d+% -->", data.decode())
+
+
+def test_parents_stand_above_the_middle_of_their_children() -> None:
+    tree = Tree.from_choices([[0], [1], [0, 0], [0, 1], [0, 2], [1, 0]])
+    places = positions(tree)
+    assert places[(0,)][0] == (places[(0, 0)][0] + places[(0, 2)][0]) / 2
+    assert len({places[choice] for choice in places}) == 7
+    leaves = [places[choice][0] for choice in [(0, 0), (0, 1), (0, 2), (1, 0)]]
+    assert leaves == sorted(leaves)

@@ -11,7 +11,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 quickstart: .venv/ready
 	$(BIN)/python examples/smollm2.py quickstart/model
-	$(BIN)/medusa-export --ckpt quickstart/model --heads $(HEADS) --quant fp8 --calib $(HEADS)/conversations.jsonl --output quickstart/out
+	tail -n 13 examples/spec_bench_39.jsonl > quickstart/prompts.jsonl  # not among those that are run
+	$(BIN)/medusa-export --ckpt quickstart/model --heads $(HEADS) --quant fp8 --calib $(HEADS)/prompts.jsonl --prompts quickstart/prompts.jsonl --output quickstart/out
 	$(BIN)/medusa-run --engine quickstart/out/engine --prompts examples/spec_bench_39.jsonl --limit 26 --repeats 2 --reference quickstart/model --report quickstart/report.json
 
 test: .venv/ready

@@ -12,7 +12,7 @@ from medusa_export.engines.reference import compare_with_checkpoint
 from medusa_export.engines.report import build_report
 from medusa_export.engines.runner import RunResult, open_engine, run_prompts
 from medusa_export.engines.selfcheck import BOUNDS
-from medusa_export.heads.conversations import load_prompts
+from medusa_export.heads.conversations import load_prompts, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.tree import load_tree
@@ -48,10 +48,11 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", str(getattr(arguments, name)), "1 or more", "correct it")
     prompts = load_prompts(arguments.prompts, arguments.limit)
+    tokenizer = read_tokenizer(arguments.engine)
     engine = open_engine(arguments.engine, threads=arguments.threads)
     tree = load_tree(arguments.tree or str(arguments.engine / TREE_FILE))
     engine.info.require_tree(tree)
-    encoded = encode_prompts(arguments.engine, engine.info, prompts, max_new_tokens=arguments.max_new_tokens)
+    encoded = encode_prompts(tokenizer, engine.info, prompts, max_new_tokens=arguments.max_new_tokens)
     done = iter(range(1, len(encoded) * arguments.repeats + 1))
     result = run_prompts(
         engine, tree, encoded, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,

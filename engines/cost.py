@@ -16,10 +16,8 @@ import numpy as np
 from medusa_export.engines.base import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.report import hardware, versions
 from medusa_export.heads.accept import accept_greedy
-from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.intervals import median_interval
-from medusa_export.heads.search import CostCurve
 from medusa_export.heads.tree import Choice, Tree
 
 SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)
@@ -85,41 +83,6 @@ def write_costs(path: Path, curves: Sequence[Mapping[str, Any]], engine: StepEng
     }  # fmt: skip
     path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     return body
-
-
-def load_costs(path: Path) -> list[dict[str, Any]]:
-    """The curves of a ``cost.json``, also of one that was written by hand with nodes and ms alone.
-
-    Raises:
-        ConfigError: not such a file.
-    """
-    curves = read_json(path).get("curves")
-    try:
-        if not isinstance(curves, list) or not curves:
-            raise ValueError("no list of curves")
-        found = [
-            {
-                "batch": int(curve.get("batch", 1)),
-                "past_length": int(curve.get("past_length", 0)),
-                "verify": [{**row, "nodes": int(row["nodes"]), "ms": float(row["ms"])} for row in curve["verify"]],
-                "draft": [
-                    {**row, "depth": int(row["depth"]), "ms": float(row["ms"])} for row in curve.get("draft", ())
-                ],
-            }
-            for curve in curves
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        expected = '{"curves": [{"batch": 1, "verify": [{"nodes": 1, "ms": 10.0}, ...]}]}'
-        raise ConfigError(str(path), f"{type(error).__name__}: {error}", expected, "correct it") from error
-    for curve in found:
-        cost_curve(curve)
-    return found
-
-
-def cost_curve(curve: Mapping[str, Any]) -> CostCurve:
-    """One curve, as the search takes it."""
-    verify = {row["nodes"]: row["ms"] for row in curve["verify"]}
-    return CostCurve(verify, {row["depth"]: row["ms"] for row in curve["draft"]})
 
 
 def wide_tree(nodes: int, max_depth: int, top_k: int) -> Tree | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from medusa_export.heads.conversations import Prompt, encode_chat, read_tokenizer
+from medusa_export.heads.conversations import Prompt, encode_chat
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError
 
@@ -13,14 +13,13 @@ EncodedPrompt = tuple[str, str, list[int]]  # id, category, input_ids
 
 
 def encode_prompts(
-    engine_dir: Path, info: EngineInfo, prompts: Sequence[Prompt], *, max_new_tokens: int
+    tokenizer: Any, info: EngineInfo, prompts: Sequence[Prompt], *, max_new_tokens: int
 ) -> list[EncodedPrompt]:
     """Prompts through the chat template of an engine's tokenizer.
 
     Raises:
         ConfigError: a prompt that leaves no room for ``max_new_tokens``.
     """
-    tokenizer = read_tokenizer(engine_dir)
     encoded = [(prompt.id, prompt.category, encode_chat(tokenizer, prompt.messages)) for prompt in prompts]
     for key, _, ids in encoded:
         if len(ids) + max_new_tokens > info.max_length:

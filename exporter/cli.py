@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +38,8 @@ def export_command(
     tree: Annotated[
         str | None,
         typer.Option(
-            help=f"Medusa tree: a JSON file or one of {', '.join(PRESETS)}. Default: medusa-63 for TensorRT-LLM, "
-            "cpu-3 for ONNX Runtime."
+            help=f"Medusa tree: a JSON file, one of {', '.join(PRESETS)}, or auto: measured on the written engine. Default: auto "
+            "with --prompts, else medusa-63 for TensorRT-LLM and cpu-3 for ONNX Runtime."
         ),
     ] = None,
     calib: Annotated[
@@ -76,6 +77,13 @@ def export_command(
             help="trtllm; hf: ModelOpt's unified checkpoint; or the heads alone: vllm-heads, medusa-v1, medusa-v2."
         ),
     ] = "trtllm",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts like those that will be served, JSONL: the tree is measured on them.")
+    ] = None,
+    tree_cost: Annotated[
+        Path | None,
+        typer.Option(help="cost.json of TensorRT-LLM's GPU. Default: all trees up to 64 nodes cost the same."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what it would take, as [bold]plan[/] does, and write nothing.")
     ] = False,
@@ -95,11 +103,13 @@ def export_command(
         sizing = _print_plan(arguments)
         check_free_space(output, sizing.disk_reserve)
         return
+    from medusa_export.engines.auto_tree import choose_tree
     from medusa_export.engines.selfcheck import check_engine
     from medusa_export.exporter.export import export
 
     with progress_bars() as progress:
-        written = export(arguments, check_engine, progress, lambda text: stderr.print(text, soft_wrap=True))
+        say = partial(stderr.print, soft_wrap=True, markup=False)
+        written = export(arguments, check_engine, progress, say, choose_tree)
     stdout.print(f"{'wrote' if written else 'up to date:'} {output}", soft_wrap=True)
 
 

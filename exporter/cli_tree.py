@@ -119,33 +119,26 @@ def search_command(
 
     Example: [bold]medusa-tree search --engine out/engine --prompts chats.jsonl --confirm 3 --picture tree.svg[/]
     """
-    from medusa_export.engines.cost import load_costs, measure_cost
     from medusa_export.engines.tree_picture import draw
     from medusa_export.engines.tree_search import confirm as run_trees
     from medusa_export.engines.tree_search import search, sentence, tree_json
     from medusa_export.heads.acceptance import Acceptance
+    from medusa_export.heads.step_costs import cost_curve, load_costs, select
 
     given = dict(locals())
     _check_search(given)
     counted = Acceptance.load(acceptance) if acceptance else None
     curves = load_costs(cost) if cost else []
+    if curves:
+        select(curves, batch=batch, past_length=past_length)
     opened, encoded = None, []
     if engine and (counted is None or not curves or confirm):
         opened, encoded = _open(engine, prompts, limit, max_new_tokens, threads)
     with progress_bars() as progress:
-        if counted is None:
-            from medusa_export.engines.calibrate import calibrate
-
-            done = iter(range(1, len(encoded) + 1))
-            counted = Acceptance.from_answers(
-                calibrate(
-                    opened, encoded, max_new_tokens=max_new_tokens,
-                    progress=lambda: progress("acceptance", next(done), len(encoded)),
-                )
-            )  # fmt: skip
-        if not curves:
-            curves = [measure_cost(opened, max_nodes=max_draft_len + 1, progress=lambda *at: progress("cost", *at))]
-        found = search(counted, _curve(curves, batch, past_length), max_draft_len=max_draft_len, sizes=sizes)
+        counted = counted or _count(opened, encoded, max_new_tokens, progress)
+        curves = curves or [_measure_cost(opened, max_draft_len + 1, past_length, progress)]
+        curve = cost_curve(select(curves, batch=batch, past_length=past_length))
+        found = search(counted, curve, max_draft_len=max_draft_len, sizes=sizes)
         if confirm:
             ids = [input_ids for _, _, input_ids in encoded]
             found = run_trees(
@@ -163,6 +156,28 @@ def search_command(
     stdout.print(f"wrote {output}", soft_wrap=True)
 
 
+def _count(opened: Any, encoded: Any, max_new_tokens: int, progress: Any) -> Any:
+    """Acceptance of the engine's heads on the prompts."""
+    from medusa_export.engines.calibrate import calibrate
+    from medusa_export.heads.acceptance import Acceptance
+
+    done = iter(range(1, len(encoded) + 1))
+    answers = calibrate(
+        opened, encoded, max_new_tokens=max_new_tokens,
+        progress=lambda: progress("acceptance", next(done), len(encoded)),
+    )  # fmt: skip
+    return Acceptance.from_answers(answers)
+
+
+def _measure_cost(opened: Any, max_nodes: int, past_length: int | None, progress: Any) -> dict[str, Any]:
+    from medusa_export.engines.cost import PAST_LENGTH, measure_cost
+
+    return measure_cost(
+        opened, max_nodes=max_nodes, past_length=past_length or PAST_LENGTH,
+        progress=lambda *at: progress("cost", *at),
+    )  # fmt: skip
+
+
 def _check_search(given: dict[str, Any]) -> None:
     """Raise ConfigError or OutputError for what cannot work, before anything is measured."""
     missing = [f"--{name}" for name in ("acceptance", "cost") if given[name] is None]
@@ -173,6 +188,8 @@ def _check_search(given: dict[str, Any]) -> None:
         raise ConfigError(f"--{missing[0].strip('-')}", "no engine", expected, "give one")
     if given["prompts"] is None and (given["acceptance"] is None or given["confirm"]):
         raise ConfigError("--prompts", "nothing", "prompts to run the engine on", "give a JSONL file")
+    if given["cost"] is None and given["batch"] != 1:
+        raise ConfigError("--batch", f"{given['batch']}", "1, or --cost with that batch size", "give a file")
     if given["max_draft_len"] < 1:
         raise ConfigError("--max-draft-len", f"{given['max_draft_len']}", "1 or more", "correct it")
     for name in ("output", "picture"):
@@ -191,13 +208,14 @@ def _open(engine: Path, prompts: Path | None, limit: int | None, max_new_tokens:
     """The engine, and the prompts as it takes them."""
     from medusa_export.engines.prompts import encode_prompts
     from medusa_export.engines.runner import open_engine
-    from medusa_export.heads.conversations import load_prompts
+    from medusa_export.heads.conversations import load_prompts, read_tokenizer
 
     if max_new_tokens < 2:
         raise ConfigError("--max-new-tokens", f"{max_new_tokens}", "2 or more", "raise it")
     loaded = load_prompts(prompts, limit) if prompts else []
+    tokenizer = read_tokenizer(engine)
     opened = open_engine(engine, threads=threads)
-    return opened, encode_prompts(engine, opened.info, loaded, max_new_tokens=max_new_tokens) if loaded else []
+    return opened, encode_prompts(tokenizer, opened.info, loaded, max_new_tokens=max_new_tokens)
 
 
 def _calibrate(
@@ -214,24 +232,10 @@ def _calibrate(
     return write_calibration(output, answers, {**source, "engine_source": opened.info.source})
 
 
-def _curve(curves: list[dict[str, Any]], batch: int, past_length: int | None) -> Any:
-    """The curve that was asked for."""
-    from medusa_export.engines.cost import cost_curve
-
-    found = [row for row in curves if row["batch"] == batch and past_length in (None, row["past_length"])]
-    if not found:
-        got = f"batch {batch}" + (f" and past length {past_length}" if past_length is not None else "")
-        known = "; ".join(f"batch {row['batch']}, past length {row['past_length']}" for row in curves)
-        raise ConfigError(
-            "--batch, --past-length", got, f"what the costs have: {known}", "measure it or choose another"
-        )
-    return cost_curve(found[0])
-
-
 def _crossover(counted: Any, curves: list[dict[str, Any]], max_draft_len: int) -> list[dict[str, Any]]:
     """The best tree's size and its speed-up by batch and past length."""
-    from medusa_export.engines.cost import cost_curve
     from medusa_export.engines.tree_search import search
+    from medusa_export.heads.step_costs import cost_curve
 
     rows = []
     for curve in curves:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medusa_export.exporter.agreement import WeightError
 from medusa_export.exporter.error_table import recorded
 from medusa_export.exporter.job import ExportArguments, Job
-from medusa_export.exporter.parts import Progress, part_names, write_parts
+from medusa_export.exporter.parts import Progress, TreeChoice, part_names, write_parts
 from medusa_export.exporter.verify import verify_trtllm
-from medusa_export.heads.errors import OutputError
+from medusa_export.heads.conversations import Prompt
+from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.manifest import (
     check_free_space,
     hash_files,
@@ -32,11 +33,16 @@ EngineCheck = Callable[[Path, Path | None, list[list[int]]], list[str]]
 Notice = Callable[[str], None]
 
 
+def _no_choice(engine_dir: Path, prompts: Sequence[Prompt], progress: Progress) -> str:
+    raise ConfigError("--tree auto", "nothing to measure with", "a function that chooses the tree", "pass choose_tree")
+
+
 def export(
     arguments: ExportArguments,
     check_engine: EngineCheck,
     progress: Progress = lambda stage, done, total: None,
     notice: Notice = lambda text: None,
+    choose_tree: TreeChoice = _no_choice,
 ) -> bool:
     """Write ``arguments.output``. Returns False when it was already there, made from the same inputs.
 
@@ -47,6 +53,8 @@ def export(
             models too large to load beside it) and some texts. Passed in, because this package does not know the engines.
         progress: called with (stage, done, total).
         notice: gets a line for the user, when an interrupted run is continued.
+        choose_tree: measures the tree of a written engine, see :func:`~medusa_export.exporter.parts.write_parts`; passed in for the
+            same reason.
 
     Raises:
         MedusaExportError: bad input, found before any long work; nothing is left behind.
@@ -61,7 +69,7 @@ def export(
     with output_directory(arguments.output, inputs=inputs, arguments=arguments.recorded()) as work:
         check_free_space(work.path, job.estimated_bytes - sum(work.resumed.values()))
         _log_start(job, work, notice)
-        write_parts(job, inputs, work, progress)
+        write_parts(job, inputs, work, progress, choose_tree)
         problems = _verify(job, work, check_engine, progress) if arguments.format == "trtllm" else []
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""

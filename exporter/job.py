@@ -19,9 +19,13 @@ from medusa_export.exporter.onnx_graph import require_supported
 from medusa_export.exporter.releases import DEFAULT_RELEASE, parse_release, release_warnings
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm import export_spec, require_scales
+from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.conversations import Prompt, load_prompts, read_tokenizer
+from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.search import CostCurve, best, candidates
+from medusa_export.heads.step_costs import cost_curve, load_costs, select
 from medusa_export.heads.tree import PRESETS, Tree, load_tree
 from medusa_export.quantize.cache import calibration_key
 from medusa_export.quantize.calibration import DEFAULT_PROMPTS, token_batches
@@ -33,7 +37,8 @@ logger = logging.getLogger(__name__)
 ENGINES = ("onnxruntime", "none")
 HEAD_FORMS = {"vllm-heads": "vllm", "medusa-v1": "medusa-v1", "medusa-v2": "medusa-v2"}  # --format -> layout
 FORMS = ("trtllm", "hf", *HEAD_FORMS)
-GPU_TREE, CPU_TREE = "medusa-63", "cpu-3"
+GPU_TREE, CPU_TREE, AUTO = "medusa-63", "cpu-3", "auto"
+MAX_GPU_NODES = len(PRESETS[GPU_TREE]) + 1
 DEFAULT_CALIB = Path(str(files("medusa_export.quantize") / "default_prompts.jsonl"))
 MAX_LENGTH = 2048
 TOKENIZER_FILES = {
@@ -66,6 +71,8 @@ class ExportArguments:
     trtllm_version: str = DEFAULT_RELEASE
     pp: int = 1
     format: str = "trtllm"
+    prompts: Path | None = None
+    tree_cost: Path | None = None
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: everything that shapes the output."""
@@ -98,8 +105,9 @@ class Job:
         for warning in self.checkpoint.warnings:
             logger.warning("%s", warning)
         self.tokenizer = read_tokenizer(arguments.ckpt)
-        self.trtllm_tree = _tree(arguments.tree, GPU_TREE, self.checkpoint.num_medusa_heads)
-        self.engine_tree = _tree(arguments.tree, CPU_TREE, self.checkpoint.num_medusa_heads)
+        spec = None if arguments.tree == AUTO else arguments.tree
+        self.trtllm_tree = _tree(spec, GPU_TREE, self.checkpoint.num_medusa_heads)
+        self.engine_tree = _tree(spec, CPU_TREE, self.checkpoint.num_medusa_heads)
 
     @cached_property
     def spec(self) -> ExportSpec:
@@ -114,6 +122,37 @@ class Job:
     def prompts(self) -> list[Prompt]:
         """Calibration conversations; all of them, as the draft vocabulary counts them all."""
         return load_prompts(self.arguments.calib or DEFAULT_CALIB)
+
+    @property
+    def measures_tree(self) -> bool:
+        """Whether the trees come from what the written engine gets right and costs: asked for, or prompts are given and no tree."""
+        return self.arguments.tree == AUTO or (self.arguments.tree is None and self.arguments.prompts is not None)
+
+    @cached_property
+    def tree_prompts(self) -> list[Prompt]:
+        """What the trees are measured on."""
+        return load_prompts(self.arguments.prompts) if self.arguments.prompts else []
+
+    def take_trees(self, engine_dir: Path) -> None:
+        """Go on with the trees that were measured on the written engine.
+
+        The engine's is in its tree.json. TensorRT-LLM's comes from the same acceptance and from ``--tree-cost``, or as if all steps
+        up to the default tree's size cost the same, as they nearly do where reading the weights takes the time.
+        """
+        self.engine_tree = load_tree(str(engine_dir / TREE_FILE))
+        counted, given = Acceptance.load(engine_dir / ACCEPTANCE_FILE), self.arguments.tree_cost
+        cost = cost_curve(select(load_costs(given))) if given else CostCurve({1: 1.0, MAX_GPU_NODES: 1.0})
+        found = candidates(counted.paths, counted.positions, cost, max_draft_len=MAX_GPU_NODES - 1)
+        if len(found) == 1:
+            raise ConfigError(
+                "--tree auto", "heads that were never right", "drafts that are sometimes accepted", "train the heads"
+            )
+        chosen = best(found)
+        if not chosen.tree.max_draft_len:
+            chosen = max(found[1:], key=lambda candidate: candidate.speedup)
+            logger.warning("no tree pays at the costs in %s; the best one is predicted %.2fx", given, chosen.speedup)
+        self.trtllm_tree = chosen.tree
+        self.__dict__.pop("spec", None)  # it holds the tree's size
 
     @property
     def has_scales(self) -> bool:
@@ -138,8 +177,9 @@ class Job:
     @property
     def input_files(self) -> list[Path]:
         """Everything whose change makes another output."""
-        given = [path for path in (self.arguments.calib, self._scales_file) if path]
-        given += [Path(self.arguments.tree)] if self.arguments.tree and self.arguments.tree not in PRESETS else []
+        flags = self.arguments
+        given = [path for path in (flags.calib, flags.prompts, flags.tree_cost, self._scales_file) if path]
+        given += [Path(flags.tree)] if flags.tree and flags.tree not in (*PRESETS, AUTO) else []
         tokenizer = [path for path in self.arguments.ckpt.glob("*") if path.name in TOKENIZER_FILES]
         return [*self.checkpoint.files, *sorted(tokenizer), *given]
 
@@ -196,6 +236,7 @@ class Job:
         if self.writes_engine:
             onnx_form(self.fmt)
             require_supported(self.checkpoint.config, self.max_length)
+        self._check_tree()
         if arguments.draft_vocab < 0:
             raise ConfigError("--draft-vocab", str(arguments.draft_vocab), "0 (all) or more", "correct it")
         if self.given_scales is not None:
@@ -203,6 +244,26 @@ class Job:
         if (self.has_scales and self.given_scales is None) or self.writes_engine:
             _ = self.batches  # there is a chat template, and the model knows its tokens
         _ = self.prompts
+
+    def _check_tree(self) -> None:
+        arguments = self.arguments
+        for name, path in (("--prompts", arguments.prompts), ("--tree-cost", arguments.tree_cost)):
+            if path is not None and not self.measures_tree:
+                raise ConfigError(
+                    name, str(path), "it only where the tree is measured, with --tree auto", "leave it out"
+                )
+        if not self.measures_tree:
+            return
+        if not self.writes_engine:
+            got = f"--engine {arguments.engine}, --format {arguments.format}"
+            expected = "the engine that it is measured on, --engine onnxruntime"
+            raise ConfigError("--tree auto", got, expected, "give a tree of medusa-tree search")
+        if not self.tree_prompts:
+            raise ConfigError(
+                "--tree auto", "no --prompts", "prompts like those that will be served", "give a JSONL file"
+            )
+        if arguments.tree_cost is not None:
+            select(load_costs(arguments.tree_cost))
 
     def _check_given_scales(self, spec: ExportSpec, scales: Scales) -> None:
         if not self.has_scales:

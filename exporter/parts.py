@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from medusa_export.exporter.job import HEAD_FORMS, Job
 from medusa_export.exporter.plan import TensorPlan
 from medusa_export.exporter.ranks import rank_names, write_ranks
 from medusa_export.exporter.trtllm import require_scales, write_config
+from medusa_export.heads.conversations import Prompt
 from medusa_export.heads.work import Work
 from medusa_export.quantize.cache import cached_scales
 from medusa_export.quantize.ptq import calibrate
@@ -28,6 +29,7 @@ TREE_FILE, TOKENIZER, CONFIG, ONNX, ENGINE = "tree.json", "tokenizer", "trtllm/c
 HF, HF_CONFIGS, HEADS = "hf", "hf/config.json", "heads"
 
 Progress = Callable[[str, int, int], None]
+TreeChoice = Callable[[Path, Sequence[Prompt], Progress], str]
 
 
 def part_names(job: Job) -> list[str]:
@@ -38,24 +40,29 @@ def part_names(job: Job) -> list[str]:
     if job.arguments.format in HEAD_FORMS:
         return [HEADS]
     engine = [ONNX, ENGINE] if job.writes_engine else []
-    return [*scales, TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp), *engine]
+    return [*scales, *engine, TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp)]
 
 
-def write_parts(job: Job, inputs: Mapping[str, str], work: Work, progress: Progress) -> None:
+def write_parts(job: Job, inputs: Mapping[str, str], work: Work, progress: Progress, choose_tree: TreeChoice) -> None:
     """Everything of an export but the manifest.
 
     Args:
         inputs: file -> SHA-256 of the job's input files.
         progress: called with (stage, done, total).
+        choose_tree: leaves tree.json and acceptance.json in an engine's directory, and says why.
     """
     scales = _scales(job, inputs, work, progress)
     if scales is not None:
         work.record("scales", scales.summary())
-    write = {"trtllm": _write_trtllm, "hf": _write_hf}.get(job.arguments.format, _write_heads)
-    write(job, scales, work, progress)
+    if job.arguments.format == "trtllm":
+        _write_trtllm(job, scales, work, progress, choose_tree)
+    elif job.arguments.format == "hf":
+        _write_hf(job, scales, work, progress)
+    else:
+        _write_heads(job, work)
 
 
-def _write_heads(job: Job, scales: Scales | None, work: Work, progress: Progress) -> None:
+def _write_heads(job: Job, work: Work) -> None:
     from medusa_export.exporter.head_writer import write_heads
 
     layout = HEAD_FORMS[job.arguments.format]
@@ -77,7 +84,9 @@ def _write_hf(job: Job, scales: Scales | None, work: Work, progress: Progress) -
     job.tokenizer.save_pretrained(work.path / HF)
 
 
-def _write_trtllm(job: Job, scales: Scales | None, work: Work, progress: Progress) -> None:
+def _write_trtllm(job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice) -> None:
+    if job.writes_engine:  # before the rest, whose tree may be measured on it
+        _write_graphs(job, scales, work, progress, choose_tree)
     work.once(TREE_FILE, lambda path: path.write_text(job.trtllm_tree.to_json(), encoding="utf-8"))
     work.once(TOKENIZER, job.tokenizer.save_pretrained)
     logger.info("writing the TensorRT-LLM checkpoint, %d draft tokens", job.trtllm_tree.max_draft_len)
@@ -86,13 +95,24 @@ def _write_trtllm(job: Job, scales: Scales | None, work: Work, progress: Progres
         work, job.checkpoint, job.spec, require_scales(job.spec, scales),
         lambda done, total: progress("TensorRT-LLM checkpoint", done, total),
     )  # fmt: skip
-    if not job.writes_engine:
-        return
-    logger.info("writing the ONNX graph and the engine, %d draft tokens", job.engine_tree.max_draft_len)
-    for stage, name, write in (("ONNX graph", ONNX, _write_onnx), ("engine", ENGINE, _write_engine)):
+
+
+def _write_graphs(job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice) -> None:
+    def write_whole_engine(path: Path) -> None:
+        _write_engine(job, scales, path)
+        if job.measures_tree:
+            logger.info("%s", choose_tree(path, job.tree_prompts, progress))
+
+    logger.info("writing the ONNX graph and the engine")
+    for stage, name, write in (
+        ("ONNX graph", ONNX, partial(_write_onnx, job, scales)),
+        ("engine", ENGINE, write_whole_engine),
+    ):
         progress(stage, 0, 1)
-        work.once(name, partial(write, job, scales))
+        work.once(name, write)
         progress(stage, 1, 1)
+    if job.measures_tree:
+        job.take_trees(work.path / ENGINE)
 
 
 def _scales(job: Job, inputs: Mapping[str, str], work: Work, progress: Progress) -> Scales | None:

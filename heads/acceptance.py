@@ -21,6 +21,7 @@ from medusa_export.heads.intervals import bootstrap
 from medusa_export.heads.search import grow
 from medusa_export.heads.tree import Choice, Tree
 
+ACCEPTANCE_FILE = "acceptance.json"
 TOP_K = 10
 ABSENT = TOP_K  # the rank of a token that is not among the first TOP_K, and of what is behind the end of an answer
 UNKNOWN = -1  # where there is no true token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import pytest
 
 from medusa_export.engines import cost
-from medusa_export.engines.cost import cost_curve, load_costs, measure_cost, wide_tree, write_costs
+from medusa_export.engines.cost import measure_cost, wide_tree, write_costs
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeStep
 from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.step_costs import cost_curve, load_costs
 
 
 @pytest.fixture
@@ -80,22 +80,3 @@ def test_trees_of_every_size_that_heads_can_fill() -> None:
 def test_refusals(options: dict[str, int], message: str, engine: OnnxRuntimeEngine) -> None:
     with pytest.raises(ConfigError, match=message):
         measure_cost(engine, **{"max_nodes": 4, "past_length": 8, "rounds": 1, **options})
-
-
-def test_costs_written_by_hand(tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    path.write_text(json.dumps({"curves": [{"batch": 8, "verify": [{"nodes": 1, "ms": 10}, {"nodes": 64, "ms": 12}]}]}))
-    (curve,) = load_costs(path)
-    assert (curve["batch"], curve["past_length"], curve["draft"]) == (8, 0, [])
-    assert cost_curve(curve).ratio(64, 4) == pytest.approx(1.2)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [{}, {"curves": []}, {"curves": [3]}, {"curves": [{"verify": [{"nodes": 1}]}]}, {"curves": [{"verify": [{"nodes": 2, "ms": 1}]}]},
-     {"curves": [{"verify": [{"nodes": 1, "ms": -1}]}]}],
-)  # fmt: skip
-def test_no_costs(body: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_text(json.dumps(body))
-    with pytest.raises(ConfigError):
-        load_costs(tmp_path / "c.json")

@@ -13,17 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.selfcheck import check_engine
 from medusa_export.exporter import export as export_module
 from medusa_export.exporter import parts, ranks
 from medusa_export.exporter.export import ExportArguments, export
 from medusa_export.exporter.verify import verify_export
 from medusa_export.heads import threads as heads_threads
+from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError, MedusaExportError, OutputError
 from medusa_export.heads.manifest import read_manifest
 from medusa_export.heads.staging import KEPT_BEFORE
+from medusa_export.heads.step_costs import load_costs
 from medusa_export.heads.tree import PRESETS, load_tree
 from medusa_export.quantize import ptq
 from medusa_export.quantize.scales import SCALES_FILE, Scales
@@ -381,8 +384,8 @@ class TestContinued:
         counted.begun.clear()
         monkeypatch.setattr(parts, "write_onnx", no_engine)
         assert export(given, Calls(), notice=counted.notices.append)
-        assert counted.begun == []
-        assert counted.notices == ["continuing: 6 of 7 parts were finished"]
+        assert counted.begun == [0, 1]
+        assert counted.notices == ["continuing: 1 of 7 parts were finished"]
         assert verify_export(given.output) == []
 
     def test_what_is_there_needs_no_room(self, make: Make, counted: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,7 +515,7 @@ def test_progress(make: Make) -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     given = make(quant="fp8", calib_prompts=3)
     export(given, Calls(), lambda stage, done, total: seen.setdefault(stage, []).append((done, total)))
-    assert list(seen) == ["calibrate", "TensorRT-LLM checkpoint", "ONNX graph", "engine", "verify"]
+    assert list(seen) == ["calibrate", "ONNX graph", "engine", "TensorRT-LLM checkpoint", "verify"]
     assert seen["calibrate"] == [(1, 3), (2, 3), (3, 3)]
     assert all(done == total for done, total in (calls[-1] for calls in seen.values()))
 
@@ -561,3 +564,64 @@ def test_the_estimate_is_an_upper_bound(
     export(given, Calls())
     weights = [path for path in given.output.rglob("*") if path.suffix in (".safetensors", ".data")]
     assert asked[0] > sum(path.stat().st_size for path in weights)
+
+
+class TestMeasuredTree:
+    """--prompts: the tree comes from the written engine, and TensorRT-LLM's checkpoint is built for it."""
+
+    @pytest.fixture
+    def given(self, make: Make, tmp_path: Path) -> ExportArguments:
+        prompts = tmp_path / "served.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt": f"w{n} w{n + 1}"}) + "\n" for n in range(6)))
+        return make(prompts=prompts, tp=2)
+
+    def test_both_trees(self, given: ExportArguments) -> None:
+        assert export(given, check_engine, choose_tree=choose_tree)
+        engine, trtllm = given.output / "engine", given.output / "trtllm"
+        counted = Acceptance.load(engine / "acceptance.json")
+        seen = {tuple(choice) for choice in json.loads((engine / "tree.json").read_text())["medusa_choices"]}
+        assert seen <= set(counted.paths)
+        costs = load_costs(engine / "cost.json")
+        assert costs[0]["verify"][0]["nodes"] == 1
+        tree = load_tree(str(given.output / "tree.json"))
+        expected = sorted(counted.paths, key=lambda path: -counted.paths[path])[:63]
+        assert tree.max_draft_len == len(expected)
+        assert min(counted.paths[choice] for choice in tree.choices) == counted.paths[expected[-1]]
+        assert json.loads((trtllm / "config.json").read_text())["max_draft_len"] == tree.max_draft_len
+        assert verify_export(given.output) == []
+        assert not export(given, check_engine, choose_tree=choose_tree)  # nothing is measured again
+
+    def test_costs_of_another_machine(self, given: ExportArguments, tmp_path: Path) -> None:
+        costs = tmp_path / "gpu.json"
+        rows = [{"nodes": 1, "ms": 1.0}, {"nodes": 4, "ms": 1.0}, {"nodes": 5, "ms": 9.0}, {"nodes": 64, "ms": 9.0}]
+        costs.write_text(json.dumps({"curves": [{"verify": rows}]}))
+        assert export(replace(given, tree_cost=costs), check_engine, choose_tree=choose_tree)
+        assert json.loads((given.output / "trtllm/config.json").read_text())["max_draft_len"] == 3
+
+    def test_an_interruption_costs_no_measurement(
+        self, given: ExportArguments, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*_: object) -> None:
+            raise SystemExit(143)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(parts, "write_config", stop)
+            with pytest.raises(SystemExit):
+                export(given, check_engine, choose_tree=choose_tree)
+        assert export(given, check_engine)  # without anything that could measure
+        assert (given.output / "engine/cost.json").is_file()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"tree": "auto", "prompts": None}, "no --prompts"),
+            ({"tree": "cpu-3"}, "it only where the tree is measured"),
+            ({"engine": "none"}, "the engine that it is measured on"),
+            ({"tree_cost": Path("absent.json")}, "absent.json"),
+            ({"prompts": None, "tree_cost": Path("cost.json")}, "it only where the tree is measured"),
+        ],
+    )
+    def test_refusals(self, change: dict[str, Any], message: str, given: ExportArguments) -> None:
+        with pytest.raises(MedusaExportError, match=message):
+            export(replace(given, **change), no_engine, choose_tree=choose_tree)
+        assert not given.output.exists()

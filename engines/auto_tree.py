@@ -1,0 +1,59 @@
+"""The tree of an engine that was just written: calibrated, timed, searched, and left in its directory with what it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from medusa_export.engines.calibrate import calibrate
+from medusa_export.engines.cost import PAST_LENGTH, SIZES, measure_cost, write_costs
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.prompts import encode_prompts
+from medusa_export.engines.tree_search import search, sentence, tree_json
+from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration
+from medusa_export.heads.conversations import Prompt, read_tokenizer
+from medusa_export.heads.engine_info import TREE_FILE
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.step_costs import COST_FILE, cost_curve
+
+MAX_PROMPTS, NEW_TOKENS, ROUNDS = 64, 96, 5
+
+Progress = Callable[[str, int, int], None]
+
+
+def choose_tree(
+    engine_dir: Path, prompts: Sequence[Prompt], progress: Progress = lambda stage, done, total: None
+) -> str:
+    """Write acceptance.json, cost.json and tree.json into an engine's directory; returns why the tree is what it is.
+
+    Args:
+        prompts: up to 64 of those that leave room for an answer are run, evenly spread over all of them.
+
+    Raises:
+        ConfigError: no prompt fits into the engine's context.
+    """
+    engine = OnnxRuntimeEngine(engine_dir)
+    info, tokenizer = engine.info, read_tokenizer(engine_dir)
+    encoded = encode_prompts(tokenizer, info, prompts, max_new_tokens=0)
+    fitting = [prompt for prompt in encoded if len(prompt[2]) + NEW_TOKENS <= info.max_length]
+    if not fitting:
+        shortest = min((len(ids) for _, _, ids in encoded), default=0)
+        limit = f"one of at most {info.max_length - NEW_TOKENS}"
+        raise ConfigError(
+            "--tree auto", f"prompts of {shortest} tokens and more", limit, "raise --max-length or shorten them"
+        )
+    fitting = fitting[:: -(-len(fitting) // MAX_PROMPTS)]
+    done = iter(range(1, len(fitting) + 1))
+    answers = calibrate(
+        engine, fitting, max_new_tokens=NEW_TOKENS, progress=lambda: progress("acceptance", next(done), len(fitting))
+    )
+    write_calibration(engine_dir / ACCEPTANCE_FILE, answers, {"max_new_tokens": NEW_TOKENS})
+    past_length = min(PAST_LENGTH, info.max_length // 2)
+    curve = measure_cost(
+        engine, max_nodes=min(max(SIZES), info.max_length - past_length), past_length=past_length, rounds=ROUNDS,
+        progress=lambda *at: progress("step costs", *at),
+    )  # fmt: skip
+    write_costs(engine_dir / COST_FILE, [curve], engine)
+    found = search(Acceptance.from_answers(answers), cost_curve(curve))
+    (engine_dir / TREE_FILE).write_text(tree_json(found), encoding="utf-8")
+    return sentence(found)

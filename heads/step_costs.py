@@ -1,0 +1,62 @@
+"""``cost.json``: what steps cost, measured here by medusa-tree or on another machine by other means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medusa_export.heads.config import read_json
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.search import CostCurve
+
+COST_FILE = "cost.json"
+
+
+def load_costs(path: Path) -> list[dict[str, Any]]:
+    """The curves of a file, also of one that was written by hand with nodes and ms alone.
+
+    Raises:
+        ConfigError: not such a file.
+    """
+    curves = read_json(path).get("curves")
+    try:
+        if not isinstance(curves, list) or not curves:
+            raise ValueError("no list of curves")
+        found = [
+            {
+                "batch": int(curve.get("batch", 1)),
+                "past_length": int(curve.get("past_length", 0)),
+                "verify": [{**row, "nodes": int(row["nodes"]), "ms": float(row["ms"])} for row in curve["verify"]],
+                "draft": [
+                    {**row, "depth": int(row["depth"]), "ms": float(row["ms"])} for row in curve.get("draft", ())
+                ],
+            }
+            for curve in curves
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        expected = '{"curves": [{"batch": 1, "verify": [{"nodes": 1, "ms": 10.0}, ...]}]}'
+        raise ConfigError(str(path), f"{type(error).__name__}: {error}", expected, "correct it") from error
+    for curve in found:
+        cost_curve(curve)
+    return found
+
+
+def cost_curve(curve: Mapping[str, Any]) -> CostCurve:
+    """One curve, as the search takes it."""
+    verify = {row["nodes"]: row["ms"] for row in curve["verify"]}
+    return CostCurve(verify, {row["depth"]: row["ms"] for row in curve["draft"]})
+
+
+def select(curves: list[dict[str, Any]], *, batch: int = 1, past_length: int | None = None) -> dict[str, Any]:
+    """The first curve of a batch size, and of a past length if one is given.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = [row for row in curves if row["batch"] == batch and past_length in (None, row["past_length"])]
+    if not found:
+        got = f"batch {batch}" + (f" and past length {past_length}" if past_length is not None else "")
+        known = "; ".join(f"batch {row['batch']}, past length {row['past_length']}" for row in curves)
+        raise ConfigError("step costs", got, f"what was measured: {known}", "measure it or choose another")
+    return found[0]

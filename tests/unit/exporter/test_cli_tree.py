@@ -1,0 +1,148 @@
+"""medusa-tree as its user calls it, on a tiny engine: each command's file and words, the files given on, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_export.exporter import cli_tree
+from medusa_export.heads.acceptance import Acceptance
+from medusa_export.heads.tree import load_tree
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit code of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["medusa-tree", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli_tree.tree_main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture
+def engine(tiny_engine: Callable[..., Any]) -> Path:
+    path: Path = tiny_engine(drafts_well=True).path
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"w{n} w{n + 3}", "category": "even" if n % 2 == 0 else "odd"} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flat(path: Path, nodes: int = 64, **curve: Any) -> Path:
+    """Costs by which nodes are free."""
+    rows = [{"nodes": 1, "ms": 10.0}, {"nodes": nodes, "ms": 10.0}]
+    path.write_text(json.dumps({"curves": [{"verify": rows, **curve}]}))
+    return path
+
+
+def test_one_after_the_other(
+    engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    acceptance, cost, tree, picture = (tmp_path / name for name in ("a.json", "c.json", "t.json", "t.svg"))
+    flags = ["--engine", engine, "--prompts", prompts, "--max-new-tokens", "16"]
+    assert run(monkeypatch, "calibrate", *flags, "--output", acceptance) == 0
+    out = capfd.readouterr().out
+    assert "6 prompts" in out
+    assert "even" in out
+    cost_flags = ["--engine", engine, "--max-nodes", "6", "--rounds", "2", "--past-length", "10", "--past-length", "40"]
+    assert run(monkeypatch, "cost", *cost_flags, "--output", cost) == 0
+    assert "40 tokens in the cache" in capfd.readouterr().out
+    assert [curve["past_length"] for curve in json.loads(cost.read_text())["curves"]] == [10, 40]
+    files = ["--acceptance", acceptance, "--cost", cost, "--output", tree, "--picture", picture]
+    assert run(monkeypatch, "search", *files, "--max-draft-len", "5") == 0
+    out = " ".join(capfd.readouterr().out.split())
+    body = json.loads(tree.read_text())
+    assert body["why"] in out
+    assert [row["past_length"] for row in body["crossover"]] == [10, 40]
+    assert load_tree(str(tree)).max_draft_len == body["max_draft_len"] <= 5
+    assert picture.read_text().rstrip().endswith("</svg>")
+
+
+def test_what_no_file_says_is_measured_and_trees_are_run(
+    engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cost = flat(tmp_path / "free.json", nodes=5)
+    flags = ["--engine", engine, "--prompts", prompts, "--max-new-tokens", "16", "--output", tmp_path / "t.json"]
+    assert run(monkeypatch, "search", *flags, "--cost", cost, "--confirm", "2") == 0
+    body = json.loads((tmp_path / "t.json").read_text())
+    assert len(body["measured"]) == 2
+    first, second = (len(item["medusa_choices"]) for item in body["measured"])
+    assert first != second
+    assert {first, second} <= {1, 2, 3, 4}
+    assert "measured" in capfd.readouterr().out
+
+
+def test_free_nodes_are_all_taken(
+    engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    acceptance = tmp_path / "a.json"
+    flags = ["--engine", engine, "--prompts", prompts, "--max-new-tokens", "16"]
+    assert run(monkeypatch, "calibrate", *flags, "--output", acceptance) == 0
+    files = ["--acceptance", acceptance, "--cost", flat(tmp_path / "c.json"), "--output", tmp_path / "t.json"]
+    assert run(monkeypatch, "search", *files, "--nodes", "3", "--nodes", "4") == 0
+    assert load_tree(str(tmp_path / "t.json")).num_nodes in (3, 4)
+    assert run(monkeypatch, "search", *files) == 0
+    counted = Acceptance.load(acceptance)
+    walk = counted.walk(load_tree(str(tmp_path / "t.json")))
+    best = json.loads((tmp_path / "t.json").read_text())["predicted"]["tokens_per_step"]
+    assert walk is not None
+    assert walk[0] == pytest.approx(best, abs=1e-4)
+    assert best > 2  # these heads draft well
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["search"], "--acceptance: got no engine"),
+        (["search", "--engine", "ENGINE"], "--prompts"),
+        (["search", "--acceptance", "a.json", "--cost", "c.json", "--confirm", "2"], "--confirm: got no engine"),
+        (["search", "--acceptance", "absent.json", "--cost", "c.json"], "absent.json"),
+        (["search", "--engine", "ENGINE", "--prompts", "PROMPTS", "--batch", "4"], "--batch"),
+        (["search", "--acceptance", "a", "--cost", "c", "--picture", "tree.gif"], ".svg or .png"),
+        (["search", "--acceptance", "a", "--cost", "c", "--max-draft-len", "0"], "--max-draft-len"),
+        (["search", "--acceptance", "a", "--cost", "c", "--output", "absent/t.json"], "no such directory"),
+        (["calibrate", "--engine", "ENGINE", "--prompts", "PROMPTS", "--max-new-tokens", "1"], "--max-new-tokens"),
+        (["calibrate", "--engine", "ENGINE", "--prompts", "absent.jsonl"], "absent.jsonl"),
+        (["cost", "--engine", "absent"], "absent"),
+        (["cost", "--engine", "ENGINE", "--past-length", "5000"], "--past-length"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input(
+    flags: list[str],
+    said: str,
+    engine: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    given = [{"ENGINE": str(engine), "PROMPTS": str(prompts)}.get(flag, flag) for flag in flags]
+    assert run(monkeypatch, *given) == 2
+    captured = capfd.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert captured.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_batch_that_was_not_measured(
+    engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--engine", engine, "--prompts", prompts, "--cost", flat(tmp_path / "c.json", batch=8)]
+    assert run(monkeypatch, "search", *flags, "--output", tmp_path / "t.json") == 2
+    assert "what was measured: batch 8" in capfd.readouterr().err
+    assert not (tmp_path / "t.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 
 from medusa_export.engines.prompts import encode_prompts
 from medusa_export.engines.reference import compare_with_checkpoint
-from medusa_export.engines.report import build_report
+from medusa_export.engines.report import MODES, build_report
 from medusa_export.engines.runner import RunResult, open_engine, run_prompts
 from medusa_export.engines.selfcheck import BOUNDS
+from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.config import read_json
 from medusa_export.heads.conversations import load_prompts, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.errors import ConfigError
-from medusa_export.heads.tree import load_tree
+from medusa_export.heads.hashing import describe, list_files
+from medusa_export.heads.tree import Tree, load_tree
 
+SHOWN_TOKENS = 24  # of a text before and after a divergence
 REFERENCE_PROMPTS = 8  # prompts on which the engine is compared with the checkpoint
 
 Progress = Callable[[str, int, int], None]
@@ -36,6 +41,7 @@ class RunArguments:
     min_speedup: float | None = None
     threads: int = 0
     seed: int = 0
+    save_outputs: Path | None = None
 
 
 def run(arguments: RunArguments, progress: Progress = lambda stage, done, total: None) -> dict[str, Any]:
@@ -61,7 +67,52 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     reference = _reference(engine, result, arguments, progress) if arguments.reference else None
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(arguments).items()}
     report = build_report(result, tree, engine.info, plain, reference)
+    report |= {"files": describe(list_files(arguments.engine, arguments.engine)), **_acceptance(arguments.engine, tree)}
+    for entry in report["parity"]["divergences"]:
+        entry["text"] = _texts(entry, result, tokenizer)
+    if arguments.save_outputs:
+        _save_outputs(arguments.save_outputs, result, tokenizer)
     return report | {"failures": _failures(report, arguments, engine.info.form)}
+
+
+def _acceptance(engine_dir: Path, tree: Tree) -> dict[str, Any]:
+    """Accuracy of the heads and the share of each of the tree's paths, where acceptance was counted on this engine."""
+    path = engine_dir / ACCEPTANCE_FILE
+    if not path.is_file():
+        return {"heads": [], "path_shares": []}
+    counted = Acceptance.load(path)
+    shares = [round(counted.paths.get(choice, 0) / counted.positions, 4) for choice in tree.choices]
+    return {"heads": read_json(path)["heads"], "path_shares": shares}
+
+
+def _texts(entry: dict[str, Any], result: RunResult, tokenizer: Any) -> dict[str, str]:
+    """What both outputs say before and after they part."""
+    prompt = next(prompt for prompt in result.prompts if prompt.prompt_id == entry["prompt"])
+    at = entry["position"]
+    parting = next(run for run in prompt.medusa if run.tokens != prompt.baseline[0].tokens)
+    return {
+        "before": tokenizer.decode(prompt.baseline[0].tokens[max(0, at - SHOWN_TOKENS) : at]),
+        "baseline": tokenizer.decode(prompt.baseline[0].tokens[at : at + SHOWN_TOKENS]),
+        "medusa": tokenizer.decode(parting.tokens[at : at + SHOWN_TOKENS]),
+    }
+
+
+def _save_outputs(path: Path, result: RunResult, tokenizer: Any) -> None:
+    """A line a prompt: what was generated without and with Medusa, and how long each run took."""
+    with path.open("w", encoding="utf-8") as file:
+        for prompt in result.prompts:
+            row: dict[str, Any] = {"id": prompt.prompt_id, "category": prompt.category, "verdict": prompt.verdict}
+            for mode in MODES:
+                runs = getattr(prompt, mode)
+                row[mode] = {
+                    "text": tokenizer.decode(runs[0].tokens, skip_special_tokens=True),
+                    "tokens": runs[0].tokens,
+                    "finish_reason": runs[0].finish_reason,
+                    "accepted": runs[0].accepted,
+                    "prefill_ms": [round(run.prefill_ms, 3) for run in runs],
+                    "decode_ms": [round(run.decode_ms, 3) for run in runs],
+                }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _reference(engine: Any, result: RunResult, arguments: RunArguments, progress: Progress) -> dict[str, Any]:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from medusa_export.engines.runner import PromptResult, RunResult
 from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.intervals import bootstrap
 from medusa_export.heads.tree import Tree
 
-BOOTSTRAP_SAMPLES = 2000
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MODES = ("baseline", "medusa")
 PACKAGES = ("medusa-export", "onnxruntime", "numpy", "transformers", "torch")
 
@@ -46,7 +48,10 @@ def build_report(
         **_speed(prompts, int(arguments.get("seed", 0))),
         "step_ms": {mode: round(steps[mode][0], 4) for mode in MODES},
         "overhead_ms": {mode: round(steps[mode][1], 4) for mode in MODES},
-        "categories": _categories(prompts),
+        "categories": _categories(prompts, int(arguments.get("seed", 0))),
+        "accepted": _accepted(prompts),
+        "latency_ms": {mode: _latency(prompts, mode) for mode in MODES},
+        "prompts": [_prompt(prompt) for prompt in prompts],
         "reference": reference,
         "tree": {"max_draft_len": tree.max_draft_len, "medusa_choices": [list(choice) for choice in tree.choices]},
         "engine": {"backend": info.backend, "precision": info.precision, "source": info.source},
@@ -58,16 +63,19 @@ def build_report(
 
 def _speed(prompts: Sequence[PromptResult], seed: int) -> dict[str, Any]:
     """Throughputs, tokens per step and the speed-up with a percentile bootstrap over prompts."""
-    chance = random.Random(seed)
-    samples = sorted(speedup(chance.choices(prompts, k=len(prompts))) for _ in range(BOOTSTRAP_SAMPLES))
     overall, per_step = speedup(prompts), tokens_per_step(prompts)
-    low, high = samples[int(0.025 * BOOTSTRAP_SAMPLES)], samples[int(0.975 * BOOTSTRAP_SAMPLES)]
     return {
-        "speedup": {"median": round(overall, 4), "ci95": [round(low, 4), round(high, 4)]},
+        "speedup": {"median": round(overall, 4), "ci95": _speedup_interval(prompts, seed)},
         "tokens_per_step": round(per_step, 4),
         "step_efficiency": round(overall / per_step, 4),
         "tokens_per_second": {mode: round(tokens_per_second(prompts, mode), 3) for mode in MODES},
     }
+
+
+def _speedup_interval(prompts: Sequence[PromptResult], seed: int) -> list[float]:
+    rows = [[value for mode in MODES for value in (prompt.tokens(mode), prompt.total_ms(mode))] for prompt in prompts]
+    interval = bootstrap(rows, lambda tokens, ms, own_tokens, own_ms: own_tokens / own_ms / (tokens / ms), seed=seed)
+    return [round(value, 4) for value in interval]
 
 
 def tokens_per_second(prompts: Sequence[PromptResult], mode: str) -> float:
@@ -96,7 +104,7 @@ def _step_ms(prompts: Sequence[PromptResult], mode: str) -> tuple[float, float]:
     return whole, outside
 
 
-def _categories(prompts: Sequence[PromptResult]) -> list[dict[str, Any]]:
+def _categories(prompts: Sequence[PromptResult], seed: int) -> list[dict[str, Any]]:
     rows = []
     for category in sorted({prompt.category for prompt in prompts}):
         group = [prompt for prompt in prompts if prompt.category == category]
@@ -105,11 +113,44 @@ def _categories(prompts: Sequence[PromptResult]) -> list[dict[str, Any]]:
                 "category": category,
                 "prompts": len(group),
                 "speedup": round(speedup(group), 4),
+                "speedup_ci95": _speedup_interval(group, seed),
                 "tokens_per_step": round(tokens_per_step(group), 4),
                 "exact": sum(prompt.verdict == "exact" for prompt in group),
             }
         )
     return rows
+
+
+def _accepted(prompts: Sequence[PromptResult]) -> list[int]:
+    """How many steps yielded 1, 2, 3 ... tokens."""
+    counts = Counter(tokens for prompt in prompts for tokens in prompt.medusa[0].accepted)
+    return [counts[tokens] for tokens in range(1, max(counts, default=0) + 1)]
+
+
+def _latency(prompts: Sequence[PromptResult], mode: str) -> dict[str, list[float]]:
+    """Quantiles over all runs: of a run's mean time a token and a step, and of the prefill; see QUANTILES."""
+    runs = [run for prompt in prompts for run in getattr(prompt, mode)]
+    values = {
+        "token": [run.decode_ms / (len(run.tokens) - 1) for run in runs if len(run.tokens) > 1],
+        "step": [run.decode_ms / len(run.accepted) for run in runs if run.accepted],
+        "prefill": [run.prefill_ms for run in runs],
+    }
+    return {
+        name: [round(float(value), 3) for value in np.quantile(found, QUANTILES)] if found else []
+        for name, found in values.items()
+    }
+
+
+def _prompt(prompt: PromptResult) -> dict[str, Any]:
+    return {
+        "prompt": prompt.prompt_id,
+        "category": prompt.category,
+        "input_tokens": len(prompt.input_ids),
+        "tokens": {mode: prompt.tokens(mode) for mode in MODES},
+        "total_ms": {mode: round(prompt.total_ms(mode), 3) for mode in MODES},
+        "tokens_per_step": round(tokens_per_step([prompt]), 4),
+        "verdict": prompt.verdict,
+    }
 
 
 def hardware() -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
+import sys
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -205,6 +207,10 @@ def run_command(
     min_speedup: Annotated[float | None, typer.Option(help="Exit with 1 when the speed-up is below this.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes one a core.")] = 0,
     seed: Annotated[int, typer.Option(help="Order of the prompts and bootstrap of the interval.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write the report here as one self-contained page.")] = None,
+    save_outputs: Annotated[
+        Path | None, typer.Option(help="Write every prompt's outputs and times here, JSONL.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Run an engine without and with Medusa on the same prompts; measure the speed-up and prove that outputs are equal.
@@ -214,11 +220,17 @@ def run_command(
     from medusa_export.engines.bench import RunArguments, run
 
     given = dict(locals())
-    if report is not None and not report.resolve().parent.is_dir():
-        raise OutputError(str(report), "no such directory", "an existing one", "create it first")
+    for path in (report, html, save_outputs):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise OutputError(str(path), "no such directory", "an existing one", "create it first")
     with progress_bars() as progress:
         result = run(RunArguments(**{item.name: given[item.name] for item in fields(RunArguments)}), progress)
+    result["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     _print_report(result)
+    if html is not None:
+        from medusa_export.engines.html_report import render
+
+        html.write_text(render(result), encoding="utf-8")
     if report is not None:
         report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if result["failures"]:

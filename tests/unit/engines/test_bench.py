@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.base import Generation
 from medusa_export.engines.bench import RunArguments, run
+from medusa_export.engines.html_report import render
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.report import print_report
+from medusa_export.heads.conversations import load_prompts
 from medusa_export.heads.errors import ConfigError, MedusaExportError, TreeError
 from medusa_export.heads.tree import Tree
 
@@ -94,6 +98,33 @@ def test_a_wrong_token_with_medusa_is_a_mismatch(made: Any, prompts: Path, monke
     assert (found["prompt"], found["position"], found["verdict"]) == ("83", 5, "mismatch")
     assert found["logit_gap"] > report["parity"]["logit_tolerance"]
     assert report["failures"] == ["1 prompts differ with Medusa by more than numerical noise"]
+    text = found["text"]
+    assert len(text["before"].split()) == 5
+    assert text["baseline"].split()[0] != text["medusa"].split()[0]
+    assert text["baseline"].split()[1:] == text["medusa"].split()[1:]
+    assert "mismatch" in render(report | {"command": "medusa-run"})
+
+
+def test_outputs_and_files(made: Any, prompts: Path, tmp_path: Path) -> None:
+    report = run(arguments(made, prompts, save_outputs=tmp_path / "out.jsonl"))
+    first, *rest = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert len(rest) == 3
+    assert (first["id"], first["category"], first["verdict"]) == ("81", "b", "exact")
+    assert first["baseline"]["tokens"] == first["medusa"]["tokens"]
+    assert len(first["baseline"]["text"].split()) == 24
+    assert len(first["medusa"]["accepted"]) < len(first["baseline"]["accepted"]) == 23
+    assert [len(first[mode]["decode_ms"]) for mode in ("baseline", "medusa")] == [2, 2]
+    assert set(report["files"]) >= {"decoder.onnx", "tree.json", "engine.json"}
+    assert report["files"]["tree.json"]["sha256"] == hashlib.sha256((made.path / "tree.json").read_bytes()).hexdigest()
+
+
+def test_what_the_tree_was_measured_on(made: Any, prompts: Path) -> None:
+    assert run(arguments(made, prompts, limit=1))["path_shares"] == []
+    choose_tree(made.path, load_prompts(prompts))
+    report = run(arguments(made, prompts, limit=1))
+    assert len(report["path_shares"]) == report["tree"]["max_draft_len"]
+    assert 0 < min(report["path_shares"]) <= max(report["path_shares"]) <= 1
+    assert report["heads"][0]["top10"] >= report["path_shares"][0]
 
 
 def encoded(made: Any, question: str) -> list[int]:

@@ -24,7 +24,7 @@ INFO = EngineInfo(
 TREE = Tree.from_choices([[0], [1], [0, 0]])
 KEYS = {
     "parity", "speedup", "tokens_per_step", "tokens_per_second", "step_ms", "step_efficiency", "categories", "hardware",
-    "versions", "tree", "arguments", "reference", "engine", "overhead_ms",
+    "versions", "tree", "arguments", "reference", "engine", "overhead_ms", "accepted", "latency_ms", "prompts",
 }  # fmt: skip
 
 
@@ -156,3 +156,24 @@ def test_printed_form_says_what_matters() -> None:
         "mismatch: prompt d at token 5, an output ended early", "FAILED: something is wrong", "code", "float32 for the test",
     ):  # fmt: skip
         assert expected in text.getvalue(), expected
+
+
+def test_steps_and_latencies() -> None:
+    slow = prompt("c", "code", [250.0, 250.0], [130.0, 70.0])
+    slow.medusa[0].accepted = [1, 3, 3, 1, 2, 2]
+    body = report([*SAME, slow])
+    assert body["accepted"] == [2, 14, 2]
+    latency = body["latency_ms"]
+    assert latency["baseline"]["step"] == [10.0, 10.0, 15.0, 20.0, 20.0]  # runs of 10, 10, 20 and 20 ms a step
+    assert latency["baseline"]["prefill"] == [10.0] * 5
+    assert latency["medusa"]["token"][2] == 5.0  # of 5, 5, 10 and 5
+    assert latency["medusa"]["step"][2] == 10.0
+
+
+def test_every_prompt_is_in_it() -> None:
+    first, second = report(SAME)["prompts"]
+    assert first == {
+        "prompt": "a", "category": "code", "input_tokens": 2, "tokens": {"baseline": 13, "medusa": 13},
+        "total_ms": {"baseline": 130.0, "medusa": 70.0}, "tokens_per_step": 2.0, "verdict": "exact",
+    }  # fmt: skip
+    assert second["prompt"] == "b"

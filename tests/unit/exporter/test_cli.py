@@ -63,10 +63,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
         assert isinstance(code, int)
         return Result(code, *capfd.readouterr())
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield call
-    for number, handler in before.items():
-        signal.signal(number, handler)
     logging.getLogger().setLevel(logging.WARNING)
 
 
@@ -151,6 +148,7 @@ class TestExport:
         expected = ExportArguments(
             inputs.model, tmp_path / "o", "fp8", inputs.heads, "fp8", True, "bfloat16", 4, "cpu-4", tmp_path / "calib",
             5, "none", 99, 100, tmp_path / "scales", 64, ("*mlp.proj*", "*attention.dense*"), "1.0", 2, "hf",
+            tmp_path / "served", tmp_path / "costs",
         )  # fmt: skip
         default = ExportArguments(inputs.model, inputs.root / "model-none")
         unset = {

@@ -1,0 +1,88 @@
+"""The chosen tree against the best tree of every size, all of them run: interleaved, on prompts that it was not chosen on.
+
+    python benchmarks/trees.py quickstart/out/engine --prompts examples/spec_bench_39.jsonl --limit 26
+
+The trees come from the acceptance.json and cost.json that ``medusa-export --prompts`` left in the engine's directory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from medusa_export.engines.confirm import Measured, compare
+from medusa_export.engines.prompts import encode_prompts
+from medusa_export.engines.report import hardware, versions
+from medusa_export.engines.runner import open_engine
+from medusa_export.engines.tree_search import search
+from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.conversations import load_prompts, read_tokenizer
+from medusa_export.heads.engine_info import TREE_FILE
+from medusa_export.heads.search import Candidate
+from medusa_export.heads.step_costs import COST_FILE, cost_curve, load_costs
+from medusa_export.heads.tree import Tree, load_tree
+
+FIXED = "medusa-63"
+
+
+def main(
+    engine_dir: Annotated[Path, typer.Argument(help="Engine directory of an export with --prompts.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
+    max_nodes: Annotated[int, typer.Option(help="The largest size that is run.")] = 32,
+    max_new_tokens: int = 64,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Print the speed of every size's tree, and where the chosen one stands."""
+    engine = open_engine(engine_dir)
+    counted = Acceptance.load(engine_dir / ACCEPTANCE_FILE)
+    sizes = search(counted, cost_curve(load_costs(engine_dir / COST_FILE)[0]), max_draft_len=max_nodes - 1).sizes[1:]
+    chosen, fixed = load_tree(str(engine_dir / TREE_FILE)), load_tree(FIXED, num_medusa_heads=engine.info.max_depth)
+    encoded = encode_prompts(
+        read_tokenizer(engine_dir), engine.info, load_prompts(prompts, limit), max_new_tokens=max_new_tokens
+    )
+    trees = [candidate.tree for candidate in sizes]
+    extra = [tree for tree in (chosen, fixed) if tree not in trees]
+    measured = compare(engine, [*trees, *extra], [ids for _, _, ids in encoded], max_new_tokens=max_new_tokens)
+    by_tree = {item.tree: item for item in measured}
+    best = max(by_tree.values(), key=lambda item: item.speedup)
+    mine, rival = by_tree.get(chosen), by_tree[fixed]
+    speed = mine.speedup if mine else 1.0
+    console = Console()
+    console.print(_table(by_tree, {candidate.tree: candidate for candidate in sizes}, chosen))
+    console.print(
+        f"chosen: {speed:.3f}x, {speed / best.speedup:.3f} of the best, {best.tree.max_draft_len} draft tokens; "
+        f"{speed / rival.speedup:.2f} times {FIXED} with {rival.speedup:.3f}x"
+    )
+    if json_file:
+        rows = [{**asdict(item), "tree": [list(choice) for choice in item.tree.choices]} for item in measured]
+        body = {"rows": rows, "chosen": speed, "hardware": hardware(), "versions": versions()}
+        json_file.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+def _table(measured: dict[Tree, Measured], predicted: dict[Tree, Candidate], chosen: Tree) -> Table:
+    table = Table("draft tokens", "depth", "tokens per step", "predicted", "measured", "95% CI")
+    for tree, item in sorted(measured.items(), key=lambda pair: pair[0].max_draft_len):
+        candidate = predicted.get(tree)
+        low, high = item.interval
+        cells = (f"{item.tokens_per_step:.3f}", f"{candidate.speedup:.3f}" if candidate else "")
+        style = "bold" if tree == chosen else None
+        table.add_row(
+            str(tree.max_draft_len),
+            str(tree.depth),
+            *cells,
+            f"{item.speedup:.3f}",
+            f"{low:.3f} .. {high:.3f}",
+            style=style,
+        )
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)

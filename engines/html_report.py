@@ -1,0 +1,101 @@
+"""A run's report as one page that needs nothing else: no network, no script; light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from medusa_export.engines.report import QUANTILES
+from medusa_export.engines.tree_picture import positions
+from medusa_export.heads.tree import Tree
+
+TEMPLATE = "report.html.jinja"
+SHOWN_TOP = (1, 2, 3, 5, 10)
+COLUMN, ROW, MARGIN = 44, 66, 20  # of the tree's picture, in pixels
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Places on an axis from 0 to ``top``, in percent."""
+
+    top: float
+
+    def at(self, value: float) -> float:
+        """Where a value lies; what is off the axis lies at its end."""
+        return round(100 * min(max(value / self.top, 0.0), 1.0), 2)
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        report: what ``medusa-run --report`` writes.
+    """
+    environment = Environment(
+        loader=PackageLoader("medusa_export.engines", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    intervals = [row["speedup_ci95"][1] for row in report["categories"]]
+    tree = Tree.from_choices(report["tree"]["medusa_choices"])
+    return environment.get_template(TEMPLATE).render(
+        report=report,
+        verdict=verdict(report),
+        speed_scale=Scale(1.05 * max(1.0, report["speedup"]["ci95"][1], *intervals)),
+        steps=_steps(report["accepted"]),
+        latencies=_latencies(report["latency_ms"]),
+        tree=_tree_picture(tree, report["path_shares"]),
+        depth=tree.depth,
+        quantiles=[f"{quantile:.0%}" for quantile in QUANTILES],
+        shown_top=SHOWN_TOP,
+    )
+
+
+def verdict(report: Mapping[str, Any]) -> dict[str, str]:
+    """What the run says, in a line: "good", "even" or "bad", and the text."""
+    parity, speed = report["parity"], report["speedup"]
+    low, high = speed["ci95"]
+    same = f"the same output on {parity['exact']} of {parity['prompts']} prompts"
+    if parity["ties"]:
+        same += f", and {parity['ties']} that part at a tie"
+    if report["failures"]:
+        return {"kind": "bad", "text": "; ".join(report["failures"])}
+    if low > 1:
+        return {"kind": "good", "text": f"{speed['median']:.2f} times as fast with Medusa, {same}"}
+    kind, word = ("bad", "slower") if high < 1 else ("even", "no clear difference in speed")
+    return {"kind": kind, "text": f"{word} with Medusa ({speed['median']:.2f}x), {same}"}
+
+
+def _steps(accepted: list[int]) -> list[dict[str, Any]]:
+    """Per number of tokens: the share of steps that yielded so many, and of those that got one token less, how many got this far."""
+    total = sum(accepted) or 1
+    reached = [sum(accepted[index:]) for index in range(len(accepted))]
+    rates = [None, *(after / before if before else 0.0 for before, after in pairwise(reached))]
+    return [{"tokens": index + 1, "share": count / total, "rate": rates[index]} for index, count in enumerate(accepted)]
+
+
+def _latencies(latency: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+    """Rows of quantiles with their places on an axis that the rows of a name share."""
+    rows = []
+    for name in ("token", "step", "prefill"):
+        found = {mode: latency[mode][name] for mode in latency if latency[mode][name]}
+        scale = Scale(1.05 * max((values[-1] for values in found.values()), default=1.0) or 1.0)
+        for mode, values in found.items():
+            rows.append({"name": name, "mode": mode, "values": values, "places": [scale.at(value) for value in values]})
+    return rows
+
+
+def _tree_picture(tree: Tree, shares: Sequence[float]) -> dict[str, Any]:
+    """Coordinates of the nodes, and of the edges with how often their path is the true one, where that is known."""
+    places = positions(tree)
+    points = {choice: (MARGIN + COLUMN * x, MARGIN - ROW * y) for choice, (x, y) in places.items()}
+    edges = [
+        {"from": points[choice[:-1]], "to": points[choice], "share": shares[index] if shares else None}
+        for index, choice in enumerate(tree.choices)
+    ]
+    nodes = [{"x": x, "y": y, "label": str(choice[-1]) if choice else ""} for choice, (x, y) in points.items()]
+    width = 2 * MARGIN + max(x for x, _ in points.values()) - MARGIN
+    return {"edges": edges, "nodes": nodes, "width": width, "height": 2 * MARGIN + ROW * tree.depth}

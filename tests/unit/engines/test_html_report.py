@@ -1,0 +1,130 @@
+"""The page: what it says first, that it needs nothing else, that text is text, and how a browser shows it where there is one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_export.engines.html_report import render, verdict
+from medusa_export.engines.parity import Divergence
+from tests.unit.engines.test_report import SAME, prompt, report
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """Texts, tags and whatever a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(" ".join(data.split()))
+
+    @property
+    def text(self) -> str:
+        return " ".join(filter(None, self.texts))
+
+
+def whole(prompts: list[Any], **changes: Any) -> dict[str, Any]:
+    """A report as medusa-run writes it."""
+    body = report(prompts)
+    for entry in body["parity"]["divergences"]:
+        entry["text"] = {"before": "the answer is ", "baseline": "<b>four</b>", "medusa": "five"}
+    extra = {
+        "failures": [],
+        "files": {"decoder.onnx": {"size": 3, "sha256": "ab" * 32}},
+        "heads": [],
+        "path_shares": [],
+    }
+    return body | extra | {"command": "medusa-run --engine 'a b'"} | changes
+
+
+def test_it_needs_nothing_else() -> None:
+    page = Page(render(whole(SAME)))
+    assert page.fetched == []
+    assert {"script", "link", "img", "iframe"}.isdisjoint(page.tags)
+    assert "@import" not in page.text
+    assert "url(" not in page.text
+
+
+def test_what_it_says() -> None:
+    body = whole(SAME, heads=[{f"top{k}": k / 20 for k in range(1, 11)}], path_shares=[0.31, 0.12, 0.07])
+    text = Page(render(body)).text
+    for part in (
+        "1.86 times as fast with Medusa, the same output on 2 of 2",
+        "1.86x",
+        "2.00",
+        "31%",
+        "12%",
+        "50.0%",
+        "ab" * 32,
+        "medusa-run --engine 'a b'",
+        "2 of 2",
+        "100.0",
+    ):
+        assert part in text, part
+    assert "No output differs in any token" in text
+
+
+def test_texts_of_outputs_stay_texts() -> None:
+    parted = prompt("x", "code", [130.0], [70.0], verdict="tie", divergence=Divergence(4, 5, 6, 0.002))
+    page = Page(render(whole([parted, *SAME])))
+    assert "<b>four</b>" in page.text
+    assert "0.002" in page.text
+    assert "b" not in page.tags[page.tags.index("mark") :]  # the cards have some, before
+
+
+@pytest.mark.parametrize(
+    ("low_high", "failures", "kind", "text"),
+    [
+        ([1.2, 1.4], [], "good", "1.30 times as fast"),
+        ([0.9, 1.4], [], "even", "no clear difference"),
+        ([0.7, 0.9], [], "bad", "slower with Medusa (1.30x)"),
+        ([1.2, 1.4], ["3 prompts differ"], "bad", "3 prompts differ"),
+    ],
+)
+def test_the_verdict(low_high: list[float], failures: list[str], kind: str, text: str) -> None:
+    body = {**whole(SAME), "speedup": {"median": 1.3, "ci95": low_high}, "failures": failures}
+    found = verdict(body)
+    assert found["kind"] == kind
+    assert text in found["text"]
+    assert f'<h1 class="{kind}">' in render(body)
+
+
+def test_a_run_without_steps_and_without_a_tree() -> None:
+    body = whole(SAME, accepted=[], tree={"max_draft_len": 0, "medusa_choices": []})
+    body["latency_ms"] = {mode: {"token": [], "step": [], "prefill": [1.0] * 5} for mode in ("baseline", "medusa")}
+    assert "The tree" not in Page(render(body)).text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_shows_it(width: int, tmp_path: Path) -> None:
+    """Nothing sticks out at the side: wide tables scroll for themselves."""
+    (tmp_path / "r.html").write_text(
+        render(whole(SAME)).replace(
+            "</body>",
+            "<script>document.title = String(document.documentElement.scrollWidth <= window.innerWidth)</script></body>",
+        )
+    )
+    shared = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    shared += [f"--user-data-dir={tmp_path / 'profile'}"]
+    page = (tmp_path / "r.html").as_uri()
+    subprocess.run([*shared, f"--screenshot={tmp_path / 's.png'}", page], check=True, capture_output=True, timeout=60)
+    assert (tmp_path / "s.png").stat().st_size > 10_000
+    dom = subprocess.run([*shared, "--dump-dom", page], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert "<title>true</title>" in dom

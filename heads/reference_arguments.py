@@ -173,7 +173,7 @@ def training_arguments(
         "gradient_accumulation_steps": arguments.accumulate,
         "learning_rate": arguments.base_rate,
         "lr_scheduler_type": arguments.schedule,
-        "warmup_steps": math.ceil(arguments.warmup * steps),
+        "warmup_steps": min(math.ceil(arguments.warmup * steps), steps - 1),  # the first of them has a rate of 0
         "weight_decay": arguments.weight_decay,
         "max_grad_norm": arguments.max_grad_norm,
         "bf16": arguments.bf16,

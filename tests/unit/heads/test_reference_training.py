@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from medusa_export.heads.errors import ConfigError, MedusaExportError, OutputError
 from medusa_export.heads.medusa_model import medusa_loss
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
-from medusa_export.heads.reference_arguments import RAMPS, ReferenceArguments
+from medusa_export.heads.reference_arguments import RAMPS, ReferenceArguments, training_arguments
 from medusa_export.heads.reference_model import Collator, build
 from medusa_export.heads.reference_training import last_checkpoint, stages, train_reference
 from medusa_export.heads.training_data import Example
@@ -130,6 +130,13 @@ def test_the_first_stage_leaves_the_base_alone(model_dir: Path) -> None:
         trained = {name for name, parameter in both.named_parameters() if parameter.requires_grad}
         assert any(".lora_A." in name for name in trained) is arguments.uses_adapters
         assert ("model.model.embed_tokens.weight" in trained) is not arguments.uses_adapters
+
+
+@pytest.mark.parametrize(("steps", "rising"), [(1, 0), (2, 1), (100, 3)])
+def test_a_short_training_is_not_all_warm_up(steps: int, rising: int, tmp_path: Path) -> None:
+    """The first step of a warm-up has a rate of 0: were it the only one, nothing would be trained."""
+    found = training_arguments(changed(QUICK, warmup=0.03), tmp_path, steps=steps, seed=0, evaluates=False)
+    assert found.warmup_steps == rising
 
 
 def test_steps() -> None:

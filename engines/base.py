@@ -10,9 +10,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.heads.accept import accept_greedy
+from medusa_export.heads.accept import accept_drawn, accept_greedy
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 
 AUTOREGRESSIVE = Tree(())
@@ -23,6 +24,9 @@ class Step(Protocol):
 
     def verify(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Run the base model on all nodes; its greedy next token after each.  # [N] -> [N]"""
+
+    def verify_logits(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """As :meth:`verify`, but all logits.  # [N] -> [N, vocab_size]"""
 
     def keep(self, path: npt.NDArray[np.int64]) -> None:
         """Make the accepted nodes the newest rows of the KV cache and drop the others."""
@@ -35,6 +39,9 @@ class StepEngine(Protocol):
 
     def prefill(self, input_ids: Sequence[int]) -> int:
         """Empty the KV cache, run the prompt, and return the greedy next token."""
+
+    def prefill_logits(self, input_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """As :meth:`prefill`, but the logits of the next token.  # [S] -> [vocab_size]"""
 
     def prepare(self, tree: Tree) -> Step:
         """Bind a tree; cheap after the first time."""
@@ -78,9 +85,18 @@ class Generation:
 
 
 def generate(
-    engine: StepEngine, input_ids: Sequence[int], tree: Tree, *, max_new_tokens: int, eos_token_ids: Sequence[int]
+    engine: StepEngine,
+    input_ids: Sequence[int],
+    tree: Tree,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    sampler: Sampler | None = None,
 ) -> Generation:
     """Greedy decoding; lossless: the tree changes the speed, not the tokens. An empty tree is autoregressive decoding.
+
+    Args:
+        sampler: draw tokens with it instead; with the same seed, a tree changes the speed only here too.
 
     Raises:
         ConfigError: a prompt that fills the context.
@@ -90,14 +106,15 @@ def generate(
         raise ConfigError("prompt", got, f"1 .. {limit - 1}", "shorten it, or export with a larger --max-length")
     result, eos = Generation(), set(eos_token_ids)
     start = time.perf_counter()
-    result.tokens.append(engine.prefill(input_ids))
+    first = sampler.draw(engine.prefill_logits(input_ids)) if sampler else engine.prefill(input_ids)
+    result.tokens.append(first)
     decode_start, backend_start = time.perf_counter(), engine.backend_seconds
     while not (reason := _finished(result.tokens, eos, max_new_tokens)):
         room = engine.info.max_length - engine.length
         if not room:
             reason = "context"
             break
-        result.tokens += _step(engine, tree if room >= tree.num_nodes else AUTOREGRESSIVE, result)
+        result.tokens += _step(engine, tree if room >= tree.num_nodes else AUTOREGRESSIVE, result, sampler)
     result.finish_reason = _cut(result.tokens, eos, max_new_tokens) or reason
     result.prefill_ms = (decode_start - start) * 1e3
     result.decode_ms = (time.perf_counter() - decode_start) * 1e3
@@ -105,16 +122,22 @@ def generate(
     return result
 
 
-def _step(engine: StepEngine, tree: Tree, result: Generation) -> list[int]:
+def _step(engine: StepEngine, tree: Tree, result: Generation, sampler: Sampler | None) -> list[int]:
     """Draft, verify, accept, keep. Returns the new tokens: the accepted drafts and the base model's own next one."""
     step = engine.prepare(tree)
     node_ids = np.empty(tree.num_nodes, dtype=np.int64)
     node_ids[0] = result.tokens[-1]
     if tree.max_draft_len:
         node_ids[1:] = engine.draft(tree.depth)[tree.heads_and_ranks]
-    next_ids = step.verify(node_ids)
-    path = accept_greedy(tree, node_ids, next_ids)
-    tokens = next_ids[path].tolist()  # the base model's choice after each accepted node, which is the next node's token
+    if sampler:
+        logits = step.verify_logits(node_ids)
+        path, tokens = accept_drawn(tree, node_ids, lambda node: sampler.draw(logits[node]))
+    else:
+        next_ids = step.verify(node_ids)
+        path = accept_greedy(tree, node_ids, next_ids)
+        tokens = next_ids[
+            path
+        ].tolist()  # the base model's choice after each accepted node, which is the next node's token
     step.keep(path)
     result.accepted.append(len(tokens))
     return tokens

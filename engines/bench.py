@@ -19,6 +19,7 @@ from medusa_export.heads.conversations import load_prompts, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.hashing import describe, list_files
+from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree, load_tree
 
 SHOWN_TOKENS = 24  # of a text before and after a divergence
@@ -42,6 +43,7 @@ class RunArguments:
     threads: int = 0
     seed: int = 0
     save_outputs: Path | None = None
+    temperature: float = 0.0
 
 
 def run(arguments: RunArguments, progress: Progress = lambda stage, done, total: None) -> dict[str, Any]:
@@ -53,6 +55,8 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     for name in ("max_new_tokens", "repeats"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", str(getattr(arguments, name)), "1 or more", "correct it")
+    if arguments.temperature:
+        Sampler(arguments.temperature)
     prompts = load_prompts(arguments.prompts, arguments.limit)
     tokenizer = read_tokenizer(arguments.engine)
     engine = open_engine(arguments.engine, threads=arguments.threads)
@@ -62,6 +66,7 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     done = iter(range(1, len(encoded) * arguments.repeats + 1))
     result = run_prompts(
         engine, tree, encoded, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,
+        temperature=arguments.temperature,
         progress=lambda: progress("prompts", next(done), len(encoded) * arguments.repeats),
     )  # fmt: skip
     reference = _reference(engine, result, arguments, progress) if arguments.reference else None

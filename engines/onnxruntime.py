@@ -50,12 +50,18 @@ class OnnxRuntimeEngine:
         self.length, self.backend_seconds = 0, 0.0
 
     def prefill(self, input_ids: Sequence[int]) -> int:
+        return int(self._prefill(input_ids).next_ids[0])
+
+    def prefill_logits(self, input_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        return self._prefill(input_ids, logits=True).logits[0]
+
+    def _prefill(self, input_ids: Sequence[int], *, logits: bool = False) -> _Block:
         self.length = 0
-        block = _Block(self, Tree(()), len(input_ids), output_rows=[len(input_ids) - 1])
-        next_ids = block.run(np.asarray(input_ids, dtype=np.int64))
+        block = _Block(self, Tree(()), len(input_ids), output_rows=[len(input_ids) - 1], logits=logits)
+        block.run(np.asarray(input_ids, dtype=np.int64))
         self.length = len(input_ids)
         self._hidden[:] = block.hidden
-        return int(next_ids[0])
+        return block
 
     def prepare(self, tree: Tree) -> OnnxRuntimeStep:
         step = self._steps.get(id(tree))
@@ -185,10 +191,23 @@ class OnnxRuntimeStep:
     def __init__(self, engine: OnnxRuntimeEngine, tree: Tree) -> None:
         self.tree = tree  # kept alive: the engine finds this step by the tree's identity
         self._engine = engine
-        self._block = _Block(engine, tree, tree.num_nodes, output_rows=range(tree.num_nodes))
+        self._blocks: dict[bool, _Block] = {}  # with logits, and without
+        self._block = self._bound(logits=False)
 
     def verify(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        self._block = self._bound(logits=False)
         return self._block.run(node_ids)
+
+    def verify_logits(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        self._block = self._bound(logits=True)
+        self._block.run(node_ids)
+        return self._block.logits
+
+    def _bound(self, *, logits: bool) -> _Block:
+        if logits not in self._blocks:
+            rows = range(self.tree.num_nodes)
+            self._blocks[logits] = _Block(self._engine, self.tree, self.tree.num_nodes, output_rows=rows, logits=logits)
+        return self._blocks[logits]
 
     def keep(self, path: npt.NDArray[np.int64]) -> None:
         engine, count = self._engine, len(path)

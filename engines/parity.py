@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.engines.base import Generation
+from medusa_export.heads.sampler import Sampler
 
 
 class Scorer(Protocol):
@@ -53,8 +54,14 @@ def first_divergence(baseline: Generation, medusa: Generation) -> int | None:
     return min(len(baseline.tokens), len(medusa.tokens))
 
 
-def explain(engine: Scorer, prompt: Sequence[int], baseline: Generation, medusa: Generation) -> Divergence | None:
-    """The first divergence with the logit gap that decided it, or None where the outputs are exactly equal."""
+def explain(
+    engine: Scorer, prompt: Sequence[int], baseline: Generation, medusa: Generation, sampler: Sampler | None = None
+) -> Divergence | None:
+    """The first divergence with the logit gap that decided it, or None where the outputs are exactly equal.
+
+    Args:
+        sampler: what both were drawn with; the gap is then how far logits would have to move for the other token.
+    """
     at = first_divergence(baseline, medusa)
     if at is None:
         return None
@@ -64,6 +71,8 @@ def explain(engine: Scorer, prompt: Sequence[int], baseline: Generation, medusa:
         return Divergence(at, ours, theirs, None)
     text = [*prompt, *baseline.tokens[:at]]
     *_, last = engine.score(text, chunk=1, start=min(len(prompt), len(text) - 1))
+    if sampler:
+        return Divergence(at, ours, theirs, sampler.margin(at, last[-1], theirs))
     return Divergence(at, ours, theirs, float(last[-1, ours] - last[-1, theirs]))
 
 

@@ -11,6 +11,7 @@ from statistics import median
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.parity import Divergence, explain, logit_noise, verdict
+from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 
 WARMUP_TOKENS = 16
@@ -60,6 +61,7 @@ def run_prompts(
     max_new_tokens: int,
     repeats: int,
     seed: int,
+    temperature: float = 0.0,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Measure and judge.
@@ -70,10 +72,21 @@ def run_prompts(
     Args:
         prompts: (id, category, input_ids).
         repeats: runs of every prompt in either mode; times are medians over them.
-        seed: order of the prompts.
+        seed: order of the prompts, and with the prompt's number what its tokens are drawn with.
+        temperature: draw tokens at it; 0: decode greedily.
     """
     results = [PromptResult(key, category, ids, [], []) for key, category, ids in prompts]
     eos = engine.info.eos_token_ids
+
+    def sampler(index: int) -> Sampler | None:
+        return Sampler(temperature, (seed, index)) if temperature else None
+
+    def decode(index: int, mode_tree: Tree) -> Generation:
+        ids = results[index].input_ids
+        return generate(
+            engine, ids, mode_tree, max_new_tokens=max_new_tokens, eos_token_ids=eos, sampler=sampler(index)
+        )
+
     for mode_tree in (AUTOREGRESSIVE, tree):
         generate(engine, results[0].input_ids, mode_tree, max_new_tokens=WARMUP_TOKENS, eos_token_ids=())
     order = list(range(len(results)))
@@ -84,19 +97,19 @@ def run_prompts(
             result = results[index]
             modes = [(result.baseline, AUTOREGRESSIVE), (result.medusa, tree)]
             for runs, mode_tree in modes if (turn + repeat) % 2 else modes[::-1]:
-                runs.append(
-                    generate(engine, result.input_ids, mode_tree, max_new_tokens=max_new_tokens, eos_token_ids=eos)
-                )
+                runs.append(decode(index, mode_tree))
             progress()
-    return RunResult(results, _judge(engine, tree, results))
+    return RunResult(results, _judge(engine, tree, results, sampler))
 
 
-def _judge(engine: OnnxRuntimeEngine, tree: Tree, results: list[PromptResult]) -> float:
+def _judge(
+    engine: OnnxRuntimeEngine, tree: Tree, results: list[PromptResult], sampler: Callable[[int], Sampler | None]
+) -> float:
     """Fill in every prompt's verdict; returns the tolerance, which is the measured noise."""
     diverging = []
-    for result in results:
+    for index, result in enumerate(results):
         for medusa in result.medusa:
-            found = explain(engine, result.input_ids, result.baseline[0], medusa)
+            found = explain(engine, result.input_ids, result.baseline[0], medusa, sampler(index))
             if found is not None:
                 result.divergence = found
                 diverging.append(result)

@@ -208,6 +208,9 @@ def run_command(
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes one a core.")] = 0,
     seed: Annotated[int, typer.Option(help="Order of the prompts and bootstrap of the interval.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Write the report here as one self-contained page.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Draw tokens at it, with the same random numbers in both modes; 0: decode greedily.")
+    ] = 0.0,
     save_outputs: Annotated[
         Path | None, typer.Option(help="Write every prompt's outputs and times here, JSONL.")
     ] = None,

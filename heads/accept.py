@@ -1,6 +1,8 @@
-"""Greedy acceptance of a verified tree: lossless, and the only acceptance in this project (Medusa, arXiv 2401.10774, 2.3)."""
+"""Acceptance of a verified tree, greedy or drawn; both are lossless (Medusa, arXiv 2401.10774, 2.3)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +27,29 @@ def accept_greedy(
         Accepted node indices, the root first.  # [1 .. depth + 1]
         The next token, not part of the tree, is ``argmax_ids[path[-1]]``.
     """
-    path = [0]
-    wanted = argmax_ids[0]
+    return accept_drawn(tree, node_ids, lambda node: int(argmax_ids[node]))[0]
+
+
+def accept_drawn(
+    tree: Tree, node_ids: npt.NDArray[np.int64], draw: Callable[[int], int]
+) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """The path that tokens take through the tree when each is drawn from the base model's distribution behind the one before it.
+
+    Every token is drawn once, in order, from what plain sampling would draw it from, whatever was drafted; a draft only decides
+    whether the distribution behind the token is known already. So the output has the base model's distribution, and with the same
+    random numbers it is the same text. (Typical acceptance, as in the Medusa paper, is not lossless, and not here.)
+
+    Args:
+        tree: the tree that was verified.
+        node_ids: token of every node, the root first.  # [N]
+        draw: the next token behind a node; called for accepted nodes only, the root first.
+
+    Returns:
+        Accepted node indices, the root first, and the token that was drawn behind each.  # [1 .. depth + 1], twice
+    """
+    path, tokens = [0], [draw(0)]
     for node, (parent, token) in enumerate(zip(tree.parent_list, node_ids[1:].tolist(), strict=True), start=1):
-        if parent == path[-1] and token == wanted:
+        if parent == path[-1] and token == tokens[-1]:
             path.append(node)
-            wanted = argmax_ids[node]
-    return np.array(path, dtype=np.int64)
+            tokens.append(draw(node))
+    return np.array(path, dtype=np.int64), tokens

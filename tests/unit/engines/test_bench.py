@@ -20,6 +20,7 @@ from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.report import print_report
 from medusa_export.heads.conversations import load_prompts
 from medusa_export.heads.errors import ConfigError, MedusaExportError, TreeError
+from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 
 QUESTIONS = ["w1 w2 w3", "w50 w4", "w7 w7 w9 w8 w20", "w33"]
@@ -173,3 +174,26 @@ class TestRefusals:
         self.check(made, tmp_path / "none.jsonl", "no readable file", ConfigError)
         with pytest.raises(ConfigError, match="no tokenizer"):
             run(RunArguments(engine=tmp_path, prompts=prompts))
+
+
+def test_drawn_outputs_are_compared_with_the_same_random_numbers(
+    made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run(arguments(made, prompts, temperature=12.0))
+    assert report["parity"]["exact"] == 4
+    assert report["tokens_per_step"] > 1.2
+    from medusa_export.engines import runner
+
+    class Unseeded(Sampler):
+        """What a program does that forgets the seed."""
+
+        count = 0
+
+        def __init__(self, temperature: float, seed: Any) -> None:
+            Unseeded.count += 1
+            super().__init__(temperature, Unseeded.count)
+
+    monkeypatch.setattr(runner, "Sampler", Unseeded)
+    assert run(arguments(made, prompts, temperature=12.0))["parity"]["mismatches"] > 0
+    with pytest.raises(ConfigError, match="--temperature"):
+        run(arguments(made, prompts, temperature=-1.0))

@@ -18,6 +18,7 @@ from medusa_export.heads.decode import greedy, medusa_decode
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError, TreeError
 from medusa_export.heads.model import load_reference
+from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree, load_tree
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -192,3 +193,20 @@ class TestRefusals:
         OnnxRuntimeEngine(path)
         with pytest.raises(ConfigError, match="one value a process"):
             OnnxRuntimeEngine(path, threads=7)
+
+
+@pytest.mark.parametrize("tree", ["cpu-1", "cpu-8"])
+def test_the_same_seed_is_the_same_text(tree: str, tiny_engine: Callable[..., Any]) -> None:
+    """Drawn with a tree and without: the same tokens, in fewer steps; another seed is another text."""
+    engine = OnnxRuntimeEngine(tiny_engine(drafts_well=True).path)
+    chosen, texts, steps = load_tree(tree), [], 0
+    for seed in range(6):
+        results = [
+            generate(engine, [5, 9, 11], mode, max_new_tokens=40, eos_token_ids=(), sampler=Sampler(12.0, seed))
+            for mode in (AUTOREGRESSIVE, chosen)
+        ]
+        assert results[0].tokens == results[1].tokens
+        texts.append(results[0].tokens)
+        steps += len(results[1].accepted)
+    assert len({tuple(text) for text in texts}) == 6
+    assert steps < 6 * 39

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from medusa_export.heads.accept import accept_greedy
+from medusa_export.heads.accept import accept_drawn, accept_greedy
 from medusa_export.heads.tree import Choice, Tree, load_tree
 
 Ids = npt.NDArray[np.int64]
@@ -89,3 +89,39 @@ def test_a_fitting_token_under_a_wrong_parent_is_not_accepted() -> None:
 def test_of_the_same_token_twice_the_better_ranked_wins() -> None:
     tree = Tree.from_choices([[0], [1]])
     assert accept_greedy(tree, np.array([0, 5, 5]), np.array([5, 1, 1])).tolist() == [0, 1]
+
+
+MODEL = np.array([[0.5, 0.2, 0.2, 0.1], [0.1, 0.6, 0.1, 0.2], [0.3, 0.3, 0.3, 0.1], [0.25, 0.05, 0.4, 0.3]])
+
+
+@pytest.mark.parametrize("choices", [[], [[0], [1]], [[0], [1], [0, 0], [1, 0], [1, 1], [0, 0, 0]]], ids=len)
+def test_drawn_text_has_the_distribution_of_the_model(choices: list[list[int]]) -> None:
+    """A chain of 10^5 tokens through a tree whose drafts favour some tokens: pairs are as frequent as the model says."""
+    tree, chance = Tree.from_choices(choices), np.random.default_rng(4)
+    ranked = [np.array([2, 0, 1, 3]), np.array([0, 1, 2, 3]), np.array([3, 1, 0, 2])]
+    text, steps = [0], 0
+    while len(text) < 100_000:
+        node_ids = [text[-1]] + [int(ranked[len(choice) - 1][choice[-1]]) for choice in tree.choices]
+        cumulative = MODEL[node_ids].cumsum(-1)
+        _, tokens = accept_drawn(
+            tree, np.array(node_ids), lambda node, c=cumulative: int(np.searchsorted(c[node], chance.random()))
+        )
+        text += tokens
+        steps += 1
+    pairs = np.zeros((4, 4))
+    np.add.at(pairs, (text[:-1], text[1:]), 1)
+    expected = pairs.sum(1, keepdims=True) * MODEL
+    assert ((pairs - expected) ** 2 / expected).sum() < 32.9  # chi-square, 12 degrees of freedom, at 0.001
+    assert (steps < 90_000) == bool(choices)
+
+
+def test_a_drawn_path_draws_every_token_once_and_in_order() -> None:
+    tree = Tree.from_choices([[0], [1], [0, 0], [1, 0]])
+    asked: list[int] = []
+
+    def draw(node: int) -> int:
+        asked.append(node)
+        return {0: 8, 2: 5, 4: 6}[node]
+
+    path, tokens = accept_drawn(tree, np.array([1, 7, 8, 5, 5]), draw)
+    assert (path.tolist(), tokens, asked) == ([0, 2, 4], [8, 5, 6], [0, 2, 4])

@@ -1,0 +1,58 @@
+"""Draws follow the distribution, repeat with their seed, and the margin says how far another token is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.sampler import Sampler
+
+LOGITS = np.array([0.3, -1.2, 2.0, 0.0, 1.1, -3.0], dtype=np.float32)
+CRITICAL = 20.5  # of chi-square with 5 degrees of freedom, at 0.001
+
+
+def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
+    shares = np.exp(logits.astype(np.float64) / temperature)
+    return shares / shares.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_shares(temperature: float) -> None:
+    sampler = Sampler(temperature, 1)
+    counts = np.bincount([sampler.draw(LOGITS) for _ in range(50_000)], minlength=6)
+    expected = softmax(LOGITS, temperature) * 50_000
+    assert ((counts - expected) ** 2 / expected).sum() < CRITICAL
+    wrong = softmax(LOGITS, 1.1 * temperature) * 50_000
+    assert ((counts - wrong) ** 2 / wrong).sum() > CRITICAL  # it can fail
+
+
+def test_a_seed_repeats_itself() -> None:
+    first, again, other = (Sampler(1.0, seed) for seed in ((3, 1), (3, 1), (3, 2)))
+    texts = [[sampler.draw(LOGITS) for _ in range(40)] for sampler in (first, again, other)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_margin_is_what_logits_have_to_move_at_least() -> None:
+    sampler = Sampler(0.7, 5)
+    drawn = [sampler.draw(LOGITS) for _ in range(30)]
+    assert all(sampler.margin(position, LOGITS, token) == 0 for position, token in enumerate(drawn))
+    chance = np.random.default_rng(0)
+    flipped = 0
+    for position, token in enumerate(drawn):
+        for _ in range(200):
+            moved = LOGITS + chance.uniform(-0.3, 0.3, 6).astype(np.float32)
+            other = Sampler(0.7, 5)
+            for earlier in range(position):
+                assert other.draw(LOGITS) == drawn[earlier]
+            now = other.draw(moved)
+            if now != token:
+                flipped += 1
+                assert sampler.margin(position, LOGITS, now) <= 0.6  # differences of logits moved by that much at most
+    assert flipped > 50
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_no_temperature(temperature: float) -> None:
+    with pytest.raises(ConfigError, match="--temperature"):
+        Sampler(temperature)

@@ -15,7 +15,7 @@ from medusa_export.heads.tree import Tree
 
 TEMPLATE = "report.html.jinja"
 SHOWN_TOP = (1, 2, 3, 5, 10)
-COLUMN, ROW, MARGIN = 44, 66, 20  # of the tree's picture, in pixels
+COLUMN, ROW, MARGIN = 54, 66, 20  # of the tree's picture, in pixels
 
 
 @dataclass(frozen=True)

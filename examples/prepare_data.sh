@@ -2,13 +2,14 @@
 # Training data that the base model writes: the flags of the reference workflow, handed to medusa-data.
 #   prepare_data.sh --model M --server True             serve M on 127.0.0.1:$PORT (default 8000) until it is stopped
 #   prepare_data.sh --data_path D --output_path O       answer the prompts of D through that server,
-#                   [--model M]                         or without one, in this process
+#                   [--served M]                        ask it for M, where it lists other models too (transformers serve does)
+#                   [--model M]                         or run M in this process, without a server
 #                   [further flags of medusa-data]
 set -euo pipefail
 bin="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin"
 [ -x "$bin/medusa-data" ] && PATH="$bin:$PATH"
 port=${PORT:-8000}
-model="" server=False
+model="" served="" server=False
 arguments=()
 while [ $# -gt 0 ]; do
   if [ $# -lt 2 ]; then
@@ -18,6 +19,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --model) model=$2 ;;
     --server) server=$2 ;;
+    --served) served=$2 ;;
     --data_path) arguments+=(--prompts "$2") ;;
     --output_path) arguments+=(--output "$2") ;;
     *) arguments+=("$1" "$2") ;;
@@ -42,4 +44,4 @@ esac
 if [ -n "$model" ]; then
   exec medusa-data --model "$model" "${arguments[@]}"
 fi
-exec medusa-data --server "http://127.0.0.1:$port" "${arguments[@]}"
+exec medusa-data --server "http://127.0.0.1:$port" ${served:+--model "$served"} "${arguments[@]}"

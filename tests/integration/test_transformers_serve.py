@@ -1,4 +1,4 @@
-"""medusa-data against a server that other people wrote: ``transformers serve``, on this machine and without a network."""
+"""medusa-data against a server that other people wrote, ``transformers serve``, started and asked by examples/prepare_data.sh too."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 BIN = Path(sys.executable).parent
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "prepare_data.sh"
 START_SECONDS = 90.0
 
 
@@ -26,8 +27,9 @@ def serving(model: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [BIN / "transformers", "serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [SCRIPT, "--model", model, "--server", "True"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(log.parent), "OMP_NUM_THREADS": "1"}
+    environment |= {"PORT": str(port), "PATH": f"{BIN}:{os.environ['PATH']}"}
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -85,8 +87,14 @@ def test_the_answers_are_the_models(
         assert refused.returncode in (1, 2)
         assert refused.stderr.startswith("error: ")
         assert refused.stderr.count("\n") == 1
+        script = [SCRIPT, "--data_path", prompts, "--output_path", f"{out}3", "--served", model, "--max-tokens", "6"]
+        environment = {**os.environ, "PORT": url.rpartition(":")[2]}
+        done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert [row["messages"][1]["content"] for row in rows] == [f"w{n} w3" for n in range(5)]
+    again = [json.loads(line) for line in Path(f"{out}3").read_text("utf-8").splitlines()]
+    assert [row["messages"] for row in again] == [row["messages"] for row in rows]
     for row in rows:
         assert row["messages"][-1]["content"] == _greedy(model, row["messages"][:-1], 6)
         assert row["usable"] == (row["finish_reason"] == "stop")

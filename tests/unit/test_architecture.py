@@ -22,6 +22,7 @@ COMPOSITION = (
     "exporter.cli_data",
     "exporter.cli_train",
     "exporter.cli_tree",
+    "exporter.cli_triton",
 )  # the commands: may import all, nothing may import them
 BACKENDS: dict[str, tuple[str, ...]] = {  # package: the files that may import it
     "modelopt": ("quantize.ptq", "heads.medusa_model"),

@@ -1,0 +1,182 @@
+"""Writes a Triton model repository for an ONNX Runtime engine, and checks one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.triton_io import INPUTS, OUTPUTS
+from medusa_export.heads.conversations import read_tokenizer
+from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.errors import ConfigError, MedusaExportError, missing_package
+from medusa_export.heads.hashing import list_files
+from medusa_export.heads.manifest import hash_files, output_directory, read_manifest, verify_manifest
+from medusa_export.heads.tree import load_tree
+
+KIND = "onnxruntime"
+ENGINE = "engine"  # in the model's version directory
+UNARY = "_unary"
+VERSION = "1"
+MODEL_CODE = '''"""Loaded by Triton's python backend."""
+
+from {module} import {name} as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+README = """# {name}: {precision}
+
+Text in, text out, decoded with Medusa. Made from `{source}`; nothing outside this directory is needed but the package `medusa-export`
+in the server's Python environment, with numpy below 2, onnxruntime and transformers.
+
+    tritonserver --model-repository {directory} --disable-auto-complete-config --http-address 127.0.0.1 --grpc-address 127.0.0.1
+    curl -s 127.0.0.1:8000/v2/models/{name}/generate_stream -d '{{"text_input": "Why is the sky blue?", "stream": true}}'
+    curl -s 127.0.0.1:8000/v2/models/{name}/generate -d '{{"text_input": "Why is the sky blue?"}}'
+
+| model | for |
+|---|---|
+| `{name}` | answers in pieces (`stream`) or whole: gRPC streaming, `/generate_stream`, `/generate` |
+| `{name}{unary}` | whole answers for calls that take one response: `/infer`, gRPC `ModelInfer` |
+
+Both share one engine, whose steps serve all requests at once.
+
+| input | type | |
+|---|---|---|
+{inputs}
+
+| output | type |
+|---|---|
+{outputs}
+"""
+
+
+def write_repository(
+    engine: Path, output: Path, *, name: str = "medusa", options: ServingOptions | None = None
+) -> None:
+    """A complete model repository; it appears all at once or not at all.
+
+    Args:
+        engine: the engine directory of an export; it is copied.
+        output: the repository to make.
+        name: the model's; its twin for unary calls is called ``{name}_unary``.
+
+    Raises:
+        MedusaExportError: an engine that cannot be used, a name that Triton would not take, or an output that is there already.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ConfigError("--name", repr(name), "letters, digits, _ . and -", "choose another one")
+    options = options or ServingOptions()
+    info = EngineInfo.load(engine)
+    info.require_tree(load_tree(str(engine / TREE_FILE)))
+    read_tokenizer(engine)
+    paths = list_files(engine, engine)
+    arguments = {"kind": KIND, "engine": engine, "name": name, **options.as_text()}
+    with output_directory(output, inputs=hash_files(paths.values()), arguments=arguments) as work:
+        for relative, path in paths.items():
+            work.once(f"{name}/{VERSION}/{ENGINE}/{relative}", lambda target, path=path: shutil.copyfile(path, target))
+        for model, config in repository_configs(name, options).items():
+            work.once(f"{model}/config.pbtxt", lambda target, config=config: target.write_text(render(config)))
+            work.once(f"{model}/{VERSION}/model.py", lambda target, model=model: target.write_text(_code(model, name)))
+        work.once("README.md", lambda target: target.write_text(_readme(name, output, info)))
+
+
+def repository_configs(name: str, options: ServingOptions) -> dict[str, dict[str, Any]]:
+    """The fields of both models' configurations, by model."""
+    shared = {
+        "backend": "python",
+        "max_batch_size": 0,
+        "input": [port.as_config() for port in INPUTS],
+        "output": [port.as_config() for port in OUTPUTS],
+        "instance_group": [{"kind": "KIND_CPU", "count": 1}],
+    }
+    streaming = _parameters({"engine": ENGINE, **options.as_text()})
+    return {
+        name: {"name": name, **shared, "model_transaction_policy": {"decoupled": True}, "parameters": streaming},
+        f"{name}{UNARY}": {"name": f"{name}{UNARY}", **shared, "parameters": _parameters({"model": name})},
+    }
+
+
+def render(config: dict[str, Any]) -> str:
+    """A configuration as config.pbtxt.
+
+    Raises:
+        MissingPackageError: no tritonclient, which knows the fields.
+    """
+    json_format, text_format, model_config = _protobuf()
+    text: str = text_format.MessageToString(json_format.ParseDict(config, model_config.ModelConfig()))
+    return text
+
+
+def verify_repository(repository: Path) -> list[str]:
+    """What is wrong with a repository, one line each: files, configurations, engine and tokenizer."""
+    problems = verify_manifest(repository)
+    if problems:
+        return problems
+    arguments = read_manifest(repository)["arguments"]
+    try:
+        expected = repository_configs(arguments["name"], ServingOptions.from_text(arguments))
+        for model, config in expected.items():
+            path = repository / model / "config.pbtxt"
+            found = _parse(path)
+            problems += [f"{path}: {line}" for line in _differences(found, config)]
+        engine = repository / arguments["name"] / VERSION / ENGINE
+        EngineInfo.load(engine).require_tree(load_tree(str(engine / TREE_FILE)))
+        read_tokenizer(engine)
+    except MedusaExportError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _parse(path: Path) -> Any:
+    """A configuration, as Triton reads it.
+
+    Raises:
+        ConfigError: an unknown field, or a value of another type.
+    """
+    _, text_format, model_config = _protobuf()
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), model_config.ModelConfig())
+    except text_format.ParseError as error:
+        raise ConfigError(
+            str(path), f"no model configuration ({error})", "what Triton reads", "write it again"
+        ) from error
+
+
+def _differences(found: Any, expected: dict[str, Any]) -> list[str]:
+    json_format, _, model_config = _protobuf()
+    wanted = json_format.ParseDict(expected, model_config.ModelConfig())
+    names = [field.name for field in model_config.ModelConfig.DESCRIPTOR.fields]
+    return [f"{name} is not what was written" for name in names if getattr(found, name) != getattr(wanted, name)]
+
+
+def _protobuf() -> tuple[Any, Any, Any]:
+    try:
+        from google.protobuf import json_format, text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise missing_package("tritonclient", "triton") from error
+    return json_format, text_format, model_config_pb2
+
+
+def _parameters(values: dict[str, str]) -> dict[str, dict[str, str]]:
+    return {name: {"string_value": value} for name, value in values.items()}
+
+
+def _code(model: str, name: str) -> str:
+    if model == name:
+        return MODEL_CODE.format(module="medusa_export.engines.triton_model", name="MedusaModel")
+    return MODEL_CODE.format(module="medusa_export.engines.triton_unary", name="UnaryModel")
+
+
+def _readme(name: str, output: Path, info: EngineInfo) -> str:
+    def type_of(port: Any) -> str:
+        return port.data_type.removeprefix("TYPE_") + ("[]" if port.dims == (-1,) else "")
+
+    return README.format(
+        name=name, unary=UNARY, directory=output.name, precision=info.precision,
+        source=Path(str(info.source.get("checkpoint", "a checkpoint"))).name,
+        inputs="\n".join(f"| `{p.name}` | {type_of(p)} | {'' if p.is_optional else 'required'} |" for p in INPUTS),
+        outputs="\n".join(f"| `{port.name}` | {type_of(port)} |" for port in OUTPUTS),
+    )  # fmt: skip

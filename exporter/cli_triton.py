@@ -1,0 +1,121 @@
+"""medusa-triton: parse, call one function, print. Like the other cli files, it may import across."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medusa_export.exporter.console import Verbose, command_app, main, stdout
+from medusa_export.heads.engine_info import ENGINE_FILE
+from medusa_export.heads.errors import ConfigError
+
+triton_app = command_app()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of engine directory.
+
+    Attributes:
+        holds: whether a directory is of this kind.
+        write: the repository, from the flags.
+        verify: what is wrong with a repository whose manifest names this kind, one line each.
+    """
+
+    holds: Callable[[Path], bool]
+    write: Callable[[dict[str, Any]], None]
+    verify: Callable[[Path], list[str]]
+
+
+def _write_onnxruntime(given: dict[str, Any]) -> None:
+    from medusa_export.engines.serving_options import ServingOptions
+    from medusa_export.engines.triton import write_repository
+
+    chosen = {item.name: given[item.name] for item in fields(ServingOptions) if given.get(item.name) is not None}
+    write_repository(given["engine"], given["output"], name=given["name"], options=ServingOptions(**chosen))
+
+
+def _verify_onnxruntime(repository: Path) -> list[str]:
+    from medusa_export.engines.triton import verify_repository
+
+    return verify_repository(repository)
+
+
+# What --engine may be; the first kind that a directory holds is its kind.
+KINDS: dict[str, Kind] = {
+    "onnxruntime": Kind(lambda path: (path / ENGINE_FILE).is_file(), _write_onnxruntime, _verify_onnxruntime),
+}
+
+
+@triton_app.callback(invoke_without_command=True)
+def triton_command(
+    context: typer.Context,
+    engine: Annotated[Path | None, typer.Option(help="The engine directory of an export.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The model repository to write.")] = None,
+    name: Annotated[str, typer.Option(help="The model's name on the server.")] = "medusa",
+    max_batch: Annotated[int | None, typer.Option(help="Requests decoded at once, at most. Default: 32.")] = None,
+    kv_cache_mb: Annotated[
+        int | None, typer.Option(help="Memory for the key/value cache; it may lower --max-batch. Default: 4096.")
+    ] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help="Requests that wait, at most; others hear that it is busy. Default: 256.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer where a request does not say. Default: 256.")
+    ] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Seconds of a request, at most. Default: 600.")] = None,
+    max_text_bytes: Annotated[int | None, typer.Option(help="Text of a request, at most. Default: 1 MiB.")] = None,
+    tree_max_batch: Annotated[
+        int | None, typer.Option(help="Requests at once up to which the tree is used. Default: 4.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0 takes one a core. Default: 0.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write a Triton model repository for an engine.
+
+    Example: [bold]medusa-triton --engine out/engine --output repository[/]
+    """
+    given = dict(locals())
+    if context.invoked_subcommand:
+        return
+    for flag in ("engine", "output"):
+        if given[flag] is None:
+            raise ConfigError(f"--{flag}", "nothing", "a directory", "see medusa-triton --help")
+    kind = next((kind for kind in KINDS.values() if kind.holds(given["engine"])), None)
+    if kind is None:
+        raise ConfigError(
+            str(engine), "no engine directory", f"one of {', '.join(KINDS)}", "pass OUT/engine of an export"
+        )
+    kind.write(given)
+    stdout.print(f"wrote {output}", soft_wrap=True)
+
+
+@triton_app.command("verify")
+def verify_command(
+    repository: Annotated[Path, typer.Argument(help="A model repository that medusa-triton wrote.")],
+    verbose: Verbose = False,
+) -> None:
+    """Check a repository again: every file, every configuration, the engine and the tokenizer.
+
+    Exit code 1 when something is wrong.
+    """
+    from medusa_export.heads.manifest import read_manifest
+
+    kind = read_manifest(repository)["arguments"].get("kind")
+    if kind not in KINDS:
+        raise ConfigError(str(repository), "no model repository", "one that medusa-triton wrote", "check the path")
+    problems = KINDS[kind].verify(repository)
+    for problem in problems:
+        stdout.print(problem, soft_wrap=True, markup=False)
+    if problems:
+        raise typer.Exit(1)
+    stdout.print(f"{repository}: complete and consistent", soft_wrap=True)
+
+
+def triton_main() -> None:
+    """Entry point of medusa-triton."""
+    main(triton_app)

@@ -170,9 +170,12 @@ def plan_command(
 
 @export_app.command("verify")
 def verify_command(
-    out: Annotated[Path, typer.Argument(help="A directory that medusa-export wrote.")], verbose: Verbose = False
+    out: Annotated[
+        Path, typer.Argument(help="A directory that medusa-export wrote, or any TensorRT-LLM Medusa checkpoint.")
+    ],
+    verbose: Verbose = False,
 ) -> None:
-    """Check an export again: hashes, names, shapes, dtypes and scales; print what quantization did to the weights.
+    """Check an export again: hashes, what TensorRT-LLM's loader asks for, scales; print what quantization did to the weights.
 
     Exit code 1 when something is wrong.
     """

@@ -28,11 +28,11 @@ from medusa_export.exporter.gpus import (
     rank_memory,
     why_unsupported,
 )
+from medusa_export.exporter.load_model import required_tensors
 from medusa_export.exporter.plan import plan_ranks
 from medusa_export.exporter.sizing import Machine, Request, Sizing, size_export
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm import export_spec
-from medusa_export.exporter.verify import required_tensors
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint

@@ -186,3 +186,12 @@ def test_export_directory(make_case: Callable[..., Any], tmp_path: Path) -> None
     data[-1] ^= 1  # the smallest change there is, which no comparison of weights would be sure to see
     rank.write_bytes(bytes(data))
     assert any("rank0.safetensors" in problem for problem in verify_export(out))
+
+
+def test_a_checkpoint_without_a_manifest(exported: tuple[Path, Any]) -> None:
+    """As another tool leaves it; its scales are checked too."""
+    out, _ = exported
+    assert verify_export(out) == []
+    edit(out, scale(f"{L0}mlp.fc.activation_scaling_factor", 0.0))
+    assert len(verify_export(out)) == 1
+    assert len(verify_export(out / "nothing")) == 1

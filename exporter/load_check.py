@@ -1,0 +1,91 @@
+"""Loads a TensorRT-LLM Medusa checkpoint as ``trtllm-build`` would, from headers alone, and calls errors what it passes over.
+
+TensorRT-LLM refuses a missing tensor or a wrong shape. It warns of surplus tensors and wrong dtypes, and says nothing of a missing
+``lm_head``, of a Medusa head's too, which then holds whatever was in memory. Source: ``load`` in
+tensorrt_llm/models/modeling_utils.py, parameter.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from medusa_export.exporter.load_config import config_problems
+from medusa_export.exporter.load_model import (
+    BUILDER_QUANTIZES,
+    WEIGHT_ONLY,
+    Needs,
+    is_quantized,
+    medusa_modules,
+    module_needs,
+    required_tensors,
+)
+from medusa_export.heads.checkpoint import TensorSource
+from medusa_export.heads.config import read_json
+from medusa_export.heads.errors import CheckpointError, ConfigError
+
+KV_SCALE = "kv_cache_scaling_factor"
+
+
+def load_problems(trt_dir: Path) -> list[str]:
+    """Why ``trtllm-build`` would not build what the checkpoint means, one line each; an empty list is a good checkpoint."""
+    try:
+        config = read_json(trt_dir / "config.json")
+        return config_problems(config) or [
+            f"{name}: {problem}"
+            for name, source in open_ranks(trt_dir, config).items()
+            for problem in ([source] if isinstance(source, str) else rank_problems(source, config))
+        ]
+    except (CheckpointError, ConfigError) as error:
+        return [str(error)]
+
+
+def open_ranks(trt_dir: Path, config: Mapping[str, Any]) -> dict[str, TensorSource | str]:
+    """Every rank's file, or what is wrong with it as a file."""
+    expected = {f"rank{rank}.safetensors" for rank in range(config["mapping"]["tp_size"])}
+    present = {path.name for path in trt_dir.glob("*.safetensors")}
+    files: dict[str, TensorSource | str] = dict.fromkeys(sorted(expected - present), "missing")
+    files |= dict.fromkeys(sorted(present - expected), "belongs to no rank")
+    for name in sorted(expected & present):
+        files[name] = TensorSource.open(trt_dir / name)
+    return files
+
+
+def rank_problems(source: TensorSource, config: Mapping[str, Any]) -> Iterator[str]:
+    """What the loader would refuse or pass over in one rank's file."""
+    given = {name: (source.dtype(name), source.shape(name)) for name in source.names}
+    need = _accepted(required_tensors(config), given, config)
+    for name in sorted(need.keys() - given.keys()):
+        silent = name.endswith("lm_head.weight")
+        yield f"{name} is missing" + ("; TensorRT-LLM would leave it random without a word" if silent else "")
+    for name in sorted(given.keys() - need.keys()):
+        yield f"{name} is not expected; TensorRT-LLM would drop it with a warning"
+    for name in sorted(need.keys() & given.keys()):
+        (dtype, shape), (got_dtype, got_shape) = need[name], given[name]
+        if (got_dtype, got_shape) != (dtype, shape):
+            yield f"{name} is {got_dtype} {list(got_shape)}; expected {dtype} {list(shape)}"
+
+
+def _accepted(need: Needs, given: Needs, config: Mapping[str, Any]) -> Needs:
+    """The needs, with the other forms that the loader takes where the file holds them."""
+    need = dict(need)
+    for name in [name for name in need if name.endswith(KV_SCALE)]:
+        pair = [name.replace("kv_cache", f"{x}_cache") for x in "kv"]
+        if name not in given and all(each in given for each in pair):  # the loader makes the larger one of them
+            need |= dict.fromkeys(pair, need.pop(name))
+    if config["quantization"].get("quant_algo") in WEIGHT_ONLY:
+        need = _processed(need, given, config)
+    for name, (dtype, shape) in list(need.items()):
+        if dtype == "float8_e4m3fn" and given.get(name) == ("int8", shape):  # bytes, viewed as FP8
+            need[name] = given[name]
+    return need
+
+
+def _processed(need: Needs, given: Needs, config: Mapping[str, Any]) -> Needs:
+    """Linears that the file holds as INT8 or INT4 already instead of in the 16 bit that trtllm-build quantizes."""
+    for module in medusa_modules(config):
+        built = module.name.rsplit(".", 1)[-1] in BUILDER_QUANTIZES and is_quantized(config, module)
+        if built and f"{module.name}.per_channel_scale" in given:
+            need |= module_needs(config, module, processed=True)
+    return need

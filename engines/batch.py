@@ -21,8 +21,45 @@ from medusa_export.heads.errors import ConfigError
 Array = npt.NDArray[Any]
 
 
-class BatchDecoder:
+class Slots:
     """Sequences in slots ``0 .. active - 1``, each with its own length.
+
+    Args:
+        engine_dir: directory with engine.json.
+        slots: sequences at once, at most.
+        max_length: tokens of a sequence. None: the engine's.
+
+    Raises:
+        ConfigError: no slot at all.
+    """
+
+    def __init__(self, engine_dir: Path, slots: int, max_length: int | None) -> None:
+        self.info = EngineInfo.load(engine_dir)
+        self.max_length = min(max_length or self.info.max_length, self.info.max_length)
+        if slots < 1:
+            raise ConfigError("slots", f"{slots}", "at least one sequence at once", "raise it")
+        self.slots, self.active = slots, 0
+        self._lengths = np.zeros(slots, dtype=np.int64)
+
+    def room(self, slot: int) -> int:
+        """Tokens that still fit."""
+        return self.max_length - int(self._lengths[slot])
+
+    def _take(self, input_ids: Sequence[int]) -> int:
+        """The next free slot, for a prompt."""
+        if self.active == self.slots:
+            raise ConfigError("slots", f"{self.slots} in use", "a free one", "let a sequence end first")
+        if not 0 < len(input_ids) < self.max_length:
+            got, limit = f"{len(input_ids)} tokens", f"1 .. {self.max_length - 1}"
+            raise ConfigError("prompt", got, limit, "shorten it, or allow longer sequences")
+        slot = self.active
+        self.active += 1
+        self._lengths[slot] = 0
+        return slot
+
+
+class BatchDecoder(Slots):
+    """Autoregressive decoding of several sequences.
 
     Args:
         engine_dir: directory with engine.json and decoder.onnx.
@@ -32,16 +69,11 @@ class BatchDecoder:
     """
 
     def __init__(self, engine_dir: Path, *, slots: int, max_length: int | None = None, threads: int = 0) -> None:
-        self.info = EngineInfo.load(engine_dir)
-        self.max_length = min(max_length or self.info.max_length, self.info.max_length)
-        if slots < 1:
-            raise ConfigError("slots", f"{slots}", "at least one sequence at once", "raise it")
-        self.slots, self.active = slots, 0
+        super().__init__(engine_dir, slots, max_length)
         self._session = open_decoder(engine_dir, self.info, threads)
         info = self.info
         shape = (2 * info.num_hidden_layers, slots, info.num_key_value_heads, info.max_length, info.head_dim)
         self._kv = np.empty(shape, dtype=np.float32)  # pages that no sequence reaches are never touched
-        self._lengths = np.zeros(slots, dtype=np.int32)
 
     def admit(self, input_ids: Sequence[int]) -> Array:
         """Run a prompt in the next free slot.  # [S] -> logits [vocab_size]
@@ -49,14 +81,7 @@ class BatchDecoder:
         Raises:
             ConfigError: a prompt that leaves no room, or no free slot.
         """
-        if self.active == self.slots:
-            raise ConfigError("slots", f"{self.slots} in use", "a free one", "let a sequence end first")
-        if not 0 < len(input_ids) < self.max_length:
-            got, limit = f"{len(input_ids)} tokens", f"1 .. {self.max_length - 1}"
-            raise ConfigError("prompt", got, limit, "shorten it, or allow longer sequences")
-        slot = self.active
-        self.active += 1
-        self._lengths[slot] = 0
+        slot = self._take(input_ids)
         return self._run(np.asarray([input_ids], dtype=np.int64), slice(slot, slot + 1))[0]
 
     def step(self, tokens: Sequence[int]) -> Array:
@@ -69,10 +94,6 @@ class BatchDecoder:
         if slot != self.active:
             length = self._lengths[slot] = self._lengths[self.active]
             self._kv[:, slot, :, :length] = self._kv[:, self.active, :, :length]
-
-    def room(self, slot: int) -> int:
-        """Tokens that still fit."""
-        return self.max_length - int(self._lengths[slot])
 
     def _run(self, input_ids: Array, slots: slice) -> Array:
         """New tokens behind what the slots hold; the last position's logits.  # [B, S] -> [B, vocab_size]"""

@@ -75,7 +75,7 @@ class OnnxRuntimeEngine:
         if heads is None:
             heads = self._heads[depth] = _Heads(self, depth)
         self._run(heads.session, heads.binding)
-        return heads.draft_ids
+        return heads.draft_ids[0]
 
     def rewind(self, length: int) -> None:
         self.length = min(length, self.length)
@@ -126,7 +126,7 @@ class _Heads:
 
     def __init__(self, engine: OnnxRuntimeEngine, depth: int) -> None:
         self.session = engine._session(engine._dir / heads_file(depth), engine.info.heads_session_options)
-        self.draft_ids = np.zeros((depth, engine.info.top_k), dtype=np.int64)
+        self.draft_ids = np.zeros((1, depth, engine.info.top_k), dtype=np.int64)
         self.binding = self.session.io_binding()
         self.binding.bind_ortvalue_input("hidden_states", share(engine._hidden))
         self.binding.bind_ortvalue_output("draft_ids", share(self.draft_ids))
@@ -218,11 +218,17 @@ class OnnxRuntimeStep:
         engine._hidden[0] = self._block.hidden[path[-1]]
 
 
-def open_decoder(engine_dir: Path, info: EngineInfo, threads: int = 0) -> Any:
+def open_decoder(engine_dir: Path, info: EngineInfo, threads: int = 0, *, name: str = DECODER_FILE) -> Any:
     """The session of an engine's decoder, on the process's thread pool."""
     ort = _import_onnxruntime()
     _share_threads(ort, threads)
-    return open_graph(ort, engine_dir / DECODER_FILE, session_options(ort, info.session_options))
+    return open_graph(ort, engine_dir / name, session_options(ort, info.session_options))
+
+
+def open_heads(engine_dir: Path, info: EngineInfo, depth: int) -> Any:
+    """The session of an engine's first heads, on the same pool."""
+    ort = _import_onnxruntime()
+    return open_graph(ort, engine_dir / heads_file(depth), session_options(ort, info.heads_session_options))
 
 
 def session_options(ort: ModuleType, entries: dict[str, str]) -> Any:

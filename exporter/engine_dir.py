@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from medusa_export.exporter.onnx_batch import write_batch_decoder
 from medusa_export.exporter.onnx_graph import require_supported, write_decoder
 from medusa_export.exporter.onnx_heads import write_heads
 from medusa_export.exporter.onnx_linear import LinearWriter
@@ -76,7 +77,9 @@ def write_engine(
     source: dict[str, Any],
     excluded: Excluded = lambda module: False,
 ) -> None:
-    """``out``: decoder.onnx, heads-{depth}.onnx, engine.json, tree.json and the tokenizer; nothing outside it is needed to run.
+    """``out``: the decoder for one sequence and for several, heads-{depth}.onnx, engine.json, tree.json and the tokenizer.
+
+    Nothing outside it is needed to run.
 
     Activations stay in float32 here also for FP8: a CPU has no FP8 arithmetic to gain from, and rounding activations turns the noise
     between a single step and a tree step into different tokens (see docs/decisions).
@@ -87,6 +90,7 @@ def write_engine(
     out.mkdir()
     linear = LinearWriter(checkpoint, form, scales, group_size=fmt.group_size, excluded=excluded)
     write_decoder(out, checkpoint, linear, max_length=max_length)
+    write_batch_decoder(out, config)
     if num_heads:
         write_heads(out, checkpoint, top_k=top_k, draft_vocab=draft_vocab, int8=config.hidden_size % 16 == 0)
     info = EngineInfo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,14 @@ class ExternalData:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._protos: dict[str, onnx.TensorProto] = {}
+        self.protos: dict[str, onnx.TensorProto] = {}
+
+    @classmethod
+    def stored(cls, path: Path, protos: Iterable[onnx.TensorProto]) -> ExternalData:
+        """Tensors that are in a file already; only small ones, which stay inline, can be added."""
+        data = cls(path)
+        data.protos = {proto.name: proto for proto in protos}
+        return data
 
     def __enter__(self) -> ExternalData:
         self._file = self.path.open("wb")
@@ -50,8 +58,8 @@ class ExternalData:
         Args:
             nibbles: the values are 0 .. 15 in uint8 and are stored as UINT4, two a byte.
         """
-        if name in self._protos:
-            return self._protos[name]
+        if name in self.protos:
+            return self.protos[name]
         flat = value.detach().contiguous().reshape(-1)
         raw = (flat[0::2] | flat[1::2] << 4 if nibbles else flat).view(torch.uint8).numpy()  # [bytes]
         data_type = TensorProto.UINT4 if nibbles else _ONNX_DTYPE[value.dtype]
@@ -65,7 +73,7 @@ class ExternalData:
             for key, text in place.items():
                 proto.external_data.add(key=key, value=str(text))
             self._file.write(raw.data)
-        self._protos[name] = proto
+        self.protos[name] = proto
         return proto
 
 
@@ -87,6 +95,13 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._counter = 0
+
+    @classmethod
+    def beside(cls, path: Path, source: onnx.GraphProto) -> GraphBuilder:
+        """A graph from parts of another one in the same directory, on the weights that were stored with that."""
+        graph = cls(path, source.name, ExternalData.stored(path, source.initializer))
+        graph._counter = len(source.node)  # names of new values are none of the source's
+        return graph
 
     def __enter__(self) -> GraphBuilder:
         if self._owned:
@@ -118,6 +133,22 @@ class GraphBuilder:
             outputs = [f"{op}_{self._counter}" + (f"_{i}" if i else "") for i in range(outputs)]
         self._nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attributes))
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def take(self, node: onnx.NodeProto) -> None:
+        """Add a node of another graph, and the stored tensors that it reads."""
+        self._nodes.append(node)
+        for name in node.input:
+            if name in self._data.protos:
+                self.stored(name)
+
+    def stored(self, name: str) -> str:
+        """A tensor that the data holds already."""
+        self._initializers[name] = self._data.protos[name]
+        return name
+
+    def take_output(self, output: onnx.ValueInfoProto) -> None:
+        """Declare an output of another graph."""
+        self._outputs.append(output)
 
     def tensor(self, name: str, value: torch.Tensor, *, nibbles: bool = False) -> str:
         """Store an initializer under a unique name; the first value given to a name stays. For ``nibbles`` see ExternalData."""

@@ -1,4 +1,4 @@
-"""The Medusa heads as ONNX graphs: draft tokens from the one row that verification accepted.
+"""The Medusa heads as ONNX graphs: draft tokens from the one row of a sequence that verification accepted last.
 
 There is a graph for every depth of tree, ``heads-{depth}.onnx``, with just the heads that such a tree uses; all share one data file.
 """
@@ -23,7 +23,7 @@ def write_heads(
 ) -> None:
     """Write ``heads-1.onnx`` .. ``heads-{num_medusa_heads}.onnx`` and their data.
 
-    Input hidden_states float [1, hidden_size]; output draft_ids int64 [depth, top_k], best first.
+    Input hidden_states float [B, hidden_size], a row a sequence; output draft_ids int64 [B, depth, top_k], best first.
 
     Drafts need not be exact, because the base model verifies them: the projection may be restricted to the most frequent tokens
     (FR-Spec, arXiv 2502.14856) and stored in 8 bits; that costs acceptance only, never correctness.
@@ -53,11 +53,11 @@ def _write_depth(
     draft_vocab: torch.Tensor | None,
     int8: bool,
 ) -> None:
-    graph.input("hidden_states", TensorProto.FLOAT, [1, checkpoint.config.hidden_size])
-    graph.output("draft_ids", TensorProto.INT64, [depth, top_k])
-    rows = [_blocks(graph, checkpoint, head) for head in range(depth)]  # [1, h] each
+    graph.input("hidden_states", TensorProto.FLOAT, ["B", checkpoint.config.hidden_size])
+    graph.output("draft_ids", TensorProto.INT64, ["B", depth, top_k])
+    rows = [_blocks(graph, checkpoint, head) for head in range(depth)]  # [B, 1, h] each
     if checkpoint.heads_share_lm_head:
-        stacked = graph.node("Concat", rows, axis=0)  # one product reads the shared projection once
+        stacked = graph.node("Concat", rows, axis=1)  # one product reads the shared projection once
         tokens = _top_k(graph, checkpoint, families.LM_HEAD, stacked, top_k, draft_vocab, int8)
     else:
         own = [f"medusa_heads.{head}.{checkpoint.num_medusa_layers}.weight" for head in range(depth)]
@@ -65,15 +65,15 @@ def _write_depth(
             _top_k(graph, checkpoint, source, row, top_k, draft_vocab, int8)
             for source, row in zip(own, rows, strict=True)
         ]
-        tokens = graph.node("Concat", best, axis=0)
+        tokens = graph.node("Concat", best, axis=1)
     if draft_vocab is not None:
         tokens = graph.node("Gather", [graph.tensor("draft_vocab", draft_vocab), tokens])
     graph.node("Identity", [tokens], ["draft_ids"])
 
 
 def _blocks(graph: GraphBuilder, checkpoint: MedusaCheckpoint, head: int) -> str:
-    """The residual blocks of one head: x + silu(W x + b).  # [1, h] -> [1, h]"""
-    x = "hidden_states"
+    """The residual blocks of one head: x + silu(W x + b).  # [B, h] -> [B, 1, h]"""
+    x = graph.node("Unsqueeze", ["hidden_states", graph.ints(1)])
     for layer in range(checkpoint.num_medusa_layers):
         name = f"medusa_heads.{head}.{layer}.linear"
         weight = graph.tensor(f"{name}.weight", checkpoint.read(f"{name}.weight").float().T)
@@ -87,7 +87,7 @@ def _top_k(
     graph: GraphBuilder, checkpoint: MedusaCheckpoint, source: str, x: str, top_k: int,
     draft_vocab: torch.Tensor | None, int8: bool,
 ) -> str:  # fmt: skip
-    """Indices of the best tokens of a vocabulary projection.  # [rows, h] -> int64 [rows, top_k]"""
+    """Indices of the best tokens of a vocabulary projection.  # [B, n, h] -> int64 [B, n, top_k]"""
     weight = checkpoint.read(source)
     weight = weight if draft_vocab is None else weight[draft_vocab]  # [V, h]
     matrix = int8_matrix(graph, source, weight) if int8 else graph.tensor(source, weight.float().T)

@@ -13,6 +13,7 @@ from medusa_export.heads.tree import Tree
 
 ENGINE_FILE = "engine.json"
 DECODER_FILE = "decoder.onnx"
+BATCH_DECODER_FILE = "decoder-batch.onnx"  # on the same weights; trees of several sequences at once
 HEADS_DATA = "heads.onnx.data"
 TREE_FILE = "tree.json"
 

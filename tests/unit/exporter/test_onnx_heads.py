@@ -34,7 +34,7 @@ def drafts(open_session: Callable[..., Any], tmp_path: Path) -> Drafts:
     def run(checkpoint: MedusaCheckpoint, hidden: torch.Tensor, *, depth: int = 0, **options: Any) -> np.ndarray:
         write_heads(tmp_path, checkpoint, **({"top_k": TOP_K, "draft_vocab": None, "int8": False} | options))
         session = open_session(tmp_path / heads_file(depth or checkpoint.num_medusa_heads))
-        return session.run(["draft_ids"], {"hidden_states": hidden[None].numpy()})[0]
+        return session.run(["draft_ids"], {"hidden_states": hidden[None].numpy()})[0][0]
 
     return run
 
@@ -49,6 +49,18 @@ def test_top_k(
     ids = drafts(case.checkpoint, hidden)
     assert ids.tolist() == head_logits(case.checkpoint, hidden).topk(TOP_K).indices.tolist()
     assert len({tuple(row) for row in ids.tolist()}) == 3
+
+
+@pytest.mark.parametrize("layout", ["v1", "v2"])
+def test_a_row_a_sequence(
+    layout: str, make_case: Callable[..., Any], open_session: Callable[..., Any], tmp_path: Path
+) -> None:
+    case = make_case("llama", layout, 3, dtype=torch.float32)
+    write_heads(tmp_path, case.checkpoint, top_k=TOP_K, draft_vocab=None, int8=False)
+    rows = torch.randn(4, 64, generator=torch.Generator().manual_seed(5))
+    (ids,) = open_session(tmp_path / heads_file(2)).run(["draft_ids"], {"hidden_states": rows.numpy()})
+    for row, found in zip(rows, ids, strict=True):
+        assert found.tolist() == head_logits(case.checkpoint, row)[:2].topk(TOP_K).indices.tolist()
 
 
 @pytest.mark.parametrize("layout", ["v1", "v2"])

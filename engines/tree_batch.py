@@ -1,0 +1,228 @@
+"""Trees of many sequences in one step on ONNX Runtime: every sequence has a slot, its own length and its own accepted path.
+
+A step reads every weight once for all sequences. The cache holds kept rows only, ``capacity`` for each slot; a step's new rows come
+out apart, and those of the accepted paths are copied behind the others. Slots in use come first, so a step computes no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_export.engines.batch import Slots
+from medusa_export.engines.onnxruntime import MASKED, open_decoder, open_heads, share
+from medusa_export.heads.accept import accept_drawn, accept_greedy
+from medusa_export.heads.engine_info import BATCH_DECODER_FILE, EngineInfo
+from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.tree import Tree
+
+Array = npt.NDArray[Any]
+
+PREFILL = 256  # prompt tokens a run: bounds the memory of scores
+BLOCK = 128  # the cache grows by so many rows a slot
+ROOT = Tree(())
+
+
+class TreeBatchDecoder(Slots):
+    """Decoding of several sequences, each step with any tree; the empty one is autoregressive decoding.
+
+    Args:
+        engine_dir: directory with engine.json, decoder-batch.onnx and heads-{depth}.onnx.
+        slots: sequences at once, at most.
+        max_length: tokens of a sequence. None: the engine's.
+        threads: intra-op threads; 0 takes one a core.
+    """
+
+    def __init__(self, engine_dir: Path, *, slots: int, max_length: int | None = None, threads: int = 0) -> None:
+        super().__init__(engine_dir, slots, max_length)
+        self._dir = engine_dir
+        self._session = open_decoder(engine_dir, self.info, threads, name=BATCH_DECODER_FILE)
+        self._heads: dict[int, Any] = {}
+        self._hidden = np.zeros((slots, self.info.hidden_size), dtype=np.float32)  # of each sequence's last kept row
+        self._kv = self._cache(BLOCK)
+        self._blocks: dict[tuple[int, int, int], _Block] = {}  # (first slot, batch, size)
+        self._block: _Block | None = None  # the last verified one
+
+    def admit(self, input_ids: Sequence[int]) -> Array:
+        """Run a prompt in the next free slot.  # [S] -> logits [vocab_size]
+
+        Raises:
+            ConfigError: a prompt that leaves no room, or no free slot.
+        """
+        slot = self._take(input_ids)
+        for start in range(0, len(input_ids), PREFILL):
+            ids = np.asarray(input_ids[start : start + PREFILL], dtype=np.int64)[None]
+            block = _Block(self, slot, 1, ids.shape[1], last_only=True)
+            block.run(ids, np.arange(ids.shape[1]), np.tri(ids.shape[1], dtype=bool))
+            self._keep(block, [np.arange(ids.shape[1])])
+        self._hidden[slot] = block.hidden[0]
+        return block.logits()[0]
+
+    def step(self, tokens: Sequence[int]) -> Array:
+        """The next token of every active sequence goes in.  # [active] -> logits [active, vocab_size]"""
+        logits = self.verify_logits(ROOT, np.asarray(tokens, dtype=np.int64)[:, None])
+        self.keep([np.zeros(1, dtype=np.int64)] * self.active)
+        return logits[:, 0]
+
+    def draft(self, depth: int) -> npt.NDArray[np.int64]:
+        """Candidates of the first heads for the last kept row of every active sequence.  # [active, depth, top_k]"""
+        if depth not in self._heads:
+            self._heads[depth] = open_heads(self._dir, self.info, depth)
+        drafts: npt.NDArray[np.int64]
+        (drafts,) = self._heads[depth].run(["draft_ids"], {"hidden_states": self._hidden[: self.active]})
+        return drafts
+
+    def verify(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The base model's greedy next token after every node of every active sequence.  # [active, N] -> [active, N]"""
+        return self._verify(tree, node_ids).next_ids()
+
+    def verify_logits(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> Array:
+        """As :meth:`verify`, but all logits.  # [active, N] -> [active, N, vocab_size]"""
+        return self._verify(tree, node_ids).logits().reshape(*node_ids.shape, -1)
+
+    def keep(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
+        """Make every active sequence's accepted nodes the newest rows of its cache, and drop the others.
+
+        Args:
+            paths: node indices of the verified tree, the root first, a path a sequence.
+        """
+        assert self._block is not None, "verify comes first"
+        for slot, path in enumerate(paths):
+            self._hidden[slot] = self._block.hidden[slot * self._block.size + path[-1]]
+        self._keep(self._block, paths)
+
+    def release(self, slot: int) -> None:
+        """End a sequence; the last active one moves into its slot."""
+        self.active -= 1
+        if slot != self.active:
+            length = self._lengths[slot] = self._lengths[self.active]
+            self._kv[:, slot, :, :length] = self._kv[:, self.active, :, :length]
+            self._hidden[slot] = self._hidden[self.active]
+
+    def _verify(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> _Block:
+        self.info.require_tree(tree)
+        key = (0, *node_ids.shape)
+        block = self._blocks.get(key)
+        if block is None:
+            block = self._blocks[key] = _Block(self, *key)
+        self._block = block
+        block.run(node_ids, tree.depths, tree.mask)
+        return block
+
+    def _keep(self, block: _Block, paths: Sequence[npt.NDArray[np.int64]]) -> None:
+        slots = range(block.first, block.first + len(paths))
+        self._grow(max(int(self._lengths[slot]) + len(path) for slot, path in zip(slots, paths, strict=True)))
+        for row, (slot, path) in enumerate(zip(slots, paths, strict=True)):
+            length = self._lengths[slot]
+            self._kv[:, slot, :, length : length + len(path)] = block.rows[:, row][:, :, path]
+            self._lengths[slot] += len(path)
+
+    def _grow(self, rows: int) -> None:
+        """Room for sequences of so many rows."""
+        if rows <= self._kv.shape[3]:
+            return
+        old, self._kv = self._kv, self._cache(-(-rows // BLOCK) * BLOCK)
+        self._kv[:, : self.active, :, : old.shape[3]] = old[:, : self.active]
+        self._blocks.clear()  # they are bound to the old memory
+
+    def _cache(self, capacity: int) -> Array:
+        info = self.info
+        shape = (2 * info.num_hidden_layers, self.slots, info.num_key_value_heads, capacity, info.head_dim)
+        return np.zeros(shape, dtype=np.float32)
+
+
+class _Block:
+    """The buffers and bindings of runs over ``size`` new tokens of ``batch`` sequences, from slot ``first`` on."""
+
+    def __init__(
+        self, decoder: TreeBatchDecoder, first: int, batch: int, size: int, *, last_only: bool = False
+    ) -> None:
+        info: EngineInfo = decoder.info
+        self.first, self.size, self._decoder = first, size, decoder
+        capacity, self._shape = decoder._kv.shape[3], (batch, size)
+        rows = np.arange(size - 1 if last_only else 0, batch * size, dtype=np.int64)
+        self._input_ids, self._position_ids = np.zeros((2, batch, size), dtype=np.int64)
+        self._bias = np.zeros((batch, 1, size, capacity + size), dtype=np.float32)
+        self._past = np.arange(capacity)
+        self.hidden = np.zeros((len(rows), info.hidden_size), dtype=np.float32)
+        self.rows = np.zeros((len(decoder._kv), batch, *decoder._kv.shape[2:3], size, info.head_dim), dtype=np.float32)
+        self._binding = decoder._session.io_binding()
+        inputs = {"input_ids": self._input_ids, "position_ids": self._position_ids, "attention_bias": self._bias}
+        for name, array in (inputs | {"output_rows": rows}).items():
+            self._binding.bind_ortvalue_input(name, share(array))
+        self._binding.bind_ortvalue_output("hidden_states", share(self.hidden))
+        for index, (cache, new) in enumerate(zip(decoder._kv, self.rows, strict=True)):
+            name = f"{index // 2}.{('key', 'value')[index % 2]}"
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", share(cache[first : first + batch]))
+            self._binding.bind_ortvalue_output(f"present.{name}", share(new))
+        self._next_ids = np.zeros(len(rows), dtype=np.int64)
+        self._logits = np.zeros((len(rows), info.vocab_size), dtype=np.float32)
+        self._binding.bind_ortvalue_output("next_ids", share(self._next_ids))
+        self._binding.bind_ortvalue_output("logits", share(self._logits))
+
+    def run(self, node_ids: Array, depths: Array, mask: Array) -> None:
+        """Run the decoder.
+
+        Args:
+            node_ids: [batch, size].
+            depths: positions behind each sequence's rows.  # [size]
+            mask: which of the new tokens each of them sees.  # [size, size]
+        """
+        lengths = self._decoder._lengths[self.first : self.first + len(node_ids)]
+        self._input_ids[:] = node_ids
+        self._position_ids[:] = lengths[:, None] + depths
+        capacity = len(self._past)
+        past = np.where(self._past < lengths[:, None], np.float32(0), MASKED)  # [batch, capacity]
+        self._bias[..., :capacity] = past[:, None, None]
+        self._bias[..., capacity:] = np.where(mask, np.float32(0), MASKED)
+        self._decoder._session.run_with_iobinding(self._binding)
+
+    def next_ids(self) -> npt.NDArray[np.int64]:
+        """The greedy next token after every node.  # [batch, size]"""
+        return self._next_ids.reshape(self._shape)
+
+    def logits(self) -> Array:
+        """Of every output row.  # [R, vocab_size]"""
+        return self._logits
+
+
+def advance(
+    decoder: TreeBatchDecoder, tree: Tree, last: Sequence[int], samplers: Sequence[Sampler | None] | None = None
+) -> list[list[int]]:
+    """One step of every active sequence: draft, verify, accept, keep.
+
+    Args:
+        tree: one for all sequences; each needs room for its nodes.
+        last: the newest token of each, which no cache holds yet.
+        samplers: what draws the tokens of each; None: greedy.
+
+    Returns:
+        The new tokens of each: accepted drafts and the base model's own next one.
+    """
+    samplers = samplers or [None] * len(last)
+    node_ids = np.empty((len(last), tree.num_nodes), dtype=np.int64)
+    node_ids[:, 0] = last
+    if tree.max_draft_len:
+        heads, ranks = tree.heads_and_ranks
+        node_ids[:, 1:] = decoder.draft(tree.depth)[:, heads, ranks]
+    if any(samplers):
+        logits = decoder.verify_logits(tree, node_ids)  # [active, N, V]
+        next_ids = logits.argmax(-1)
+    else:
+        next_ids = decoder.verify(tree, node_ids)  # [active, N]
+    paths, tokens = [], []
+    for index, sampler in enumerate(samplers):
+        rows = node_ids[index], next_ids[index]
+        if sampler:
+            path, new = accept_drawn(tree, rows[0], lambda node, s=sampler, at=index: s.draw(logits[at, node]))
+        else:
+            path = accept_greedy(tree, *rows)
+            new = rows[1][path].tolist()
+        paths.append(path)
+        tokens.append(new)
+    decoder.keep(paths)
+    return tokens

@@ -1,0 +1,120 @@
+"""Trees of several sequences at once against one sequence at a time: tokens, accepted counts, slots that are taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medusa_export.engines import tree_batch
+from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.batch import BatchDecoder
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.tree_batch import TreeBatchDecoder, advance
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.tree import Tree
+
+PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13], [20, 21]]
+LIMITS = [14, 5, 20, 9, 17]  # so that sequences end at different times
+TREE = Tree.from_choices([[0], [1], [0, 0], [2], [1, 0]])
+FORMS = [
+    ("llama", "none"),
+    ("mistral", "none"),
+    ("qwen2", "none"),
+    ("qwen3", "none"),
+    ("llama", "fp8"),
+    ("qwen2", "int8_wo"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short sequences make the cache grow, and prompts take several runs."""
+    monkeypatch.setattr(tree_batch, "BLOCK", 4)
+    monkeypatch.setattr(tree_batch, "PREFILL", 3)
+
+
+def serve(decoder: TreeBatchDecoder, tree: Tree, make_sampler: Callable[[int], Sampler | None]) -> list[Generation]:
+    """All prompts, as slots become free."""
+    results = [Generation() for _ in PROMPTS]
+    samplers = [make_sampler(index) for index in range(len(PROMPTS))]
+    waiting, active = list(range(len(PROMPTS))), []
+    while waiting or active:
+        while waiting and decoder.active < decoder.slots:
+            index = waiting.pop(0)
+            logits, sampler = decoder.admit(PROMPTS[index]), samplers[index]
+            results[index].tokens.append(sampler.draw(logits) if sampler else int(logits.argmax()))
+            active.append(index)
+        last = [results[index].tokens[-1] for index in active]
+        for index, new in zip(active, advance(decoder, tree, last, [samplers[i] for i in active]), strict=True):
+            results[index].tokens += new
+            results[index].accepted.append(len(new))
+        for slot in reversed(range(len(active))):
+            if len(results[active[slot]].tokens) >= LIMITS[active[slot]]:
+                decoder.release(slot)
+                active[slot] = active[-1]
+                active.pop()
+    return results
+
+
+def alone(engine: OnnxRuntimeEngine, index: int, tree: Tree, sampler: Sampler | None = None) -> Generation:
+    return generate(
+        engine, PROMPTS[index], tree, max_new_tokens=LIMITS[index], eos_token_ids=(), sampler=sampler
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "quant"), FORMS)
+def test_tokens_and_steps_are_those_of_one_sequence(family: str, quant: str, tiny_engine: Callable[..., Any]) -> None:
+    config = {"head_dim": 32} if family == "qwen3" else {}
+    path = tiny_engine(family, quant, drafts_well=quant == "none", **config).path
+    engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=3)
+    several = serve(decoder, TREE, lambda index: None)
+    for index, result in enumerate(several):
+        expected = alone(engine, index, TREE)
+        assert result.tokens[: LIMITS[index]] == expected.tokens
+        assert result.accepted == expected.accepted
+    if quant == "none":
+        assert max(max(result.accepted) for result in several) > 1, "a tree of which nothing is accepted tests little"
+    assert decoder._kv.shape[3] > 4, "the cache did not grow"
+
+
+def test_without_a_tree(tiny_engine: Callable[..., Any]) -> None:
+    path = tiny_engine().path
+    engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=4)
+    for index, result in enumerate(serve(decoder, AUTOREGRESSIVE, lambda index: None)):
+        assert result.tokens == alone(engine, index, AUTOREGRESSIVE).tokens
+
+
+def test_steps_are_those_of_the_autoregressive_decoder(tiny_engine: Callable[..., Any]) -> None:
+    path = tiny_engine().path
+    decoders = TreeBatchDecoder(path, slots=2), BatchDecoder(path, slots=2)
+    for prompt in PROMPTS[:2]:
+        ours, theirs = (decoder.admit(prompt) for decoder in decoders)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    for tokens in ([1, 2], [7, 7], [40, 3]):
+        ours, theirs = (decoder.step(tokens) for decoder in decoders)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_drawn_tokens_are_those_of_one_sequence(tiny_engine: Callable[..., Any]) -> None:
+    path = tiny_engine(drafts_well=True).path
+    engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=3)
+    several = serve(decoder, TREE, lambda index: Sampler(0.7, index) if index % 2 else None)
+    for index, result in enumerate(several):
+        expected = alone(engine, index, TREE, Sampler(0.7, index) if index % 2 else None)
+        assert result.tokens[: LIMITS[index]] == expected.tokens
+
+
+def test_refusals(tiny_engine: Callable[..., Any]) -> None:
+    decoder = TreeBatchDecoder(tiny_engine().path, slots=1, max_length=4)
+    with pytest.raises(ConfigError, match="4 tokens"):
+        decoder.admit([1, 2, 3, 4])
+    decoder.admit([1, 2, 3])
+    assert decoder.room(0) == 1
+    with pytest.raises(ConfigError, match="in use"):
+        decoder.admit([1])
+    with pytest.raises(ConfigError, match="tree"):
+        decoder.verify(Tree.from_choices([[15]]), np.ones((1, 2), dtype=np.int64))

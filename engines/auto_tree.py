@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medusa_export.engines.calibrate import calibrate
-from medusa_export.engines.cost import PAST_LENGTH, SIZES, measure_cost, write_costs
+from medusa_export.engines.cost import PAST_LENGTH, SIZES, OneSequence, measure_cost, write_costs
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.prompts import encode_prompts
 from medusa_export.engines.tree_search import search, sentence, tree_json
@@ -50,10 +50,10 @@ def choose_tree(
     write_calibration(engine_dir / ACCEPTANCE_FILE, answers, {"max_new_tokens": NEW_TOKENS})
     past_length = min(PAST_LENGTH, info.max_length // 2)
     curve = measure_cost(
-        engine, max_nodes=min(max(SIZES), info.max_length - past_length), past_length=past_length, rounds=ROUNDS,
+        OneSequence(engine), max_nodes=min(max(SIZES), info.max_length - past_length), past_length=past_length, rounds=ROUNDS,
         progress=lambda *at: progress("step costs", *at),
     )  # fmt: skip
-    write_costs(engine_dir / COST_FILE, [curve], engine)
+    write_costs(engine_dir / COST_FILE, [curve], info)
     found = search(Acceptance.from_answers(answers), cost_curve(curve))
     (engine_dir / TREE_FILE).write_text(tree_json(found), encoding="utf-8")
     return sentence(found)

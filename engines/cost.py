@@ -1,4 +1,4 @@
-"""What a decode step costs on an engine: warm, interleaved and repeated, by the number of nodes and by the number of heads."""
+"""What a decode step costs on an engine: warm, interleaved and repeated, by the number of nodes and of heads, and by the batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice, product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from medusa_export.engines.base import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.report import hardware, versions
+from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.accept import accept_greedy
+from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.intervals import median_interval
 from medusa_export.heads.tree import Choice, Tree
@@ -24,11 +26,74 @@ SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)
 PAST_LENGTH = 256
 ROUNDS = 9
 TIMED = 2  # steps in a row that are timed, after one that is not: decoding repeats the same step too
+ROOT = np.zeros(1, dtype=np.int64)
 OUTLIER = 5.0  # median absolute deviations above the median
 
 
+class Steps(Protocol):
+    """Something whose steps can be timed again and again behind the same past."""
+
+    info: EngineInfo
+    batch: int
+
+    def fill(self, past_length: int) -> None:
+        """Sequences of so many tokens."""
+
+    def verify(self, tree: Tree) -> None:
+        """A whole step but its draft: verify a tree, accept and keep its root."""
+
+    def draft(self, depth: int) -> None:
+        """Candidates of the first heads."""
+
+    def rewind(self, past_length: int) -> None:
+        """Drop what steps have added."""
+
+
+class OneSequence:
+    """Steps of an engine."""
+
+    batch = 1
+
+    def __init__(self, engine: StepEngine) -> None:
+        self.info, self._engine = engine.info, engine
+        self.draft, self.rewind = engine.draft, engine.rewind
+
+    def fill(self, past_length: int) -> None:
+        self._engine.prefill([1] * past_length)
+
+    def verify(self, tree: Tree) -> None:
+        step, node_ids = self._engine.prepare(tree), np.ones(tree.num_nodes, dtype=np.int64)
+        accept_greedy(tree, node_ids, step.verify(node_ids))
+        step.keep(ROOT)
+
+
+class SeveralSequences:
+    """Steps of a batch, all sequences alike.
+
+    Args:
+        decoder: one without active sequences and with that many slots.
+        batch: sequences in every step.
+    """
+
+    def __init__(self, decoder: TreeBatchDecoder, batch: int) -> None:
+        self.info, self.batch, self._decoder = decoder.info, batch, decoder
+        self.draft, self.rewind = decoder.draft, decoder.rewind
+
+    def fill(self, past_length: int) -> None:
+        while self._decoder.active:
+            self._decoder.release(0)
+        for _ in range(self.batch):
+            self._decoder.admit([1] * past_length)
+
+    def verify(self, tree: Tree) -> None:
+        node_ids = np.ones((self.batch, tree.num_nodes), dtype=np.int64)
+        for next_ids in self._decoder.verify(tree, node_ids):
+            accept_greedy(tree, node_ids[0], next_ids)
+        self._decoder.keep([ROOT] * self.batch)
+
+
 def measure_cost(
-    engine: StepEngine,
+    steps: Steps,
     *,
     max_nodes: int = max(SIZES),
     past_length: int = PAST_LENGTH,
@@ -48,12 +113,12 @@ def measure_cost(
     Raises:
         ConfigError: a past that leaves no room, an engine without heads, or nothing to measure.
     """
-    info = engine.info
+    info = steps.info
     trees = {
         nodes: tree for nodes in SIZES if nodes <= max_nodes and (tree := wide_tree(nodes, info.max_depth, info.top_k))
     }
-    _check(engine, max(trees, default=0), past_length, rounds)
-    engine.prefill([1] * past_length)
+    _check(info, max(trees, default=0), past_length, rounds)
+    steps.fill(past_length)
     items: list[Tree | int] = [*trees.values(), *range(1, info.max_depth + 1)]
     verify: dict[int, list[float]] = {nodes: [] for nodes in trees}
     draft: dict[int, list[float]] = {depth: [] for depth in range(1, info.max_depth + 1)}
@@ -62,21 +127,20 @@ def measure_cost(
         chance.shuffle(items)
         for item in items:
             if isinstance(item, Tree):
-                verify[item.num_nodes] += _verify_times(engine, item, past_length)
+                verify[item.num_nodes] += _verify_times(steps, item, past_length)
             else:
-                draft[item] += _draft_times(engine, item, past_length)
+                draft[item] += _draft_times(steps, item, past_length)
         progress(done + 1, rounds)
     return {
-        "batch": 1,
+        "batch": steps.batch,
         "past_length": past_length,
         "verify": [{"nodes": nodes, **_figures(times)} for nodes, times in verify.items()],
         "draft": [{"depth": depth, **_figures(times)} for depth, times in draft.items()],
     }
 
 
-def write_costs(path: Path, curves: Sequence[Mapping[str, Any]], engine: StepEngine) -> dict[str, Any]:
+def write_costs(path: Path, curves: Sequence[Mapping[str, Any]], info: EngineInfo) -> dict[str, Any]:
     """Write ``cost.json`` and return its body."""
-    info = engine.info
     body = {
         "backend": info.backend, "precision": info.precision, "curves": list(curves),
         "hardware": hardware(), "versions": versions(),
@@ -92,29 +156,27 @@ def wide_tree(nodes: int, max_depth: int, top_k: int) -> Tree | None:
     return Tree.from_choices(choices) if len(choices) == nodes - 1 else None
 
 
-def _verify_times(engine: StepEngine, tree: Tree, past_length: int) -> list[float]:
+def _verify_times(steps: Steps, tree: Tree, past_length: int) -> list[float]:
     """Milliseconds of steps without their drafts, which run before each as they do in decoding."""
-    step, node_ids = engine.prepare(tree), np.ones(tree.num_nodes, dtype=np.int64)
+
+    def draft_first() -> None:
+        steps.draft(steps.info.max_depth)
+
+    return _times(steps, draft_first, lambda: steps.verify(tree), past_length)
+
+
+def _draft_times(steps: Steps, depth: int, past_length: int) -> list[float]:
+    return _times(steps, lambda: steps.verify(AUTOREGRESSIVE), lambda: steps.draft(depth), past_length)
+
+
+def _times(steps: Steps, before: Callable[[], None], timed: Callable[[], None], past_length: int) -> list[float]:
     times = []
     for _ in range(1 + TIMED):
-        engine.draft(engine.info.max_depth)
+        before()
         start = time.perf_counter()
-        next_ids = step.verify(node_ids)
-        accept_greedy(tree, node_ids, next_ids)
-        step.keep(np.zeros(1, dtype=np.int64))
+        timed()
         times.append((time.perf_counter() - start) * 1e3)
-        engine.rewind(past_length)
-    return times[1:]
-
-
-def _draft_times(engine: StepEngine, depth: int, past_length: int) -> list[float]:
-    step, times = engine.prepare(AUTOREGRESSIVE), []
-    for _ in range(1 + TIMED):
-        step.verify(np.ones(1, dtype=np.int64))
-        engine.rewind(past_length)
-        start = time.perf_counter()
-        engine.draft(depth)
-        times.append((time.perf_counter() - start) * 1e3)
+        steps.rewind(past_length)
     return times[1:]
 
 
@@ -130,8 +192,7 @@ def _figures(times: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _check(engine: StepEngine, largest: int, past_length: int, rounds: int) -> None:
-    info = engine.info
+def _check(info: EngineInfo, largest: int, past_length: int, rounds: int) -> None:
     if not info.max_depth:
         raise ConfigError("engine", "no Medusa heads", "an engine with heads", "export with --heads")
     if rounds < 1:

@@ -95,6 +95,10 @@ class TreeBatchDecoder(Slots):
             self._hidden[slot] = self._block.hidden[slot * self._block.size + path[-1]]
         self._keep(self._block, paths)
 
+    def rewind(self, length: int) -> None:
+        """Drop the rows of every active sequence from ``length`` on; what the heads read stays."""
+        self._lengths[: self.active] = np.minimum(self._lengths[: self.active], length)
+
     def release(self, slot: int) -> None:
         """End a sequence; the last active one moves into its slot."""
         self.active -= 1

@@ -62,31 +62,52 @@ def cost_command(
     past_length: Annotated[
         list[int] | None, typer.Option(help="Tokens in the cache; may be given again. Default: 256.")
     ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences in a step; may be given again. Default: 1, the engine itself.")
+    ] = None,
     rounds: Rounds = 9,
     threads: Threads = 0,
     verbose: Verbose = False,
 ) -> None:
     """Measure what a step costs by the number of nodes, and a draft by the number of heads.
 
+    With --batch, steps of several sequences are measured, of one too if 1 is among them: those of the server.
+
     Example: [bold]medusa-tree cost --engine out/engine[/]
     """
     from medusa_export.engines.cost import PAST_LENGTH, measure_cost, write_costs
-    from medusa_export.engines.runner import open_engine
 
     _require_parent(output)
-    opened = open_engine(engine, threads=threads)
+    info, measured = _steps(engine, batch, threads)
+    lengths = past_length or [PAST_LENGTH]
     with progress_bars() as progress:
         curves = [
             measure_cost(
-                opened, max_nodes=max_nodes, past_length=past, rounds=rounds,
-                progress=lambda done, total, past=past: progress(f"cost, past {past}", done, total),
+                steps, max_nodes=max_nodes, past_length=past, rounds=rounds,
+                progress=lambda *at, name=f"cost, batch {steps.batch}, past {past}": progress(name, *at),
             )
-            for past in past_length or [PAST_LENGTH]
+            for steps in measured
+            for past in lengths
         ]  # fmt: skip
-    write_costs(output, curves, opened)
+    write_costs(output, curves, info)
     for curve in curves:
         _print_cost(curve)
     stdout.print(f"wrote {output}", soft_wrap=True)
+
+
+def _steps(engine: Path, batches: list[int] | None, threads: int) -> Any:
+    """EngineInfo, and what to measure: the engine's own steps, or those of every batch size."""
+    from medusa_export.engines.cost import OneSequence, SeveralSequences
+    from medusa_export.engines.runner import open_engine
+    from medusa_export.engines.tree_batch import TreeBatchDecoder
+
+    if not batches:
+        opened = open_engine(engine, threads=threads)
+        return opened.info, [OneSequence(opened)]
+    if min(batches) < 1:
+        raise ConfigError("--batch", f"{min(batches)}", "1 or more", "correct it")
+    decoder = TreeBatchDecoder(engine, slots=max(batches), threads=threads)
+    return decoder.info, [SeveralSequences(decoder, batch) for batch in batches]
 
 
 @tree_app.command("search")
@@ -170,10 +191,10 @@ def _count(opened: Any, encoded: Any, max_new_tokens: int, progress: Any) -> Any
 
 
 def _measure_cost(opened: Any, max_nodes: int, past_length: int | None, progress: Any) -> dict[str, Any]:
-    from medusa_export.engines.cost import PAST_LENGTH, measure_cost
+    from medusa_export.engines.cost import PAST_LENGTH, OneSequence, measure_cost
 
     return measure_cost(
-        opened, max_nodes=max_nodes, past_length=past_length or PAST_LENGTH,
+        OneSequence(opened), max_nodes=max_nodes, past_length=past_length or PAST_LENGTH,
         progress=lambda *at: progress("cost", *at),
     )  # fmt: skip
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from medusa_export.engines import cost
-from medusa_export.engines.cost import measure_cost, wide_tree, write_costs
+from medusa_export.engines.cost import OneSequence, SeveralSequences, measure_cost, wide_tree, write_costs
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeStep
+from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.step_costs import cost_curve, load_costs
 
@@ -22,14 +23,16 @@ def engine(tiny_engine: Callable[..., Any]) -> OnnxRuntimeEngine:
 
 def test_a_curve(engine: OnnxRuntimeEngine, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    curve = measure_cost(engine, max_nodes=6, past_length=20, rounds=3, progress=lambda *at: seen.append(at))
+    curve = measure_cost(
+        OneSequence(engine), max_nodes=6, past_length=20, rounds=3, progress=lambda *at: seen.append(at)
+    )
     assert [row["nodes"] for row in curve["verify"]] == [1, 2, 3, 4, 5, 6]
     assert [row["depth"] for row in curve["draft"]] == [1, 2, 3]
     assert {row["runs"] for row in [*curve["verify"], *curve["draft"]]} == {3 * cost.TIMED}
     assert all(0 < row["ci95"][0] <= row["ms"] <= row["ci95"][1] for row in curve["verify"])
     assert engine.length == 20
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    body = write_costs(tmp_path / "cost.json", [curve], engine)
+    body = write_costs(tmp_path / "cost.json", [curve], engine.info)
     assert body["backend"] == "onnxruntime"
     (read,) = load_costs(tmp_path / "cost.json")
     assert read == curve
@@ -54,11 +57,25 @@ def test_what_a_step_takes_is_what_is_written(engine: OnnxRuntimeEngine, monkeyp
 
     monkeypatch.setattr(OnnxRuntimeStep, "verify", slow_verify)
     monkeypatch.setattr(engine, "draft", slow_draft)
-    curve = measure_cost(engine, max_nodes=5, past_length=8, rounds=4)
+    curve = measure_cost(OneSequence(engine), max_nodes=5, past_length=8, rounds=4)
     assert [row["ms"] for row in curve["verify"]] == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert [row["ms"] for row in curve["draft"]] == [0.01, 0.02, 0.03]
     assert cost_curve(curve).ratio(4, 2) == pytest.approx(4.02)
     assert sum(row["outliers"] for row in curve["verify"]) <= 1
+
+
+def test_a_batch(tiny_engine: Callable[..., Any]) -> None:
+    path = tiny_engine().path
+    decoder, sizes = TreeBatchDecoder(path, slots=3), []
+    verify = decoder.verify
+    decoder.verify = lambda tree, node_ids: sizes.append(node_ids.shape) or verify(tree, node_ids)  # type: ignore[method-assign, func-returns-value]
+    for batch in (3, 2):
+        sizes.clear()
+        curve = measure_cost(SeveralSequences(decoder, batch), max_nodes=4, past_length=20, rounds=1)
+        assert (curve["batch"], curve["past_length"]) == (batch, 20)
+        assert set(sizes) == {(batch, nodes) for nodes in (1, 2, 3, 4)}
+        assert [row["nodes"] for row in curve["verify"]] == [1, 2, 3, 4]
+        assert [decoder.room(slot) for slot in range(batch)] == [128 - 20] * batch
 
 
 def test_trees_of_every_size_that_heads_can_fill() -> None:
@@ -79,4 +96,4 @@ def test_trees_of_every_size_that_heads_can_fill() -> None:
 )
 def test_refusals(options: dict[str, int], message: str, engine: OnnxRuntimeEngine) -> None:
     with pytest.raises(ConfigError, match=message):
-        measure_cost(engine, **{"max_nodes": 4, "past_length": 8, "rounds": 1, **options})
+        measure_cost(OneSequence(engine), **{"max_nodes": 4, "past_length": 8, "rounds": 1, **options})

@@ -67,6 +67,21 @@ def test_one_after_the_other(
     assert picture.read_text().rstrip().endswith("</svg>")
 
 
+def test_batches(
+    engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    acceptance, cost, tree = (tmp_path / name for name in ("a.json", "c.json", "t.json"))
+    flags = ["--engine", engine, "--prompts", prompts, "--max-new-tokens", "16", "--output", acceptance]
+    assert run(monkeypatch, "calibrate", *flags) == 0
+    flags = ["--engine", engine, "--batch", "1", "--batch", "3", "--max-nodes", "4", "--rounds", "1", "--output", cost]
+    assert run(monkeypatch, "cost", *flags, "--past-length", "10") == 0
+    capfd.readouterr()
+    files = ["--acceptance", acceptance, "--cost", cost, "--batch", "3", "--output", tree]
+    assert run(monkeypatch, "search", *files) == 0
+    assert [row["batch"] for row in json.loads(tree.read_text())["crossover"]] == [1, 3]
+    assert "past length" in capfd.readouterr().out
+
+
 def test_what_no_file_says_is_measured_and_trees_are_run(
     engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +129,7 @@ def test_free_nodes_are_all_taken(
         (["calibrate", "--engine", "ENGINE", "--prompts", "PROMPTS", "--max-new-tokens", "1"], "--max-new-tokens"),
         (["calibrate", "--engine", "ENGINE", "--prompts", "absent.jsonl"], "absent.jsonl"),
         (["cost", "--engine", "absent"], "absent"),
+        (["cost", "--engine", "ENGINE", "--batch", "0"], "--batch"),
         (["cost", "--engine", "ENGINE", "--past-length", "5000"], "--past-length"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -7,14 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from medusa_export.engines.batch import BatchDecoder
-from medusa_export.engines.batch_chat import choose
 from medusa_export.exporter.engine_dir import write_base_engine
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.conversations import read_tokenizer
+from medusa_export.heads.sampler import Sampler
 
 MARK = "THE-USERS-WORDS"
 MIN_CHARACTERS = 20
@@ -49,17 +48,17 @@ def invent(decoder: BatchDecoder, tokenizer: Any, count: int, sampling: Sampling
     """
     template = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
     prefix = tokenizer(template.split(MARK)[0], add_special_tokens=False)["input_ids"]
-    chance = np.random.default_rng(sampling.seed)
+    draw = Sampler(sampling.temperature, sampling.seed, sampling.top_p).draw
     ends, found = set(decoder.info.eos_token_ids), dict[str, None]()
     turns: list[list[int]] = []
     started = 0
     while started < count or turns:
         while started < count and len(turns) < decoder.slots:
-            turns.append([choose(decoder.admit(prefix), sampling, chance)])
+            turns.append([draw(decoder.admit(prefix))])
             started += 1
         logits = decoder.step([turn[-1] for turn in turns])
         for slot in reversed(range(len(turns))):  # backwards, because the last one moves into a slot that ends
-            turns[slot].append(choose(logits[slot], sampling, chance))
+            turns[slot].append(draw(logits[slot]))
             is_whole = turns[slot][-1] in ends
             if is_whole or len(turns[slot]) >= sampling.max_tokens:
                 text = tokenizer.decode(turns[slot], skip_special_tokens=True).strip()

@@ -11,28 +11,36 @@ from medusa_export.heads.errors import ConfigError
 
 Logits = npt.NDArray[Any]  # [vocab_size]
 
+_SORTED = 1024  # tokens that are sorted at first: a whole vocabulary takes milliseconds
+
 
 class Sampler:
     """Draws the tokens of one text.
 
     Args:
         temperature: what logits are divided by, above 0.
-        seed: of the random numbers.
+        seed: of the random numbers; None for others every time.
+        top_p: tokens are drawn from the smallest set with this probability.
 
     Raises:
         ConfigError: a temperature that is not above 0.
     """
 
-    def __init__(self, temperature: float, seed: int | tuple[int, ...] = 0) -> None:
+    def __init__(self, temperature: float, seed: int | tuple[int, ...] | None = 0, top_p: float = 1.0) -> None:
         if not 0 < temperature < float("inf"):
             raise ConfigError(
                 "--temperature", f"{temperature:g}", "a number above 0", "leave it out to decode greedily"
             )
-        self.temperature, self.seed = temperature, seed
+        if not 0 < top_p <= 1:
+            raise ConfigError("top_p", f"{top_p:g}", "more than 0 and at most 1", "change it")
+        self.temperature, self.seed, self.top_p = temperature, seed, top_p
         self._chance = np.random.default_rng(seed)
 
     def draw(self, logits: Logits) -> int:
         """The token in whose share of the distribution the next random number falls."""
+        if self.top_p < 1:
+            tokens, shares = self._nucleus(logits)
+            return int(tokens[np.searchsorted(shares, self._chance.random() * shares[-1], side="right")])
         shares = self._cumulative(logits)
         return int(np.searchsorted(shares, self._chance.random() * shares[-1], side="right"))
 
@@ -47,6 +55,22 @@ class Sampler:
         low, high = (0.0 if token == 0 else shares[token - 1] / shares[-1]), shares[token] / shares[-1]
         return 4 * self.temperature * float(max(low - number, number - high, 0.0))
 
+    def _nucleus(self, logits: Logits) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """The most likely tokens, as few as together reach ``top_p``, in the vocabulary's order, and their cumulative weights."""
+        weights = self._weights(logits)
+        needed = self.top_p * weights.sum()
+        best = np.argpartition(-weights, _SORTED)[:_SORTED] if len(weights) > _SORTED else np.empty(0, np.int64)
+        if weights[best].sum() <= needed:  # too flat for a few to suffice
+            best = np.arange(len(weights))
+        order = best[np.argsort(-weights[best], kind="stable")]
+        kept = np.sort(order[: 1 + int(np.searchsorted(np.cumsum(weights[order]), needed))])
+        return kept, np.cumsum(weights[kept])
+
     def _cumulative(self, logits: Logits) -> npt.NDArray[np.float64]:
+        return np.cumsum(self._weights(logits))
+
+    def _weights(self, logits: Logits) -> npt.NDArray[np.float64]:
+        """In proportion to the probabilities."""
         scaled = logits.astype(np.float64) / self.temperature
-        return np.cumsum(np.exp(scaled - scaled.max()))
+        weights: npt.NDArray[np.float64] = np.exp(scaled - scaled.max())
+        return weights

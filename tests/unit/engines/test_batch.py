@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.batch import BatchDecoder
-from medusa_export.engines.batch_chat import BatchChatModel, choose
+from medusa_export.engines.batch_chat import BatchChatModel
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.errors import ConfigError
@@ -75,11 +74,3 @@ def test_refusals(engine_dir: Path) -> None:
         decoder.admit([1])
     with pytest.raises(ConfigError, match="at least one"):
         BatchDecoder(engine_dir, slots=0)
-
-
-def test_choose_draws_from_the_smallest_set_of_top_p() -> None:
-    logits, chance = np.log(np.array([0.5, 0.3, 0.15, 0.05])), np.random.default_rng(0)
-    assert choose(logits, Sampling(), chance) == 0
-    drawn = [choose(logits, Sampling(temperature=1.0, top_p=0.7), chance) for _ in range(400)]
-    assert set(drawn) == {0, 1}
-    assert np.mean(drawn) == pytest.approx(0.3 / 0.8, abs=0.08)

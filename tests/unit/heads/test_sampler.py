@@ -52,6 +52,22 @@ def test_the_margin_is_what_logits_have_to_move_at_least() -> None:
     assert flipped > 50
 
 
+def test_top_p_draws_from_the_smallest_set() -> None:
+    logits = np.log(np.array([0.05, 0.5, 0.15, 0.3]))
+    sampler = Sampler(1.0, 0, top_p=0.7)
+    drawn = [sampler.draw(logits) for _ in range(2000)]
+    assert set(drawn) == {1, 3}
+    assert np.mean(np.array(drawn) == 3) == pytest.approx(0.3 / 0.8, abs=0.04)
+    flat = Sampler(1.0, 0, top_p=0.9)  # more tokens than are sorted at first
+    assert len({flat.draw(np.zeros(1500)) for _ in range(12_000)}) == pytest.approx(1350, abs=3)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.5, float("nan")])
+def test_no_top_p(top_p: float) -> None:
+    with pytest.raises(ConfigError, match="top_p"):
+        Sampler(1.0, 0, top_p)
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_no_temperature(temperature: float) -> None:
     with pytest.raises(ConfigError, match="--temperature"):

@@ -1,0 +1,307 @@
+"""Continuous batching: one thread steps the batch; requests wait in a bounded queue, get tokens as they come, leave at any step."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from medusa_export.engines.batch import BatchDecoder
+from medusa_export.engines.batch_step import Draw, advance, first_token, greedy
+from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.errors import ConfigError, MedusaExportError
+from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.tree import Tree
+
+PREFILL_TOKENS = 512  # of prompts that are admitted between two steps of the others
+
+logger = logging.getLogger(__name__)
+
+
+class BusyError(MedusaExportError):
+    """A full queue: the same request may be taken a moment later."""
+
+
+class ClosedError(MedusaExportError):
+    """A server that is stopping."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a request ended.
+
+    Attributes:
+        reason: "stop" (end of sequence, or the listener had enough), "length" (max_tokens, or no room), "cancelled", "timeout",
+            "closed" or "error".
+        steps: of decoding; the first token comes from the prompt.
+        seconds: since it was submitted.
+        error: what befell it, where the reason is "error".
+    """
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    steps: int
+    seconds: float
+    error: BaseException | None = None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a decoding step yielded on average; 0 without steps."""
+        return (self.completion_tokens - 1) / self.steps if self.steps else 0.0
+
+
+class Listener(Protocol):
+    """Hears of one request, in the scheduler's thread: it must not block."""
+
+    def take(self, token: int) -> bool:
+        """The next token; False: it is the last one that is wanted."""
+
+    def flush(self) -> None:
+        """The tokens of a step are all there."""
+
+    def end(self, end: End) -> None:
+        """Nothing more comes. Called once for every request that was submitted."""
+
+
+class Meter:
+    """What a server counts; this one counts nothing."""
+
+    def first_token(self, seconds: float) -> None:
+        """A request's first token, since it was submitted."""
+
+    def tokens(self, count: int, seconds: float) -> None:
+        """Tokens of one request in one step, since those before."""
+
+    def ended(self, end: End) -> None:
+        """A request ended."""
+
+    def load(self, running: int, waiting: int) -> None:
+        """Requests that are decoded, and that wait."""
+
+
+@dataclass
+class Ticket:
+    """One request; what :meth:`Scheduler.submit` returns."""
+
+    input_ids: Sequence[int]
+    sampling: Sampling
+    listener: Listener
+    draw: Draw
+    submitted: float
+    deadline: float
+    tokens: list[int] = field(default_factory=list)
+    steps: int = 0
+    last_token_at: float = 0.0
+    is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        """End it before the next step; from any thread."""
+        self.is_cancelled = True
+
+
+class Scheduler:
+    """Decodes requests on a batch, as many at once as it has slots.
+
+    Args:
+        tree: for drafts; None decodes without.
+        max_queue: requests that wait, at most; None: any number.
+        tree_max_batch: requests at once, at most, with which the tree is used: a step of many is dearer with it.
+        meter: is told of tokens and requests, in the scheduler's thread.
+    """
+
+    def __init__(
+        self,
+        decoder: BatchDecoder,
+        *,
+        tree: Tree | None = None,
+        max_queue: int | None = None,
+        tree_max_batch: int = 4,
+        meter: Meter | None = None,
+    ) -> None:
+        self.decoder, self.tree = decoder, tree or Tree(())
+        self._tree_max_batch, self._max_queue = tree_max_batch, max_queue
+        self._meter = meter or Meter()
+        self._eos = set(decoder.info.eos_token_ids)
+        self._waiting: deque[Ticket] = deque()
+        self._running: list[Ticket] = []  # in the order of the decoder's slots
+        self._wake = threading.Condition()
+        self._closed = self._drains = False
+        self._thread = threading.Thread(target=self._work, name="medusa-export-batch", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Requests that are decoded now."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    def submit(
+        self, input_ids: Sequence[int], sampling: Sampling, listener: Listener, *, timeout_s: float = float("inf")
+    ) -> Ticket:
+        """Queue a request; the listener hears of it from now on.
+
+        Args:
+            timeout_s: it ends after so long, waiting included.
+
+        Raises:
+            ConfigError: a prompt that leaves no room for an answer.
+            BusyError: the queue is full.
+            ClosedError: the scheduler is stopping.
+        """
+        longest = self.decoder.max_length - 1
+        if not 0 < len(input_ids) <= longest:
+            got, limit = f"{len(input_ids)} tokens", f"1 .. {longest}"
+            raise ConfigError("prompt", got, limit, "shorten it, or allow longer sequences")
+        draw = Sampler(sampling.temperature, sampling.seed, sampling.top_p).draw if sampling.temperature else greedy
+        now = time.monotonic()
+        ticket = Ticket(input_ids, sampling, listener, draw, submitted=now, deadline=now + timeout_s)
+        with self._wake:
+            if self._closed:
+                raise ClosedError("server", "a request while it stops", "one before", "ask another server")
+            if self._max_queue is not None and len(self._waiting) >= self._max_queue:
+                got = f"a request while {len(self._waiting)} wait"
+                raise BusyError("server", got, f"at most {self._max_queue} that wait", "try again in a moment")
+            self._waiting.append(ticket)
+            self._wake.notify()
+        return ticket
+
+    def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
+        """Take no more requests; those in flight are finished (``drain``), or end with "closed". Returns when the thread has ended.
+
+        Args:
+            timeout_s: wait for so long at most, then end what is left.
+        """
+        with self._wake:
+            self._closed, self._drains = True, drain
+            self._wake.notify()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._drains = False
+            self._thread.join()
+
+    def _work(self) -> None:
+        while self._wait():
+            try:
+                self._drop_ended()
+                self._admit()
+                if self._running:
+                    self._step()
+            except Exception as error:  # whoever waits has to hear of it, and the next request may fare better
+                logger.exception("a step failed")
+                self._end_all("error", error)
+            self._meter.load(len(self._running), len(self._waiting))
+        self._end_all("closed")
+
+    def _wait(self) -> bool:
+        """Sleep while there is nothing to do. False when the scheduler has stopped."""
+        with self._wake:
+            while not (self._closed or self._running or self._waiting):
+                self._wake.wait()
+            return not self._closed or (self._drains and bool(self._running or self._waiting))
+
+    def _drop_ended(self) -> None:
+        """End what was cancelled or took too long."""
+        now = time.monotonic()
+        for slot in reversed(range(len(self._running))):  # backwards, because the last one moves into a slot that ends
+            if reason := _given_up(self._running[slot], now):
+                self._release(slot, reason)
+        with self._wake:
+            ended = [(ticket, reason) for ticket in self._waiting if (reason := _given_up(ticket, now))]
+            for ticket, _ in ended:
+                self._waiting.remove(ticket)
+        for ticket, reason in ended:
+            self._end(ticket, reason)
+
+    def _admit(self) -> None:
+        """Fill free slots, in the order of the queue; running requests wait for a few prompts only."""
+        room = PREFILL_TOKENS
+        while self._waiting and len(self._running) < self.decoder.slots:
+            room -= len(self._waiting[0].input_ids)
+            if room < 0 and self._running:
+                return
+            with self._wake:
+                ticket = self._waiting.popleft()
+            slot = len(self._running)
+            try:
+                token = first_token(self.decoder, ticket.input_ids, ticket.draw)
+            except Exception as error:  # this one's: too large for the memory that is left, for instance
+                logger.exception("a prompt failed")
+                if self.decoder.active > slot:
+                    self.decoder.release(slot)
+                self._end(ticket, "error", error)
+                continue
+            self._running.append(ticket)
+            self._meter.first_token(time.monotonic() - ticket.submitted)
+            self._take(slot, [token])
+
+    def _step(self) -> None:
+        tree = self.tree if len(self._running) <= self._tree_max_batch else Tree(())
+        last = [ticket.tokens[-1] for ticket in self._running]
+        new = advance(self.decoder, tree, last, [ticket.draw for ticket in self._running])
+        for slot in reversed(range(len(self._running))):
+            ticket = self._running[slot]
+            ticket.steps += 1
+            self._meter.tokens(len(new[slot]), time.monotonic() - ticket.last_token_at)
+            self._take(slot, new[slot])
+
+    def _take(self, slot: int, tokens: Sequence[int]) -> None:
+        """New tokens of a request, of which one may be its last."""
+        ticket, reason = self._running[slot], ""
+        ticket.last_token_at = time.monotonic()
+        for token in tokens:
+            ticket.tokens.append(token)
+            wants_more = ticket.listener.take(token)
+            if token in self._eos or not wants_more:
+                reason = "stop"
+            elif len(ticket.tokens) >= ticket.sampling.max_tokens:
+                reason = "length"
+            if reason:
+                break
+        if reason or not self.decoder.room(slot):
+            self._release(slot, reason or "length")
+        else:
+            ticket.listener.flush()
+
+    def _release(self, slot: int, reason: str) -> None:
+        """Free a slot; the last request moves into it, as in the decoder."""
+        ticket = self._running[slot]
+        self.decoder.release(slot)
+        last = self._running.pop()
+        if last is not ticket:
+            self._running[slot] = last
+        self._end(ticket, reason)
+
+    def _end(self, ticket: Ticket, reason: str, error: BaseException | None = None) -> None:
+        seconds = time.monotonic() - ticket.submitted
+        end = End(reason, len(ticket.input_ids), len(ticket.tokens), ticket.steps, seconds, error)
+        try:
+            ticket.listener.end(end)
+        except Exception:  # one listener's fault is not the others'
+            logger.exception("a listener failed")
+        self._meter.ended(end)
+
+    def _end_all(self, reason: str, error: BaseException | None = None) -> None:
+        for slot in reversed(range(len(self._running))):
+            self.decoder.release(slot)
+            self._end(self._running.pop(), reason, error)
+        with self._wake:
+            waiting = list(self._waiting) if reason == "closed" else []
+            self._waiting = deque() if reason == "closed" else self._waiting
+        for ticket in waiting:
+            self._end(ticket, reason)
+
+
+def _given_up(ticket: Ticket, now: float) -> str:
+    """Why a request ends before its answer does, or an empty string."""
+    if ticket.is_cancelled:
+        return "cancelled"
+    return "timeout" if now >= ticket.deadline else ""

@@ -1,0 +1,151 @@
+"""Text in, text out on one scheduler: what every server of an engine stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medusa_export.engines.batch import BatchDecoder
+from medusa_export.engines.scheduler import End, Meter, Scheduler, Ticket
+from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.stream_text import TextStream
+from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.conversations import encode_chat, is_text, read_tokenizer
+from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import load_tree
+
+if TYPE_CHECKING:
+    pass
+
+MAX_STOP_WORDS = 16
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """What a client asks.
+
+    Attributes:
+        messages: a conversation, for the model's chat template; or
+        prompt: text that the model goes on from. Special tokens are read as such here, as nobody else writes them.
+        stop: words that end the text and are not part of it.
+    """
+
+    messages: Sequence[Mapping[str, str]] = ()
+    prompt: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer.
+
+    Attributes:
+        text: what is new, whole characters only.
+        token_ids: what is new; their text may come with a later piece.
+        end: how the answer ended, with its last piece.
+    """
+
+    text: str
+    token_ids: list[int]
+    end: End | None = None
+
+
+class TextService:
+    """An engine that answers texts, many at once.
+
+    Args:
+        engine_dir: with its tokenizer and tree.
+        meter: see :class:`~medusa_export.engines.scheduler.Scheduler`.
+    """
+
+    def __init__(self, engine_dir: Path, options: ServingOptions, meter: Meter | None = None) -> None:
+        info, tree = EngineInfo.load(engine_dir), load_tree(str(engine_dir / TREE_FILE))
+        info.require_tree(tree)
+        self.options, self.tokenizer = options, read_tokenizer(engine_dir)
+        slots = min(options.max_batch, cache_slots(info, options.kv_cache_mb))
+        decoder = BatchDecoder(engine_dir, slots=slots, threads=options.threads)
+        self.max_length = decoder.max_length
+        self.name = Path(str(info.source.get("checkpoint", engine_dir))).name
+        self.scheduler = Scheduler(
+            decoder, tree=tree, max_queue=options.max_queue, tree_max_batch=options.tree_max_batch, meter=meter
+        )
+
+    def submit(self, request: TextRequest, say: Callable[[Piece], None]) -> Ticket:
+        """Queue a request; ``say`` gets its answer in pieces, in the scheduler's thread, the last one with its end.
+
+        Raises:
+            ConfigError: a request that cannot be answered.
+            BusyError: too many wait.
+            ClosedError: the server is stopping.
+        """
+        self._check(request)
+        if request.messages:
+            input_ids = encode_chat(self.tokenizer, request.messages)
+        else:
+            input_ids = [int(token) for token in self.tokenizer(request.prompt)["input_ids"]]
+        timeout_s = min(request.timeout_s or self.options.timeout_s, self.options.timeout_s)
+        listener = _TextListener(TextStream(self.tokenizer, request.stop), say)
+        return self.scheduler.submit(input_ids, request.sampling, listener, timeout_s=timeout_s)
+
+    def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
+        """See :meth:`~medusa_export.engines.scheduler.Scheduler.close`."""
+        self.scheduler.close(drain=drain, timeout_s=timeout_s)
+
+    def _check(self, request: TextRequest) -> None:
+        texts = [*(str(message.get("content", "")) for message in request.messages), request.prompt, *request.stop]
+        if not all(is_text(text) for text in texts):
+            raise ConfigError("text", "half of a surrogate pair", "whole characters", "encode it as UTF-8")
+        size, limit = sum(len(text.encode()) for text in texts), self.options.max_text_bytes
+        if size > limit:
+            raise ConfigError("text", f"{size} bytes", f"at most {limit}", "shorten it")
+        if not any(text.strip() for text in texts):
+            raise ConfigError("text", "nothing", "a question or a text to go on from", "add one")
+        if len(request.stop) > MAX_STOP_WORDS:
+            raise ConfigError("stop", f"{len(request.stop)} words", f"at most {MAX_STOP_WORDS}", "leave some out")
+        if request.timeout_s is not None and not 0 < request.timeout_s < float("inf"):
+            raise ConfigError("timeout_s", f"{request.timeout_s:g}", "seconds, more than 0", "change it")
+
+
+class _TextListener:
+    """Tokens of the scheduler into pieces of text."""
+
+    def __init__(self, stream: TextStream, say: Callable[[Piece], None]) -> None:
+        self._stream, self._say = stream, say
+        self._text, self._token_ids = "", list[int]()
+
+    def take(self, token: int) -> bool:
+        self._token_ids.append(token)
+        self._text += self._stream.feed(token)
+        return not self._stream.is_stopped
+
+    def flush(self) -> None:
+        if self._text:
+            self._say(self._piece(None))
+
+    def end(self, end: End) -> None:
+        self._text += self._stream.finish()
+        self._say(self._piece(end))
+
+    def _piece(self, end: End | None) -> Piece:
+        piece = Piece(self._text, self._token_ids, end)
+        self._text, self._token_ids = "", []
+        return piece
+
+
+def cache_slots(info: EngineInfo, megabytes: int) -> int:
+    """Sequences of an engine's full length whose keys and values fit into so much memory.
+
+    Raises:
+        ConfigError: not one.
+    """
+    row = 2 * info.num_hidden_layers * info.num_key_value_heads * info.head_dim * 4  # float32
+    slots = megabytes * 1_000_000 // (row * info.max_length)
+    if not slots:
+        needed = f"{-(-row * info.max_length // 1_000_000)} MB for one sequence of {info.max_length} tokens"
+        raise ConfigError("--kv-cache-mb", f"{megabytes}", needed, "raise it, or export with a smaller --max-length")
+    return slots

@@ -1,0 +1,109 @@
+"""The Python environment of a Triton server: pinned packages, built once, and this package's own source."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+
+from medusa_export.heads.errors import ConfigError, OutputError
+
+VARIABLE = "MEDUSA_TRITON_ENV"  # where environments are kept, instead of the user's cache
+PINS = Path(__file__).with_name("triton_server.txt")
+PYTHON = ((3, 10), (3, 12))  # the versions that NumPy 1.26 has wheels for
+READY = "ready"
+
+
+def environment() -> Path:
+    """The directory of the pinned packages, made when it is not there yet: half a gigabyte, half a minute.
+
+    Raises:
+        ConfigError: a Python without NumPy 1.26, or no Linux on x86-64 or Arm.
+        OutputError: the packages cannot be installed.
+    """
+    if not PYTHON[0] <= sys.version_info[:2] <= PYTHON[1] or sys.platform != "linux":
+        got = f"Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform}"
+        raise ConfigError("server environment", got, "Python 3.10 to 3.12 on Linux", "use one, or NVIDIA's container")
+    name = f"{hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]}-{sys.implementation.cache_tag}"
+    home = Path(os.environ.get(VARIABLE) or platformdirs.user_cache_path("medusa-export") / "triton-server")
+    home.mkdir(parents=True, exist_ok=True)
+    path = home / name
+    with _lock(home / f"{name}.lock"):
+        if not (path / READY).is_file():
+            _install(path)
+    return path
+
+
+def layered(folder: Path) -> Path:
+    """A virtual environment in ``folder`` that has the pinned packages and, as ``medusa_export``, the code that runs now.
+
+    The python backend's stub ignores PYTHONPATH, so a path file says where both lie.
+    """
+    base, layer, source = environment(), folder / "env", folder / "source"
+    venv.create(layer, symlinks=True, with_pip=False)
+    package = source / "medusa_export"
+    package.mkdir(parents=True)
+    for name in ("heads", "engines"):
+        (package / name).symlink_to(Path(__file__).parents[1] / name, target_is_directory=True)
+    paths = f"{site_packages(base)}\n{source}\n"
+    (site_packages(layer) / "medusa_export.pth").write_text(paths, encoding="utf-8")
+    return layer
+
+
+def site_packages(environment: Path) -> Path:
+    """Where a virtual environment of the running Python has its packages."""
+    return environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+
+
+def backends(folder: Path) -> Path:
+    """A backend directory in ``folder``: the wheel's python backend with the stub of this Python."""
+    wheel = site_packages(environment()) / "pytriton" / "tritonserver"
+    target = folder / "backends"
+    shutil.copytree(wheel / "backends", target)
+    stub = wheel / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
+    shutil.copy(stub / "triton_python_backend_stub", target / "python")
+    return target
+
+
+def server_variables(layer: Path) -> dict[str, str]:
+    """What the server needs in its environment: Python's own library and those that the wheel brings."""
+    libraries = site_packages(environment()) / "nvidia_pytriton.libs"
+    python = sysconfig.get_config_var("LIBDIR")
+    search = [str(libraries), str(python), *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
+    path = f"{layer / 'bin'}:{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, "LD_LIBRARY_PATH": ":".join(filter(None, search))}
+
+
+def server_program() -> Path:
+    """The tritonserver of the wheel."""
+    return site_packages(environment()) / "pytriton" / "tritonserver" / "bin" / "tritonserver"
+
+
+def _install(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    venv.create(path, symlinks=True, with_pip=True)
+    command = [str(path / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--requirement", str(PINS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise OutputError(
+            str(path), f"pip's {reason}", "the packages of triton_server.txt", "see that pip reaches them"
+        )
+    (path / READY).touch()
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

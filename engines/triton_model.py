@@ -1,0 +1,166 @@
+"""The model that Triton's python backend loads: requests of the server into the scheduler, pieces of text back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from medusa_export.engines.scheduler import BusyError, ClosedError, End, Ticket
+from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.text_service import Piece, TextRequest, TextService
+from medusa_export.engines.triton_io import read_inputs, write_outputs
+from medusa_export.engines.triton_metrics import TritonMeter
+from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.errors import MedusaExportError
+
+POLL_SECONDS = 0.02  # a step takes longer
+DRAIN_SECONDS = 30.0
+CANCEL = "medusa_cancel"  # parameter of a request that ends another one, by its id
+ERRORS = {  # how a request can end without an answer: Triton's code, and what the client reads
+    "cancelled": ("CANCELLED", "the request was cancelled"),
+    "timeout": ("UNAVAILABLE", "the request took longer than its time limit"),
+    "closed": ("UNAVAILABLE", "the server is stopping"),
+    "error": ("INTERNAL", "the engine failed at this request"),
+}
+
+logger = logging.getLogger(__name__)
+
+
+class MedusaModel:
+    """Decoupled: each request is answered through its response sender, from the scheduler's thread."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the engine in the model's directory; called once by Triton."""
+        import triton_python_backend_utils as pb_utils
+
+        self._pb = pb_utils
+        config = json.loads(args["model_config"])
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        engine = Path(args["model_repository"]) / args["model_version"] / parameters.pop("engine")
+        meter = TritonMeter(pb_utils, args["model_name"])
+        self._service = TextService(engine, ServingOptions.from_text(parameters), meter)
+        self._open: dict[int, _Open] = {}
+        self._lock, self._stopping = threading.Lock(), threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="medusa-export-cancel", daemon=True)
+        self._watcher.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Queue requests and return: the answers come later."""
+        for request in requests:
+            self._take(request, request.get_response_sender())
+
+    def finalize(self) -> None:
+        """Finish what is being answered, for a while; called once by Triton."""
+        self._service.close(drain=True, timeout_s=DRAIN_SECONDS)
+        self._stopping.set()
+        self._watcher.join()
+
+    def _take(self, request: Any, sender: Any) -> None:
+        parameters = json.loads(request.parameters() or "{}")
+        if CANCEL in parameters:
+            self._cancel(str(parameters[CANCEL]), sender)
+            return
+        answer = _Open(self, sender, request.request_id())
+        try:
+            values = read_inputs({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+            answer.streams = bool(values.get("stream", False))
+            with self._lock:
+                self._open[id(answer)] = answer  # before the first piece can come
+            answer.ticket = self._service.submit(self._request(values), answer.say)
+        except MedusaExportError as error:
+            self.forget(answer)
+            code = "UNAVAILABLE" if isinstance(error, (BusyError, ClosedError)) else "INVALID_ARG"
+            answer.fail(code, str(error))
+        except Exception:
+            self.forget(answer)
+            logger.exception("a request could not be read")
+            answer.fail("INTERNAL", "the server failed to read this request")
+
+    def _request(self, values: dict[str, Any]) -> TextRequest:
+        options, text = self._service.options, values["text_input"]
+        sampling = Sampling(
+            temperature=float(values.get("temperature", 0.0)), top_p=float(values.get("top_p", 1.0)),
+            max_tokens=int(values.get("max_tokens", options.max_tokens)), seed=values.get("seed"),
+        )  # fmt: skip
+        system = [{"role": "system", "content": values["system"]}] if values.get("system") else []
+        messages = [*system, {"role": "user", "content": text}] if values.get("chat", True) else ()
+        prompt = "" if messages else text
+        return TextRequest(messages, prompt, sampling, tuple(values.get("stop", ())), values.get("timeout_s"))
+
+    def _cancel(self, request_id: str, sender: Any) -> None:
+        """End the request with an id, for the twin, whose clients' cancellations do not reach this model."""
+        with self._lock:
+            tickets = [answer.ticket for answer in self._open.values() if answer.request_id == request_id]
+        for ticket in tickets:
+            if ticket is not None:
+                ticket.cancel()
+        sender.send(flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _watch(self) -> None:
+        """Cancel what clients have given up; asking costs a message to the server each time."""
+        while not self._stopping.wait(POLL_SECONDS):
+            with self._lock:
+                answers = list(self._open.values())
+            for answer in answers:
+                if answer.ticket is not None and answer.sender.is_cancelled():
+                    answer.ticket.cancel()
+
+    def forget(self, answer: _Open) -> None:
+        """An answer is complete."""
+        with self._lock:
+            self._open.pop(id(answer), None)
+
+    def respond(self, sender: Any, values: dict[str, Any], *, is_last: bool) -> None:
+        """Send tensors."""
+        tensors = [self._pb.Tensor(name, array) for name, array in write_outputs(values).items()]
+        sender.send(self._pb.InferenceResponse(output_tensors=tensors), flags=self._flags(is_last))
+
+    def error(self, sender: Any, code: str, message: str) -> None:
+        """Send an error, as the last thing."""
+        error = self._pb.TritonError(message, getattr(self._pb.TritonError, code))
+        sender.send(self._pb.InferenceResponse(error=error), flags=self._flags(True))
+
+    def _flags(self, is_last: bool) -> int:
+        return int(self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL) if is_last else 0
+
+
+class _Open:
+    """One request that is being answered."""
+
+    def __init__(self, model: MedusaModel, sender: Any, request_id: str) -> None:
+        self.sender, self.request_id = sender, request_id
+        self.streams = False
+        self.ticket: Ticket | None = None
+        self._model = model
+        self._text, self._token_ids = "", list[int]()  # not sent yet
+
+    def say(self, piece: Piece) -> None:
+        """In the scheduler's thread."""
+        self._text += piece.text
+        self._token_ids += piece.token_ids
+        if piece.end is not None:
+            self._finish(piece.end)
+        elif self.streams:
+            self._send("", None)
+
+    def fail(self, code: str, message: str) -> None:
+        self._model.error(self.sender, code, message)
+
+    def _finish(self, end: End) -> None:
+        self._model.forget(self)
+        if end.reason in ERRORS:
+            self.fail(*ERRORS[end.reason])
+        else:
+            self._send(end.reason, end)
+
+    def _send(self, reason: str, end: End | None) -> None:
+        values = {
+            "text_output": self._text, "token_ids": self._token_ids, "finish_reason": reason,
+            "prompt_tokens": end.prompt_tokens if end else 0, "completion_tokens": end.completion_tokens if end else 0,
+            "tokens_per_step": end.tokens_per_step if end else 0.0,
+        }  # fmt: skip
+        self._text, self._token_ids = "", []
+        self._model.respond(self.sender, values, is_last=end is not None)

@@ -1,0 +1,163 @@
+"""Runs the real tritonserver of the nvidia-pytriton wheel on a model repository, and watches over it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from medusa_export.engines.triton_environment import backends, layered, server_program, server_variables
+from medusa_export.heads.errors import OutputError
+
+START_SECONDS, EXIT_SECONDS, POLL_SECONDS = 120.0, 30, 0.1
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+
+    @property
+    def http(self) -> str:
+        """URL of the HTTP endpoint."""
+        return f"http://{self.host}:{self.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        """Address of the gRPC endpoint."""
+        return f"{self.host}:{self.grpc_port}"
+
+    @property
+    def metrics(self) -> str:
+        """URL of the metrics."""
+        return f"http://{self.host}:{self.metrics_port}/metrics"
+
+    @classmethod
+    def free(cls) -> Address:
+        """Three ports of the loopback that nobody uses now."""
+        sockets = [socket.socket() for _ in range(3)]
+        try:
+            for item in sockets:
+                item.bind(("127.0.0.1", 0))
+            return cls("127.0.0.1", *(item.getsockname()[1] for item in sockets))
+        finally:
+            for item in sockets:
+                item.close()
+
+
+class TritonServer:
+    """One tritonserver with its stubs; :meth:`stop` leaves nothing of them.
+
+    Args:
+        repository: of models.
+        log: the server's output goes there.
+        exit_seconds: that requests in flight get when it is stopped.
+    """
+
+    def __init__(
+        self, repository: Path, address: Address, log: IO[bytes] | None = None, *, exit_seconds: int = EXIT_SECONDS
+    ) -> None:
+        self.address, self._exit_seconds = address, exit_seconds
+        self._prefix = f"medusa_{uuid.uuid4().hex[:12]}"  # of the shared memory
+        self._folder = Path(tempfile.mkdtemp(prefix="medusa-triton-"))
+        try:
+            layer = layered(self._folder)
+            command = self._command(repository.resolve(), backends(self._folder))
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT if log else None, env=server_variables(layer),
+                start_new_session=True,
+            )  # fmt: skip
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+        """Return when all models are loaded.
+
+        Raises:
+            OutputError: the server ended, or took too long; its log says why.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.is_ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                got = f"exit code {self.process.returncode}"
+                raise OutputError("tritonserver", got, "a server that is ready", "read what it wrote above")
+            time.sleep(POLL_SECONDS)
+
+    def is_ready(self) -> bool:
+        """Whether the server and all models say so."""
+        try:
+            with urllib.request.urlopen(f"{self.address.http}/v2/health/ready", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stubs(self) -> list[int]:
+        """Process ids of the python backend's stubs."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and _parent_and_name(entry) == (self.process.pid, "triton_python_b"):
+                found.append(int(entry.name))
+        return sorted(found)
+
+    def stop(self) -> int:
+        """Have the server finish what is in flight and end, and remove what is left of it. Returns its exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(self._exit_seconds + 10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._kill_left()
+        for path in SHARED_MEMORY.glob(f"{self._prefix}*"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return self.process.returncode
+
+    def _kill_left(self) -> None:
+        """Stubs outlive a server that was killed."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def _command(self, repository: Path, backend_directory: Path) -> list[str]:
+        at = self.address
+        flags = {
+            "model-repository": repository,
+            "backend-directory": backend_directory,
+            "backend-config": f"python,shm-region-prefix-name={self._prefix}",
+            "http-address": at.host, "http-port": at.http_port,
+            "grpc-address": at.host, "grpc-port": at.grpc_port,
+            "metrics-address": at.host, "metrics-port": at.metrics_port,
+            "exit-timeout-secs": self._exit_seconds,
+        }  # fmt: skip
+        named = [f"--{name}={value}" for name, value in flags.items()]
+        return [str(server_program()), "--disable-auto-complete-config", *named]
+
+
+def _parent_and_name(process: Path) -> tuple[int, str]:
+    """Of an entry in /proc."""
+    try:
+        name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
+    except OSError:  # it has just ended
+        return 0, ""
+    state, parent = rest.split()[:2]
+    return (0, "") if state == "Z" else (int(parent), name)

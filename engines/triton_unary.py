@@ -1,0 +1,68 @@
+"""The twin model for calls that take one response: it asks the streaming model, so that both share one engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import uuid
+from typing import Any
+
+from medusa_export.engines.triton_io import OUTPUTS
+from medusa_export.engines.triton_model import CANCEL, POLL_SECONDS
+
+logger = logging.getLogger(__name__)
+
+
+class UnaryModel:
+    """Not decoupled, but not blocking either: a thread a request waits for the other model's answer."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read which model to ask; called once by Triton."""
+        import triton_python_backend_utils as pb_utils
+
+        self._pb = pb_utils
+        self._model = json.loads(args["model_config"])["parameters"]["model"]["string_value"]
+
+    def execute(self, requests: list[Any]) -> None:
+        """Start a thread for each request and return: Triton takes the answers from their senders."""
+        for request in requests:
+            threading.Thread(target=self._answer, args=(request, request.get_response_sender()), daemon=True).start()
+
+    def _answer(self, request: Any, sender: Any) -> None:
+        done = threading.Event()
+        request_id = uuid.uuid4().hex
+        threading.Thread(target=self._watch, args=(sender, request_id, done), daemon=True).start()
+        try:
+            response = self._ask(request, request_id)
+        except Exception:
+            logger.exception("the other model could not be asked")
+            error = self._pb.TritonError("the model does not answer", self._pb.TritonError.UNAVAILABLE)
+            response = self._pb.InferenceResponse(error=error)
+        finally:
+            done.set()
+        sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _ask(self, request: Any, request_id: str) -> Any:
+        """The other model's whole answer: the one response of a request that does not stream."""
+        inputs = [tensor for tensor in request.inputs() if tensor.name() != "stream"]
+        asked = self._request(inputs, request_id, {})
+        answers = [answer for answer in asked.exec(decoupled=True) if answer.has_error() or answer.output_tensors()]
+        if answers[0].has_error():
+            return self._pb.InferenceResponse(error=answers[0].error())
+        return self._pb.InferenceResponse(output_tensors=answers[0].output_tensors())
+
+    def _watch(self, sender: Any, request_id: str, done: threading.Event) -> None:
+        """Hand a cancellation on; the server does not do that for requests between models."""
+        while not done.wait(POLL_SECONDS):
+            if sender.is_cancelled():
+                for _ in self._request([], request_id, {CANCEL: request_id}).exec(decoupled=True):
+                    pass
+                return
+
+    def _request(self, inputs: list[Any], request_id: str, parameters: dict[str, str]) -> Any:
+        names = [port.name for port in OUTPUTS]
+        return self._pb.InferenceRequest(
+            model_name=self._model, requested_output_names=names, inputs=inputs, request_id=request_id,
+            parameters=parameters,
+        )  # fmt: skip

@@ -1,0 +1,269 @@
+"""Continuous batching: the same tokens as one sequence at a time, whatever else happens to the batch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_export.engines.base import AUTOREGRESSIVE, generate
+from medusa_export.engines.batch import BatchDecoder
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.scheduler import BusyError, ClosedError, End, Meter, Scheduler
+from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.sampler import Sampler
+
+PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13], [20, 21], [30, 31, 32], [40], [7, 7, 7]]
+SECONDS = 60
+
+
+class Ears:
+    """A listener that remembers, and can be told to have enough, or to hold the scheduler's thread."""
+
+    def __init__(self, enough: int = 10**6) -> None:
+        self.tokens: list[int] = []
+        self.ends: list[End] = []
+        self.ended, self.started, self.may_go_on = threading.Event(), threading.Event(), threading.Event()
+        self.may_go_on.set()
+        self._enough = enough
+
+    def take(self, token: int) -> bool:
+        self.tokens.append(token)
+        self.started.set()
+        assert self.may_go_on.wait(SECONDS)
+        return len(self.tokens) < self._enough
+
+    def flush(self) -> None:
+        pass
+
+    def end(self, end: End) -> None:
+        self.ends.append(end)
+        self.ended.set()
+
+    def wait(self) -> End:
+        assert self.ended.wait(SECONDS)
+        (end,) = self.ends
+        return end
+
+
+@pytest.fixture
+def engine_dir(tiny_engine: Callable[..., Any]) -> Path:
+    path: Path = tiny_engine().path
+    return path
+
+
+@pytest.fixture
+def schedule(engine_dir: Path) -> Iterator[Callable[..., Scheduler]]:
+    """``schedule(slots=2, max_length=None, *, has_ends=False, **arguments) -> Scheduler``, closed in the end."""
+    made: list[Scheduler] = []
+
+    def make(slots: int = 2, max_length: int | None = None, *, has_ends: bool = False, **arguments: Any) -> Scheduler:
+        made.append(Scheduler(BatchDecoder(engine_dir, slots=slots, max_length=max_length), **arguments))
+        if not has_ends:
+            made[-1]._eos = set()  # so that a test knows how long an answer takes
+        return made[-1]
+
+    yield make
+    for scheduler in made:
+        scheduler.close()
+
+
+def alone(engine_dir: Path, ids: list[int], count: int, sampler: Sampler | None = None) -> list[int]:
+    """What the single-sequence engine says."""
+    engine = OnnxRuntimeEngine(engine_dir)
+    eos = engine.info.eos_token_ids
+    return generate(engine, ids, AUTOREGRESSIVE, max_new_tokens=count, eos_token_ids=eos, sampler=sampler).tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_every_answer_is_the_one_of_a_sequence_alone(
+    engine_dir: Path, schedule: Callable[..., Scheduler], temperature: float
+) -> None:
+    scheduler = schedule(slots=3, has_ends=True)
+    listeners = [Ears() for _ in PROMPTS]
+    for index, (ids, ears) in enumerate(
+        zip(PROMPTS, listeners, strict=True)
+    ):  # so that slots free up at different times
+        scheduler.submit(ids, Sampling(temperature, max_tokens=4 + 3 * index, seed=index), ears)
+    for index, (ids, ears) in enumerate(zip(PROMPTS, listeners, strict=True)):
+        end = ears.wait()
+        sampler = Sampler(temperature, index) if temperature else None
+        assert ears.tokens == alone(engine_dir, ids, 4 + 3 * index, sampler)
+        assert (end.prompt_tokens, end.completion_tokens) == (len(ids), len(ears.tokens))
+        assert end.reason == ("stop" if ears.tokens[-1] == 2 else "length")
+
+
+def test_an_end_of_sequence_token_stops(schedule: Callable[..., Scheduler], engine_dir: Path) -> None:
+    scheduler, ears = schedule(), Ears()
+    expected = alone(engine_dir, PROMPTS[0], 12)
+    scheduler._eos = {expected[5]}
+    scheduler.submit(PROMPTS[0], Sampling(max_tokens=12), ears)
+    assert ears.wait().reason == "stop"
+    assert ears.tokens == expected[: expected.index(expected[5]) + 1]
+
+
+def test_a_listener_that_has_enough_ends_its_request(schedule: Callable[..., Scheduler]) -> None:
+    scheduler, ears = schedule(), Ears(enough=3)
+    scheduler.submit(PROMPTS[0], Sampling(max_tokens=50), ears)
+    assert (ears.wait().reason, len(ears.tokens)) == ("stop", 3)
+
+
+def test_a_full_context_ends_with_length(schedule: Callable[..., Scheduler]) -> None:
+    scheduler, ears = schedule(max_length=10), Ears()
+    scheduler.submit([3, 4, 5], Sampling(max_tokens=50), ears)
+    assert ears.wait().reason == "length"
+    assert len(ears.tokens) == 8  # seven more rows, and the token behind the last one
+
+
+def test_a_cancelled_request_frees_its_slot_within_a_step(schedule: Callable[..., Scheduler]) -> None:
+    scheduler, first, second = schedule(slots=1), Ears(), Ears()
+    first.may_go_on.clear()
+    ticket = scheduler.submit([3, 4], Sampling(max_tokens=100), first)
+    assert first.started.wait(SECONDS)
+    scheduler.submit([5, 6], Sampling(max_tokens=2), second)
+    ticket.cancel()
+    first.may_go_on.set()
+    assert second.wait().reason == "length"
+    assert first.wait().reason == "cancelled"
+    assert len(first.tokens) <= 2
+
+
+def test_one_that_waits_can_be_cancelled(schedule: Callable[..., Scheduler]) -> None:
+    scheduler, first, second = schedule(slots=1), Ears(), Ears()
+    scheduler.submit([3, 4], Sampling(max_tokens=100), first)
+    scheduler.submit([5, 6], Sampling(), second).cancel()
+    assert (second.wait().reason, second.tokens) == ("cancelled", [])
+    assert first.wait().completion_tokens == 100
+
+
+def test_time_limits_count_the_waiting(schedule: Callable[..., Scheduler]) -> None:
+    scheduler, first, second, third = schedule(slots=1), Ears(), Ears(), Ears()
+    first.may_go_on.clear()
+    scheduler.submit([3, 4], Sampling(max_tokens=100), first, timeout_s=0.05)
+    scheduler.submit([5, 6], Sampling(), second, timeout_s=0.05)
+    scheduler.submit([7, 8], Sampling(max_tokens=2), third)
+    assert first.started.wait(SECONDS)
+    time.sleep(0.06)
+    first.may_go_on.set()
+    assert (first.wait().reason, second.wait().reason, third.wait().reason) == ("timeout", "timeout", "length")
+    assert second.tokens == []
+
+
+def test_a_full_queue_says_so_and_the_others_are_answered(schedule: Callable[..., Scheduler]) -> None:
+    scheduler, first, second = schedule(slots=1, max_queue=1), Ears(), Ears()
+    first.may_go_on.clear()
+    scheduler.submit([3, 4], Sampling(max_tokens=3), first)
+    assert first.started.wait(SECONDS)
+    scheduler.submit([5, 6], Sampling(max_tokens=3), second)
+    with pytest.raises(BusyError, match="1 wait"):
+        scheduler.submit([7, 8], Sampling(), Ears())
+    first.may_go_on.set()
+    assert [first.wait().reason, second.wait().reason] == ["length", "length"]
+    scheduler.submit([7, 8], Sampling(max_tokens=1), Ears())
+
+
+@pytest.mark.parametrize(("drain", "reason", "tokens"), [(True, "length", 40), (False, "closed", None)])
+def test_closing(schedule: Callable[..., Scheduler], drain: bool, reason: str, tokens: int | None) -> None:
+    scheduler, first, second = schedule(slots=1), Ears(), Ears()
+    for ears in (first, second):
+        scheduler.submit([3, 4], Sampling(max_tokens=40), ears)
+    assert first.started.wait(SECONDS)
+    scheduler.close(drain=drain)
+    assert [first.wait().reason, second.wait().reason] == [reason, reason]
+    assert tokens is None or len(second.tokens) == tokens
+    with pytest.raises(ClosedError):
+        scheduler.submit([3], Sampling(), Ears())
+
+
+def test_a_failing_step_ends_its_requests_only(
+    schedule: Callable[..., Scheduler], engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, first, second = schedule(has_ends=True), Ears(), Ears()
+
+    def fail(tokens: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.decoder, "step", fail)
+        scheduler.submit([3, 4], Sampling(max_tokens=5), first)
+        end = first.wait()
+    assert (end.reason, str(end.error)) == ("error", "out of memory")
+    scheduler.submit(PROMPTS[1], Sampling(max_tokens=5), second)
+    second.wait()
+    assert second.tokens == alone(engine_dir, PROMPTS[1], 5)
+
+
+def test_a_failing_prompt_ends_alone(
+    schedule: Callable[..., Scheduler], engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, good, bad, later = schedule(slots=3, has_ends=True), Ears(), Ears(), Ears()
+    run = scheduler.decoder._run
+
+    def fail_at_five_tokens(input_ids: Any, slots: slice) -> Any:
+        if input_ids.shape[1] == 5:
+            raise RuntimeError("out of memory")
+        return run(input_ids, slots)
+
+    monkeypatch.setattr(scheduler.decoder, "_run", fail_at_five_tokens)
+    scheduler.submit(PROMPTS[0], Sampling(max_tokens=30), good)
+    scheduler.submit([1, 2, 3, 4, 5], Sampling(), bad)
+    scheduler.submit(PROMPTS[1], Sampling(max_tokens=9), later)
+    assert bad.wait().reason == "error"
+    good.wait()
+    later.wait()
+    assert good.tokens == alone(engine_dir, PROMPTS[0], 30)
+    assert later.tokens == alone(engine_dir, PROMPTS[1], 9)
+
+
+def test_a_listener_that_fails_harms_nobody_else(schedule: Callable[..., Scheduler]) -> None:
+    class Broken(Ears):
+        def end(self, end: End) -> None:
+            raise OSError("the client is gone")
+
+    scheduler, ears = schedule(), Ears()
+    scheduler.submit([3, 4], Sampling(max_tokens=3), Broken())
+    scheduler.submit([3, 4], Sampling(max_tokens=6), ears)
+    assert ears.wait().completion_tokens == 6
+
+
+def test_prompts_that_cannot_be_answered(schedule: Callable[..., Scheduler]) -> None:
+    scheduler = schedule(max_length=4)
+    for ids, got in (([], "0 tokens"), ([1, 2, 3, 4], "4 tokens")):
+        with pytest.raises(ConfigError, match=got):
+            scheduler.submit(ids, Sampling(), Ears())
+
+
+def test_what_is_counted(schedule: Callable[..., Scheduler]) -> None:
+    class Counter(Meter):
+        first = 0
+        later = 0
+        reasons: list[str] = []  # noqa: RUF012
+        most_running = 0
+
+        def first_token(self, seconds: float) -> None:
+            self.first += 1
+            assert 0 <= seconds < SECONDS
+
+        def tokens(self, count: int, seconds: float) -> None:
+            self.later += count
+
+        def ended(self, end: End) -> None:
+            self.reasons.append(end.reason)
+
+        def load(self, running: int, waiting: int) -> None:
+            self.most_running = max(self.most_running, running)
+
+    counter = Counter()
+    scheduler, listeners = schedule(slots=2, meter=counter), [Ears() for _ in range(5)]
+    for ears in listeners:
+        scheduler.submit([3, 4], Sampling(max_tokens=7), ears)
+    for ears in listeners:
+        ears.wait()
+    scheduler.close()
+    assert (counter.first, counter.later, counter.reasons) == (5, 30, ["length"] * 5)
+    assert counter.most_running == 2

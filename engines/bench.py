@@ -8,15 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medusa_export.engines.prompts import encode_prompts
+from medusa_export.engines.compare import compare_engines, require_comparable
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.reference import compare_with_checkpoint
-from medusa_export.engines.report import MODES, build_report
+from medusa_export.engines.report import ALL_MODES, MODES, build_report, tokens_per_second
 from medusa_export.engines.runner import RunResult, open_engine, run_prompts
 from medusa_export.engines.selfcheck import BOUNDS
+from medusa_export.engines.sweeps import batch_sweep, length_sweep, require_sweeps
+from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.config import read_json
 from medusa_export.heads.conversations import load_prompts, read_tokenizer
-from medusa_export.heads.engine_info import TREE_FILE
+from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.hashing import describe, list_files
 from medusa_export.heads.sampler import Sampler
@@ -44,6 +48,9 @@ class RunArguments:
     seed: int = 0
     save_outputs: Path | None = None
     temperature: float = 0.0
+    compare: Path | None = None
+    sweep_batch: tuple[int, ...] = ()
+    sweep_length: tuple[int, ...] = ()
 
 
 def run(arguments: RunArguments, progress: Progress = lambda stage, done, total: None) -> dict[str, Any]:
@@ -63,21 +70,85 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     tree = load_tree(arguments.tree or str(arguments.engine / TREE_FILE))
     engine.info.require_tree(tree)
     encoded = encode_prompts(tokenizer, engine.info, prompts, max_new_tokens=arguments.max_new_tokens)
+    longest = engine.info.max_length - arguments.max_new_tokens
+    require_sweeps(arguments.sweep_batch, arguments.sweep_length, prompts=len(encoded), longest=longest)
+    other = _open_other(arguments, engine.info) if arguments.compare else None
     done = iter(range(1, len(encoded) * arguments.repeats + 1))
     result = run_prompts(
         engine, tree, encoded, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,
-        temperature=arguments.temperature,
+        temperature=arguments.temperature, other=other,
         progress=lambda: progress("prompts", next(done), len(encoded) * arguments.repeats),
     )  # fmt: skip
     reference = _reference(engine, result, arguments, progress) if arguments.reference else None
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(arguments).items()}
+    plain = {key: _plain(value) for key, value in asdict(arguments).items()}
     report = build_report(result, tree, engine.info, plain, reference)
     report |= {"files": describe(list_files(arguments.engine, arguments.engine)), **_acceptance(arguments.engine, tree)}
+    report["sweeps"] = _sweeps(engine, tree, encoded, arguments, progress)
+    references = [prompt.reference for prompt in prompts]
+    report["comparison"] = _comparison(engine, other, result, references, tokenizer, progress) if other else None
     for entry in report["parity"]["divergences"]:
         entry["text"] = _texts(entry, result, tokenizer)
     if arguments.save_outputs:
         _save_outputs(arguments.save_outputs, result, tokenizer)
     return report | {"failures": _failures(report, arguments, engine.info.form)}
+
+
+def _plain(value: Any) -> Any:
+    """A flag as JSON has it."""
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def _open_other(arguments: RunArguments, info: EngineInfo) -> tuple[OnnxRuntimeEngine, Tree]:
+    """The engine of --compare and its own tree."""
+    assert arguments.compare is not None  # the caller's condition, for the type checker
+    if arguments.temperature:
+        raise ConfigError("--compare", "--temperature", "greedy decoding", "leave one of them out")
+    other = open_engine(arguments.compare, threads=arguments.threads)
+    require_comparable(info, other.info)
+    tree = load_tree(str(arguments.compare / TREE_FILE))
+    other.info.require_tree(tree)
+    return other, tree
+
+
+def _comparison(
+    engine: OnnxRuntimeEngine, other: tuple[OnnxRuntimeEngine, Tree], result: RunResult, references: list[str],
+    tokenizer: Any, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    done = iter(range(1, len(result.prompts) + 1))
+    found = compare_engines(
+        engine, other[0], result.prompts, references, tokenizer,
+        max_length=min(engine.info.max_length, other[0].info.max_length),
+        progress=lambda: progress("comparison", next(done), len(result.prompts)),
+    )  # fmt: skip
+    speeds = {mode: tokens_per_second(result.prompts, mode) for mode in ALL_MODES}
+    return found | {
+        "precision": other[0].info.precision,
+        "max_draft_len": other[1].max_draft_len,
+        "tokens_per_second": {mode: round(speed, 3) for mode, speed in speeds.items()},
+        "speed": {
+            "without_medusa": round(speeds["baseline"] / speeds["other_baseline"], 4),
+            "with_medusa": round(speeds["medusa"] / speeds["other_medusa"], 4),
+            "ours_with_to_other_without": round(speeds["medusa"] / speeds["other_baseline"], 4),
+        },
+    }
+
+
+def _sweeps(
+    engine: OnnxRuntimeEngine, tree: Tree, encoded: list[EncodedPrompt], arguments: RunArguments, progress: Progress
+) -> dict[str, Any]:
+    """What --sweep-batch and --sweep-length ask for."""
+    prompts, found = [ids for _, _, ids in encoded], dict[str, Any]()
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "repeats": arguments.repeats}
+    if arguments.sweep_batch:
+        decoder = TreeBatchDecoder(arguments.engine, slots=max(arguments.sweep_batch), threads=arguments.threads)
+        found["batch"] = batch_sweep(
+            decoder, tree, prompts, arguments.sweep_batch, progress=lambda *at: progress("batches", *at), **options
+        )
+    if arguments.sweep_length:
+        found["length"] = length_sweep(
+            engine, tree, prompts, arguments.sweep_length, progress=lambda *at: progress("lengths", *at), **options
+        )
+    return found
 
 
 def _acceptance(engine_dir: Path, tree: Tree) -> dict[str, Any]:

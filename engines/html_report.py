@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from medusa_export.engines.report import QUANTILES
+from medusa_export.engines.report import QUANTILES, paired_line, sweep_rows
 from medusa_export.engines.tree_picture import positions
 from medusa_export.heads.tree import Tree
 
@@ -51,6 +51,8 @@ def render(report: Mapping[str, Any]) -> str:
         depth=tree.depth,
         quantiles=[f"{quantile:.0%}" for quantile in QUANTILES],
         shown_top=SHOWN_TOP,
+        paired_line=paired_line,
+        sweeps=[sweep_rows(name, rows) for name, rows in report["sweeps"].items()],
     )
 
 

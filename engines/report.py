@@ -22,6 +22,7 @@ from medusa_export.heads.tree import Tree
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MODES = ("baseline", "medusa")
+ALL_MODES = (*MODES, "other_baseline", "other_medusa")
 PACKAGES = ("medusa-export", "onnxruntime", "numpy", "transformers", "torch")
 
 
@@ -53,6 +54,8 @@ def build_report(
         "latency_ms": {mode: _latency(prompts, mode) for mode in MODES},
         "prompts": [_prompt(prompt) for prompt in prompts],
         "reference": reference,
+        "comparison": None,
+        "sweeps": {},
         "tree": {"max_draft_len": tree.max_draft_len, "medusa_choices": [list(choice) for choice in tree.choices]},
         "engine": {"backend": info.backend, "precision": info.precision, "source": info.source},
         "hardware": hardware(),
@@ -200,11 +203,71 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         cells = [str(row["prompts"]), f"{row['speedup']:.2f}x", f"{row['tokens_per_step']:.2f}", str(row["exact"])]
         rows.add_row(row["category"], *cells)
     console.print(rows)
+    for name, sweep in report["sweeps"].items():
+        head, *lines = sweep_rows(name, sweep)
+        swept = Table(*head, title="prefills not counted", title_justify="left")
+        for line in lines:
+            swept.add_row(*line)
+        console.print(swept)
+    if report["comparison"]:
+        console.print(_comparison_table(report["comparison"]))
     for item in parity["divergences"]:
         gap = "an output ended early" if item["logit_gap"] is None else f"logit gap {item['logit_gap']:.2g}"
         console.print(f"{item['verdict']}: prompt {item['prompt']} at token {item['position']}, {gap}")
     for failure in report["failures"]:
         console.print(f"FAILED: {failure}", style="bold red")
+
+
+def sweep_rows(name: str, sweep: Sequence[dict[str, Any]]) -> Sequence[tuple[str, ...]]:
+    """A sweep as a table, its head first; ``name`` is "batch" or "length"."""
+    if name == "batch":
+        head = (
+            "sequences at once",
+            "tokens/s without",
+            "tokens/s with",
+            "speed-up",
+            "tokens per step",
+            "equal outputs",
+        )
+        return [head] + [
+            (
+                f"{row['batch']}", f"{row['tokens_per_second']['baseline']:.1f}", f"{row['tokens_per_second']['medusa']:.1f}",
+                f"{row['speedup']:.2f}x", f"{row['tokens_per_step']:.2f}", f"{row['equal_outputs']} of {row['prompts']}",
+            )
+            for row in sweep
+        ]  # fmt: skip
+    return [("prompt tokens", "speed-up", "95%", "tokens per step")] + [
+        (
+            f"{row['prompt_length']}", f"{row['speedup']:.2f}x",
+            f"{row['speedup_ci95'][0]:.2f} .. {row['speedup_ci95'][1]:.2f}", f"{row['tokens_per_step']:.2f}",
+        )
+        for row in sweep
+    ]  # fmt: skip
+
+
+def _comparison_table(found: dict[str, Any]) -> Table:
+    table = Table(title=f"against {found['precision']}", title_justify="left", show_header=False)
+    perplexity, speed = found["perplexity"], found["speed"]
+    table.add_row("equal greedy tokens", f"{found['greedy_agreement']:.1%} of {found['positions']}")
+    table.add_row("equal outputs", f"{found['equal_outputs']} of {found['prompts']}")
+    table.add_row("KL of next tokens", f"{found['kl_mean']:.3g} nats")
+    table.add_row("perplexity of its answers", f"{perplexity['engine']:.3f} (its own {perplexity['other']:.3f})")
+    table.add_row("speed, without / with", f"{speed['without_medusa']:.2f}x / {speed['with_medusa']:.2f}x")
+    table.add_row("with Medusa to it without", f"{speed['ours_with_to_other_without']:.2f}x")
+    for row in found["paired"]:
+        table.add_row(row["measure"], paired_line(row))
+    return table
+
+
+def paired_line(row: dict[str, Any]) -> str:
+    """A paired difference in words."""
+    if row["ci95"] is None:
+        return f"{row['difference']:+.3g} on one prompt: says nothing"
+    low, high = row["ci95"]
+    text = f"{row['difference']:+.3g} ({low:+.3g} .. {high:+.3g}) over {row['prompts']} prompts"
+    return (
+        text if row["differs"] else f"{text}: no difference seen; {row['detectable']:.2g} would have been, 4 times of 5"
+    )
 
 
 def _parity_line(parity: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -25,6 +25,7 @@ class PromptResult:
 
     Attributes:
         baseline, medusa: one Generation a repeat.
+        other_baseline, other_medusa: those of the engine that this one is compared with, if any.
         verdict: "exact", "tie" or "mismatch", the worst over the repeats.
     """
 
@@ -35,9 +36,11 @@ class PromptResult:
     medusa: list[Generation]
     divergence: Divergence | None = None
     verdict: str = "exact"
+    other_baseline: list[Generation] = field(default_factory=list)
+    other_medusa: list[Generation] = field(default_factory=list)
 
     def total_ms(self, mode: str) -> float:
-        """Median time of the whole prompt, prefill included. ``mode`` is "baseline" or "medusa"."""
+        """Median time of the whole prompt, prefill included. ``mode`` names a list of runs."""
         return median(run.total_ms for run in getattr(self, mode))
 
     def tokens(self, mode: str) -> int:
@@ -62,42 +65,44 @@ def run_prompts(
     repeats: int,
     seed: int,
     temperature: float = 0.0,
+    other: tuple[OnnxRuntimeEngine, Tree] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Measure and judge.
 
-    Within a repeat both modes run one after the other on each prompt, in an order that alternates, so that a slow minute of the
-    machine hits both.
+    Within a repeat all modes run one after the other on each prompt, in an order that alternates, so that a slow minute of the
+    machine hits all.
 
     Args:
         prompts: (id, category, input_ids).
         repeats: runs of every prompt in either mode; times are medians over them.
         seed: order of the prompts, and with the prompt's number what its tokens are drawn with.
         temperature: draw tokens at it; 0: decode greedily.
+        other: another engine and its tree, to be run in between.
     """
     results = [PromptResult(key, category, ids, [], []) for key, category, ids in prompts]
     eos = engine.info.eos_token_ids
+    modes = [("baseline", engine, AUTOREGRESSIVE), ("medusa", engine, tree)]
+    if other:
+        modes += [("other_baseline", other[0], AUTOREGRESSIVE), ("other_medusa", *other)]
 
     def sampler(index: int) -> Sampler | None:
         return Sampler(temperature, (seed, index)) if temperature else None
 
-    def decode(index: int, mode_tree: Tree) -> Generation:
-        ids = results[index].input_ids
-        return generate(
-            engine, ids, mode_tree, max_new_tokens=max_new_tokens, eos_token_ids=eos, sampler=sampler(index)
-        )
-
-    for mode_tree in (AUTOREGRESSIVE, tree):
-        generate(engine, results[0].input_ids, mode_tree, max_new_tokens=WARMUP_TOKENS, eos_token_ids=())
+    for _, mode_engine, mode_tree in modes:
+        generate(mode_engine, results[0].input_ids, mode_tree, max_new_tokens=WARMUP_TOKENS, eos_token_ids=())
     order = list(range(len(results)))
     chance = random.Random(seed)
     for repeat in range(repeats):
         chance.shuffle(order)
         for turn, index in enumerate(order):
             result = results[index]
-            modes = [(result.baseline, AUTOREGRESSIVE), (result.medusa, tree)]
-            for runs, mode_tree in modes if (turn + repeat) % 2 else modes[::-1]:
-                runs.append(decode(index, mode_tree))
+            for name, mode_engine, mode_tree in modes if (turn + repeat) % 2 else modes[::-1]:
+                run = generate(
+                    mode_engine, result.input_ids, mode_tree,
+                    max_new_tokens=max_new_tokens, eos_token_ids=eos, sampler=sampler(index),
+                )  # fmt: skip
+                getattr(result, name).append(run)
             progress()
     return RunResult(results, _judge(engine, tree, results, sampler))
 

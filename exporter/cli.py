@@ -214,6 +214,16 @@ def run_command(
     temperature: Annotated[
         float, typer.Option(help="Draw tokens at it, with the same random numbers in both modes; 0: decode greedily.")
     ] = 0.0,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="Another engine of the same model, run in between: tokens, distributions, speed."),
+    ] = None,
+    sweep_batch: Annotated[
+        list[int] | None, typer.Option(help="Also run so many prompts at once, without and with the tree; repeat it.")
+    ] = None,
+    sweep_length: Annotated[
+        list[int] | None, typer.Option(help="Also run behind prompts of so many tokens; repeat it.")
+    ] = None,
     save_outputs: Annotated[
         Path | None, typer.Option(help="Write every prompt's outputs and times here, JSONL.")
     ] = None,
@@ -225,7 +235,7 @@ def run_command(
     """
     from medusa_export.engines.bench import RunArguments, run
 
-    given = dict(locals())
+    given = {**locals(), "sweep_batch": tuple(sweep_batch or ()), "sweep_length": tuple(sweep_length or ())}
     for path in (report, html, save_outputs):
         if path is not None and not path.resolve().parent.is_dir():
             raise OutputError(str(path), "no such directory", "an existing one", "create it first")

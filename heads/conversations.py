@@ -27,12 +27,14 @@ class Prompt:
         category: the file's ``category`` or ``source``, or "".
         messages: ``{"role", "content"}`` dictionaries, the last of them the user's.
         answer: what the assistant said to it, where the file has that; "" otherwise.
+        reference: what a person would answer, Spec-Bench's ``reference`` to the first turn; "" otherwise.
     """
 
     id: str
     category: str
     messages: tuple[dict[str, str], ...]
     answer: str = ""
+    reference: str = ""
 
 
 def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
@@ -156,7 +158,10 @@ def _prompt(line: bytes, where: str, number: int) -> Prompt:
         raise ConfigError(where, "nothing that a user asks", "a last message of the user's", "correct the line")
     prompt_id = body.get("question_id", body.get("id", number))
     category = body.get("category", body.get("source", ""))
-    return Prompt(str(prompt_id), str(category), tuple(messages), "\n".join(answers))
+    reference = body.get("reference")
+    first = reference[0] if isinstance(reference, list) and reference else reference
+    known = first if is_text(first) else ""
+    return Prompt(str(prompt_id), str(category), tuple(messages), "\n".join(answers), known)
 
 
 def _messages(body: Mapping[str, Any], where: str) -> list[dict[str, str]]:

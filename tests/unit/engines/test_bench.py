@@ -197,3 +197,20 @@ def test_drawn_outputs_are_compared_with_the_same_random_numbers(
     assert run(arguments(made, prompts, temperature=12.0))["parity"]["mismatches"] > 0
     with pytest.raises(ConfigError, match="--temperature"):
         run(arguments(made, prompts, temperature=-1.0))
+
+
+def test_compare_and_sweeps(made: Any, prompts: Path, tiny_engine: Callable[..., Any]) -> None:
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    prompts.write_text("".join(json.dumps(row | {"reference": ["w5 w6", "w7"]}) + "\n" for row in rows))
+    report = run(arguments(made, prompts, compare=made.path, sweep_batch=(1, 2), sweep_length=(8,)))
+    found = report["comparison"]
+    assert (found["greedy_agreement"], found["equal_outputs"], found["references"]) == (1.0, 4, 4)
+    assert [row["difference"] for row in found["paired"]] == [0.0] * 3
+    assert found["tokens_per_second"].keys() == {"baseline", "medusa", "other_baseline", "other_medusa"}
+    assert [row["batch"] for row in report["sweeps"]["batch"]] == [1, 2]
+    assert [row["prompt_length"] for row in report["sweeps"]["length"]] == [8]
+    page = render(report | {"command": "medusa-run"})
+    for text in ("Against another engine", "sequences at once", "prompt tokens", "no difference seen"):
+        assert text in page
+    with pytest.raises(ConfigError, match="greedy decoding"):
+        run(arguments(made, prompts, compare=made.path, temperature=0.5))

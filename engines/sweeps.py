@@ -1,0 +1,175 @@
+"""Speed-up by batch size and by prompt length: the same tree on the same engine, without and with it, interleaved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from medusa_export.engines.base import AUTOREGRESSIVE, StepEngine
+from medusa_export.engines.confirm import compare
+from medusa_export.engines.tree_batch import TreeBatchDecoder, advance
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import Tree
+
+Progress = Callable[[int, int], None]
+
+
+def require_sweeps(batches: Sequence[int], lengths: Sequence[int], *, prompts: int, longest: int) -> None:
+    """Raise ConfigError for batch sizes that the prompts do not fill, and for lengths that leave no room for an answer."""
+    for batch in batches:
+        if not 1 <= batch <= prompts:
+            expected = f"1 .. {prompts}, the number of prompts"
+            raise ConfigError("--sweep-batch", f"{batch}", expected, "give more prompts or lower it")
+    for length in lengths:
+        if not 1 <= length <= longest:
+            expected = f"1 .. {longest} tokens, so that the answer fits"
+            raise ConfigError("--sweep-length", f"{length}", expected, "lower it, or --max-new-tokens")
+
+
+@dataclass
+class Served:
+    """All prompts' answers in batches.
+
+    Attributes:
+        tokens: of every prompt, in their order.
+        steps: of the whole batch; each is one run of the decoder.
+        sequence_steps: the same counted for every sequence that was in it.
+        decode_seconds: without the prefills.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    steps: int = 0
+    sequence_steps: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that steps gave: all but the first of each answer."""
+        return sum(len(tokens) - 1 for tokens in self.tokens)
+
+
+def serve(
+    decoder: TreeBatchDecoder, tree: Tree, prompts: Sequence[Sequence[int]], *, batch: int, max_new_tokens: int
+) -> Served:
+    """Answer all prompts greedily, ``batch`` at once; a sequence that ends makes room for the next prompt.
+
+    Args:
+        decoder: with no active sequence.
+        batch: sequences at once, at most the decoder's slots.
+    """
+    result = Served([[] for _ in prompts])
+    ends, waiting, active = set(decoder.info.eos_token_ids), list(range(len(prompts)))[::-1], list[int]()
+    while waiting or active:
+        while waiting and len(active) < batch:
+            active.append(waiting.pop())
+            result.tokens[active[-1]].append(int(decoder.admit(prompts[active[-1]]).argmax()))
+        start = time.perf_counter()
+        fits = all(decoder.room(slot) >= tree.num_nodes for slot in range(len(active)))
+        last = [result.tokens[index][-1] for index in active]
+        new = advance(decoder, tree if fits else AUTOREGRESSIVE, last)
+        result.decode_seconds += time.perf_counter() - start
+        result.steps += 1
+        result.sequence_steps += len(active)
+        for slot in reversed(range(len(active))):
+            tokens = result.tokens[active[slot]]
+            if _extend(tokens, new[slot], ends, max_new_tokens) or not decoder.room(slot):
+                decoder.release(slot)
+                active[slot] = active[-1]
+                active.pop()
+    return result
+
+
+def batch_sweep(
+    decoder: TreeBatchDecoder,
+    tree: Tree,
+    prompts: Sequence[Sequence[int]],
+    batches: Sequence[int],
+    *,
+    max_new_tokens: int,
+    repeats: int = 1,
+    progress: Progress = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Throughput of every batch size without and with a tree, prefills not counted.
+
+    Args:
+        batches: sequences at once; the decoder has as many slots as the largest.
+    """
+    runs: dict[tuple[int, bool], list[Served]] = {}
+    total = 2 * repeats * len(batches)
+    for repeat in range(repeats):
+        for index, batch in enumerate(batches):
+            for with_tree in (False, True) if (repeat + index) % 2 else (True, False):
+                mode = tree if with_tree else AUTOREGRESSIVE
+                run = serve(decoder, mode, prompts, batch=batch, max_new_tokens=max_new_tokens)
+                runs.setdefault((batch, with_tree), []).append(run)
+                progress(sum(map(len, runs.values())), total)
+    return [_batch_row(batch, runs[batch, False], runs[batch, True]) for batch in batches]
+
+
+def length_sweep(
+    engine: StepEngine,
+    tree: Tree,
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    max_new_tokens: int,
+    repeats: int = 1,
+    progress: Progress = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Speed-up behind prompts of given lengths, prefills not counted.
+
+    A prompt that is shorter gets others' texts before it, and what is too much at the front is cut.
+    """
+    rows = []
+    for index, length in enumerate(lengths):
+        (found,) = compare(
+            engine, [tree], [stretched(prompts, at, length) for at in range(len(prompts))],
+            max_new_tokens=max_new_tokens, repeats=repeats,
+            progress=lambda done, total, at=index: progress(at * total + done, len(lengths) * total),
+        )  # fmt: skip
+        rows.append(
+            {
+                "prompt_length": length,
+                "tokens_per_step": round(found.tokens_per_step, 4),
+                "speedup": round(found.speedup, 4),
+                "speedup_ci95": [round(value, 4) for value in found.interval],
+            }
+        )
+    return rows
+
+
+def stretched(prompts: Sequence[Sequence[int]], at: int, length: int) -> list[int]:
+    """A prompt of exactly ``length`` tokens that ends as prompt ``at`` does; in front of it are the ones before, in a circle."""
+    text: list[int] = []
+    while len(text) < length:
+        text = [*prompts[at % len(prompts)], *text]
+        at -= 1
+    return text[-length:]
+
+
+def _extend(tokens: list[int], new: Sequence[int], ends: set[int], limit: int) -> bool:
+    """Append until the answer ends; whether it has."""
+    for token in new:
+        tokens.append(token)
+        if token in ends or len(tokens) >= limit:
+            return True
+    return False
+
+
+def _batch_row(batch: int, without: Sequence[Served], with_tree: Sequence[Served]) -> dict[str, Any]:
+    speeds = [median(run.decoded / run.decode_seconds for run in runs) for runs in (without, with_tree)]
+    steps = [median(1e3 * run.decode_seconds / run.steps for run in runs) for runs in (without, with_tree)]
+    return {
+        "batch": batch,
+        "tokens_per_second": {"baseline": round(speeds[0], 3), "medusa": round(speeds[1], 3)},
+        "speedup": round(speeds[1] / speeds[0], 4),
+        "tokens_per_step": round(with_tree[0].decoded / with_tree[0].sequence_steps, 4),
+        "step_ms": {"baseline": round(steps[0], 4), "medusa": round(steps[1], 4)},
+        "equal_outputs": sum(
+            ours == theirs for ours, theirs in zip(without[0].tokens, with_tree[0].tokens, strict=True)
+        ),
+        "prompts": len(without[0].tokens),
+    }

@@ -1,0 +1,87 @@
+"""Sweeps: the same answers at every batch size, prompts of exactly the length asked for, figures on a known clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from medusa_export.engines import sweeps
+from medusa_export.engines.base import AUTOREGRESSIVE, generate
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.sweeps import batch_sweep, length_sweep, require_sweeps, serve, stretched
+from medusa_export.engines.tree_batch import TreeBatchDecoder
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import Tree
+
+PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13]]
+TREE = Tree.from_choices([[0], [1], [0, 0]])
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+@pytest.mark.parametrize("tree", [AUTOREGRESSIVE, TREE], ids=["none", "tree"])
+def test_answers_do_not_depend_on_the_batch(batch: int, tree: Tree, tiny_engine: Callable[..., Any]) -> None:
+    path = tiny_engine(drafts_well=True, max_length=32).path
+    engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=4)
+    result = serve(decoder, tree, PROMPTS, batch=batch, max_new_tokens=29)  # the longest one fills the context
+    for tokens, prompt in zip(result.tokens, PROMPTS, strict=True):
+        alone = generate(engine, prompt, AUTOREGRESSIVE, max_new_tokens=29, eos_token_ids=engine.info.eos_token_ids)
+        assert tokens == alone.tokens
+    assert result.steps <= result.sequence_steps <= batch * result.steps
+    assert (result.sequence_steps == result.decoded) == (tree is AUTOREGRESSIVE)
+    assert decoder.active == 0
+
+
+def test_throughput_on_a_known_clock(tiny_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of n nodes takes n milliseconds, whatever the batch."""
+    now = [0.0]
+    monkeypatch.setattr(sweeps.time, "perf_counter", lambda: now[0])
+    decoder = TreeBatchDecoder(tiny_engine(drafts_well=True).path, slots=2)
+    verify = decoder.verify
+
+    def slow(tree: Tree, node_ids: Any) -> Any:
+        now[0] += 1e-3 * tree.num_nodes
+        return verify(tree, node_ids)
+
+    monkeypatch.setattr(decoder, "verify", slow)
+    done: list[tuple[int, int]] = []
+    rows = batch_sweep(
+        decoder, TREE, PROMPTS[:2], [1, 2], max_new_tokens=13, repeats=2, progress=lambda *at: done.append(at)
+    )
+    assert [row["batch"] for row in rows] == [1, 2]
+    assert [row["equal_outputs"] for row in rows] == [2, 2]
+    assert rows[0]["tokens_per_second"]["baseline"] == pytest.approx(1000)
+    assert rows[0]["step_ms"] == {"baseline": pytest.approx(1), "medusa": pytest.approx(4)}
+    assert rows[0]["speedup"] == pytest.approx(rows[0]["tokens_per_step"] / 4, rel=1e-3)
+    assert rows[1]["tokens_per_second"]["baseline"] == pytest.approx(2000)
+    assert rows[0]["tokens_per_step"] > 1
+    assert done[-1] == (8, 8)
+
+
+def test_lengths(tiny_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = OnnxRuntimeEngine(tiny_engine().path)
+    seen = set()
+    prefill = engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda ids: seen.add(len(ids)) or prefill(ids))
+    rows = length_sweep(engine, TREE, PROMPTS, [2, 40], max_new_tokens=5)
+    assert seen == {2, 40}
+    assert [row["prompt_length"] for row in rows] == [2, 40]
+    assert all(row["speedup_ci95"][0] <= row["speedup"] <= row["speedup_ci95"][1] for row in rows)
+
+
+def test_a_stretched_prompt_ends_as_it_did() -> None:
+    assert stretched(PROMPTS, 1, 3) == [5, 4, 3]
+    long = stretched(PROMPTS, 1, 12)
+    assert long[-10:] == [*PROMPTS[0], *PROMPTS[1]]
+    assert long[:2] == PROMPTS[3][-2:]
+
+
+@pytest.mark.parametrize(
+    ("batches", "lengths", "message"),
+    [([0], [], "--sweep-batch"), ([5], [], "--sweep-batch"), ([], [0], "--sweep-length"), ([], [61], "--sweep-length")],
+)
+def test_refusals(batches: list[int], lengths: list[int], message: str) -> None:
+    require_sweeps([1, 4], [1, 60], prompts=4, longest=60)
+    with pytest.raises(ConfigError, match=message):
+        require_sweeps(batches, lengths, prompts=4, longest=60)

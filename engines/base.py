@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.heads.accept import accept_drawn, accept_greedy
+from medusa_export.heads.accept import Typical, accept_drawn, accept_greedy, accept_typical
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.sampler import Sampler
@@ -92,11 +92,13 @@ def generate(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     sampler: Sampler | None = None,
+    typical: Typical | None = None,
 ) -> Generation:
     """Greedy decoding; lossless: the tree changes the speed, not the tokens. An empty tree is autoregressive decoding.
 
     Args:
         sampler: draw tokens with it instead; with the same seed, a tree changes the speed only here too.
+        typical: with a sampler, let drafts stand by this rule instead: not lossless.
 
     Raises:
         ConfigError: a prompt that fills the context.
@@ -114,7 +116,7 @@ def generate(
         if not room:
             reason = "context"
             break
-        result.tokens += _step(engine, tree if room >= tree.num_nodes else AUTOREGRESSIVE, result, sampler)
+        result.tokens += _step(engine, tree if room >= tree.num_nodes else AUTOREGRESSIVE, result, sampler, typical)
     result.finish_reason = _cut(result.tokens, eos, max_new_tokens) or reason
     result.prefill_ms = (decode_start - start) * 1e3
     result.decode_ms = (time.perf_counter() - decode_start) * 1e3
@@ -122,7 +124,9 @@ def generate(
     return result
 
 
-def _step(engine: StepEngine, tree: Tree, result: Generation, sampler: Sampler | None) -> list[int]:
+def _step(
+    engine: StepEngine, tree: Tree, result: Generation, sampler: Sampler | None, typical: Typical | None
+) -> list[int]:
     """Draft, verify, accept, keep. Returns the new tokens: the accepted drafts and the base model's own next one."""
     step = engine.prepare(tree)
     node_ids = np.empty(tree.num_nodes, dtype=np.int64)
@@ -131,7 +135,11 @@ def _step(engine: StepEngine, tree: Tree, result: Generation, sampler: Sampler |
         node_ids[1:] = engine.draft(tree.depth)[tree.heads_and_ranks]
     if sampler:
         logits = step.verify_logits(node_ids)
-        path, tokens = accept_drawn(tree, node_ids, lambda node: sampler.draw(logits[node]))
+        if typical:
+            path = accept_typical(tree, node_ids, logits, sampler.temperature, typical)
+            tokens = [*node_ids[path[1:]].tolist(), sampler.draw(logits[path[-1]])]
+        else:
+            path, tokens = accept_drawn(tree, node_ids, lambda node: sampler.draw(logits[node]))
     else:
         next_ids = step.verify(node_ids)
         path = accept_greedy(tree, node_ids, next_ids)

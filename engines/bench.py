@@ -17,6 +17,7 @@ from medusa_export.engines.runner import RunResult, open_engine, run_prompts
 from medusa_export.engines.selfcheck import BOUNDS
 from medusa_export.engines.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.tree_batch import TreeBatchDecoder
+from medusa_export.heads.accept import Typical
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.config import read_json
 from medusa_export.heads.conversations import load_prompts, read_tokenizer
@@ -48,6 +49,8 @@ class RunArguments:
     seed: int = 0
     save_outputs: Path | None = None
     temperature: float = 0.0
+    top_p: float = 1.0
+    typical: bool = False
     compare: Path | None = None
     sweep_batch: tuple[int, ...] = ()
     sweep_length: tuple[int, ...] = ()
@@ -63,7 +66,10 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", str(getattr(arguments, name)), "1 or more", "correct it")
     if arguments.temperature:
-        Sampler(arguments.temperature)
+        Sampler(arguments.temperature, 0, arguments.top_p)
+    elif arguments.typical or arguments.top_p != 1:
+        flag = "--typical" if arguments.typical else "--top-p"
+        raise ConfigError(flag, "no --temperature", "one above 0", "give one: greedy decoding draws nothing")
     prompts = load_prompts(arguments.prompts, arguments.limit)
     tokenizer = read_tokenizer(arguments.engine)
     engine = open_engine(arguments.engine, threads=arguments.threads)
@@ -76,7 +82,7 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     done = iter(range(1, len(encoded) * arguments.repeats + 1))
     result = run_prompts(
         engine, tree, encoded, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,
-        temperature=arguments.temperature, other=other,
+        temperature=arguments.temperature, top_p=arguments.top_p, typical=Typical() if arguments.typical else None, other=other,
         progress=lambda: progress("prompts", next(done), len(encoded) * arguments.repeats),
     )  # fmt: skip
     reference = _reference(engine, result, arguments, progress) if arguments.reference else None

@@ -39,6 +39,7 @@ def build_report(
             "exact": verdicts.count("exact"),
             "ties": verdicts.count("tie"),
             "mismatches": verdicts.count("mismatch"),
+            "lossless": not arguments.get("typical", False),
             "logit_tolerance": result.tolerance,
             "divergences": [
                 {"prompt": prompt.prompt_id, "verdict": prompt.verdict, **prompt.divergence.as_dict()}
@@ -271,6 +272,8 @@ def paired_line(row: dict[str, Any]) -> str:
 
 
 def _parity_line(parity: dict[str, Any]) -> str:
+    if not parity["lossless"]:
+        return f"not lossless (typical acceptance): {parity['exact']} outputs of {parity['prompts']} happen to be equal"
     line = f"{parity['exact']} exact, {parity['ties']} ties, {parity['mismatches']} mismatches"
     return line + f" (tolerance {parity['logit_tolerance']:.1g} logits)"
 

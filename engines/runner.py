@@ -10,7 +10,8 @@ from statistics import median
 
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.parity import Divergence, explain, logit_noise, verdict
+from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
+from medusa_export.heads.accept import Typical
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 
@@ -26,7 +27,8 @@ class PromptResult:
     Attributes:
         baseline, medusa: one Generation a repeat.
         other_baseline, other_medusa: those of the engine that this one is compared with, if any.
-        verdict: "exact", "tie" or "mismatch", the worst over the repeats.
+        verdict: "exact", "tie" or "mismatch", the worst over the repeats; "other" for an output that differs and may, with
+            typical acceptance.
     """
 
     prompt_id: str
@@ -65,6 +67,8 @@ def run_prompts(
     repeats: int,
     seed: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    typical: Typical | None = None,
     other: tuple[OnnxRuntimeEngine, Tree] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
@@ -78,6 +82,8 @@ def run_prompts(
         repeats: runs of every prompt in either mode; times are medians over them.
         seed: order of the prompts, and with the prompt's number what its tokens are drawn with.
         temperature: draw tokens at it; 0: decode greedily.
+        top_p: draw from the smallest set of tokens with this probability.
+        typical: how drafts are accepted with a tree; None: losslessly. Needs a temperature.
         other: another engine and its tree, to be run in between.
     """
     results = [PromptResult(key, category, ids, [], []) for key, category, ids in prompts]
@@ -87,7 +93,7 @@ def run_prompts(
         modes += [("other_baseline", other[0], AUTOREGRESSIVE), ("other_medusa", *other)]
 
     def sampler(index: int) -> Sampler | None:
-        return Sampler(temperature, (seed, index)) if temperature else None
+        return Sampler(temperature, (seed, index), top_p) if temperature else None
 
     for _, mode_engine, mode_tree in modes:
         generate(mode_engine, results[0].input_ids, mode_tree, max_new_tokens=WARMUP_TOKENS, eos_token_ids=())
@@ -100,10 +106,14 @@ def run_prompts(
             for name, mode_engine, mode_tree in modes if (turn + repeat) % 2 else modes[::-1]:
                 run = generate(
                     mode_engine, result.input_ids, mode_tree,
-                    max_new_tokens=max_new_tokens, eos_token_ids=eos, sampler=sampler(index),
+                    max_new_tokens=max_new_tokens, eos_token_ids=eos, sampler=sampler(index), typical=typical,
                 )  # fmt: skip
                 getattr(result, name).append(run)
             progress()
+    if typical:
+        for result in results:
+            result.verdict = "exact" if first_divergence(result.baseline[0], result.medusa[0]) is None else "other"
+        return RunResult(results, 0.0)
     return RunResult(results, _judge(engine, tree, results, sampler))
 
 

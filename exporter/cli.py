@@ -214,6 +214,12 @@ def run_command(
     temperature: Annotated[
         float, typer.Option(help="Draw tokens at it, with the same random numbers in both modes; 0: decode greedily.")
     ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="With --temperature: draw from the smallest set of tokens with this probability.")
+    ] = 1.0,
+    typical: Annotated[
+        bool, typer.Option("--typical", help="With --temperature: the Medusa paper's typical acceptance. Not lossless.")
+    ] = False,
     compare: Annotated[
         Path | None,
         typer.Option(help="Another engine of the same model, run in between: tokens, distributions, speed."),

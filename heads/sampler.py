@@ -48,12 +48,42 @@ class Sampler:
         """How many logits would have to move for the text's token at ``position`` to be ``token``; 0 where it is.
 
         A share of the distribution is the logistic function of a difference of logits over the temperature, whose slope is at most
-        1/4: a random number at a distance d from a token's share is 4 * temperature * d logits away from it at least.
+        1/4: a random number at a distance d from a token's share is 4 * temperature * d logits away from it at least. With ``top_p``
+        the set that tokens are drawn from may change by a token too, which takes as much for its probability.
         """
-        shares = self._cumulative(logits)
         number = np.random.default_rng(self.seed).random(position + 1)[-1]
-        low, high = (0.0 if token == 0 else shares[token - 1] / shares[-1]), shares[token] / shares[-1]
+        weights = self._weights(logits)
+        if self.top_p == 1:
+            return self._distance(np.arange(len(weights)), weights, number, token)
+        found = [
+            max(change, self._distance(np.sort(kept), weights, number, token))
+            for change, kept in self._nuclei(logits, weights)
+            if token in kept
+        ]
+        return min(found, default=float("inf"))
+
+    def _distance(
+        self, kept: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], number: float, token: int
+    ) -> float:
+        """From the random number to a token's share among the ``kept`` ones, in logits."""
+        shares = np.cumsum(weights[kept])
+        at = int(np.searchsorted(kept, token))
+        low, high = (0.0 if at == 0 else shares[at - 1] / shares[-1]), shares[at] / shares[-1]
         return 4 * self.temperature * float(max(low - number, number - high, 0.0))
+
+    def _nuclei(self, logits: Logits, weights: npt.NDArray[np.float64]) -> list[tuple[float, npt.NDArray[np.int64]]]:
+        """The set that tokens are drawn from, and those with one token less, more, or another, with the logits that takes."""
+        order = np.argsort(-weights, kind="stable")
+        reached = np.cumsum(weights[order]) / weights.sum()
+        size = 1 + int(np.searchsorted(reached, self.top_p))
+        found = [(0.0, order[:size])]
+        if size > 1:
+            found.append((4 * self.temperature * abs(float(reached[size - 2]) - self.top_p), order[: size - 1]))
+        if size < len(order):
+            found.append((4 * self.temperature * abs(float(reached[size - 1]) - self.top_p), order[: size + 1]))
+            gap = float(logits[order[size - 1]]) - float(logits[order[size]])
+            found.append((gap, np.delete(order[: size + 1], size - 1)))
+        return found
 
     def _nucleus(self, logits: Logits) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """The most likely tokens, as few as together reach ``top_p``, in the vocabulary's order, and their cumulative weights."""

@@ -51,7 +51,7 @@ def test_report_of_a_good_engine(made: Any, prompts: Path) -> None:
     report = run(arguments(made, prompts, reference=made.model_dir), lambda *call: progress.append(call))
     assert report["failures"] == []
     assert report["parity"] | {"logit_tolerance": 0, "divergences": []} == {
-        "prompts": 4, "exact": 4, "ties": 0, "mismatches": 0, "logit_tolerance": 0, "divergences": [],
+        "prompts": 4, "exact": 4, "ties": 0, "mismatches": 0, "logit_tolerance": 0, "divergences": [], "lossless": True,
     }  # fmt: skip
     assert report["tokens_per_step"] > 3.5
     assert report["tree"]["max_draft_len"] == 3
@@ -189,7 +189,7 @@ def test_drawn_outputs_are_compared_with_the_same_random_numbers(
 
         count = 0
 
-        def __init__(self, temperature: float, seed: Any) -> None:
+        def __init__(self, temperature: float, seed: Any, top_p: float) -> None:
             Unseeded.count += 1
             super().__init__(temperature, Unseeded.count)
 
@@ -214,3 +214,26 @@ def test_compare_and_sweeps(made: Any, prompts: Path, tiny_engine: Callable[...,
         assert text in page
     with pytest.raises(ConfigError, match="greedy decoding"):
         run(arguments(made, prompts, compare=made.path, temperature=0.5))
+
+
+def test_typical_acceptance_is_called_what_it_is(made: Any, prompts: Path) -> None:
+    report = run(arguments(made, prompts, temperature=1.5, typical=True))
+    assert report["failures"] == []
+    assert report["parity"]["lossless"] is False
+    assert {prompt["verdict"] for prompt in report["prompts"]} <= {"exact", "other"}
+    assert "not lossless" in render(report | {"command": "medusa-run"})
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=120))
+    assert "not lossless" in out.getvalue()
+
+
+def test_top_p(made: Any, prompts: Path) -> None:
+    report = run(arguments(made, prompts, temperature=1.5, top_p=0.8))
+    assert report["parity"]["mismatches"] == 0
+    assert report["parity"]["lossless"] is True
+
+
+@pytest.mark.parametrize("changes", [{"typical": True}, {"top_p": 0.5}], ids=str)
+def test_what_greedy_decoding_does_not_draw(changes: dict[str, Any], made: Any, prompts: Path) -> None:
+    with pytest.raises(ConfigError, match="no --temperature"):
+        run(arguments(made, prompts, **changes))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from medusa_export.heads.accept import accept_drawn, accept_greedy
+from medusa_export.heads.accept import Typical, accept_drawn, accept_greedy, accept_typical
 from medusa_export.heads.tree import Choice, Tree, load_tree
 
 Ids = npt.NDArray[np.int64]
@@ -125,3 +125,38 @@ def test_a_drawn_path_draws_every_token_once_and_in_order() -> None:
 
     path, tokens = accept_drawn(tree, np.array([1, 7, 8, 5, 5]), draw)
     assert (path.tolist(), tokens, asked) == ([0, 2, 4], [8, 5, 6], [0, 2, 4])
+
+
+class TestTypical:
+    """By hand: a vocabulary of four, the root 0, and what the base model thinks behind each node."""
+
+    tree = Tree.from_choices([[0], [1], [0, 0], [1, 0]])
+    node_ids = np.array([0, 1, 2, 3, 3])
+
+    def accept(self, *shares: list[float], temperature: float = 1.0, **rule: float) -> list[int]:
+        logits = np.log(np.array(shares, dtype=np.float32)) + 5
+        return accept_typical(self.tree, self.node_ids, logits, temperature, Typical(**rule)).tolist()
+
+    flat = [0.25] * 4
+
+    def test_likely_drafts_stand_whatever_would_be_drawn(self) -> None:
+        assert self.accept([0.6, 0.2, 0.1, 0.1], *[self.flat] * 4, threshold=0.15, alpha=9) == [0, 1, 3]
+
+    def test_the_longest_path_then_the_likeliest(self) -> None:
+        root = [0.1, 0.5, 0.3, 0.1]
+        assert self.accept(root, [0.4, 0.4, 0.1, 0.1], *[self.flat] * 3, threshold=0.2, alpha=9) == [0, 2, 4]
+        assert self.accept(root, *[self.flat] * 4, threshold=0.2, alpha=9) == [0, 1, 3]
+        assert self.accept([0.1, 0.3, 0.5, 0.1], *[self.flat] * 4, threshold=0.2, alpha=9) == [0, 2, 4]
+
+    def test_a_child_of_what_does_not_stand_does_not(self) -> None:
+        assert self.accept([0.9, 0.05, 0.03, 0.02], *[self.flat] * 4, threshold=0.1, alpha=9) == [0]
+
+    def test_where_everything_is_possible_less_is_asked(self) -> None:
+        """The entropy of the flat distribution is log 4: its threshold is alpha / 4."""
+        assert self.accept(self.flat, *[self.flat] * 4, threshold=0.5, alpha=0.9) == [0, 1, 3]
+        assert self.accept(self.flat, *[self.flat] * 4, threshold=0.5, alpha=1.1) == [0]
+
+    def test_temperature(self) -> None:
+        root = [0.6, 0.2, 0.1, 0.1]
+        assert self.accept(root, *[self.flat] * 4, threshold=0.21, alpha=9) == [0]
+        assert self.accept(root, *[self.flat] * 4, threshold=0.21, alpha=9, temperature=2.0) == [0, 1, 3]

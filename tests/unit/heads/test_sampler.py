@@ -33,8 +33,9 @@ def test_a_seed_repeats_itself() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_the_margin_is_what_logits_have_to_move_at_least() -> None:
-    sampler = Sampler(0.7, 5)
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.7])
+def test_the_margin_is_what_logits_have_to_move_at_least(top_p: float) -> None:
+    sampler = Sampler(0.7, 5, top_p)
     drawn = [sampler.draw(LOGITS) for _ in range(30)]
     assert all(sampler.margin(position, LOGITS, token) == 0 for position, token in enumerate(drawn))
     chance = np.random.default_rng(0)
@@ -42,7 +43,7 @@ def test_the_margin_is_what_logits_have_to_move_at_least() -> None:
     for position, token in enumerate(drawn):
         for _ in range(200):
             moved = LOGITS + chance.uniform(-0.3, 0.3, 6).astype(np.float32)
-            other = Sampler(0.7, 5)
+            other = Sampler(0.7, 5, top_p)
             for earlier in range(position):
                 assert other.draw(LOGITS) == drawn[earlier]
             now = other.draw(moved)

@@ -72,12 +72,16 @@ def _accepted(need: Needs, given: Needs, config: Mapping[str, Any]) -> Needs:
     need = dict(need)
     for name in [name for name in need if name.endswith(KV_SCALE)]:
         pair = [name.replace("kv_cache", f"{x}_cache") for x in "kv"]
-        if name not in given and all(each in given for each in pair):  # the loader makes the larger one of them
-            need |= dict.fromkeys(pair, need.pop(name))
+        if all(each in given for each in pair):  # the loader makes the larger one of them, in place of what is there
+            need |= dict.fromkeys(pair, need[name])
+            if name not in given:
+                del need[name]
     if config["quantization"].get("quant_algo") in WEIGHT_ONLY:
         need = _processed(need, given, config)
     for name, (dtype, shape) in list(need.items()):
         if dtype == "float8_e4m3fn" and given.get(name) == ("int8", shape):  # bytes, viewed as FP8
+            need[name] = given[name]
+        elif shape == (1,) and given.get(name) == (dtype, ()):  # as ModelOpt leaves NVFP4's
             need[name] = given[name]
     return need
 

@@ -79,9 +79,9 @@ def _accepted(need: Needs, given: Needs, config: Mapping[str, Any]) -> Needs:
     if config["quantization"].get("quant_algo") in WEIGHT_ONLY:
         need = _processed(need, given, config)
     for name, (dtype, shape) in list(need.items()):
-        if dtype == "float8_e4m3fn" and given.get(name) == ("int8", shape):  # bytes, viewed as FP8
-            need[name] = given[name]
-        elif shape == (1,) and given.get(name) == (dtype, ()):  # as ModelOpt leaves NVFP4's
+        as_bytes = dtype == "float8_e4m3fn" and given.get(name) == ("int8", shape)
+        without_axis = shape == (1,) and given.get(name) == (dtype, ())  # as ModelOpt leaves NVFP4's single numbers
+        if as_bytes or without_axis:
             need[name] = given[name]
     return need
 

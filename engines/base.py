@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,18 @@ class StepEngine(Protocol):
         """Time spent inside the backend since the engine was made."""
 
 
+@runtime_checkable
+class WholeEngine(Protocol):
+    """An engine whose runtime decodes whole answers; this process cannot drive its steps."""
+
+    info: EngineInfo
+
+    def decode(
+        self, input_ids: Sequence[int], tree: Tree, *, max_new_tokens: int, eos_token_ids: Sequence[int]
+    ) -> Generation:
+        """One greedy answer, up to the first end-of-sequence id, with it."""
+
+
 @dataclass
 class Generation:
     """What one prompt gave.
@@ -85,7 +97,7 @@ class Generation:
 
 
 def generate(
-    engine: StepEngine,
+    engine: StepEngine | WholeEngine,
     input_ids: Sequence[int],
     tree: Tree,
     *,
@@ -106,6 +118,18 @@ def generate(
     if not 0 < len(input_ids) < engine.info.max_length:
         got, limit = f"{len(input_ids)} tokens", engine.info.max_length
         raise ConfigError("prompt", got, f"1 .. {limit - 1}", "shorten it, or export with a larger --max-length")
+    if not isinstance(engine, WholeEngine):
+        return _decode_by_steps(engine, input_ids, tree, max_new_tokens, eos_token_ids, sampler)
+    if sampler is not None:
+        got = f"the engine {engine.info.backend}, which draws with random numbers of its own"
+        raise ConfigError("temperature", got, "greedy decoding", "leave --temperature out")
+    return engine.decode(input_ids, tree, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
+
+
+def _decode_by_steps(
+    engine: StepEngine, input_ids: Sequence[int], tree: Tree, max_new_tokens: int, eos_token_ids: Sequence[int],
+    sampler: Sampler | None,
+) -> Generation:  # fmt: skip
     result, eos = Generation(), set(eos_token_ids)
     start = time.perf_counter()
     first = sampler.draw(engine.prefill_logits(input_ids)) if sampler else engine.prefill(input_ids)

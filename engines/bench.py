@@ -73,6 +73,8 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     prompts = load_prompts(arguments.prompts, arguments.limit)
     tokenizer = read_tokenizer(arguments.engine)
     engine = open_engine(arguments.engine, threads=arguments.threads)
+    if arguments.sweep_batch and engine.info.backend != "onnxruntime":
+        raise ConfigError("--sweep-batch", f"the engine {engine.info.backend}", "onnxruntime", "leave it out")
     tree = load_tree(arguments.tree or str(arguments.engine / TREE_FILE))
     engine.info.require_tree(tree)
     encoded = encode_prompts(tokenizer, engine.info, prompts, max_new_tokens=arguments.max_new_tokens)

@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
+from medusa_export.engines.trtllm import TrtllmEngine
 from medusa_export.heads.accept import Typical
+from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 
@@ -139,6 +143,20 @@ def _judge(
     return noise
 
 
-def open_engine(engine_dir: Path, *, threads: int = 0) -> OnnxRuntimeEngine:
-    """The engine of a directory that medusa-export wrote."""
-    return OnnxRuntimeEngine(engine_dir, threads=threads)
+# What engine.json may name as its backend.
+BACKENDS: dict[str, Callable[[Path, int], Any]] = {
+    "onnxruntime": lambda path, threads: OnnxRuntimeEngine(path, threads=threads),
+    "tensorrt-llm": lambda path, threads: TrtllmEngine(path),
+}
+
+
+def open_engine(engine_dir: Path, *, threads: int = 0) -> Any:
+    """The engine of a directory that medusa-export wrote: a StepEngine or a WholeEngine, and a Scorer.
+
+    Raises:
+        ConfigError: a directory of another version.
+    """
+    backend = EngineInfo.load(engine_dir).backend
+    if backend not in BACKENDS:
+        raise ConfigError(f"{engine_dir}: backend", repr(backend), f"one of {', '.join(BACKENDS)}", "export again")
+    return BACKENDS[backend](engine_dir, threads)

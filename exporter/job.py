@@ -16,7 +16,7 @@ from medusa_export.exporter.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.engine_dir import onnx_form
 from medusa_export.exporter.hf import require_hf
 from medusa_export.exporter.onnx_graph import require_supported
-from medusa_export.exporter.releases import DEFAULT_RELEASE, parse_release, release_warnings
+from medusa_export.exporter.releases import release_warnings
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm import export_spec, require_scales
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
@@ -27,6 +27,7 @@ from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.search import CostCurve, best, candidates
 from medusa_export.heads.step_costs import cost_curve, load_costs, select
 from medusa_export.heads.tree import PRESETS, Tree, load_tree
+from medusa_export.heads.trtllm_releases import DEFAULT_RELEASE, find_release
 from medusa_export.quantize.cache import calibration_key
 from medusa_export.quantize.calibration import DEFAULT_PROMPTS, token_batches
 from medusa_export.quantize.formats import get_format, get_kv_cache, needs_calibration
@@ -89,7 +90,7 @@ class Job:
     def __init__(self, arguments: ExportArguments, *, check_values: bool = True) -> None:
         self.arguments = arguments
         self.fmt = get_format(arguments.quant, arguments.group_size)
-        self.release = parse_release(arguments.trtllm_version)
+        self.release = find_release(arguments.trtllm_version)
         if arguments.pp != 1:
             raise ConfigError(
                 "--pp",

@@ -23,7 +23,7 @@ class EngineInfo:
     """``engine.json``: what a directory's engine is and which inputs it takes.
 
     Attributes:
-        backend: "onnxruntime".
+        backend: "onnxruntime" or "tensorrt-llm".
         form: how the weights are stored, a key of the exporter's table: "float", "fp8", "int8" ...
         precision: what the weights are and what the arithmetic is, for reports.
         max_length: tokens of prompt and answer together, the shape of the KV cache.

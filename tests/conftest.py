@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,3 +329,31 @@ def open_session() -> Callable[..., Any]:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     return start
+
+
+STANDINS = Path(__file__).parent / "standins"
+
+
+@pytest.fixture
+def standin_tensorrt_llm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for the package ``tensorrt_llm``, which is not here; what was asked of it. See tests/standins/tensorrt_llm.py."""
+    spec = importlib.util.spec_from_file_location("standin_tensorrt_llm", STANDINS / "tensorrt_llm.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module.install(monkeypatch)
+
+
+@pytest.fixture
+def standin_trtllm_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[str]]]:
+    """A stand-in for ``trtllm-build`` on the path; a call gives the arguments of every run. See tests/standins/trtllm_build.py."""
+    tools, record = tmp_path / "standin-bin", tmp_path / "standin-record"
+    tools.mkdir()
+    tool = tools / "trtllm-build"
+    tool.write_text(f'#!/bin/sh\nexec {sys.executable} {STANDINS / "trtllm_build.py"} "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("STANDIN_RECORD", str(record))
+    return lambda: [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []

@@ -28,7 +28,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {  # package: the files that may import i
     "modelopt": ("quantize.ptq", "heads.medusa_model"),
     "onnxruntime": ("engines.onnxruntime",),
     "tensorrt": (),
-    "tensorrt_llm": (),
+    "tensorrt_llm": ("engines.trtllm_session",),
     "tensorrt_rtx": (),
 }
 WITHOUT_TORCH = [

@@ -133,7 +133,7 @@ def test_the_files_of_each_backend_do_import_it() -> None:
         (
             "engines.base",
             "from importlib import import_module as m\nimport_module('tensorrt_llm')",
-            "belongs in no file",
+            "belongs in engines.trtllm_session",
         ),
         ("engines.bench", "from medusa_export.exporter.cli import run_main", "imports the commands"),
         ("exporter.export", "from medusa_export.exporter import cli", "imports the commands"),

@@ -119,8 +119,8 @@ def generate(
         got, limit = f"{len(input_ids)} tokens", engine.info.max_length
         raise ConfigError("prompt", got, f"1 .. {limit - 1}", "shorten it, or export with a larger --max-length")
     if not isinstance(engine, WholeEngine):
-        return _decode_by_steps(engine, input_ids, tree, max_new_tokens, eos_token_ids, sampler)
-    if sampler is not None:
+        return _decode_by_steps(engine, input_ids, tree, max_new_tokens, eos_token_ids, sampler, typical)
+    if sampler is not None or typical is not None:
         got = f"the engine {engine.info.backend}, which draws with random numbers of its own"
         raise ConfigError("temperature", got, "greedy decoding", "leave --temperature out")
     return engine.decode(input_ids, tree, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
@@ -128,7 +128,7 @@ def generate(
 
 def _decode_by_steps(
     engine: StepEngine, input_ids: Sequence[int], tree: Tree, max_new_tokens: int, eos_token_ids: Sequence[int],
-    sampler: Sampler | None,
+    sampler: Sampler | None, typical: Typical | None,
 ) -> Generation:  # fmt: skip
     result, eos = Generation(), set(eos_token_ids)
     start = time.perf_counter()

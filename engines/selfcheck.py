@@ -10,7 +10,8 @@ import numpy as np
 
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.reference import compare_with_checkpoint
-from medusa_export.heads.engine_info import TREE_FILE
+from medusa_export.engines.tensorrt_build import check_sidecars
+from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import MedusaExportError
 from medusa_export.heads.tree import Tree, load_tree
 
@@ -50,6 +51,8 @@ def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Seque
         texts: token ids to run.
     """
     try:
+        if EngineInfo.load(engine_dir).backend == "tensorrt":
+            return check_sidecars(engine_dir)
         engine = OnnxRuntimeEngine(engine_dir)
         engine.info.require_tree(load_tree(str(engine_dir / TREE_FILE)))
         for depth in range(1, engine.info.max_depth + 1):

@@ -17,6 +17,7 @@ from medusa_export.exporter.console import Verbose, command_app, main, progress_
 from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.tree import PRESETS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
+from medusa_export.quantize.tensorrt_targets import TARGETS, named
 
 export_app, run_app = command_app(), command_app()
 
@@ -49,8 +50,15 @@ def export_command(
     ] = None,
     calib_prompts: Annotated[int, typer.Option(help="How many of them calibrate.")] = 32,
     engine: Annotated[
-        str, typer.Option(help="onnxruntime, or none for the TensorRT-LLM checkpoint alone.")
+        str, typer.Option(help="onnxruntime; tensorrt, see --gpu; or none for the TensorRT-LLM checkpoint alone.")
     ] = "onnxruntime",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help=f"GPUs that the TensorRT engine is for, such as sm89,sm120: of {named(TARGETS)}. Default: all that TensorRT-RTX "
+            "builds the format for."
+        ),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Context of the ONNX Runtime engine. Default: the model's, up to 2048.")
     ] = None,
@@ -107,11 +115,12 @@ def export_command(
         return
     from medusa_export.engines.auto_tree import choose_tree
     from medusa_export.engines.selfcheck import check_engine
+    from medusa_export.engines.tensorrt_build import TensorRtBuilder
     from medusa_export.exporter.export import export
 
     with progress_bars() as progress:
         say = partial(stderr.print, soft_wrap=True, markup=False)
-        written = export(arguments, check_engine, progress, say, choose_tree)
+        written = export(arguments, check_engine, progress, say, choose_tree, TensorRtBuilder())
     stdout.print(f"{'wrote' if written else 'up to date:'} {output}", soft_wrap=True)
 
 

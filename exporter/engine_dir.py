@@ -134,5 +134,5 @@ def onnx_form(fmt: Format) -> str:
     """The ONNX form of a format; ConfigError when it has none."""
     if fmt.onnx is None:
         able = ", ".join(name for name, form in FORMATS.items() if form.onnx)
-        raise ConfigError(f"--quant {fmt.name}", "no ONNX form", f"one of {able}", "pass --engine none")
+        raise ConfigError(f"--quant {fmt.name}", "no ONNX form", f"one of {able}", "pass --engine none, or tensorrt")
     return fmt.onnx

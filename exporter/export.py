@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from medusa_export.exporter.agreement import WeightError
 from medusa_export.exporter.error_table import recorded
 from medusa_export.exporter.job import ExportArguments, Job
 from medusa_export.exporter.parts import Progress, TreeChoice, part_names, write_parts
+from medusa_export.exporter.tensorrt_dir import EngineBuilder
 from medusa_export.exporter.verify import verify_trtllm
 from medusa_export.heads.conversations import Prompt
 from medusa_export.heads.errors import ConfigError, OutputError
@@ -37,12 +39,24 @@ def _no_choice(engine_dir: Path, prompts: Sequence[Prompt], progress: Progress) 
     raise ConfigError("--tree auto", "nothing to measure with", "a function that chooses the tree", "pass choose_tree")
 
 
+class _NoBuilder:
+    def require(self, gpus: Sequence[int]) -> None:
+        raise ConfigError("--engine tensorrt", "nothing to build with", "a builder of engines", "pass builder")
+
+    def build(self, onnx_dir: Path, out: Path, progress: Progress, **request: Any) -> None:
+        self.require(())
+
+
+_NO_BUILDER = _NoBuilder()
+
+
 def export(
     arguments: ExportArguments,
     check_engine: EngineCheck,
     progress: Progress = lambda stage, done, total: None,
     notice: Notice = lambda text: None,
     choose_tree: TreeChoice = _no_choice,
+    builder: EngineBuilder = _NO_BUILDER,
 ) -> bool:
     """Write ``arguments.output``. Returns False when it was already there, made from the same inputs.
 
@@ -55,6 +69,7 @@ def export(
         notice: gets a line for the user, when an interrupted run is continued.
         choose_tree: measures the tree of a written engine, see :func:`~medusa_export.exporter.parts.write_parts`; passed in for the
             same reason.
+        builder: builds engines for GPUs; passed in for the same reason.
 
     Raises:
         MedusaExportError: bad input, found before any long work; nothing is left behind.
@@ -63,13 +78,15 @@ def export(
         require_idle(arguments.output)
         job = Job(arguments)
         job.check()
+        if job.gpus:
+            builder.require(job.gpus)
         inputs = hash_files(job.input_files)
     if is_up_to_date(arguments.output, inputs, arguments.recorded()):
         return False
     with output_directory(arguments.output, inputs=inputs, arguments=arguments.recorded()) as work:
         check_free_space(work.path, job.estimated_bytes - sum(work.resumed.values()))
         _log_start(job, work, notice)
-        write_parts(job, inputs, work, progress, choose_tree)
+        write_parts(job, inputs, work, progress, choose_tree, builder)
         problems = _verify(job, work, check_engine, progress) if arguments.format == "trtllm" else []
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from medusa_export.exporter.draft_vocab import DEFAULT_SIZE
-from medusa_export.exporter.engine_dir import onnx_form
+from medusa_export.exporter.engine_kinds import CPU_TREE, GPU_TREE, EngineKind, engine_kind
 from medusa_export.exporter.hf import require_hf
-from medusa_export.exporter.onnx_graph import require_supported
 from medusa_export.exporter.releases import release_warnings
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm import export_spec, require_scales
@@ -32,13 +31,13 @@ from medusa_export.quantize.cache import calibration_key
 from medusa_export.quantize.calibration import DEFAULT_PROMPTS, token_batches
 from medusa_export.quantize.formats import get_format, get_kv_cache, needs_calibration
 from medusa_export.quantize.scales import SCALES_FILE, Scales
+from medusa_export.quantize.tensorrt_targets import parse_gpus
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("onnxruntime", "none")
 HEAD_FORMS = {"vllm-heads": "vllm", "medusa-v1": "medusa-v1", "medusa-v2": "medusa-v2"}  # --format -> layout
 FORMS = ("trtllm", "hf", *HEAD_FORMS)
-GPU_TREE, CPU_TREE, AUTO = "medusa-63", "cpu-3", "auto"
+AUTO = "auto"
 MAX_GPU_NODES = len(PRESETS[GPU_TREE]) + 1
 DEFAULT_CALIB = Path(str(files("medusa_export.quantize") / "default_prompts.jsonl"))
 MAX_LENGTH = 2048
@@ -74,6 +73,7 @@ class ExportArguments:
     format: str = "trtllm"
     prompts: Path | None = None
     tree_cost: Path | None = None
+    gpu: str | None = None
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: everything that shapes the output."""
@@ -100,15 +100,14 @@ class Job:
             )
         if arguments.format not in FORMS:
             raise ConfigError("--format", repr(arguments.format), f"one of {', '.join(FORMS)}", "pick one of them")
-        if arguments.engine not in ENGINES:
-            raise ConfigError("--engine", repr(arguments.engine), " or ".join(ENGINES), "pick one of them")
+        kind = engine_kind(arguments.engine)
         self.checkpoint = MedusaCheckpoint.open(arguments.ckpt, arguments.heads, check_values=check_values)
         for warning in self.checkpoint.warnings:
             logger.warning("%s", warning)
         self.tokenizer = read_tokenizer(arguments.ckpt)
         spec = None if arguments.tree == AUTO else arguments.tree
         self.trtllm_tree = _tree(spec, GPU_TREE, self.checkpoint.num_medusa_heads)
-        self.engine_tree = _tree(spec, CPU_TREE, self.checkpoint.num_medusa_heads)
+        self.engine_tree = _tree(spec, kind.tree if kind else CPU_TREE, self.checkpoint.num_medusa_heads)
 
     @cached_property
     def spec(self) -> ExportSpec:
@@ -163,7 +162,20 @@ class Job:
     @property
     def writes_engine(self) -> bool:
         """Whether the output has an ONNX graph and an engine."""
-        return self.arguments.format == "trtllm" and self.arguments.engine != "none"
+        return self.arguments.format == "trtllm" and engine_kind(self.arguments.engine) is not None
+
+    @property
+    def engine(self) -> EngineKind:
+        """What is written; for jobs that write one."""
+        kind = engine_kind(self.arguments.engine)
+        assert kind is not None  # see writes_engine
+        return kind
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Compute capabilities that a TensorRT engine is built for; none where there is no such engine."""
+        is_tensorrt = self.writes_engine and self.arguments.engine == "tensorrt"
+        return parse_gpus(self.arguments.gpu, self.fmt) if is_tensorrt else ()
 
     @cached_property
     def given_scales(self) -> Scales | None:
@@ -235,8 +247,9 @@ class Job:
         if arguments.format == "hf":
             require_hf(spec)
         if self.writes_engine:
-            onnx_form(self.fmt)
-            require_supported(self.checkpoint.config, self.max_length)
+            self.engine.check(self)
+        if arguments.gpu is not None and arguments.engine != "tensorrt":
+            raise ConfigError("--gpu", arguments.gpu, "it only with --engine tensorrt", "leave it out")
         self._check_tree()
         if arguments.draft_vocab < 0:
             raise ConfigError("--draft-vocab", str(arguments.draft_vocab), "0 (all) or more", "correct it")
@@ -255,7 +268,7 @@ class Job:
                 )
         if not self.measures_tree:
             return
-        if not self.writes_engine:
+        if not (self.writes_engine and self.engine.runs_here):
             got = f"--engine {arguments.engine}, --format {arguments.format}"
             expected = "the engine that it is measured on, --engine onnxruntime"
             raise ConfigError("--tree auto", got, expected, "give a tree of medusa-tree search")

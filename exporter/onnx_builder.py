@@ -52,17 +52,20 @@ class ExternalData:
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
         self._file.close()
 
-    def add(self, name: str, value: torch.Tensor, *, nibbles: bool = False) -> onnx.TensorProto:
+    def add(
+        self, name: str, value: torch.Tensor, *, nibbles: bool = False, nibble_type: int = TensorProto.UINT4
+    ) -> onnx.TensorProto:
         """Write a tensor, unless one of that name is there already; small ones stay inline.
 
         Args:
-            nibbles: the values are 0 .. 15 in uint8 and are stored as UINT4, two a byte.
+            nibbles: the values are 0 .. 15 in uint8 and are stored two a byte.
+            nibble_type: what those 4 bits are: UINT4, INT4 or FLOAT4E2M1.
         """
         if name in self.protos:
             return self.protos[name]
         flat = value.detach().contiguous().reshape(-1)
         raw = (flat[0::2] | flat[1::2] << 4 if nibbles else flat).view(torch.uint8).numpy()  # [bytes]
-        data_type = TensorProto.UINT4 if nibbles else _ONNX_DTYPE[value.dtype]
+        data_type = nibble_type if nibbles else _ONNX_DTYPE[value.dtype]
         proto = TensorProto(name=name, data_type=data_type, dims=list(value.shape))
         if raw.nbytes <= INLINE_BYTES:
             proto.raw_data = raw.tobytes()
@@ -84,10 +87,13 @@ class GraphBuilder:
         path: the model file.
         name: the graph's name.
         data: an open file of initializers to share; None opens ``path`` + ".data" for this graph alone.
+        opsets: domain -> version; only operators of these are in the graph.
     """
 
-    def __init__(self, path: Path, name: str, data: ExternalData | None = None) -> None:
-        self.path, self.name = path, name
+    def __init__(
+        self, path: Path, name: str, data: ExternalData | None = None, opsets: dict[str, int] | None = None
+    ) -> None:
+        self.path, self.name, self.opsets = path, name, opsets or {"": OPSET, MICROSOFT: 1}
         self._data = ExternalData(path.with_name(path.name + ".data")) if data is None else data
         self._owned = self._data if data is None else None
         self._nodes: list[onnx.NodeProto] = []
@@ -150,10 +156,10 @@ class GraphBuilder:
         """Declare an output of another graph."""
         self._outputs.append(output)
 
-    def tensor(self, name: str, value: torch.Tensor, *, nibbles: bool = False) -> str:
+    def tensor(self, name: str, value: torch.Tensor, **nibbles: Any) -> str:
         """Store an initializer under a unique name; the first value given to a name stays. For ``nibbles`` see ExternalData."""
         if name not in self._initializers:
-            self._initializers[name] = self._data.add(name, value, nibbles=nibbles)
+            self._initializers[name] = self._data.add(name, value, **nibbles)
         return name
 
     def ints(self, *values: int) -> str:
@@ -164,7 +170,7 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        opsets = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medusa-export")
         self.path.write_bytes(model.SerializeToString(deterministic=True))
 

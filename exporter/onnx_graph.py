@@ -62,6 +62,14 @@ def write_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter,
 
 def require_supported(config: DecoderConfig, max_length: int) -> None:
     """Raise ConfigError for what the graph cannot express, before any long work."""
+    require_context(config, max_length)
+    if config.head_dim % HEAD_DIM_MULTIPLE:
+        expected = f"a multiple of {HEAD_DIM_MULTIPLE} (ONNX Runtime's GroupQueryAttention)"
+        raise ConfigError("head_dim", str(config.head_dim), expected, "export with --engine none")
+
+
+def require_context(config: DecoderConfig, max_length: int) -> None:
+    """Raise ConfigError for a context that the model does not have, or positions that no ONNX graph here expresses."""
     if not 16 <= max_length <= config.max_position_embeddings:
         allowed = f"16 .. {config.max_position_embeddings}"
         raise ConfigError("--max-length", str(max_length), allowed, "choose a length the model was trained for")
@@ -71,9 +79,6 @@ def require_supported(config: DecoderConfig, max_length: int) -> None:
             f"pass --max-length {config.sliding_window}",
         )
         raise ConfigError("sliding_window", got, "a context within the window", action)
-    if config.head_dim % HEAD_DIM_MULTIPLE:
-        expected = f"a multiple of {HEAD_DIM_MULTIPLE} (ONNX Runtime's GroupQueryAttention)"
-        raise ConfigError("head_dim", str(config.head_dim), expected, "export with --engine none")
     rotary_caches(config, 1)
 
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from medusa_export.exporter.draft_vocab import most_frequent_tokens
-from medusa_export.exporter.engine_dir import write_engine, write_onnx
 from medusa_export.exporter.hf import plan_hf, shards, write_hf_configs, write_shard
 from medusa_export.exporter.job import HEAD_FORMS, Job
 from medusa_export.exporter.plan import TensorPlan
 from medusa_export.exporter.ranks import rank_names, write_ranks
+from medusa_export.exporter.tensorrt_dir import EngineBuilder
 from medusa_export.exporter.trtllm import require_scales, write_config
 from medusa_export.heads.conversations import Prompt
 from medusa_export.heads.work import Work
@@ -43,19 +38,22 @@ def part_names(job: Job) -> list[str]:
     return [*scales, *engine, TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp)]
 
 
-def write_parts(job: Job, inputs: Mapping[str, str], work: Work, progress: Progress, choose_tree: TreeChoice) -> None:
+def write_parts(
+    job: Job, inputs: Mapping[str, str], work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
+) -> None:
     """Everything of an export but the manifest.
 
     Args:
         inputs: file -> SHA-256 of the job's input files.
         progress: called with (stage, done, total).
         choose_tree: leaves tree.json and acceptance.json in an engine's directory, and says why.
+        builder: builds engines for GPUs.
     """
     scales = _scales(job, inputs, work, progress)
     if scales is not None:
         work.record("scales", scales.summary())
     if job.arguments.format == "trtllm":
-        _write_trtllm(job, scales, work, progress, choose_tree)
+        _write_trtllm(job, scales, work, progress, choose_tree, builder)
     elif job.arguments.format == "hf":
         _write_hf(job, scales, work, progress)
     else:
@@ -84,9 +82,11 @@ def _write_hf(job: Job, scales: Scales | None, work: Work, progress: Progress) -
     job.tokenizer.save_pretrained(work.path / HF)
 
 
-def _write_trtllm(job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice) -> None:
+def _write_trtllm(
+    job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
+) -> None:
     if job.writes_engine:  # before the rest, whose tree may be measured on it
-        _write_graphs(job, scales, work, progress, choose_tree)
+        _write_graphs(job, scales, work, progress, choose_tree, builder)
     work.once(TREE_FILE, lambda path: path.write_text(job.trtllm_tree.to_json(), encoding="utf-8"))
     work.once(TOKENIZER, job.tokenizer.save_pretrained)
     logger.info("writing the TensorRT-LLM checkpoint, %d draft tokens", job.trtllm_tree.max_draft_len)
@@ -97,17 +97,21 @@ def _write_trtllm(job: Job, scales: Scales | None, work: Work, progress: Progres
     )  # fmt: skip
 
 
-def _write_graphs(job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice) -> None:
-    def write_whole_engine(path: Path) -> None:
-        _write_engine(job, scales, path)
+def _write_graphs(
+    job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
+) -> None:
+    kind = job.engine
+
+    def write_graph(path: Path) -> None:
+        kind.write_graph(job, scales, path)
+
+    def write_engine(path: Path) -> None:
+        kind.write_engine(job, scales, path, builder, progress)
         if job.measures_tree:
             logger.info("%s", choose_tree(path, job.tree_prompts, progress))
 
     logger.info("writing the ONNX graph and the engine")
-    for stage, name, write in (
-        ("ONNX graph", ONNX, partial(_write_onnx, job, scales)),
-        ("engine", ENGINE, write_whole_engine),
-    ):
+    for stage, name, write in (("ONNX graph", ONNX, write_graph), ("engine", ENGINE, write_engine)):
         progress(stage, 0, 1)
         work.once(name, write)
         progress(stage, 1, 1)
@@ -135,40 +139,3 @@ def _calibrate(job: Job, progress: Progress) -> Scales:
         quant_heads=job.arguments.quant_heads, batches=job.batches,
         progress=lambda done, total: progress("calibrate", done, total), device=job.device,
     )  # fmt: skip
-
-
-def _write_onnx(job: Job, scales: Scales | None, path: Path) -> None:
-    write_onnx(path, job.checkpoint, job.fmt, scales, max_length=job.max_length, excluded=_excluded(job))
-
-
-def _write_engine(job: Job, scales: Scales | None, path: Path) -> None:
-    source: dict[str, Any] = {"checkpoint": str(job.arguments.ckpt), "quant": job.arguments.quant}
-    write_engine(
-        path, job.checkpoint, job.fmt, scales, tree=job.engine_tree, max_length=job.max_length,
-        draft_vocab=_draft_vocab(job), save_tokenizer=job.tokenizer.save_pretrained, source=source,
-        excluded=_excluded(job),
-    )  # fmt: skip
-
-
-def _excluded(job: Job) -> Callable[[str], bool]:
-    """Whether a linear of the graph, by its Hugging Face name, stays in float as TensorRT-LLM's does."""
-    names = {
-        "q_proj": "attention.qkv",
-        "k_proj": "attention.qkv",
-        "v_proj": "attention.qkv",
-        "o_proj": "attention.dense",
-    }
-    names |= {"gate_proj": "mlp.fc", "up_proj": "mlp.gate", "down_proj": "mlp.proj"}
-
-    def excluded(module: str) -> bool:
-        parts = module.split(".")  # model.layers.{layer}.{block}.{linear}
-        return job.spec.is_excluded(f"transformer.layers.{parts[2]}.{names[parts[4]]}")
-
-    return excluded
-
-
-def _draft_vocab(job: Job) -> torch.Tensor | None:
-    size, vocab_size = job.arguments.draft_vocab, job.checkpoint.config.vocab_size
-    if not 0 < size < vocab_size:
-        return None
-    return most_frequent_tokens(job.tokenizer, job.prompts, size=size, vocab_size=vocab_size)

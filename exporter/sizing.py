@@ -32,12 +32,14 @@ from medusa_export.exporter.onnx_builder import ALIGNMENT, INLINE_BYTES
 from medusa_export.exporter.onnx_linear import BLOCKS, SMALL_BLOCKS
 from medusa_export.exporter.plan import TensorPlan, plan_ranks
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
+from medusa_export.exporter.sizing_portable import portable_decoder_bytes, portable_heads_bytes
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm_config import trtllm_config
 from medusa_export.heads import families
 from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.manifest import MANIFEST, _refuse_occupied, is_up_to_date, read_manifest, require_idle
 from medusa_export.quantize.calibration import DEFAULT_MAX_LENGTH
+from medusa_export.quantize.tensorrt_targets import tensorrt_form
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ DEFAULT_CONTEXT = 4096  # tokens, where the model has as many
 # tensor in 16 bit, whatever the number of layers. LIBRARIES is RssAnon after the imports, with CPython 3.11 on Linux.
 STREAMED, ENGINE_TENSORS, LIBRARIES = 300_000_000, 3, 400_000_000  # docs/performance.md
 FLOAT32, FLOAT16 = 4, 2  # bytes
+ENGINE_CODE, BUILD_COPIES = 30_000_000, 4  # of TensorRT-RTX 1.7: docs/tensorrt.md
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
@@ -55,7 +58,7 @@ class Request:
 
     Attributes:
         calibrates: scales have to be measured here.
-        form: the ONNX form of the engine; None writes no ONNX graph and no engine.
+        form: the ONNX form of an ONNX Runtime engine; None where none is written.
         max_length: context of the ONNX Runtime engine, in tokens.
         draft_vocab: tokens that its drafts are drawn from; 0 is all.
         stored_bytes: of one weight in the checkpoint.
@@ -63,6 +66,7 @@ class Request:
         tokenizer_bytes: of the tokenizer's files, which are copied.
         reserve: bytes that the export wants to see free before it starts.
         batch, context: sequences, and tokens of each, on the GPU.
+        portable: the ONNX form of a TensorRT engine; None where none is written.
     """
 
     calibrates: bool
@@ -75,6 +79,7 @@ class Request:
     reserve: int
     batch: int
     context: int
+    portable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,8 @@ def plan_export(arguments: ExportArguments, *, batch: int = 1, context: int | No
             raise ConfigError(flag, str(value), f"1 .. {most}", "correct it")
     request = Request(
         calibrates=job.has_scales and job.given_scales is None,
-        form=onnx_form(job.fmt) if job.writes_engine else None,
+        form=onnx_form(job.fmt) if job.writes_engine and not job.gpus else None,
+        portable=tensorrt_form(job.fmt).form if job.gpus else None,
         max_length=job.max_length,
         draft_vocab=arguments.draft_vocab,
         stored_bytes=_itemsize(job.checkpoint.dtype(families.EMBED_TOKENS)),
@@ -320,7 +326,17 @@ def _disk(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]
         decoder, heads = _decoder_bytes(spec, request, request.form), _heads_bytes(spec, request)
         yield Item("onnx/", decoder, f"decoder, {request.form}")
         yield Item("engine/", decoder + heads + request.tokenizer_bytes, "the decoder again, heads, tokenizer")
+    if request.portable is not None:
+        graphs = _portable_bytes(spec, request, request.portable)
+        yield Item("onnx/", graphs, f"decoder and heads, {request.portable}")
+        built = graphs + ENGINE_CODE + request.tokenizer_bytes
+        yield Item("engine/", built, "the same weights in the engines, some code, tokenizer: an estimate")
     yield Item("tokenizer/", request.tokenizer_bytes, "as in the checkpoint")
+
+
+def _portable_bytes(spec: ExportSpec, request: Request, form: str) -> int:
+    heads = portable_heads_bytes(spec, request.draft_vocab, request.shared_lm_head)
+    return portable_decoder_bytes(spec, form, request.max_length) + heads
 
 
 def _aligned(tensors: Iterable[int]) -> int:
@@ -416,6 +432,10 @@ def _ram(spec: ExportSpec, request: Request, machine: Machine) -> Iterator[Item]
         largest = ENGINE_TENSORS * FLOAT16 * _largest(spec)
         yield Item("writing the graphs", largest, f"{ENGINE_TENSORS}x the largest tensor (docs/performance.md)")
         yield _engine_check(spec, request, request.form)
+    if request.portable is not None:
+        graphs = _portable_bytes(spec, request, request.portable)
+        how = f"{BUILD_COPIES}x the graphs, as measured on a small model (docs/tensorrt.md)"
+        yield Item("building the engines", BUILD_COPIES * graphs, how)
 
 
 def _largest(spec: ExportSpec) -> int:

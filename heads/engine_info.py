@@ -14,7 +14,7 @@ from medusa_export.heads.tree import Tree
 ENGINE_FILE = "engine.json"
 DECODER_FILE = "decoder.onnx"
 BATCH_DECODER_FILE = "decoder-batch.onnx"  # on the same weights; trees of several sequences at once
-HEADS_DATA = "heads.onnx.data"
+HEADS_FILE, HEADS_DATA = "heads.onnx", "heads.onnx.data"
 TREE_FILE = "tree.json"
 
 
@@ -23,7 +23,7 @@ class EngineInfo:
     """``engine.json``: what a directory's engine is and which inputs it takes.
 
     Attributes:
-        backend: "onnxruntime" or "tensorrt-llm".
+        backend: "onnxruntime", "tensorrt" or "tensorrt-llm".
         form: how the weights are stored, a key of the exporter's table: "float", "fp8", "int8" ...
         precision: what the weights are and what the arithmetic is, for reports.
         max_length: tokens of prompt and answer together, the shape of the KV cache.

@@ -35,6 +35,7 @@ _PACKAGES = (
     "onnx",
     "onnxruntime",
     "tensorrt",
+    "tensorrt-rtx-cu13-libs",
     "tensorrt_llm",
 )
 _ABSENT = object()

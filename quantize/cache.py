@@ -5,25 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import platformdirs
-
 from medusa_export.heads.errors import MedusaExportError
 from medusa_export.heads.hashing import sha256
 from medusa_export.heads.manifest import package_versions
 from medusa_export.heads.staging import sync
+from medusa_export.heads.user_cache import user_cache
 from medusa_export.quantize.formats import Format, KvCache
 from medusa_export.quantize.scales import SCALES_FILE, Scales
 
 logger = logging.getLogger(__name__)
 
-VARIABLE, OFF = "MEDUSA_EXPORT_CACHE", "off"
 PACKAGES = ("medusa-export", "nvidia-modelopt", "torch", "transformers")
 
 
@@ -67,11 +64,8 @@ def cached_scales(key: str, calibrate: Callable[[], Scales]) -> Scales:
 
 def cache_directory() -> Path | None:
     """Where scales are kept: in the user's cache, or in the directory MEDUSA_EXPORT_CACHE; None where that is "off"."""
-    given = os.environ.get(VARIABLE)
-    if given == OFF:
-        return None
-    root = Path(given).expanduser() if given else platformdirs.user_cache_path("medusa-export", appauthor=False)
-    return root / "scales"
+    root = user_cache()
+    return None if root is None else root / "scales"
 
 
 def _load(path: Path) -> Scales | None:

@@ -27,9 +27,10 @@ COMPOSITION = (
 BACKENDS: dict[str, tuple[str, ...]] = {  # package: the files that may import it
     "modelopt": ("quantize.ptq", "heads.medusa_model"),
     "onnxruntime": ("engines.onnxruntime",),
-    "tensorrt": (),
+    "tensorrt": ("engines.tensorrt_package",),
     "tensorrt_llm": ("engines.trtllm_session",),
-    "tensorrt_rtx": (),
+    "tensorrt_rtx": ("engines.tensorrt_package",),
+    "tensorrt_rtx_bindings": ("engines.tensorrt_package",),
 }
 WITHOUT_TORCH = [
     "errors",

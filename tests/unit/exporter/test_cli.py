@@ -148,7 +148,7 @@ class TestExport:
         expected = ExportArguments(
             inputs.model, tmp_path / "o", "fp8", inputs.heads, "fp8", True, "bfloat16", 4, "cpu-4", tmp_path / "calib",
             5, "none", 99, 100, tmp_path / "scales", 64, ("*mlp.proj*", "*attention.dense*"), "1.0", 2, "hf",
-            tmp_path / "served", tmp_path / "costs",
+            tmp_path / "served", tmp_path / "costs", "sm89",
         )  # fmt: skip
         default = ExportArguments(inputs.model, inputs.root / "model-none")
         unset = {
@@ -248,7 +248,7 @@ ERRORS: dict[str, tuple[Callable[[Inputs], dict[str, object]], str]] = {
         f"format 'fp9': got an unknown name; expected one of {', '.join(FORMATS)};",
     ),
     "unknown cache": (flags(kv_cache="fp4"), "kv cache format 'fp4': got an unknown name"),
-    "unknown engine": (flags(engine="vllm"), "--engine: got 'vllm'; expected onnxruntime or none"),
+    "unknown engine": (flags(engine="vllm"), "--engine: got 'vllm'; expected onnxruntime, tensorrt or none"),
     "unknown dtype": (flags(dtype="int4"), "dtype 'int4'"),
     "16-bit heads only": (flags(quant_heads=""), "leave the heads in 16 bit"),
     "dims of int8": (
@@ -313,6 +313,22 @@ ERRORS: dict[str, tuple[Callable[[Inputs], dict[str, object]], str]] = {
     "tp does not divide": (flags(tp=3), "4 query heads over tp 3; expected a multiple of 3; use tp 1, 2, 4"),
     "tp 0": (flags(tp=0), "tp: got 0; expected at least 1"),
     "long context": (flags(engine="onnxruntime", max_length=129), "--max-length: got 129; expected 16 .. 128"),
+    "GPUs of nothing": (flags(gpu="sm89"), "--gpu: got sm89; expected it only with --engine tensorrt"),
+    "unknown GPU": (flags(engine="tensorrt", gpu="h100"), "--gpu: got 'h100'; expected some of sm80, sm86, sm89"),
+    "FP8 on Ampere": (
+        flags(engine="tensorrt", gpu="sm80,sm89", quant="fp8"),
+        "--gpu sm80: got --quant fp8; expected some of sm89, sm90, sm100, sm103, sm120, sm121: FP8 begins with SM 89; "
+        "or take --quant int8_sq",
+    ),
+    "Hopper ahead of time": (
+        flags(engine="tensorrt", gpu="sm89,sm90"),
+        "--gpu sm89,sm90: got no GPU on this machine, and TensorRT-RTX has no target sm90; expected",
+    ),
+    "trees measured on a GPU": (
+        flags(engine="tensorrt", gpu="sm89", tree="auto"),
+        "--tree auto: got --engine tensorrt, --format trtllm;",
+    ),
+    "TensorRT beyond the model": (flags(engine="tensorrt", gpu="sm89", max_length=129), "--max-length: got 129"),
     "draft vocabulary": (flags(draft_vocab=-1), "--draft-vocab: got -1"),
     "missing prompts": (flags(calib="absent"), "absent: got no readable file"),
     "bad prompts": (bad_prompts, "calib.jsonl:2: got the keys question"),
@@ -369,6 +385,34 @@ def test_fp4_has_no_engine_here(run: Run, sized: Callable[..., Inputs]) -> None:
     assert "--engine none" in line
     assert not (made.root / "out").exists()
     assert run("export", *made.flags(quant="nvfp4", calib_prompts=1)).code == 0
+
+
+class TestTensorRt:
+    def test_engines_for_two_gpus(self, run: Run, inputs: Inputs) -> None:
+        pytest.importorskip("tensorrt_rtx_bindings")
+        flags = inputs.flags(engine="tensorrt", gpu="sm89,sm120", quant="fp8", calib_prompts=2)
+        assert run("export", *flags) == (0, f"wrote {inputs.root / 'out'}\n", "")
+        out = inputs.root / "out"
+        assert {path.suffix for path in (out / "engine").glob("rank0*")} == {".engine", ".json"}
+        assert (out / "engine/tree.json").read_text() == (out / "tree.json").read_text(), "both verify on a GPU"
+        manifest = json.loads((out / "medusa.json").read_text())
+        assert {"engine/rank0.engine", "engine/heads.engine", "onnx/decoder.onnx"} < manifest["files"].keys()
+        assert manifest["versions"]["tensorrt-rtx-cu13-libs"]
+        assert run("export", *flags).out.startswith("up to date")
+        assert run("export", "verify", out).code == 0
+        planned = run("export", "plan", *flags, "--json", inputs.root / "plan.json")
+        assert planned.code == 0
+        disk = {item["what"]: item["bytes"] for item in json.loads((inputs.root / "plan.json").read_text())["disk"]}
+        written = sum(path.stat().st_size for path in (out / "onnx").iterdir() if path.suffix == ".data")
+        assert disk["onnx/"] == pytest.approx(written, rel=0.3)  # a tiny model's tensors lie in the graph's file
+
+    def test_the_package_is_missing(self, run: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+            monkeypatch.setitem(sys.modules, name, None)
+        line = one_line(run("export", *inputs.flags(engine="tensorrt", gpu="sm89")))
+        assert line.endswith("TensorRT-RTX: got not installed; expected an importable package; run: pip install "
+                             "'medusa-export[tensorrt-rtx]'")  # fmt: skip
+        assert not (inputs.root / "out").exists()
 
 
 FORMS = {

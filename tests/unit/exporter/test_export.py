@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.selfcheck import check_engine
+from medusa_export.exporter import engine_kinds, parts, ranks
 from medusa_export.exporter import export as export_module
-from medusa_export.exporter import parts, ranks
 from medusa_export.exporter.export import ExportArguments, export
 from medusa_export.exporter.verify import verify_export
 from medusa_export.heads import threads as heads_threads
@@ -378,11 +378,11 @@ class TestContinued:
     def test_an_interrupted_engine(self, make: Make, counted: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
         given = make(tp=2)
         with monkeypatch.context() as patch:
-            patch.setattr(parts, "write_engine", counted.interrupted)  # with other arguments: a TypeError
+            patch.setattr(engine_kinds, "write_engine", counted.interrupted)  # with other arguments: a TypeError
             with pytest.raises(TypeError):
                 export(given, no_engine)
         counted.begun.clear()
-        monkeypatch.setattr(parts, "write_onnx", no_engine)
+        monkeypatch.setattr(engine_kinds, "write_onnx", no_engine)
         assert export(given, Calls(), notice=counted.notices.append)
         assert counted.begun == [0, 1]
         assert counted.notices == ["continuing: 1 of 7 parts were finished"]

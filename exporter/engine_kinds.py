@@ -1,0 +1,131 @@
+"""What --engine may name, in one table: which graph and engine are written, with which tree, and what is refused beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from medusa_export.exporter.draft_vocab import most_frequent_tokens
+from medusa_export.exporter.engine_dir import onnx_form, write_engine, write_onnx
+from medusa_export.exporter.onnx_graph import require_context, require_supported
+from medusa_export.exporter.tensorrt_dir import EngineBuilder, write_portable, write_tensorrt_engine
+from medusa_export.heads.errors import ConfigError
+from medusa_export.quantize.scales import Scales
+
+if TYPE_CHECKING:
+    from medusa_export.exporter.job import Job
+
+GPU_TREE, CPU_TREE = "medusa-63", "cpu-3"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """A kind of engine.
+
+    Attributes:
+        description: for --help.
+        tree: the preset that it gets when none is asked for.
+        check: raises what cannot be built, before any work.
+        write_graph: (job, scales, path) writes ``onnx/``.
+        write_engine: (job, scales, path, builder, progress) writes ``engine/``, after ``onnx/`` beside it.
+        runs_here: whether the engine runs where it is made, so that trees can be measured on it.
+    """
+
+    description: str
+    tree: str
+    check: Callable[[Job], None]
+    write_graph: Callable[[Job, Scales | None, Path], None]
+    write_engine: Callable[[Job, Scales | None, Path, EngineBuilder, Progress], None]
+    runs_here: bool
+
+
+def _check_onnxruntime(job: Job) -> None:
+    onnx_form(job.fmt)
+    require_supported(job.checkpoint.config, job.max_length)
+
+
+def _write_onnx(job: Job, scales: Scales | None, path: Path) -> None:
+    write_onnx(path, job.checkpoint, job.fmt, scales, max_length=job.max_length, excluded=_excluded(job))
+
+
+def _write_engine(job: Job, scales: Scales | None, path: Path, builder: EngineBuilder, progress: Progress) -> None:
+    write_engine(
+        path, job.checkpoint, job.fmt, scales, tree=job.engine_tree, max_length=job.max_length,
+        draft_vocab=_draft_vocab(job), save_tokenizer=job.tokenizer.save_pretrained, source=_source(job),
+        excluded=_excluded(job),
+    )  # fmt: skip
+
+
+def _check_tensorrt(job: Job) -> None:
+    _ = job.gpus  # refuses what the format does not run on
+    require_context(job.checkpoint.config, job.max_length)
+
+
+def _write_portable(job: Job, scales: Scales | None, path: Path) -> None:
+    write_portable(
+        path, job.checkpoint, job.fmt, scales, dtype=job.spec.dtype, tree=job.engine_tree, max_length=job.max_length,
+        draft_vocab=_draft_vocab(job), excluded=_excluded(job),
+    )  # fmt: skip
+
+
+def _write_tensorrt(job: Job, scales: Scales | None, path: Path, builder: EngineBuilder, progress: Progress) -> None:
+    write_tensorrt_engine(
+        path, path.with_name("onnx"), job.checkpoint, job.fmt, gpus=job.gpus,
+        dtype=job.spec.dtype, tree=job.engine_tree, max_length=job.max_length, builder=builder, progress=progress,
+        save_tokenizer=job.tokenizer.save_pretrained, source=_source(job),
+    )  # fmt: skip
+
+
+ENGINES: dict[str, EngineKind] = {
+    "onnxruntime": EngineKind(
+        "ONNX Runtime on a CPU", CPU_TREE, _check_onnxruntime, _write_onnx, _write_engine, runs_here=True
+    ),
+    "tensorrt": EngineKind(
+        "TensorRT for the GPUs of --gpu", GPU_TREE, _check_tensorrt, _write_portable, _write_tensorrt, runs_here=False
+    ),
+}
+NO_ENGINE = "none"
+
+
+def engine_kind(name: str) -> EngineKind | None:
+    """The kind of that name, None for "none".
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name not in (*ENGINES, NO_ENGINE):
+        raise ConfigError("--engine", repr(name), f"{', '.join(ENGINES)} or {NO_ENGINE}", "pick one of them")
+    return ENGINES.get(name)
+
+
+def _source(job: Job) -> dict[str, Any]:
+    return {"checkpoint": str(job.arguments.ckpt), "quant": job.arguments.quant}
+
+
+def _excluded(job: Job) -> Callable[[str], bool]:
+    """Whether a linear of the graph, by its Hugging Face name, stays in float as TensorRT-LLM's does."""
+    names = {
+        "q_proj": "attention.qkv",
+        "k_proj": "attention.qkv",
+        "v_proj": "attention.qkv",
+        "o_proj": "attention.dense",
+    }
+    names |= {"gate_proj": "mlp.fc", "up_proj": "mlp.gate", "down_proj": "mlp.proj"}
+
+    def excluded(module: str) -> bool:
+        parts = module.split(".")  # model.layers.{layer}.{block}.{linear}
+        return job.spec.is_excluded(f"transformer.layers.{parts[2]}.{names[parts[4]]}")
+
+    return excluded
+
+
+def _draft_vocab(job: Job) -> torch.Tensor | None:
+    size, vocab_size = job.arguments.draft_vocab, job.checkpoint.config.vocab_size
+    if not 0 < size < vocab_size:
+        return None
+    return most_frequent_tokens(job.tokenizer, job.prompts, size=size, vocab_size=vocab_size)

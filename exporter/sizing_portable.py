@@ -1,0 +1,72 @@
+"""Sizes of the portable ONNX graphs and of the TensorRT engines that are built from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from medusa_export.exporter.onnx_builder import ALIGNMENT, INLINE_BYTES
+from medusa_export.exporter.onnx_linear import SMALL_BLOCKS
+from medusa_export.exporter.onnx_portable_linear import FP4_BLOCK
+from medusa_export.exporter.spec import ExportSpec
+from medusa_export.heads import families
+
+HALF = 2  # bytes of what is not quantized, and of scales
+FUSED = {families.Q_PROJ: "attention.qkv", families.O_PROJ: "attention.dense"} | {
+    families.GATE_PROJ: "mlp.fc", families.UP_PROJ: "mlp.gate", families.DOWN_PROJ: "mlp.proj",
+}  # fmt: skip
+
+
+def portable_decoder_bytes(spec: ExportSpec, form: str, max_length: int) -> int:
+    """decoder.onnx.data: the tables, cosines and sines, the last norm, and the layers."""
+    config = spec.config
+    tables = [HALF * config.vocab_size * config.hidden_size] * (1 if config.tie_word_embeddings else 2)
+    positions = [HALF * max_length * config.head_dim // 2] * 2 + [8 * max_length]
+    layers = (size for layer in range(config.num_hidden_layers) for size in _layer(spec, form, layer))
+    return _aligned([*tables, *positions, HALF * config.hidden_size, *layers])
+
+
+def portable_heads_bytes(spec: ExportSpec, draft_vocab: int, shared_lm_head: bool) -> int:
+    """heads.onnx.data: blocks, projections to the draft vocabulary, and its token ids.
+
+    Args:
+        draft_vocab: tokens that drafts are drawn from; 0 is all.
+    """
+    hidden, vocab = spec.config.hidden_size, spec.config.vocab_size
+    restricted = 0 < draft_vocab < vocab
+    rows = draft_vocab if restricted else vocab
+    blocks = [HALF * hidden * hidden, HALF * hidden] * spec.num_medusa_heads * spec.num_medusa_layers
+    projections = [HALF * rows * hidden] * (1 if shared_lm_head else spec.num_medusa_heads)
+    return _aligned([*blocks, *projections, 8 * rows * restricted])
+
+
+def _layer(spec: ExportSpec, form: str, layer: int) -> Iterator[int]:
+    config, shapes = spec.config, spec.config.linear_shapes()
+    shapes[families.Q_PROJ] = (config.q_size + 2 * config.kv_size, config.hidden_size)
+    for name, module in FUSED.items():
+        excluded = spec.is_excluded(f"transformer.layers.{layer}.{module}")
+        yield from _matrix("float" if excluded else form, shapes[name], spec.fmt.group_size)
+        yield HALF * shapes[name][0] * config.has_bias(name)
+    yield from [HALF * config.hidden_size] * 2
+    yield from [HALF * config.head_dim * config.family.qk_norm] * 2
+
+
+def _matrix(form: str, shape: tuple[int, ...], group_size: int | None) -> tuple[int, ...]:
+    """A linear's tensors in a form of the portable graph."""
+    rows, width = shape
+    size, by_row, by_input = rows * width, HALF * rows, HALF * width
+    block = group_size or next((block for block in SMALL_BLOCKS if width % block == 0), width)
+    return {
+        "float": (HALF * size,),
+        "fp8": (size,),
+        "fp8_row": (size, by_row),
+        "int8": (size, by_row),
+        "int8_sq": (size, by_row, by_input),
+        "int4": (size // 2, HALF * size // block),
+        "int4_awq": (size // 2, HALF * size // block, by_input),
+        "nvfp4": (size // 2, size // FP4_BLOCK),
+    }[form]
+
+
+def _aligned(tensors: list[int]) -> int:
+    return sum(math.ceil(size / ALIGNMENT) * ALIGNMENT for size in tensors if size > INLINE_BYTES)

@@ -1,0 +1,109 @@
+"""Writes ``onnx/`` and ``engine/`` of an export to TensorRT: the portable graphs, and the engines that are built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from medusa_export.exporter.engine_dir import MIN_TOP_K, Excluded
+from medusa_export.exporter.onnx_portable import write_portable_decoder
+from medusa_export.exporter.onnx_portable_heads import write_portable_heads
+from medusa_export.exporter.onnx_portable_linear import PortableLinear
+from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.tree import Tree
+from medusa_export.quantize.formats import Format
+from medusa_export.quantize.scales import Scales
+from medusa_export.quantize.tensorrt_targets import tensorrt_form
+
+MAX_NODES = 64  # of a tree that an engine takes (see docs/decisions/0002); a larger --tree raises it
+
+
+class EngineBuilder(Protocol):
+    """Passed in, because this package does not know the engines."""
+
+    def require(self, gpus: Sequence[int]) -> None:
+        """Raise MedusaExportError unless engines for these GPUs can be built on this machine."""
+
+    def build(self, onnx_dir: Path, out: Path, progress: Callable[[str, int, int], None], **request: Any) -> None:
+        """Write the engines of ``onnx_dir``, and what they take and give, into ``out``."""
+
+
+def write_portable(
+    out: Path,
+    checkpoint: MedusaCheckpoint,
+    fmt: Format,
+    scales: Scales | None,
+    *,
+    dtype: str,
+    tree: Tree,
+    max_length: int,
+    draft_vocab: torch.Tensor | None,
+    excluded: Excluded = lambda module: False,
+) -> None:
+    """``out/decoder.onnx`` and, where there are heads, ``out/heads.onnx``: what TensorRT is given.
+
+    Args:
+        dtype: "float16" or "bfloat16".
+        tree: the heads give at least its candidates.
+        draft_vocab: see :func:`write_portable_heads`.
+        excluded: whether a linear, by its Hugging Face name, stays in ``dtype``.
+    """
+    form, number = tensorrt_form(fmt), getattr(torch, dtype)
+    out.mkdir()
+    linear = PortableLinear(checkpoint, str(form.form), number, scales, fmt.group_size, excluded)
+    write_portable_decoder(out, checkpoint, linear, max_length=max_length)
+    if checkpoint.num_medusa_heads:
+        write_portable_heads(out, checkpoint, dtype=number, top_k=_top_k(tree), draft_vocab=draft_vocab)
+
+
+def write_tensorrt_engine(
+    out: Path,
+    onnx_dir: Path,
+    checkpoint: MedusaCheckpoint,
+    fmt: Format,
+    *,
+    gpus: tuple[int, ...],
+    dtype: str,
+    tree: Tree,
+    max_length: int,
+    builder: EngineBuilder,
+    progress: Callable[[str, int, int], None],
+    save_tokenizer: Callable[[Path], Any],
+    source: dict[str, Any],
+) -> None:
+    """``out``: rank0.engine, heads.engine, what is in them as JSON, engine.json, tree.json and the tokenizer."""
+    form, config = tensorrt_form(fmt), checkpoint.config
+    out.mkdir()
+    nodes = tree.num_nodes
+    builder.build(
+        onnx_dir, out, progress, gpus=gpus, max_length=max_length, max_nodes=max(MAX_NODES, nodes), nodes=nodes
+    )
+    info = EngineInfo(
+        backend="tensorrt",
+        form=str(form.form),
+        precision=f"{form.precision}, {dtype} otherwise",
+        max_length=max_length,
+        max_depth=checkpoint.num_medusa_heads,
+        top_k=_top_k(tree),
+        num_hidden_layers=config.num_hidden_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        session_options={},
+        heads_session_options={},
+        source=source,
+    )
+    info.save(out)
+    (out / TREE_FILE).write_text(tree.to_json(), encoding="utf-8")
+    save_tokenizer(out)
+
+
+def _top_k(tree: Tree) -> int:
+    """Candidates a head: also other trees than the default one can be tried without a new export."""
+    return max(MIN_TOP_K, tree.top_k if tree.max_draft_len else 1)

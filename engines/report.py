@@ -252,9 +252,12 @@ def _comparison_table(found: dict[str, Any]) -> Table:
     table.add_row("equal greedy tokens", f"{found['greedy_agreement']:.1%} of {found['positions']}")
     table.add_row("equal outputs", f"{found['equal_outputs']} of {found['prompts']}")
     table.add_row("KL of next tokens", f"{found['kl_mean']:.3g} nats")
-    table.add_row("perplexity of its answers", f"{perplexity['engine']:.3f} (its own {perplexity['other']:.3f})")
-    table.add_row("speed, without / with", f"{speed['without_medusa']:.2f}x / {speed['with_medusa']:.2f}x")
-    table.add_row("with Medusa to it without", f"{speed['ours_with_to_other_without']:.2f}x")
+    table.add_row(
+        "perplexity of the other's answers",
+        f"{perplexity['engine']:.3f} (under the other itself {perplexity['other']:.3f})",
+    )
+    table.add_row("speed, both without / both with", f"{speed['without_medusa']:.2f}x / {speed['with_medusa']:.2f}x")
+    table.add_row("this one with, the other without", f"{speed['ours_with_to_other_without']:.2f}x")
     for row in found["paired"]:
         table.add_row(row["measure"], paired_line(row))
     return table
@@ -267,7 +270,9 @@ def paired_line(row: dict[str, Any]) -> str:
     low, high = row["ci95"]
     text = f"{row['difference']:+.3g} ({low:+.3g} .. {high:+.3g}) over {row['prompts']} prompts"
     return (
-        text if row["differs"] else f"{text}: no difference seen; {row['detectable']:.2g} would have been, 4 times of 5"
+        text
+        if row["differs"]
+        else f"{text}: no difference seen ({row['detectable']:.2g} would have been, 4 times of 5)"
     )
 
 

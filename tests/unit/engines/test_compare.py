@@ -88,7 +88,7 @@ def test_what_is_said_of_a_difference() -> None:
     row = {"difference": 0.1, "ci95": [0.05, 0.15], "detectable": 0.07, "differs": True, "prompts": 9}
     assert paired_line(row) == "+0.1 (+0.05 .. +0.15) over 9 prompts"
     row |= {"ci95": [-0.05, 0.25], "differs": False}
-    assert "no difference seen; 0.07 would have been" in paired_line(row)
+    assert "no difference seen (0.07 would have been" in paired_line(row)
     assert "says nothing" in paired_line(row | {"ci95": None, "detectable": None})
 
 

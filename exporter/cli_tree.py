@@ -266,6 +266,7 @@ def _crossover(counted: Any, curves: list[dict[str, Any]], max_draft_len: int) -
                 "batch": curve["batch"],
                 "past_length": curve["past_length"],
                 "max_draft_len": chosen.tree.max_draft_len,
+                "medusa_choices": [list(choice) for choice in chosen.tree.choices],
                 "tokens_per_step": round(chosen.tokens_per_step, 4),
                 "speedup": round(chosen.speedup, 4),
             }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.exporter import cli_tree
 from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.tree import load_tree
@@ -78,7 +79,11 @@ def test_batches(
     capfd.readouterr()
     files = ["--acceptance", acceptance, "--cost", cost, "--batch", "3", "--output", tree]
     assert run(monkeypatch, "search", *files) == 0
-    assert [row["batch"] for row in json.loads(tree.read_text())["crossover"]] == [1, 3]
+    rows = json.loads(tree.read_text())["crossover"]
+    assert [row["batch"] for row in rows] == [1, 3]
+    trees = BatchTrees.load(tree)
+    assert [len(row["medusa_choices"]) for row in rows] == [trees(1).max_draft_len, trees(3).max_draft_len]
+    assert trees(4).max_draft_len == 0
     assert "past length" in capfd.readouterr().out
 
 

@@ -1,0 +1,53 @@
+"""Which tree a server uses with how many sequences at once: what ``medusa-tree search`` found for every batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_export.engines.base import AUTOREGRESSIVE
+from medusa_export.heads.config import read_json
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import Tree, load_tree
+
+UNMEASURED = 4  # sequences at once up to which a tree is used whose batches were not measured
+
+
+@dataclass(frozen=True)
+class BatchTrees:
+    """A tree by the number of sequences in a step.
+
+    Attributes:
+        by_batch: measured batch sizes and their trees, an empty tree where none pays. In between, the next larger size's tree holds,
+            and beyond the largest one none: a step of many is dearer with a tree, so the larger size is the careful guess.
+    """
+
+    by_batch: Mapping[int, Tree]
+
+    def __call__(self, running: int) -> Tree:
+        """The tree of a step of ``running`` sequences."""
+        measured = min((batch for batch in self.by_batch if batch >= running), default=None)
+        return AUTOREGRESSIVE if measured is None else self.by_batch[measured]
+
+    @property
+    def all(self) -> list[Tree]:
+        """Every tree that may be used."""
+        return list(self.by_batch.values())
+
+    @classmethod
+    def load(cls, path: Path) -> BatchTrees:
+        """From tree.json. Its ``crossover`` says what pays at which batch; without one its tree is used for up to four sequences.
+
+        Raises:
+            TreeError, ConfigError: no such file, or a tree in it that breaks a rule.
+        """
+        tree = load_tree(str(path))
+        body = read_json(path)
+        rows = body.get("crossover") or []
+        try:
+            found = {int(row["batch"]): Tree.from_choices(row["medusa_choices"]) for row in reversed(rows)}
+        except (KeyError, TypeError, ValueError) as error:
+            got = f"{type(error).__name__}: {error} in crossover"
+            raise ConfigError(str(path), got, "what medusa-tree search writes", "search again") from error
+        return cls(found if len(found) > 1 else {UNMEASURED: tree})

@@ -1,0 +1,213 @@
+"""Writes a Triton model repository for a TensorRT-LLM engine, and checks one."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from medusa_export.engines import stream_text, trtllm_bls, trtllm_postprocessing, trtllm_preprocessing
+from medusa_export.engines.triton import render
+from medusa_export.engines.triton_trtllm_files import deployment_files
+from medusa_export.engines.triton_trtllm_models import (
+    BLS,
+    ENGINE,
+    ENSEMBLE,
+    POSTPROCESSING,
+    PREPROCESSING,
+    EngineFacts,
+    TrtllmServing,
+    model_configs,
+)
+from medusa_export.engines.triton_trtllm_parameters import parameter_problems
+from medusa_export.engines.trtllm_command import MEDUSA
+from medusa_export.heads.config import read_json
+from medusa_export.heads.conversations import read_tokenizer
+from medusa_export.heads.engine_info import ENGINE_FILE, TREE_FILE, EngineInfo
+from medusa_export.heads.errors import ConfigError, MedusaExportError, missing_package
+from medusa_export.heads.hashing import list_files
+from medusa_export.heads.manifest import hash_files, output_directory, read_manifest, verify_manifest
+from medusa_export.heads.tree import load_tree
+from medusa_export.heads.trtllm_releases import release_of_engine
+
+KIND, VERSION, BACKEND = "tensorrt-llm", "1", "tensorrt-llm"
+TOKENIZER = "tokenizer"
+WITH_TOKENIZER = (PREPROCESSING, POSTPROCESSING, BLS)
+SOURCES = {PREPROCESSING: trtllm_preprocessing, POSTPROCESSING: trtllm_postprocessing, BLS: trtllm_bls}
+OURS = (ENGINE_FILE, TREE_FILE)
+
+
+def is_trtllm_engine(path: Path) -> bool:
+    """Whether a directory is one that medusa-export wrote for TensorRT-LLM."""
+    return (path / ENGINE_FILE).is_file() and read_json(path / ENGINE_FILE).get("backend") == BACKEND
+
+
+def engine_facts(engine_dir: Path, built: Path) -> EngineFacts:
+    """What decides the configurations.
+
+    Args:
+        engine_dir: where engine.json and tree.json are.
+        built: where the engine's own config.json and its ranks are.
+
+    Raises:
+        ConfigError: no built engine, one without Medusa, or of a release that Triton has no container of.
+    """
+    if not (built / "config.json").is_file():
+        raise ConfigError(str(built), "no engine", "a built one", "run build.sh of the export where the GPU is")
+    info, config = EngineInfo.load(engine_dir), read_json(built / "config.json")
+    release = release_of_engine(config.get("version"), f"{built}/config.json")
+    if release.triton is None:
+        raise ConfigError(
+            str(built),
+            f"an engine of TensorRT-LLM {release.name}",
+            "one that a container of Triton has",
+            "build it with 1.2.1",
+        )
+    pretrained, numbers = config["pretrained_config"], config["build_config"]
+    tree = load_tree(str(engine_dir / TREE_FILE), num_medusa_heads=pretrained.get("num_medusa_heads"))
+    if tree.max_draft_len != pretrained.get("max_draft_len"):
+        raise ConfigError(
+            f"{engine_dir / TREE_FILE}", f"{tree.max_draft_len} choices",
+            f"{pretrained.get('max_draft_len')}, which the engine was built for", "use the tree of its export",
+        )  # fmt: skip
+    tp = int(pretrained["mapping"]["tp_size"])
+    missing = [f"rank{rank}.engine" for rank in range(tp) if not (built / f"rank{rank}.engine").is_file()]
+    if missing:
+        raise ConfigError(str(built), f"no {missing[0]}", f"{tp} ranks", "build it again")
+    return EngineFacts(
+        release, tree, tp, int(numbers["max_batch_size"]), info.max_length, info.eos_token_ids,
+        paged_context=bool(numbers.get("plugin_config", {}).get("use_paged_context_fmha")),
+        logits=str(pretrained.get("logits_dtype", "float32")), window=info.source.get("sliding_window"),
+    )  # fmt: skip
+
+
+def write_trtllm_repository(engine_dir: Path, output: Path, serving: TrtllmServing | None = None) -> None:
+    """A complete model repository; it appears all at once or not at all.
+
+    Args:
+        engine_dir: what build.sh or medusa-export left, with the engine in ``medusa``; it is copied.
+
+    Raises:
+        MedusaExportError: an engine that cannot be served, choices that do not fit it, or an output that is there already.
+    """
+    serving, built = serving or TrtllmServing(), engine_dir / MEDUSA
+    facts = engine_facts(engine_dir, built)
+    if serving.chunked_context and not facts.paged_context:
+        raise ConfigError(
+            "--chunked-context", "an engine built without use_paged_context_fmha", "one with it", "leave it out"
+        )
+    configs = model_configs(facts, serving)
+    _require_parameters(configs[ENGINE], facts)
+    files = {f"{ENGINE}/{VERSION}/{path.name}": path for path in sorted(built.iterdir()) if path.is_file()}
+    files |= {f"{ENGINE}/{VERSION}/{name}": engine_dir / name for name in OURS}
+    files |= {
+        f"{model}/{VERSION}/{TOKENIZER}/{path.name}": path
+        for model in WITH_TOKENIZER
+        for path in _tokenizer_files(engine_dir)
+    }
+    texts = {f"{model}/config.pbtxt": render(config) for model, config in configs.items()}
+    texts |= {f"{model}/{VERSION}/model.py": _source(module) for model, module in SOURCES.items()}
+    texts |= {
+        f"{BLS}/{VERSION}/lib/{name}.py": text
+        for name, text in (("__init__", ""), ("stream_text", _source(stream_text)))
+    }
+    texts |= {f"{ENSEMBLE}/{VERSION}/README.md": "An ensemble has no files of its own; Triton wants the folder.\n"}
+    texts |= deployment_files(facts, serving)
+    arguments = {"kind": KIND, "engine": engine_dir, **{name: str(value) for name, value in asdict(serving).items()}}
+    with output_directory(output, inputs=hash_files(set(files.values())), arguments=arguments) as work:
+        for name, path in files.items():
+            work.once(name, lambda target, path=path: shutil.copyfile(path, target))
+        for name, text in texts.items():
+            work.once(name, lambda target, text=text: target.write_text(text, encoding="utf-8"))
+
+
+def verify_trtllm_repository(repository: Path) -> list[str]:
+    """What is wrong with a repository, one line each: files, configurations, parameters, engine, tree and tokenizer."""
+    problems = verify_manifest(repository)
+    if problems:
+        return problems
+    try:
+        serving = _serving(read_manifest(repository)["arguments"])
+        built = repository / ENGINE / VERSION
+        facts = engine_facts(built, built)
+        for model, config in model_configs(facts, serving).items():
+            problems += _config_problems(repository / model / "config.pbtxt", config, facts)
+        for model in WITH_TOKENIZER:
+            read_tokenizer(repository / model / VERSION / TOKENIZER)
+    except MedusaExportError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _config_problems(path: Path, expected: dict[str, Any], facts: EngineFacts) -> list[str]:
+    """How a configuration differs from what it should be, and what the backend would make of its parameters."""
+    found, wanted = _parse(path), _message(expected)
+    problems = [
+        f"{path}: {field.name} is not what was written"
+        for field in wanted.DESCRIPTOR.fields
+        if getattr(found, field.name) != getattr(wanted, field.name)
+    ]
+    if path.parent.name == ENGINE:
+        parameters = {name: value.string_value for name, value in found.parameters.items()}
+        problems += [f"{path}: {problem}" for problem in parameter_problems(parameters, facts.release)]
+    return problems
+
+
+def _require_parameters(config: dict[str, Any], facts: EngineFacts) -> None:
+    parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+    for problem in parameter_problems(parameters, facts.release):
+        where, _, rest = problem.partition(": got ")
+        got, _, expected = rest.partition("; expected ")
+        raise ConfigError(where, got or problem, expected or "what the backend takes", "choose another value")
+
+
+def _serving(arguments: dict[str, Any]) -> TrtllmServing:
+    """The choices that a manifest recorded."""
+    values: dict[str, Any] = {}
+    for item in fields(TrtllmServing):
+        text = arguments[item.name]
+        values[item.name] = text == "True" if isinstance(item.default, bool) else type(item.default)(text)  # type: ignore[misc]
+    return TrtllmServing(**values)
+
+
+def _tokenizer_files(engine_dir: Path) -> list[Path]:
+    """The tokenizer's files beside an engine, and nothing else of it."""
+    read_tokenizer(engine_dir)
+    others = {*OURS, "build.json", "baseline_config.json", "acceptance.json"}
+    return [path for name, path in list_files(engine_dir, engine_dir).items() if "/" not in name and name not in others]
+
+
+def _source(module: Any) -> str:
+    """A module's text, as it stands alone in a model's folder."""
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    return text.replace("from medusa_export.engines.stream_text import", "from lib.stream_text import")
+
+
+def _parse(path: Path) -> Any:
+    """A configuration, as Triton reads it.
+
+    Raises:
+        ConfigError: an unknown field, or a value of another type.
+    """
+    text_format = _import_protobuf()[1]
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), _message({}))
+    except text_format.ParseError as error:
+        raise ConfigError(
+            str(path), f"no model configuration ({error})", "what Triton reads", "write it again"
+        ) from error
+
+
+def _message(config: dict[str, Any]) -> Any:
+    json_format, _, model_config = _import_protobuf()
+    return json_format.ParseDict(config, model_config.ModelConfig())
+
+
+def _import_protobuf() -> tuple[Any, Any, Any]:
+    try:
+        from google.protobuf import json_format, text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise missing_package("tritonclient", "triton") from error
+    return json_format, text_format, model_config_pb2

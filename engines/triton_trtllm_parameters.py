@@ -1,0 +1,132 @@
+"""The parameters of Triton's tensorrtllm backend: their types, the values that it takes, and the releases that know them.
+
+The backend reads every parameter as text. What it cannot read it replaces with a default and a warning at most, so a typing error in
+``decoding_mode`` or ``medusa_choices`` costs the speed-up and nothing is said: here it is an error. Sources: model_state.cc and
+model_instance_state.cc of TensorRT-LLM's triton_backend, and all_models/inflight_batcher_llm before and after it moved there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from medusa_export.heads.errors import ConfigError, TreeError
+from medusa_export.heads.tree import Tree
+from medusa_export.heads.trtllm_releases import FIRST, TrtllmRelease
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter.
+
+    Attributes:
+        expected: what is right, in words.
+        is_right: whether a text is.
+        since: the first release that knows it; earlier ones ignore it.
+        required: the backend throws without it.
+    """
+
+    expected: str
+    is_right: Callable[[str], bool]
+    since: tuple[int, ...] = FIRST
+    required: bool = False
+
+
+def _one_of(*values: str, since: tuple[int, ...] = FIRST, required: bool = False) -> Parameter:
+    return Parameter(" or ".join(values), lambda text: text in values, since, required)
+
+
+def _matching(pattern: str, expected: str, *, since: tuple[int, ...] = FIRST, required: bool = False) -> Parameter:
+    return Parameter(expected, lambda text: re.fullmatch(pattern, text) is not None, since, required)
+
+
+def _flag(since: tuple[int, ...] = FIRST) -> Parameter:
+    return _one_of("true", "false", since=since)
+
+
+def _count(least: int = 0, since: tuple[int, ...] = FIRST) -> Parameter:
+    return Parameter(f"an integer, {least} or more", lambda text: text.isdecimal() and int(text) >= least, since)
+
+
+def _is_fraction(text: str) -> bool:
+    return re.fullmatch(r"\d*\.?\d+", text) is not None and 0 < float(text) <= 1
+
+
+def parse_choices(text: str) -> Tree:
+    """The tree that ``medusa_choices`` stands for: ``{0}, {0, 0}``.
+
+    Raises:
+        ConfigError: another form.
+        TreeError: a tree that breaks a rule, most of which the backend does not check.
+    """
+    if not re.fullmatch(r"\{\d+(, ?\d+)*\}(, ?\{\d+(, ?\d+)*\})*", text):
+        raise ConfigError(
+            "medusa_choices", repr(text[:60]), "choices like {0}, {1}, {0, 0}", "write the repository again"
+        )
+    return Tree.from_choices(
+        [[int(index) for index in choice.split(",")] for choice in re.findall(r"\{([^}]*)\}", text)]
+    )
+
+
+def _is_tree(text: str) -> bool:
+    try:
+        return parse_choices(text).max_draft_len > 0
+    except (ConfigError, TreeError):
+        return False
+
+
+MOVED = (0, 19)  # the backend lies in TensorRT-LLM's own repository; what only that copy has is taken to be as old
+PARAMETERS: dict[str, Parameter] = {
+    "FORCE_CPU_ONLY_INPUT_TENSORS": _one_of("yes", "no"),
+    "gpt_model_type": _one_of("inflight_fused_batching", required=True),  # Medusa needs in-flight batching
+    "gpt_model_path": _matching(r"/[^$]*", "an absolute path in the container", required=True),
+    "decoding_mode": _one_of("medusa", required=True),
+    "medusa_choices": Parameter("a whole tree, like {0}, {1}, {0, 0}", _is_tree, required=True),
+    "max_beam_width": _one_of("1", required=True),
+    "batch_scheduler_policy": _one_of("guaranteed_no_evict", "max_utilization"),
+    "max_tokens_in_paged_kv_cache": _count(1),
+    "kv_cache_free_gpu_mem_fraction": Parameter("a fraction, above 0 and at most 1", _is_fraction),
+    "kv_cache_host_memory_bytes": _count(),
+    "enable_kv_cache_reuse": _flag(),
+    "enable_chunked_context": _flag(),
+    "max_attention_window_size": _matching(r"\d+(,\d+)*", "numbers of tokens with commas between them"),
+    "sink_token_length": _count(),
+    "exclude_input_in_output": _one_of("true", required=True),  # our models expect the answer alone
+    "normalize_log_probs": _flag(),
+    "cancellation_check_period_ms": _count(1),
+    "stats_check_period_ms": _count(1, MOVED),
+    "iter_stats_max_iterations": _count(),
+    "request_stats_max_iterations": _count(),
+    "gpu_device_ids": _matching(r"\d+(,\d+)*(;\d+(,\d+)*)*", "device numbers: commas within an instance, semicolons between"),
+    "participant_ids": _matching(r"\d+(,\d+)*(;\d+(,\d+)*)*", "ranks: commas within an instance, semicolons between", since=MOVED),
+    "num_nodes": _count(1, MOVED),
+    "executor_worker_path": _matching(r"/.*trtllmExecutorWorker", "the path of trtllmExecutorWorker"),
+    "multi_block_mode": _one_of("false"),  # Medusa does not run with it
+    "enable_context_fmha_fp32_acc": _flag(),
+    "cuda_graph_mode": _flag(),
+    "cuda_graph_cache_size": _count(),
+    "gpu_weights_percent": Parameter("a fraction, above 0 and at most 1", _is_fraction),
+    "recv_poll_period_ms": _count(0, MOVED),
+    # Read without a fallback by later releases: they have to be there, and empty.
+    "tokenizer_dir": _one_of("", required=True),
+    "guided_decoding_backend": _one_of("", required=True),
+    "xgrammar_tokenizer_info_path": _one_of("", required=True),
+}  # fmt: skip
+
+
+def parameter_problems(parameters: Mapping[str, str], release: TrtllmRelease) -> list[str]:
+    """What a release would refuse, ignore or read as something else, one line each."""
+    problems = [
+        f"parameter {name}: missing" for name, row in PARAMETERS.items() if row.required and name not in parameters
+    ]
+    for name, text in parameters.items():
+        row = PARAMETERS.get(name)
+        if row is None:
+            problems.append(f"parameter {name}: unknown; the backend would ignore it")
+        elif release.numbers[:2] < row.since:
+            known = ".".join(map(str, row.since))
+            problems.append(f"parameter {name}: known from TensorRT-LLM {known} on; {release.name} would ignore it")
+        elif not row.is_right(text):
+            problems.append(f"parameter {name}: got {text[:60]!r}; expected {row.expected}")
+    return problems

@@ -1,0 +1,133 @@
+"""Triton model in front of a TensorRT-LLM engine: text in, token ids and stop words out.
+
+A repository holds a copy of this file as preprocessing/1/model.py; it needs numpy and transformers, as the container has them. Text
+that looks like a special token stays text, unless it is the template's own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PLACE = "\x00text\x00"  # stands for the user's text while the template is taken apart; no text holds a NUL
+Array = Any
+
+
+class BadRequestError(ValueError):
+    """What the client is told."""
+
+
+class TritonPythonModel:
+    """One request is one text; the server's batches come as a list of requests."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the tokenizer beside this file."""
+        import triton_python_backend_utils as pb_utils
+        from transformers import AutoTokenizer
+
+        self._pb = pb_utils
+        parameters = {
+            name: item["string_value"] for name, item in json.loads(args["model_config"])["parameters"].items()
+        }
+        directory = Path(args["model_repository"]) / args["model_version"] / "tokenizer"
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        self._end_ids = [int(token) for token in parameters["eos_token_ids"].split(",") if token]
+        self._max_seq_len = int(parameters["max_seq_len"])
+        self._max_text_bytes = int(parameters["max_text_bytes"])
+        self._specials = [text for text in self._tokenizer.get_added_vocab() if text]
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Called by Triton."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        pb = self._pb
+        try:
+            arrays = self._encode({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+        except BadRequestError as error:
+            return pb.InferenceResponse(error=pb.TritonError(str(error), pb.TritonError.INVALID_ARG))
+        except Exception:  # what a raise says holds paths
+            message = "the text could not be turned into tokens"
+            return pb.InferenceResponse(error=pb.TritonError(message, pb.TritonError.INTERNAL))
+        return pb.InferenceResponse(output_tensors=[pb.Tensor(name, array) for name, array in arrays.items()])
+
+    def _encode(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Tensors for the engine, each with a leading batch axis of 1."""
+        text, max_tokens = self._text(inputs, "text_input"), int(_one(inputs, "max_tokens"))
+        chat = bool(_one(inputs, "chat", True))
+        system = self._text(inputs, "system") if "system" in inputs else ""
+        ids = self._chat_ids(text, system) if chat else self._plain_ids(text)
+        room = self._max_seq_len - len(ids)
+        if not ids:
+            raise BadRequestError("text_input: got nothing; expected text")
+        if not 0 < max_tokens <= room:
+            raise BadRequestError(
+                f"max_tokens: got {max_tokens}; expected 1 .. {room} behind {len(ids)} tokens of prompt"
+            )
+        words = [word.decode("utf-8", "replace") for word in inputs.get("stop_words", np.zeros(0)).reshape(-1)]
+        stops = [self._plain_ids(word) for word in words if word] + [[token] for token in self._end_ids[1:]]
+        return {
+            "input_ids": np.array([ids], np.int32),
+            "input_lengths": np.array([[len(ids)]], np.int32),
+            "request_output_len": np.array([[max_tokens]], np.int32),
+            "end_id": np.array([[self._end_ids[0]]], np.int32),
+            "pad_id": np.array([[self._end_ids[0]]], np.int32),
+            "stop_words_list": words_list(stops),
+        }
+
+    def _text(self, inputs: dict[str, Array], name: str) -> str:
+        raw = _one(inputs, name)
+        if len(raw) > self._max_text_bytes:
+            raise BadRequestError(f"{name}: got {len(raw)} bytes; expected at most {self._max_text_bytes}")
+        try:
+            return str(raw.decode("utf-8").replace("\x00", ""))
+        except UnicodeDecodeError:
+            raise BadRequestError(f"{name}: got bytes that are no UTF-8; expected text") from None
+
+    def _chat_ids(self, text: str, system: str) -> list[int]:
+        if not self._tokenizer.chat_template:
+            raise BadRequestError("chat: got true; expected false, as this model has no chat template")
+        literal = any(special in text or special in system for special in self._specials)
+        messages = [{"role": "system", "content": f"{PLACE}s" if literal else system}] if system else []
+        messages += [{"role": "user", "content": f"{PLACE}u" if literal else text}]
+        rendered = str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if not literal:
+            return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        ids: list[int] = []
+        for index, piece in enumerate(rendered.split(PLACE)):
+            if index:
+                ids += self._plain_ids({"s": system, "u": text}[piece[0]])
+            ids += self._tokenizer(piece[1:] if index else piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Tokens of a text in which nothing is special."""
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return [int(token) for token in encoded["input_ids"]]
+
+
+def words_list(words: list[list[int]]) -> Array:
+    """Stop words as TensorRT-LLM reads them: all tokens in a row, and where each word ends, filled with -1.  # [1, 2, L]"""
+    tokens = [token for word in words for token in word]
+    ends = np.cumsum([len(word) for word in words if word]).tolist()
+    width = max(len(tokens), 1)
+    table = np.full((1, 2, width), -1, np.int32)
+    table[0, 0, : len(tokens)] = tokens or 0
+    table[0, 0, len(tokens) :] = 0
+    table[0, 1, : len(ends)] = ends
+    return table
+
+
+def _one(inputs: dict[str, Array], name: str, default: Any = None) -> Any:
+    """The single value of a tensor."""
+    if name not in inputs:
+        if default is None:
+            raise BadRequestError(f"{name}: got nothing; expected one value")
+        return default
+    values = inputs[name].reshape(-1)
+    if len(values) != 1:
+        raise BadRequestError(f"{name}: got {len(values)} values; expected one")
+    return values[0]

@@ -24,11 +24,13 @@ class Kind:
         holds: whether a directory is of this kind.
         write: the repository, from the flags.
         verify: what is wrong with a repository whose manifest names this kind, one line each.
+        flags: what it takes besides --engine, --output and --name; another kind's are refused.
     """
 
     holds: Callable[[Path], bool]
     write: Callable[[dict[str, Any]], None]
     verify: Callable[[Path], list[str]]
+    flags: tuple[str, ...]
 
 
 def _write_onnxruntime(given: dict[str, Any]) -> None:
@@ -45,10 +47,37 @@ def _verify_onnxruntime(repository: Path) -> list[str]:
     return verify_repository(repository)
 
 
+def _is_trtllm(path: Path) -> bool:
+    from medusa_export.engines.triton_trtllm import is_trtllm_engine
+
+    return is_trtllm_engine(path)
+
+
+def _write_trtllm(given: dict[str, Any]) -> None:
+    from medusa_export.engines.triton_trtllm import write_trtllm_repository
+    from medusa_export.engines.triton_trtllm_models import TrtllmServing
+
+    chosen = {item.name: given[item.name] for item in fields(TrtllmServing) if given.get(item.name) is not None}
+    write_trtllm_repository(given["engine"], given["output"], TrtllmServing(**chosen))
+
+
+def _verify_trtllm(repository: Path) -> list[str]:
+    from medusa_export.engines.triton_trtllm import verify_trtllm_repository
+
+    return verify_trtllm_repository(repository)
+
+
 # What --engine may be; the first kind that a directory holds is its kind.
 KINDS: dict[str, Kind] = {
-    "onnxruntime": Kind(lambda path: (path / ENGINE_FILE).is_file(), _write_onnxruntime, _verify_onnxruntime),
-}
+    "tensorrt-llm": Kind(
+        _is_trtllm, _write_trtllm, _verify_trtllm,
+        ("max_queue", "max_text_bytes", "kv_fraction", "decoupled", "chunked_context"),
+    ),
+    "onnxruntime": Kind(
+        lambda path: (path / ENGINE_FILE).is_file(), _write_onnxruntime, _verify_onnxruntime,
+        ("max_batch", "kv_cache_mb", "max_queue", "max_tokens", "timeout_s", "max_text_bytes", "tree_max_batch", "threads"),
+    ),
+}  # fmt: skip
 
 
 @triton_app.callback(invoke_without_command=True)
@@ -73,6 +102,16 @@ def triton_command(
         int | None, typer.Option(help="Requests at once up to which the tree is used. Default: 4.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 takes one a core. Default: 0.")] = None,
+    kv_fraction: Annotated[
+        float | None, typer.Option(help="TensorRT-LLM: part of the free GPU memory for the cache. Default: 0.9.")
+    ] = None,
+    decoupled: Annotated[
+        bool | None,
+        typer.Option(help="TensorRT-LLM: streams answers; without, plain calls get one response. Default: on."),
+    ] = None,
+    chunked_context: Annotated[
+        bool | None, typer.Option(help="TensorRT-LLM: long prompts in parts, between others' steps. Default: off.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Write a Triton model repository for an engine.
@@ -85,11 +124,16 @@ def triton_command(
     for flag in ("engine", "output"):
         if given[flag] is None:
             raise ConfigError(f"--{flag}", "nothing", "a directory", "see medusa-triton --help")
-    kind = next((kind for kind in KINDS.values() if kind.holds(given["engine"])), None)
-    if kind is None:
+    name_of_kind = next((name for name, kind in KINDS.items() if kind.holds(given["engine"])), None)
+    if name_of_kind is None:
         raise ConfigError(
             str(engine), "no engine directory", f"one of {', '.join(KINDS)}", "pass OUT/engine of an export"
         )
+    kind = KINDS[name_of_kind]
+    for flag in sorted({flag for other in KINDS.values() for flag in other.flags} - set(kind.flags)):
+        if given[flag] is not None:
+            option = f"--{flag.replace('_', '-')}"
+            raise ConfigError(option, f"{given[flag]} for an engine of {name_of_kind}", "no such flag", "leave it out")
     kind.write(given)
     stdout.print(f"wrote {output}", soft_wrap=True)
 

@@ -51,8 +51,12 @@ def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Seque
         texts: token ids to run.
     """
     try:
-        if EngineInfo.load(engine_dir).backend == "tensorrt":
+        info = EngineInfo.load(engine_dir)
+        if info.backend == "tensorrt":
             return check_sidecars(engine_dir)
+        if info.backend == "tensorrt-llm":  # what trtllm-build left was checked when it was built
+            info.require_tree(load_tree(str(engine_dir / TREE_FILE)))
+            return []
         engine = OnnxRuntimeEngine(engine_dir)
         engine.info.require_tree(load_tree(str(engine_dir / TREE_FILE)))
         for depth in range(1, engine.info.max_depth + 1):

@@ -21,7 +21,10 @@ from medusa_export.engines.triton_trtllm_models import (
     model_configs,
 )
 from medusa_export.engines.triton_trtllm_parameters import parameter_problems
+from medusa_export.engines.trtllm_build import BUILD_FILE
 from medusa_export.engines.trtllm_command import MEDUSA
+from medusa_export.engines.trtllm_scripts import BUILD_SCRIPT, PLAIN_CONFIG, RUN_SCRIPT
+from medusa_export.heads.acceptance import ACCEPTANCE_FILE
 from medusa_export.heads.config import read_json
 from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import ENGINE_FILE, TREE_FILE, EngineInfo
@@ -174,7 +177,7 @@ def _serving(arguments: dict[str, Any]) -> TrtllmServing:
 def _tokenizer_files(engine_dir: Path) -> list[Path]:
     """The tokenizer's files beside an engine, and nothing else of it."""
     read_tokenizer(engine_dir)
-    others = {*OURS, "build.json", "baseline_config.json", "acceptance.json"}
+    others = {*OURS, BUILD_FILE, PLAIN_CONFIG, BUILD_SCRIPT, RUN_SCRIPT, ACCEPTANCE_FILE}
     return [path for name, path in list_files(engine_dir, engine_dir).items() if "/" not in name and name not in others]
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from medusa_export.engines.trtllm_command import BASELINE, MEDUSA, TOOL, BuildSize, build_command, plain_config
 from medusa_export.engines.trtllm_failures import BuildError, explain
-from medusa_export.engines.trtllm_scripts import write_scripts
+from medusa_export.engines.trtllm_scripts import BUILD_SCRIPT, docker_command, write_scripts
 from medusa_export.heads.config import read_json
+from medusa_export.heads.engine_info import ENGINE_FILE
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.trtllm_releases import TrtllmRelease, release_of_engine
 
@@ -162,20 +163,31 @@ def _require_release(version: object, release: TrtllmRelease, where: str) -> Non
 class TrtllmBuilder:
     """What the exporter builds with; it does not know this package, so the command passes one in."""
 
-    def require(self, release: TrtllmRelease) -> None:
+    def require(self, target: TrtllmRelease) -> None:
         """Raise ConfigError when the ``trtllm-build`` here is of another release; none at all is no error."""
-        find_tool(release)
+        find_tool(target)
 
-    def scripts(
-        self, out: Path, engine_dir: Path, config: Mapping[str, Any], size: tuple[int, int], release: TrtllmRelease
-    ) -> None:
-        """See :func:`~medusa_export.engines.trtllm_scripts.write_scripts`."""
-        write_scripts(out, engine_dir, config, BuildSize(*size), release)
+    def build(self, source: Path, out: Path, progress: Progress, **request: Any) -> None:
+        """Scripts into ``out``, and the engines too where ``trtllm-build`` is installed.
 
-    def build(
-        self, checkpoint: Path, engine_dir: Path, size: tuple[int, int], release: TrtllmRelease, progress: Progress
-    ) -> dict[str, Any] | None:
-        """The engines' record, or None where ``trtllm-build`` is not installed."""
-        return (
-            build_engines(checkpoint, engine_dir, BuildSize(*size), release, progress) if find_tool(release) else None
-        )
+        Args:
+            request: max_batch, max_length and release.
+        """
+        size, release = BuildSize(request["max_batch"], request["max_length"]), request["release"]
+        write_scripts(out, read_json(source / "config.json"), size, release)
+        if find_tool(release):
+            build_engines(source, out, size, release, progress)
+
+
+def next_steps(export_dir: Path) -> list[str]:
+    """What is left to do for an export to TensorRT-LLM whose engines are not built, a line each; nothing for any other."""
+    engine = export_dir / "engine"
+    if not (engine / BUILD_SCRIPT).is_file() or (engine / BUILD_FILE).is_file():
+        return []
+    release = release_of_engine(read_json(engine / ENGINE_FILE)["source"]["tensorrt_llm"], str(engine / ENGINE_FILE))
+    return [
+        f"{TOOL} is not installed here, so there is no engine yet. On the machine with the GPU:",
+        f"  bash {engine / BUILD_SCRIPT}",
+        "or, where nothing is installed, in the container:",
+        f"  {docker_command(export_dir, release)}",
+    ]

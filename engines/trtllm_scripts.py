@@ -1,4 +1,4 @@
-"""build.sh of an export: the engines of its checkpoint, built where TensorRT-LLM and the GPU are."""
+"""build.sh in an export's engine directory: the engines of its checkpoint, built where TensorRT-LLM and the GPU are."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ PLAIN_CONFIG = "baseline_config.json"
 _SCRIPT = r"""#!/usr/bin/env bash
 # Builds two TensorRT-LLM engines of this checkpoint on the GPU that will serve: one with Medusa, and one without, which medusa-run
 # measures against. For TensorRT-LLM {release}; its container has everything:
-#   docker run --rm --gpus all --ipc host -v "$PWD:$PWD" -w "$PWD" {container} bash OUT/{script} [DIR]
+#   docker run --rm --gpus all --ipc host -v "$PWD:$PWD" -w "$PWD" {container} bash OUT/engine/{script} [DIR]
 # DIR (default: OUT-engine, beside the export) appears when both engines are built. EXTRA_FLAGS go to both builds.
 set -euo pipefail
-export_dir="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
+here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
+export_dir="$(dirname "$here")"
 engine="${{1:-$export_dir-engine}}"
 command -v {tool} > /dev/null || {{ echo "error: no {tool}; run this in {container}" >&2; exit 2; }}
 installed="$(python3 -c 'import importlib.metadata as m; print(m.version("tensorrt_llm"))' 2> /dev/null || true)"
@@ -36,7 +37,7 @@ stage="$engine.partial"
 plain="$stage/baseline_checkpoint"
 rm -rf "$stage"
 trap 'rm -rf "$stage"' EXIT
-cp -r "$export_dir/engine" "$stage"
+cp -r "$here" "$stage"
 mkdir "$plain"
 mv "$stage/{plain_config}" "$plain/config.json"
 ln -s "$export_dir"/trtllm/rank*.safetensors "$plain/"
@@ -49,7 +50,7 @@ rm -r "$plain"
 mv "$stage" "$engine"
 trap - EXIT
 echo "wrote $engine"
-echo "next: python3 $export_dir/{run} --engine $engine"
+echo "next: python3 $engine/{run}"
 echo "  or: medusa-run --engine $engine --prompts PROMPTS.jsonl --report report.json"
 """
 
@@ -71,21 +72,19 @@ def build_script(config: Mapping[str, Any], size: BuildSize, release: TrtllmRele
     )  # fmt: skip
 
 
-def write_scripts(
-    out: Path, engine_dir: Path, config: Mapping[str, Any], size: BuildSize, release: TrtllmRelease
-) -> None:
-    """``out/build.sh``, ``out/run.py`` and, in the engine directory, the configuration that the baseline is built from."""
-    (out / BUILD_SCRIPT).write_text(build_script(config, size, release), encoding="utf-8")
-    (out / BUILD_SCRIPT).chmod(0o755)
-    (out / RUN_SCRIPT).write_bytes(Path(trtllm_session.__file__).read_bytes())
+def write_scripts(engine_dir: Path, config: Mapping[str, Any], size: BuildSize, release: TrtllmRelease) -> None:
+    """build.sh, run.py and the configuration that the baseline is built from, in an export's engine directory."""
+    (engine_dir / BUILD_SCRIPT).write_text(build_script(config, size, release), encoding="utf-8")
+    (engine_dir / BUILD_SCRIPT).chmod(0o755)
+    (engine_dir / RUN_SCRIPT).write_bytes(Path(trtllm_session.__file__).read_bytes())
     (engine_dir / PLAIN_CONFIG).write_text(json.dumps(plain_config(config), indent=1) + "\n", encoding="utf-8")
 
 
 def docker_command(out: Path, release: TrtllmRelease) -> str:
-    """What builds the engines in the release's container, from the directory that holds the export."""
+    """What builds the engines in the release's container; the directory that holds the export is mounted as it is."""
     parent, name = out.resolve().parent, out.resolve().name
     command = ["docker", "run", "--rm", "--gpus", "all", "--ipc", "host", "-v", f"{parent}:{parent}", "-w", str(parent)]
-    return shlex.join([*command, release.container, "bash", f"{name}/{BUILD_SCRIPT}"])
+    return shlex.join([*command, release.container, "bash", f"{name}/engine/{BUILD_SCRIPT}"])
 
 
 def _shell(command: list[str], places: Mapping[str, str]) -> str:

@@ -125,7 +125,7 @@ class Session:
 def main() -> None:
     """Answer one prompt with Medusa, then without, and print both speeds."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--engine", type=Path, required=True, help="what build.sh wrote")
+    parser.add_argument("--engine", type=Path, default=Path(__file__).parent, help="what build.sh wrote; here")
     parser.add_argument("--prompt", default="What is speculative decoding? Answer in three sentences.")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     arguments = parser.parse_args()

@@ -50,7 +50,10 @@ def export_command(
     ] = None,
     calib_prompts: Annotated[int, typer.Option(help="How many of them calibrate.")] = 32,
     engine: Annotated[
-        str, typer.Option(help="onnxruntime; tensorrt, see --gpu; or none for the TensorRT-LLM checkpoint alone.")
+        str,
+        typer.Option(
+            help="onnxruntime; tensorrt, see --gpu; tensorrt-llm, built here or by the build.sh that it writes; or none."
+        ),
     ] = "onnxruntime",
     gpu: Annotated[
         str | None,
@@ -60,8 +63,12 @@ def export_command(
         ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Context of the ONNX Runtime engine. Default: the model's, up to 2048.")
+        int | None, typer.Option(help="Context of the engine, in tokens. Default: the model's, up to 2048.")
     ] = None,
+    max_batch: Annotated[
+        int,
+        typer.Option(help="Sequences that a TensorRT-LLM engine runs at once, at most; each step has a tree of each."),
+    ] = 4,
     draft_vocab: Annotated[
         int, typer.Option(help="Tokens that drafts on the CPU are drawn from, the most frequent ones; 0 for all.")
     ] = 8192,
@@ -116,12 +123,16 @@ def export_command(
     from medusa_export.engines.auto_tree import choose_tree
     from medusa_export.engines.selfcheck import check_engine
     from medusa_export.engines.tensorrt_build import TensorRtBuilder
+    from medusa_export.engines.trtllm_build import TrtllmBuilder, next_steps
     from medusa_export.exporter.export import export
 
+    builder = TrtllmBuilder() if arguments.engine == "tensorrt-llm" else TensorRtBuilder()
     with progress_bars() as progress:
         say = partial(stderr.print, soft_wrap=True, markup=False)
-        written = export(arguments, check_engine, progress, say, choose_tree, TensorRtBuilder())
+        written = export(arguments, check_engine, progress, say, choose_tree, builder)
     stdout.print(f"{'wrote' if written else 'up to date:'} {output}", soft_wrap=True)
+    for line in next_steps(output):
+        stdout.print(line, soft_wrap=True, markup=False)
 
 
 def _export_arguments(given: dict[str, Any]) -> Any:

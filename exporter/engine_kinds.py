@@ -13,6 +13,7 @@ from medusa_export.exporter.draft_vocab import most_frequent_tokens
 from medusa_export.exporter.engine_dir import onnx_form, write_engine, write_onnx
 from medusa_export.exporter.onnx_graph import require_context, require_supported
 from medusa_export.exporter.tensorrt_dir import EngineBuilder, write_portable, write_tensorrt_engine
+from medusa_export.exporter.trtllm_engine import require_sizes, write_trtllm_engine
 from medusa_export.heads.errors import ConfigError
 from medusa_export.quantize.scales import Scales
 
@@ -31,15 +32,17 @@ class EngineKind:
         description: for --help.
         tree: the preset that it gets when none is asked for.
         check: raises what cannot be built, before any work.
-        write_graph: (job, scales, path) writes ``onnx/``.
-        write_engine: (job, scales, path, builder, progress) writes ``engine/``, after ``onnx/`` beside it.
+        require: (job, builder) raises what the builder cannot do on this machine, before any work.
+        write_graph: (job, scales, path) writes ``onnx/``; None for an engine that is made of the TensorRT-LLM checkpoint.
+        write_engine: (job, scales, path, builder, progress) writes ``engine/``, after what it is made of.
         runs_here: whether the engine runs where it is made, so that trees can be measured on it.
     """
 
     description: str
     tree: str
     check: Callable[[Job], None]
-    write_graph: Callable[[Job, Scales | None, Path], None]
+    require: Callable[[Job, EngineBuilder], None]
+    write_graph: Callable[[Job, Scales | None, Path], None] | None
     write_engine: Callable[[Job, Scales | None, Path, EngineBuilder, Progress], None]
     runs_here: bool
 
@@ -81,14 +84,32 @@ def _write_tensorrt(job: Job, scales: Scales | None, path: Path, builder: Engine
     )  # fmt: skip
 
 
+def _check_trtllm(job: Job) -> None:
+    require_sizes(job.checkpoint, job.max_length, job.arguments.max_batch)
+
+
+def _write_trtllm(job: Job, scales: Scales | None, path: Path, builder: EngineBuilder, progress: Progress) -> None:
+    write_trtllm_engine(
+        path, path.with_name("trtllm"), job.checkpoint, job.spec, tree=job.trtllm_tree, max_length=job.max_length,
+        max_batch=job.arguments.max_batch, release=job.release, builder=builder, progress=progress,
+        save_tokenizer=job.tokenizer.save_pretrained, source=_source(job),
+    )  # fmt: skip
+
+
 ENGINES: dict[str, EngineKind] = {
     "onnxruntime": EngineKind(
-        "ONNX Runtime on a CPU", CPU_TREE, _check_onnxruntime, _write_onnx, _write_engine, runs_here=True
+        "ONNX Runtime on a CPU", CPU_TREE, _check_onnxruntime, lambda job, builder: None, _write_onnx, _write_engine,
+        runs_here=True,
     ),
     "tensorrt": EngineKind(
-        "TensorRT for the GPUs of --gpu", GPU_TREE, _check_tensorrt, _write_portable, _write_tensorrt, runs_here=False
+        "TensorRT for the GPUs of --gpu", GPU_TREE, _check_tensorrt, lambda job, builder: builder.require(job.gpus),
+        _write_portable, _write_tensorrt, runs_here=False,
     ),
-}
+    "tensorrt-llm": EngineKind(
+        "TensorRT-LLM, built by trtllm-build where that is installed", GPU_TREE, _check_trtllm,
+        lambda job, builder: builder.require(job.release), None, _write_trtllm, runs_here=False,
+    ),
+}  # fmt: skip
 NO_ENGINE = "none"
 
 

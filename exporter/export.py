@@ -40,10 +40,10 @@ def _no_choice(engine_dir: Path, prompts: Sequence[Prompt], progress: Progress) 
 
 
 class _NoBuilder:
-    def require(self, gpus: Sequence[int]) -> None:
-        raise ConfigError("--engine tensorrt", "nothing to build with", "a builder of engines", "pass builder")
+    def require(self, target: Any) -> None:
+        raise ConfigError("--engine", "nothing to build with", "a builder of engines", "pass builder")
 
-    def build(self, onnx_dir: Path, out: Path, progress: Progress, **request: Any) -> None:
+    def build(self, source: Path, out: Path, progress: Progress, **request: Any) -> None:
         self.require(())
 
 
@@ -78,8 +78,8 @@ def export(
         require_idle(arguments.output)
         job = Job(arguments)
         job.check()
-        if job.gpus:
-            builder.require(job.gpus)
+        if job.writes_engine:
+            job.engine.require(job, builder)
         inputs = hash_files(job.input_files)
     if is_up_to_date(arguments.output, inputs, arguments.recorded()):
         return False

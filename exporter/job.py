@@ -40,7 +40,7 @@ FORMS = ("trtllm", "hf", *HEAD_FORMS)
 AUTO = "auto"
 MAX_GPU_NODES = len(PRESETS[GPU_TREE]) + 1
 DEFAULT_CALIB = Path(str(files("medusa_export.quantize") / "default_prompts.jsonl"))
-MAX_LENGTH = 2048
+MAX_LENGTH, MAX_BATCH = 2048, 4  # TensorRT-LLM's own example builds for 4: with more, trees cost more than they give
 TOKENIZER_FILES = {
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
@@ -74,6 +74,7 @@ class ExportArguments:
     prompts: Path | None = None
     tree_cost: Path | None = None
     gpu: str | None = None
+    max_batch: int = MAX_BATCH
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: everything that shapes the output."""

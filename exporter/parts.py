@@ -25,6 +25,7 @@ HF, HF_CONFIGS, HEADS = "hf", "hf/config.json", "heads"
 
 Progress = Callable[[str, int, int], None]
 TreeChoice = Callable[[Path, Sequence[Prompt], Progress], str]
+GraphWriter = Callable[[Job, Scales | None, Path], None]
 
 
 def part_names(job: Job) -> list[str]:
@@ -34,8 +35,10 @@ def part_names(job: Job) -> list[str]:
         return [*scales, *(f"{HF}/{name}" for name in _hf_shards(job)), HF_CONFIGS]
     if job.arguments.format in HEAD_FORMS:
         return [HEADS]
-    engine = [ONNX, ENGINE] if job.writes_engine else []
-    return [*scales, *engine, TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp)]
+    checkpoint = [TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp)]
+    if not job.writes_engine:
+        return [*scales, *checkpoint]
+    return [*scales, *([ONNX, ENGINE, *checkpoint] if job.engine.write_graph else [*checkpoint, ENGINE])]
 
 
 def write_parts(
@@ -85,8 +88,8 @@ def _write_hf(job: Job, scales: Scales | None, work: Work, progress: Progress) -
 def _write_trtllm(
     job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
 ) -> None:
-    if job.writes_engine:  # before the rest, whose tree may be measured on it
-        _write_graphs(job, scales, work, progress, choose_tree, builder)
+    if job.writes_engine and job.engine.write_graph:  # before the rest, whose tree may be measured on it
+        _write_graphs(job, job.engine.write_graph, scales, work, progress, choose_tree, builder)
     work.once(TREE_FILE, lambda path: path.write_text(job.trtllm_tree.to_json(), encoding="utf-8"))
     work.once(TOKENIZER, job.tokenizer.save_pretrained)
     logger.info("writing the TensorRT-LLM checkpoint, %d draft tokens", job.trtllm_tree.max_draft_len)
@@ -95,15 +98,18 @@ def _write_trtllm(
         work, job.checkpoint, job.spec, require_scales(job.spec, scales),
         lambda done, total: progress("TensorRT-LLM checkpoint", done, total),
     )  # fmt: skip
+    if job.writes_engine and not job.engine.write_graph:  # it is made of the checkpoint
+        work.once(ENGINE, lambda path: job.engine.write_engine(job, scales, path, builder, progress))
 
 
 def _write_graphs(
-    job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
-) -> None:
+    job: Job, graph: GraphWriter, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice,
+    builder: EngineBuilder,
+) -> None:  # fmt: skip
     kind = job.engine
 
     def write_graph(path: Path) -> None:
-        kind.write_graph(job, scales, path)
+        graph(job, scales, path)
 
     def write_engine(path: Path) -> None:
         kind.write_engine(job, scales, path, builder, progress)

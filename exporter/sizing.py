@@ -67,6 +67,7 @@ class Request:
         reserve: bytes that the export wants to see free before it starts.
         batch, context: sequences, and tokens of each, on the GPU.
         portable: the ONNX form of a TensorRT engine; None where none is written.
+        of_checkpoint: whether TensorRT-LLM engines are built of the checkpoint.
     """
 
     calibrates: bool
@@ -80,6 +81,7 @@ class Request:
     batch: int
     context: int
     portable: str | None = None
+    of_checkpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,9 @@ def plan_export(arguments: ExportArguments, *, batch: int = 1, context: int | No
             raise ConfigError(flag, str(value), f"1 .. {most}", "correct it")
     request = Request(
         calibrates=job.has_scales and job.given_scales is None,
-        form=onnx_form(job.fmt) if job.writes_engine and not job.gpus else None,
+        form=onnx_form(job.fmt) if job.writes_engine and job.engine.runs_here else None,
         portable=tensorrt_form(job.fmt).form if job.gpus else None,
+        of_checkpoint=job.writes_engine and job.engine.write_graph is None,
         max_length=job.max_length,
         draft_vocab=arguments.draft_vocab,
         stored_bytes=_itemsize(job.checkpoint.dtype(families.EMBED_TOKENS)),
@@ -331,6 +334,8 @@ def _disk(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]
         yield Item("onnx/", graphs, f"decoder and heads, {request.portable}")
         built = graphs + ENGINE_CODE + request.tokenizer_bytes
         yield Item("engine/", built, "the same weights in the engines, some code, tokenizer: an estimate")
+    if request.of_checkpoint:
+        yield Item("engine/", 2 * rank_bytes, "where trtllm-build is: one with Medusa, one without; an estimate")
     yield Item("tokenizer/", request.tokenizer_bytes, "as in the checkpoint")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +25,11 @@ MAX_NODES = 64  # of a tree that an engine takes (see docs/decisions/0002); a la
 class EngineBuilder(Protocol):
     """Passed in, because this package does not know the engines."""
 
-    def require(self, gpus: Sequence[int]) -> None:
-        """Raise MedusaExportError unless engines for these GPUs can be built on this machine."""
+    def require(self, target: Any) -> None:
+        """Raise MedusaExportError unless engines for these GPUs, or this release, can be built on this machine."""
 
-    def build(self, onnx_dir: Path, out: Path, progress: Callable[[str, int, int], None], **request: Any) -> None:
-        """Write the engines of ``onnx_dir``, and what they take and give, into ``out``."""
+    def build(self, source: Path, out: Path, progress: Callable[[str, int, int], None], **request: Any) -> None:
+        """Write the engines of ``source``, and what they take and give, into ``out``."""
 
 
 def write_portable(

@@ -11,10 +11,17 @@ from typing import Any
 
 import pytest
 
-from medusa_export.engines.trtllm_build import BUILD_FILE, TrtllmBuilder, build_engines, find_tool, run_build
+from medusa_export.engines.trtllm_build import (
+    BUILD_FILE,
+    TrtllmBuilder,
+    build_engines,
+    find_tool,
+    next_steps,
+    run_build,
+)
 from medusa_export.engines.trtllm_command import BuildSize, build_command, plain_config
 from medusa_export.engines.trtllm_failures import FAILURES, BuildError, explain
-from medusa_export.engines.trtllm_scripts import docker_command
+from medusa_export.engines.trtllm_scripts import docker_command, write_scripts
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.trtllm_releases import find_release
 
@@ -157,7 +164,8 @@ def test_no_medusa_mode_is_found(
 def test_not_installed(checkpoint: Path, engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert find_tool(RELEASE) is None
-    assert TrtllmBuilder().build(checkpoint, engine_dir, (4, 2048), RELEASE, lambda *_: None) is None
+    TrtllmBuilder().build(checkpoint, engine_dir, lambda *_: None, max_batch=4, max_length=2048, release=RELEASE)
+    assert sorted(path.name for path in engine_dir.iterdir()) == ["baseline_config.json", "build.sh", "run.py"]
     with pytest.raises(ConfigError, match=r"run build.sh in nvcr.io/nvidia/tritonserver:26.07"):
         build(checkpoint, engine_dir)
 
@@ -231,13 +239,13 @@ def test_the_log_is_kept(
 class TestScript:
     @pytest.fixture
     def out(self, checkpoint: Path, engine_dir: Path) -> Path:
-        (engine_dir / "engine.json").write_text("{}")
-        TrtllmBuilder().scripts(checkpoint.parent, engine_dir, CONFIG, (4, 2048), RELEASE)
+        (engine_dir / "engine.json").write_text(json.dumps({"source": {"tensorrt_llm": "1.2.1"}}))
+        write_scripts(engine_dir, CONFIG, SIZE, RELEASE)
         return checkpoint.parent
 
     def run(self, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", str(out / "build.sh"), *arguments], capture_output=True, text=True, check=False,
+            ["bash", str(out / "engine" / "build.sh"), *arguments], capture_output=True, text=True, check=False,
             env={**os.environ, **environment},
         )  # fmt: skip
 
@@ -252,7 +260,9 @@ class TestScript:
         expected = flags(build_command(CONFIG, SIZE, checkpoint="", output="", medusa=False))
         assert baseline | {"--output_dir": "", "--checkpoint_dir": ""} == expected
         engine = out.with_name("out-engine")
-        assert sorted(path.name for path in engine.iterdir()) == ["baseline", "engine.json", "medusa"]
+        assert sorted(path.name for path in engine.iterdir()) == [
+            "baseline", "build.sh", "engine.json", "medusa", "run.py",
+        ]  # fmt: skip
         built = json.loads((engine / "baseline" / "config.json").read_text())["pretrained_config"]
         assert built == plain_config(CONFIG)
         assert not list(out.parent.glob("*.partial"))
@@ -281,7 +291,14 @@ class TestScript:
         assert result.returncode == 2
         assert "got TensorRT-LLM 1.1.0; expected 1.2.1" in result.stderr
 
+    def test_next_steps(self, out: Path) -> None:
+        steps = next_steps(out)
+        assert f"  bash {out}/engine/build.sh" in steps
+        assert docker_command(out, RELEASE) in steps[-1]
+        (out / "engine" / BUILD_FILE).write_text("{}")
+        assert next_steps(out) == next_steps(out / "nowhere") == []
+
     def test_docker_command(self, out: Path) -> None:
         command = docker_command(out, RELEASE)
-        assert command.endswith("tritonserver:26.07-trtllm-python-py3 bash out/build.sh")
+        assert command.endswith("tritonserver:26.07-trtllm-python-py3 bash out/engine/build.sh")
         assert f"-v {out.parent}:{out.parent} -w {out.parent} " in command

@@ -1,0 +1,73 @@
+"""Writes ``engine/`` of an export to TensorRT-LLM: what medusa-run reads, and through a builder scripts and engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from medusa_export.exporter.spec import ExportSpec
+from medusa_export.exporter.tensorrt_dir import EngineBuilder
+from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.tree import MAX_TOP_K, Tree
+from medusa_export.heads.trtllm_releases import TrtllmRelease
+
+
+def write_trtllm_engine(
+    out: Path,
+    trt_dir: Path,
+    checkpoint: MedusaCheckpoint,
+    spec: ExportSpec,
+    *,
+    tree: Tree,
+    max_length: int,
+    max_batch: int,
+    release: TrtllmRelease,
+    builder: EngineBuilder,
+    progress: Callable[[str, int, int], None],
+    save_tokenizer: Callable[[Path], Any],
+    source: dict[str, Any],
+) -> None:
+    """``out``: engine.json, tree.json, the tokenizer, and what the builder makes of the checkpoint in ``trt_dir``.
+
+    Args:
+        tree: of the checkpoint; the engine is built for exactly its size.
+        max_length: tokens of prompt and answer together.
+        max_batch: sequences at once.
+    """
+    config, weights = checkpoint.config, spec.fmt.quant_algo or spec.dtype
+    source = {**source, "tensorrt_llm": release.name}
+    if config.sliding_window:
+        source["sliding_window"] = config.sliding_window
+    out.mkdir()
+    builder.build(trt_dir, out, progress, max_batch=max_batch, max_length=max_length, release=release)
+    EngineInfo(
+        backend="tensorrt-llm",
+        form=spec.fmt.onnx or spec.fmt.name,
+        precision=f"{weights} weights, {spec.dtype} otherwise, TensorRT-LLM {release.name}",
+        max_length=max_length,
+        max_depth=checkpoint.num_medusa_heads,
+        top_k=MAX_TOP_K,
+        num_hidden_layers=config.num_hidden_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        session_options={},
+        heads_session_options={},
+        source=source,
+    ).save(out)
+    (out / TREE_FILE).write_text(tree.to_json(), encoding="utf-8")
+    save_tokenizer(out)
+
+
+def require_sizes(checkpoint: MedusaCheckpoint, max_length: int, max_batch: int) -> None:
+    """Raise ConfigError for a context or a batch that cannot be built."""
+    longest = checkpoint.config.max_position_embeddings
+    if not 2 <= max_length <= longest:
+        raise ConfigError("--max-length", str(max_length), f"2 .. {longest}, the model's own context", "choose another")
+    if max_batch < 1:
+        raise ConfigError("--max-batch", str(max_batch), "1 or more", "correct it")

@@ -7,7 +7,7 @@ export VIRTUAL_ENV :=
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test check format bench clean
+.PHONY: quickstart test check format bench container-check clean
 
 quickstart: .venv/ready
 	$(BIN)/python examples/smollm2.py quickstart/model
@@ -23,6 +23,17 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy heads quantize exporter engines examples benchmarks
 
+# engines/ with the packages that a container of TensorRT-LLM 1.2.1 has, and no others of ours: it imports, and refuses in one line.
+CLEAN := .venv-container
+CONTAINER_PACKAGES := 'transformers==4.57.6' 'numpy<3' 'safetensors>=0.5' 'tokenizers>=0.22,<0.23'
+container-check: $(CLEAN)/ready
+	$(CLEAN)/bin/python tests/container_check.py
+
+$(CLEAN)/ready: Makefile
+	test -x $(CLEAN)/bin/python || $(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/pip install --quiet --disable-pip-version-check $(CONTAINER_PACKAGES)
+	touch $@
+
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -33,4 +44,4 @@ format: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-container quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from medusa_export.engines.report import QUANTILES, paired_line, sweep_rows
 from medusa_export.engines.tree_picture import positions
 from medusa_export.heads.tree import Tree
@@ -35,6 +33,8 @@ def render(report: Mapping[str, Any]) -> str:
     Args:
         report: what ``medusa-run --report`` writes.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("medusa_export.engines", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -9,16 +9,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from medusa_export.engines.runner import PromptResult, RunResult
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.intervals import bootstrap
 from medusa_export.heads.tree import Tree
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MODES = ("baseline", "medusa")
@@ -182,6 +184,8 @@ def versions() -> dict[str, str]:
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The readable form: the summary table, then categories, then what needs explaining."""
+    from rich.table import Table
+
     parity, speed = report["parity"], report["speedup"]
     machine = report["hardware"]
     title = f"{report['engine']['precision']} on {machine['cores']} cores of {machine['cpu']}"
@@ -247,6 +251,8 @@ def sweep_rows(name: str, sweep: Sequence[dict[str, Any]]) -> Sequence[tuple[str
 
 
 def _comparison_table(found: dict[str, Any]) -> Table:
+    from rich.table import Table
+
     table = Table(title=f"against {found['precision']}", title_justify="left", show_header=False)
     perplexity, speed = found["perplexity"], found["speed"]
     table.add_row("equal greedy tokens", f"{found['greedy_agreement']:.1%} of {found['positions']}")

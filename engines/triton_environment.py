@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
-
 from medusa_export.heads.errors import ConfigError, OutputError
 
 VARIABLE = "MEDUSA_TRITON_ENV"  # where environments are kept, instead of the user's cache
@@ -35,6 +33,8 @@ def environment() -> Path:
         got = f"Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform}"
         raise ConfigError("server environment", got, "Python 3.10 to 3.12 on Linux", "use one, or NVIDIA's container")
     name = f"{hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]}-{sys.implementation.cache_tag}"
+    import platformdirs
+
     home = Path(os.environ.get(VARIABLE) or platformdirs.user_cache_path("medusa-export") / "triton-server")
     home.mkdir(parents=True, exist_ok=True)
     path = home / name

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 VARIABLE, OFF = "MEDUSA_EXPORT_CACHE", "off"
 
 
@@ -15,4 +13,8 @@ def user_cache() -> Path | None:
     given = os.environ.get(VARIABLE)
     if given == OFF:
         return None
-    return Path(given).expanduser() if given else platformdirs.user_cache_path("medusa-export", appauthor=False)
+    if given:
+        return Path(given).expanduser()
+    import platformdirs  # not in a container of TensorRT-LLM, which imports this
+
+    return platformdirs.user_cache_path("medusa-export", appauthor=False)

@@ -188,6 +188,30 @@ def test_engines_need_no_torch() -> None:
     assert run(BLOCKED, *engines, *heads, "medusa_export.exporter.cli", "medusa_export.quantize.formats") == "imported"
 
 
+# What is in a container of TensorRT-LLM, of all that this project uses; see ``make container-check`` for the real packages.
+IN_CONTAINER = ("numpy", "safetensors", "tokenizers", "transformers")
+ONLY = f"""
+import importlib, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        known = top in sys.stdlib_module_names or top in {(*IN_CONTAINER, "medusa_export")} or top.startswith("__editable__")
+        if path is None and not known:
+            raise ImportError(name + " is not in the container")
+sys.meta_path.insert(0, Blocker())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print("imported")
+"""
+
+
+def test_engines_in_a_container_of_tensorrt_llm() -> None:
+    engines = [name for name in IMPORTABLE if name.startswith("medusa_export.engines")]
+    assert run(ONLY, *engines) == "imported"
+    with pytest.raises(AssertionError, match="not in the container"):
+        run(ONLY, "medusa_export.exporter.cli")
+
+
 def test_the_blocker_blocks() -> None:
     with pytest.raises(AssertionError, match="torch is blocked"):
         run(BLOCKED, "medusa_export.heads.model")

@@ -148,7 +148,7 @@ class TestExport:
         expected = ExportArguments(
             inputs.model, tmp_path / "o", "fp8", inputs.heads, "fp8", True, "bfloat16", 4, "cpu-4", tmp_path / "calib",
             5, "none", 99, 100, tmp_path / "scales", 64, ("*mlp.proj*", "*attention.dense*"), "1.0", 2, "hf",
-            tmp_path / "served", tmp_path / "costs", "sm89",
+            tmp_path / "served", tmp_path / "costs", "sm89", 16,
         )  # fmt: skip
         default = ExportArguments(inputs.model, inputs.root / "model-none")
         unset = {
@@ -248,7 +248,10 @@ ERRORS: dict[str, tuple[Callable[[Inputs], dict[str, object]], str]] = {
         f"format 'fp9': got an unknown name; expected one of {', '.join(FORMATS)};",
     ),
     "unknown cache": (flags(kv_cache="fp4"), "kv cache format 'fp4': got an unknown name"),
-    "unknown engine": (flags(engine="vllm"), "--engine: got 'vllm'; expected onnxruntime, tensorrt or none"),
+    "unknown engine": (
+        flags(engine="vllm"),
+        "--engine: got 'vllm'; expected onnxruntime, tensorrt, tensorrt-llm or none",
+    ),
     "unknown dtype": (flags(dtype="int4"), "dtype 'int4'"),
     "16-bit heads only": (flags(quant_heads=""), "leave the heads in 16 bit"),
     "dims of int8": (

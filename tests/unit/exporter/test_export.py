@@ -37,7 +37,8 @@ TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
 ALWAYS = {"tree.json", "trtllm/config.json", "trtllm/rank0.safetensors", *(f"tokenizer/{name}" for name in TOKENIZER)}
 ENGINE_FILES = {
     *(f"onnx/decoder.onnx{suffix}" for suffix in ("", ".data")),
-    *(f"engine/{name}" for name in ("decoder.onnx", "decoder.onnx.data", "engine.json", "tree.json", *TOKENIZER)),
+    *(f"engine/decoder{suffix}" for suffix in (".onnx", ".onnx.data", "-batch.onnx")),
+    *(f"engine/{name}" for name in ("engine.json", "tree.json", *TOKENIZER)),
 }
 Make = Callable[..., ExportArguments]
 

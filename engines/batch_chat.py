@@ -8,8 +8,8 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_export.engines.batch import BatchDecoder
 from medusa_export.engines.scheduler import End, Scheduler
+from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.chat_model import Answer, Sampling
 from medusa_export.heads.conversations import encode_chat, read_tokenizer
 
@@ -25,19 +25,19 @@ def open_chat_model(model: Path, *, max_batch: int, max_length: int | None) -> B
         max_batch: conversations answered at once.
         max_length: tokens of a conversation; None: the engine's context.
     """
-    decoder = BatchDecoder(model, slots=max_batch, max_length=max_length)
+    decoder = TreeBatchDecoder(model, slots=max_batch, max_length=max_length)
     name = str(decoder.info.source.get("checkpoint", model))
     return BatchChatModel(decoder, read_tokenizer(model), name)
 
 
 class BatchChatModel:
-    """Answers from a :class:`BatchDecoder`, as many at once as it has slots; the others wait in their order.
+    """Answers from a :class:`TreeBatchDecoder`, as many at once as it has slots; the others wait in their order.
 
     Args:
         name: what the answers are recorded as coming from.
     """
 
-    def __init__(self, decoder: BatchDecoder, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, decoder: TreeBatchDecoder, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.name = name
         self._tokenizer = tokenizer
         self._scheduler = Scheduler(decoder)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from medusa_export.engines.batch import BatchDecoder
-from medusa_export.engines.batch_step import Draw, advance, first_token, greedy
+from medusa_export.engines.tree_batch import ROOT, TreeBatchDecoder, advance
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.errors import ConfigError, MedusaExportError
 from medusa_export.heads.sampler import Sampler
@@ -91,7 +90,7 @@ class Ticket:
     input_ids: Sequence[int]
     sampling: Sampling
     listener: Listener
-    draw: Draw
+    sampler: Sampler | None
     submitted: float
     deadline: float
     tokens: list[int] = field(default_factory=list)
@@ -116,14 +115,14 @@ class Scheduler:
 
     def __init__(
         self,
-        decoder: BatchDecoder,
+        decoder: TreeBatchDecoder,
         *,
         tree: Tree | None = None,
         max_queue: int | None = None,
         tree_max_batch: int = 4,
         meter: Meter | None = None,
     ) -> None:
-        self.decoder, self.tree = decoder, tree or Tree(())
+        self.decoder, self.tree = decoder, tree or ROOT
         self._tree_max_batch, self._max_queue = tree_max_batch, max_queue
         self._meter = meter or Meter()
         self._eos = set(decoder.info.eos_token_ids)
@@ -161,9 +160,9 @@ class Scheduler:
         if not 0 < len(input_ids) <= longest:
             got, limit = f"{len(input_ids)} tokens", f"1 .. {longest}"
             raise ConfigError("prompt", got, limit, "shorten it, or allow longer sequences")
-        draw = Sampler(sampling.temperature, sampling.seed, sampling.top_p).draw if sampling.temperature else greedy
+        sampler = Sampler(sampling.temperature, sampling.seed, sampling.top_p) if sampling.temperature else None
         now = time.monotonic()
-        ticket = Ticket(input_ids, sampling, listener, draw, submitted=now, deadline=now + timeout_s)
+        ticket = Ticket(input_ids, sampling, listener, sampler, submitted=now, deadline=now + timeout_s)
         with self._wake:
             if self._closed:
                 raise ClosedError("server", "a request while it stops", "one before", "ask another server")
@@ -232,7 +231,8 @@ class Scheduler:
                 ticket = self._waiting.popleft()
             slot = len(self._running)
             try:
-                token = first_token(self.decoder, ticket.input_ids, ticket.draw)
+                logits = self.decoder.admit(ticket.input_ids)
+                token = ticket.sampler.draw(logits) if ticket.sampler else int(logits.argmax())
             except Exception as error:  # this one's: too large for the memory that is left, for instance
                 logger.exception("a prompt failed")
                 if self.decoder.active > slot:
@@ -244,14 +244,19 @@ class Scheduler:
             self._take(slot, [token])
 
     def _step(self) -> None:
-        tree = self.tree if len(self._running) <= self._tree_max_batch else Tree(())
         last = [ticket.tokens[-1] for ticket in self._running]
-        new = advance(self.decoder, tree, last, [ticket.draw for ticket in self._running])
+        new = advance(self.decoder, self._step_tree(), last, [ticket.sampler for ticket in self._running])
         for slot in reversed(range(len(self._running))):
             ticket = self._running[slot]
             ticket.steps += 1
             self._meter.tokens(len(new[slot]), time.monotonic() - ticket.last_token_at)
             self._take(slot, new[slot])
+
+    def _step_tree(self) -> Tree:
+        """The tree, where it pays and every sequence has room for it."""
+        room = min(self.decoder.room(slot) for slot in range(len(self._running)))
+        pays = len(self._running) <= self._tree_max_batch and room >= self.tree.num_nodes
+        return self.tree if pays else ROOT
 
     def _take(self, slot: int, tokens: Sequence[int]) -> None:
         """New tokens of a request, of which one may be its last."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_export.engines.batch import BatchDecoder
 from medusa_export.engines.scheduler import End, Meter, Scheduler, Ticket
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.stream_text import TextStream
+from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.conversations import encode_chat, is_text, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
@@ -68,7 +68,7 @@ class TextService:
         info.require_tree(tree)
         self.options, self.tokenizer = options, read_tokenizer(engine_dir)
         slots = min(options.max_batch, cache_slots(info, options.kv_cache_mb))
-        decoder = BatchDecoder(engine_dir, slots=slots, threads=options.threads)
+        decoder = TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
         self.max_length = decoder.max_length
         self.name = Path(str(info.source.get("checkpoint", engine_dir))).name
         self.scheduler = Scheduler(

@@ -13,6 +13,7 @@ from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.batch import BatchDecoder
 from medusa_export.engines.batch_chat import BatchChatModel
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.errors import ConfigError
 
@@ -48,7 +49,7 @@ def test_answers_are_those_of_one_sequence_at_a_time(engine_dir: Path) -> None:
         generate(engine, ids, AUTOREGRESSIVE, max_new_tokens=TOKENS, eos_token_ids=engine.info.eos_token_ids)
         for ids in PROMPTS
     ]
-    model = BatchChatModel(BatchDecoder(engine_dir, slots=2), Letters(), "tiny")  # type: ignore[arg-type]
+    model = BatchChatModel(TreeBatchDecoder(engine_dir, slots=2), Letters(), "tiny")  # type: ignore[arg-type]
 
     async def ask() -> list[Any]:
         messages = [[{"role": "user", "content": " ".join(map(str, ids))}] for ids in PROMPTS]

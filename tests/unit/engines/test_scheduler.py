@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 from medusa_export.engines.base import AUTOREGRESSIVE, generate
-from medusa_export.engines.batch import BatchDecoder
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.scheduler import BusyError, ClosedError, End, Meter, Scheduler
+from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.tree import Tree
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13], [20, 21], [30, 31, 32], [40], [7, 7, 7]]
+TREE = Tree.from_choices([[0], [1], [0, 0], [2], [1, 0]])
 SECONDS = 60
 
 
@@ -53,7 +55,7 @@ class Ears:
 
 @pytest.fixture
 def engine_dir(tiny_engine: Callable[..., Any]) -> Path:
-    path: Path = tiny_engine().path
+    path: Path = tiny_engine(drafts_well=True).path
     return path
 
 
@@ -63,7 +65,7 @@ def schedule(engine_dir: Path) -> Iterator[Callable[..., Scheduler]]:
     made: list[Scheduler] = []
 
     def make(slots: int = 2, max_length: int | None = None, *, has_ends: bool = False, **arguments: Any) -> Scheduler:
-        made.append(Scheduler(BatchDecoder(engine_dir, slots=slots, max_length=max_length), **arguments))
+        made.append(Scheduler(TreeBatchDecoder(engine_dir, slots=slots, max_length=max_length), **arguments))
         if not has_ends:
             made[-1]._eos = set()  # so that a test knows how long an answer takes
         return made[-1]
@@ -81,21 +83,25 @@ def alone(engine_dir: Path, ids: list[int], count: int, sampler: Sampler | None 
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("tree_max_batch", [0, 2, 3])
 def test_every_answer_is_the_one_of_a_sequence_alone(
-    engine_dir: Path, schedule: Callable[..., Scheduler], temperature: float
+    engine_dir: Path, schedule: Callable[..., Scheduler], temperature: float, tree_max_batch: int
 ) -> None:
-    scheduler = schedule(slots=3, has_ends=True)
+    scheduler = schedule(slots=3, has_ends=True, tree=TREE, tree_max_batch=tree_max_batch)
     listeners = [Ears() for _ in PROMPTS]
     for index, (ids, ears) in enumerate(
         zip(PROMPTS, listeners, strict=True)
     ):  # so that slots free up at different times
         scheduler.submit(ids, Sampling(temperature, max_tokens=4 + 3 * index, seed=index), ears)
+    yields = []
     for index, (ids, ears) in enumerate(zip(PROMPTS, listeners, strict=True)):
         end = ears.wait()
+        yields.append(end.tokens_per_step)
         sampler = Sampler(temperature, index) if temperature else None
         assert ears.tokens == alone(engine_dir, ids, 4 + 3 * index, sampler)
         assert (end.prompt_tokens, end.completion_tokens) == (len(ids), len(ears.tokens))
         assert end.reason == ("stop" if ears.tokens[-1] == 2 else "length")
+    assert (max(yields) > 1) == (tree_max_batch > 0), "the tree was used, or was not, against what was asked"
 
 
 def test_an_end_of_sequence_token_stops(schedule: Callable[..., Scheduler], engine_dir: Path) -> None:
@@ -113,8 +119,9 @@ def test_a_listener_that_has_enough_ends_its_request(schedule: Callable[..., Sch
     assert (ears.wait().reason, len(ears.tokens)) == ("stop", 3)
 
 
-def test_a_full_context_ends_with_length(schedule: Callable[..., Scheduler]) -> None:
-    scheduler, ears = schedule(max_length=10), Ears()
+@pytest.mark.parametrize("tree", [None, TREE])
+def test_a_full_context_ends_with_length(schedule: Callable[..., Scheduler], tree: Tree | None) -> None:
+    scheduler, ears = schedule(max_length=10, tree=tree), Ears()
     scheduler.submit([3, 4, 5], Sampling(max_tokens=50), ears)
     assert ears.wait().reason == "length"
     assert len(ears.tokens) == 8  # seven more rows, and the token behind the last one
@@ -185,11 +192,11 @@ def test_a_failing_step_ends_its_requests_only(
 ) -> None:
     scheduler, first, second = schedule(has_ends=True), Ears(), Ears()
 
-    def fail(tokens: Any) -> Any:
+    def fail(tree: Any, node_ids: Any) -> Any:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler.decoder, "step", fail)
+        patch.setattr(scheduler.decoder, "verify", fail)
         scheduler.submit([3, 4], Sampling(max_tokens=5), first)
         end = first.wait()
     assert (end.reason, str(end.error)) == ("error", "out of memory")
@@ -202,14 +209,14 @@ def test_a_failing_prompt_ends_alone(
     schedule: Callable[..., Scheduler], engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler, good, bad, later = schedule(slots=3, has_ends=True), Ears(), Ears(), Ears()
-    run = scheduler.decoder._run
+    keep = scheduler.decoder._keep
 
-    def fail_at_five_tokens(input_ids: Any, slots: slice) -> Any:
-        if input_ids.shape[1] == 5:
+    def fail_at_five_tokens(block: Any, paths: Any) -> None:
+        if block.size == 5:
             raise RuntimeError("out of memory")
-        return run(input_ids, slots)
+        keep(block, paths)
 
-    monkeypatch.setattr(scheduler.decoder, "_run", fail_at_five_tokens)
+    monkeypatch.setattr(scheduler.decoder, "_keep", fail_at_five_tokens)
     scheduler.submit(PROMPTS[0], Sampling(max_tokens=30), good)
     scheduler.submit([1, 2, 3, 4, 5], Sampling(), bad)
     scheduler.submit(PROMPTS[1], Sampling(max_tokens=9), later)

@@ -240,16 +240,13 @@ class Scheduler:
                 self._end(ticket, "error", error)
                 continue
             self._running.append(ticket)
-            self._meter.first_token(time.monotonic() - ticket.submitted)
             self._take(slot, [token])
 
     def _step(self) -> None:
         last = [ticket.tokens[-1] for ticket in self._running]
         new = advance(self.decoder, self._step_tree(), last, [ticket.sampler for ticket in self._running])
         for slot in reversed(range(len(self._running))):
-            ticket = self._running[slot]
-            ticket.steps += 1
-            self._meter.tokens(len(new[slot]), time.monotonic() - ticket.last_token_at)
+            self._running[slot].steps += 1
             self._take(slot, new[slot])
 
     def _step_tree(self) -> Tree:
@@ -260,9 +257,8 @@ class Scheduler:
 
     def _take(self, slot: int, tokens: Sequence[int]) -> None:
         """New tokens of a request, of which one may be its last."""
-        ticket, reason = self._running[slot], ""
-        ticket.last_token_at = time.monotonic()
-        for token in tokens:
+        ticket, reason, taken = self._running[slot], "", 0
+        for taken, token in enumerate(tokens, start=1):  # noqa: B007
             ticket.tokens.append(token)
             wants_more = ticket.listener.take(token)
             if token in self._eos or not wants_more:
@@ -271,6 +267,12 @@ class Scheduler:
                 reason = "length"
             if reason:
                 break
+        now, before = time.monotonic(), ticket.last_token_at
+        ticket.last_token_at = now
+        if ticket.steps:
+            self._meter.tokens(taken, now - before)
+        else:
+            self._meter.first_token(now - ticket.submitted)
         if reason or not self.decoder.room(slot):
             self._release(slot, reason or "length")
         else:

@@ -45,7 +45,7 @@ class TextStream:
     def _new_text(self) -> str:
         """Text of the tokens that are not in the text yet; empty while they end within a character."""
         before, now = self._decode(self._start, self._read), self._decode(self._start, None)
-        if now.endswith(INCOMPLETE) or len(now) < len(before):
+        if now.endswith(INCOMPLETE) or len(now) <= len(before):  # within a character, or a token without text
             return ""
         self._start, self._read = self._read, len(self._tokens)
         return now[len(before) :]

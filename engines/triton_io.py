@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,14 +66,17 @@ OUTPUTS = (
 )
 
 
-def read_inputs(arrays: Mapping[str, Array]) -> dict[str, Value]:
+def read_inputs(arrays: Mapping[str, Array], parameters: Iterable[str] = ()) -> dict[str, Value]:
     """The values of a request's tensors, by name.
+
+    Args:
+        parameters: names of the request's parameters: where ``/generate`` puts what is no input, a misspelt one for instance.
 
     Raises:
         ConfigError: an unknown name, another type, another number of values, or bytes that are no UTF-8.
     """
     known = {port.name: port for port in INPUTS}
-    if unknown := sorted(arrays.keys() - known.keys()):
+    if unknown := sorted({*arrays, *parameters} - known.keys()):
         raise ConfigError("input", unknown[0], f"one of {', '.join(known)}", "correct the request")
     missing = [port.name for port in INPUTS if not port.is_optional and port.name not in arrays]
     if missing:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from typing import Any
 
 from medusa_export.engines.scheduler import End, Meter
 
 SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
+FLUSH_SECONDS = 0.1
+FIRST, BETWEEN = "medusa_time_to_first_token_seconds", "medusa_inter_token_seconds"
+TOKENS, STEPS, ACCEPTED = "medusa_tokens_total", "medusa_steps_total", "medusa_drafts_accepted_total"
+RUNNING, WAITING, ENDED = "medusa_requests_running", "medusa_requests_waiting", "medusa_requests_ended_total"
 # name -> (kind, what it is); the names carry their units
 FAMILIES = {
-    "medusa_time_to_first_token_seconds": ("HISTOGRAM", "Time from a request to its first token"),
-    "medusa_inter_token_seconds": ("HISTOGRAM", "Time between the tokens of one answer"),
-    "medusa_tokens_total": ("COUNTER", "Generated tokens"),
-    "medusa_steps_total": ("COUNTER", "Decoding steps, counted for every request that took part"),
-    "medusa_drafts_accepted_total": ("COUNTER", "Tokens that drafts saved a step for"),
-    "medusa_requests_running": ("GAUGE", "Requests that are decoded"),
-    "medusa_requests_waiting": ("GAUGE", "Requests in the queue"),
+    FIRST: ("HISTOGRAM", "Time from a request to its first token"),
+    BETWEEN: ("HISTOGRAM", "Time between the tokens of one answer"),
+    TOKENS: ("COUNTER", "Generated tokens"),
+    STEPS: ("COUNTER", "Decoding steps, counted for every request that took part"),
+    ACCEPTED: ("COUNTER", "Tokens that drafts saved a step for"),
+    RUNNING: ("GAUGE", "Requests that are decoded"),
+    WAITING: ("GAUGE", "Requests in the queue"),
 }
-ENDED = "medusa_requests_ended_total"
 REASONS = ("stop", "length", "cancelled", "timeout", "closed", "error")
 
 
 class TritonMeter(Meter):
     """Counts into Triton's metrics endpoint. Tokens that came in one step share the time that it took.
+
+    Every number is a message to the server, so a thread of its own hands them on, summed up where they can be.
 
     Args:
         pb_utils: Triton's module.
@@ -31,31 +38,54 @@ class TritonMeter(Meter):
 
     def __init__(self, pb_utils: Any, model: str) -> None:
         self._families: list[Any] = []  # kept: a family that is collected takes its metrics along
-        self._metrics = {}
+        self._metrics: dict[str, Any] = {}
         for name, (kind, text) in FAMILIES.items():
             buckets = {"buckets": SECONDS} if kind == "HISTOGRAM" else {}
             self._metrics[name] = self._family(pb_utils, name, kind, text).Metric(labels={"model": model}, **buckets)
         family = self._family(pb_utils, ENDED, "COUNTER", "Requests that ended, by reason")
-        self._ended = {reason: family.Metric(labels={"model": model, "reason": reason}) for reason in REASONS}
+        self._metrics |= {reason: family.Metric(labels={"model": model, "reason": reason}) for reason in REASONS}
+        self._pending: deque[tuple[str, float]] = deque()  # (histogram or counter, value)
+        self._load = 0, 0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="medusa-export-metrics", daemon=True)
+        self._thread.start()
 
     def first_token(self, seconds: float) -> None:
-        self._metrics["medusa_time_to_first_token_seconds"].observe(seconds)
-        self._metrics["medusa_tokens_total"].increment(1)
+        self._pending += [(FIRST, seconds), (TOKENS, 1)]
 
     def tokens(self, count: int, seconds: float) -> None:
-        for _ in range(count):
-            self._metrics["medusa_inter_token_seconds"].observe(seconds / count)
-        self._metrics["medusa_tokens_total"].increment(count)
-        self._metrics["medusa_steps_total"].increment(1)
-        if count > 1:
-            self._metrics["medusa_drafts_accepted_total"].increment(count - 1)
+        self._pending += [(BETWEEN, seconds / count)] * count
+        self._pending += [(TOKENS, count), (STEPS, 1), (ACCEPTED, count - 1)]
 
     def ended(self, end: End) -> None:
-        self._ended[end.reason].increment(1)
+        self._pending.append((end.reason, 1))
 
     def load(self, running: int, waiting: int) -> None:
-        self._metrics["medusa_requests_running"].set(running)
-        self._metrics["medusa_requests_waiting"].set(waiting)
+        self._load = running, waiting
+
+    def close(self) -> None:
+        """Hand on what is left, and stop."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._stopping.wait(FLUSH_SECONDS):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        sums: dict[str, float] = {}
+        for _ in range(len(self._pending)):
+            name, value = self._pending.popleft()
+            if name in (FIRST, BETWEEN):
+                self._metrics[name].observe(value)
+            else:
+                sums[name] = sums.get(name, 0) + value
+        for name, value in sums.items():
+            self._metrics[name].increment(value)
+        running, waiting = self._load
+        self._metrics[RUNNING].set(running)
+        self._metrics[WAITING].set(waiting)
 
     def _family(self, pb_utils: Any, name: str, kind: str, text: str) -> Any:
         family = pb_utils.MetricFamily(name=name, description=text, kind=getattr(pb_utils.MetricFamily, kind))

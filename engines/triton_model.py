@@ -13,12 +13,15 @@ from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.text_service import Piece, TextRequest, TextService
 from medusa_export.engines.triton_io import read_inputs, write_outputs
 from medusa_export.engines.triton_metrics import TritonMeter
+from medusa_export.engines.triton_sender import Sender
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.errors import MedusaExportError
 
 POLL_SECONDS = 0.02  # a step takes longer
 DRAIN_SECONDS = 30.0
 CANCEL = "medusa_cancel"  # parameter of a request that ends another one, by its id
+TWIN = "medusa_twin"  # parameter of the twin's requests: errors between models lose their code, so it is put before the message
+CODED = " | "
 ERRORS = {  # how a request can end without an answer: Triton's code, and what the client reads
     "cancelled": ("CANCELLED", "the request was cancelled"),
     "timeout": ("UNAVAILABLE", "the request took longer than its time limit"),
@@ -40,8 +43,8 @@ class MedusaModel:
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         engine = Path(args["model_repository"]) / args["model_version"] / parameters.pop("engine")
-        meter = TritonMeter(pb_utils, args["model_name"])
-        self._service = TextService(engine, ServingOptions.from_text(parameters), meter)
+        self._meter = TritonMeter(pb_utils, args["model_name"])
+        self._service = TextService(engine, ServingOptions.from_text(parameters), self._meter)
         self._open: dict[int, _Open] = {}
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="medusa-export-cancel", daemon=True)
@@ -50,22 +53,23 @@ class MedusaModel:
     def execute(self, requests: list[Any]) -> None:
         """Queue requests and return: the answers come later."""
         for request in requests:
-            self._take(request, request.get_response_sender())
+            self._take(request, Sender(self._pb, request.get_response_sender()))
 
     def finalize(self) -> None:
         """Finish what is being answered, for a while; called once by Triton."""
         self._service.close(drain=True, timeout_s=DRAIN_SECONDS)
         self._stopping.set()
         self._watcher.join()
+        self._meter.close()
 
-    def _take(self, request: Any, sender: Any) -> None:
+    def _take(self, request: Any, sender: Sender) -> None:
         parameters = json.loads(request.parameters() or "{}")
         if CANCEL in parameters:
             self._cancel(str(parameters[CANCEL]), sender)
             return
-        answer = _Open(self, sender, request.request_id())
+        answer = _Open(self, sender, request.request_id(), is_coded=bool(parameters.pop(TWIN, False)))
         try:
-            values = read_inputs({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+            values = read_inputs({tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, parameters)
             answer.streams = bool(values.get("stream", False))
             with self._lock:
                 self._open[id(answer)] = answer  # before the first piece can come
@@ -90,14 +94,14 @@ class MedusaModel:
         prompt = "" if messages else text
         return TextRequest(messages, prompt, sampling, tuple(values.get("stop", ())), values.get("timeout_s"))
 
-    def _cancel(self, request_id: str, sender: Any) -> None:
+    def _cancel(self, request_id: str, sender: Sender) -> None:
         """End the request with an id, for the twin, whose clients' cancellations do not reach this model."""
         with self._lock:
             tickets = [answer.ticket for answer in self._open.values() if answer.request_id == request_id]
         for ticket in tickets:
             if ticket is not None:
                 ticket.cancel()
-        sender.send(flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        sender.nothing()
 
     def _watch(self) -> None:
         """Cancel what clients have given up; asking costs a message to the server each time."""
@@ -113,25 +117,12 @@ class MedusaModel:
         with self._lock:
             self._open.pop(id(answer), None)
 
-    def respond(self, sender: Any, values: dict[str, Any], *, is_last: bool) -> None:
-        """Send tensors."""
-        tensors = [self._pb.Tensor(name, array) for name, array in write_outputs(values).items()]
-        sender.send(self._pb.InferenceResponse(output_tensors=tensors), flags=self._flags(is_last))
-
-    def error(self, sender: Any, code: str, message: str) -> None:
-        """Send an error, as the last thing."""
-        error = self._pb.TritonError(message, getattr(self._pb.TritonError, code))
-        sender.send(self._pb.InferenceResponse(error=error), flags=self._flags(True))
-
-    def _flags(self, is_last: bool) -> int:
-        return int(self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL) if is_last else 0
-
 
 class _Open:
     """One request that is being answered."""
 
-    def __init__(self, model: MedusaModel, sender: Any, request_id: str) -> None:
-        self.sender, self.request_id = sender, request_id
+    def __init__(self, model: MedusaModel, sender: Sender, request_id: str, *, is_coded: bool) -> None:
+        self.sender, self.request_id, self._is_coded = sender, request_id, is_coded
         self.streams = False
         self.ticket: Ticket | None = None
         self._model = model
@@ -147,7 +138,8 @@ class _Open:
             self._send("", None)
 
     def fail(self, code: str, message: str) -> None:
-        self._model.error(self.sender, code, message)
+        """Answer with an error, as the last thing."""
+        self.sender.error(code, f"{code}{CODED}{message}" if self._is_coded else message)
 
     def _finish(self, end: End) -> None:
         self._model.forget(self)
@@ -163,4 +155,4 @@ class _Open:
             "tokens_per_step": end.tokens_per_step if end else 0.0,
         }  # fmt: skip
         self._text, self._token_ids = "", []
-        self._model.respond(self.sender, values, is_last=end is not None)
+        self.sender.tensors(write_outputs(values), is_last=end is not None)

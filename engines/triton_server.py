@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ from medusa_export.heads.errors import OutputError
 
 START_SECONDS, EXIT_SECONDS, POLL_SECONDS = 120.0, 30, 0.1
 SHARED_MEMORY = Path("/dev/shm")
+STACK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class TritonServer:
             command = self._command(repository.resolve(), backends(self._folder))
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT if log else None, env=server_variables(layer),
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_deepen_stack,
             )  # fmt: skip
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -151,6 +153,13 @@ class TritonServer:
         }  # fmt: skip
         named = [f"--{name}={value}" for name, value in flags.items()]
         return [str(server_program()), "--disable-auto-complete-config", *named]
+
+
+def _deepen_stack() -> None:
+    """Triton 2.51 recurses through an HTTP body: with the usual 8 MB, one of 4 MB ends the server (triton server issue 5840)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    limit = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (limit, hard))
 
 
 def _parent_and_name(process: Path) -> tuple[int, str]:

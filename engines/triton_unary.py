@@ -8,8 +8,11 @@ import threading
 import uuid
 from typing import Any
 
+import numpy as np
+
 from medusa_export.engines.triton_io import OUTPUTS
-from medusa_export.engines.triton_model import CANCEL, POLL_SECONDS
+from medusa_export.engines.triton_model import CANCEL, CODED, POLL_SECONDS, TWIN
+from medusa_export.engines.triton_sender import Sender
 
 logger = logging.getLogger(__name__)
 
@@ -27,40 +30,47 @@ class UnaryModel:
     def execute(self, requests: list[Any]) -> None:
         """Start a thread for each request and return: Triton takes the answers from their senders."""
         for request in requests:
-            threading.Thread(target=self._answer, args=(request, request.get_response_sender()), daemon=True).start()
+            sender = Sender(self._pb, request.get_response_sender())
+            threading.Thread(target=self._answer, args=(request, sender), daemon=True).start()
 
-    def _answer(self, request: Any, sender: Any) -> None:
+    def _answer(self, request: Any, sender: Sender) -> None:
         done = threading.Event()
         request_id = uuid.uuid4().hex
         threading.Thread(target=self._watch, args=(sender, request_id, done), daemon=True).start()
         try:
-            response = self._ask(request, request_id)
+            self._ask(request, request_id, sender)
         except Exception:
             logger.exception("the other model could not be asked")
-            error = self._pb.TritonError("the model does not answer", self._pb.TritonError.UNAVAILABLE)
-            response = self._pb.InferenceResponse(error=error)
+            sender.error("UNAVAILABLE", "the model does not answer")
         finally:
             done.set()
-        sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def _ask(self, request: Any, request_id: str) -> Any:
-        """The other model's whole answer: the one response of a request that does not stream."""
+    def _ask(self, request: Any, request_id: str, sender: Sender) -> None:
+        """Hand on the other model's whole answer: the one response of a request that does not stream."""
         inputs = [tensor for tensor in request.inputs() if tensor.name() != "stream"]
-        asked = self._request(inputs, request_id, {})
+        parameters = json.loads(request.parameters() or "{}")
+        asked = self._request(inputs, request_id, {**parameters, TWIN: True})
         answers = [answer for answer in asked.exec(decoupled=True) if answer.has_error() or answer.output_tensors()]
-        if answers[0].has_error():
-            return self._pb.InferenceResponse(error=answers[0].error())
-        return self._pb.InferenceResponse(output_tensors=answers[0].output_tensors())
+        if not answers[0].has_error():
+            tensors = answers[0].output_tensors()
+            sender.tensors({tensor.name(): tensor.as_numpy() for tensor in tensors}, is_last=True)
+            return
+        code, mark, message = answers[0].error().message().partition(CODED)
+        if mark:
+            sender.error(code, message)
+        else:  # the server's own
+            sender.error("INTERNAL", code)
 
-    def _watch(self, sender: Any, request_id: str, done: threading.Event) -> None:
+    def _watch(self, sender: Sender, request_id: str, done: threading.Event) -> None:
         """Hand a cancellation on; the server does not do that for requests between models."""
         while not done.wait(POLL_SECONDS):
             if sender.is_cancelled():
-                for _ in self._request([], request_id, {CANCEL: request_id}).exec(decoupled=True):
+                text = self._pb.Tensor("text_input", np.array([b""], dtype=object))  # the server wants one
+                for _ in self._request([text], request_id, {CANCEL: request_id}).exec(decoupled=True):
                     pass
                 return
 
-    def _request(self, inputs: list[Any], request_id: str, parameters: dict[str, str]) -> Any:
+    def _request(self, inputs: list[Any], request_id: str, parameters: dict[str, Any]) -> Any:
         names = [port.name for port in OUTPUTS]
         return self._pb.InferenceRequest(
             model_name=self._model, requested_output_names=names, inputs=inputs, request_id=request_id,

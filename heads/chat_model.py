@@ -34,6 +34,7 @@ class Sampling:
             "temperature": (math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "seed": (self.seed is None or self.seed >= 0, "0 or more"),
         }
         for name, (holds, expected) in rules.items():
             if not holds:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.files import ENDLESS, found_instead
+from medusa_export.heads.special_tokens import encode_rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,6 +131,8 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation in the model's chat template, up to where the assistant's answer starts.
 
+    Special tokens that a message spells stay text.
+
     Raises:
         ConfigError: the tokenizer has no chat template, or the template refuses these messages.
     """
@@ -137,15 +140,19 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
         raise ConfigError(
             str(tokenizer.name_or_path), "no chat template", "a tokenizer of a chat model", "use an instruct model"
         )
-    conversation = [dict(message) for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template computes, so it can fail in every way that Python can
-        raise ConfigError(
-            f"{tokenizer.name_or_path} chat template", f"a refusal ({error})", "messages it takes", "change the prompts"
-        ) from error
-    # Two steps, because what apply_chat_template returns when it tokenizes differs between transformers 4 and 5.
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def render(conversation: list[dict[str, str]]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template computes, so it can fail in every way that Python can
+            raise ConfigError(
+                f"{tokenizer.name_or_path} chat template",
+                f"a refusal ({error})",
+                "messages it takes",
+                "change the prompts",
+            ) from error
+
+    return encode_rendered(tokenizer, messages, render)
 
 
 def _prompt(line: bytes, where: str, number: int) -> Prompt:

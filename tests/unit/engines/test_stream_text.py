@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from medusa_export.engines.stream_text import TextStream
+from medusa_export.heads.conversations import read_tokenizer
 
 TEXTS = [
     "plain words, twice plain words",
@@ -64,6 +67,14 @@ def test_bytes_that_never_become_a_character_come_at_the_end(bytewise: PreTraine
     found, _ = pieces(bytewise, ids)
     assert "".join(found) == bytewise.decode(ids) == "ab\ufffd"
     assert found[:2] == ["a", "b"]
+
+
+def test_tokens_without_text_do_not_swallow_the_space_behind_them(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokenizer = read_tokenizer(tiny_tokenizer(tmp_path))
+    ids = [9, 4, 4, 10, 11, 2, 12]
+    assert "".join(pieces(tokenizer, ids)[0]) == tokenizer.decode(ids, skip_special_tokens=True) == "w4 w5 w6 w7"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""A served tiny engine, and the clients that the Triton tests ask it with."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tritonclient import grpc
+
+from medusa_export.engines.base import AUTOREGRESSIVE, generate
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.triton_server import Address, TritonServer
+from medusa_export.heads.conversations import encode_chat, read_tokenizer
+from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.tree import Tree
+
+DTYPES = {str: "BYTES", int: "INT64", float: "FP32", bool: "BOOL", list: "BYTES"}
+TREE = Tree.from_choices([[0], [1], [0, 0], [0, 0, 0]])
+CONTEXT = 4000
+SECONDS = 60.0
+
+
+def endless_engine(tiny_engine: Callable[..., Any]) -> Path:
+    """An engine whose answers only end where they are told to: long ones take seconds."""
+    path: Path = tiny_engine(drafts_well=True, tree=TREE, max_length=CONTEXT, max_position_embeddings=CONTEXT).path
+    body = json.loads((path / "engine.json").read_text())
+    (path / "engine.json").write_text(json.dumps({**body, "eos_token_ids": []}))
+    return path
+
+
+@dataclass
+class Served:
+    """A server and the engine that it serves, for comparison."""
+
+    server: TritonServer
+    engine: Path
+    log: Path
+
+    @property
+    def address(self) -> Address:
+        return self.server.address
+
+    def offline(
+        self, text: str, count: int, *, system: str = "", seed: int | None = None, temperature: float = 0.0
+    ) -> list[int]:
+        """The tokens that medusa-run's loop gives for a question."""
+        messages = [{"role": "system", "content": system}] if system else []
+        ids = encode_chat(read_tokenizer(self.engine), [*messages, {"role": "user", "content": text}])
+        engine = OnnxRuntimeEngine(self.engine)
+        sampler = Sampler(temperature, seed) if temperature else None
+        return generate(engine, ids, AUTOREGRESSIVE, max_new_tokens=count, eos_token_ids=(), sampler=sampler).tokens
+
+    def http(self, path: str, body: Any) -> tuple[int, Any]:
+        """Status and JSON of a POST; ``body`` may be bytes."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.address.http}/v2/{path}", data)
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def generate(self, model: str = "medusa", **inputs: Any) -> tuple[int, Any]:
+        """``/generate``."""
+        return self.http(f"models/{model}/generate", inputs)
+
+    def events(self, **inputs: Any) -> Iterator[dict[str, Any]]:
+        """``/generate_stream``."""
+        body = json.dumps({"stream": True, **inputs}).encode()
+        url = f"{self.address.http}/v2/models/medusa/generate_stream"
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=SECONDS) as response:
+            for line in response:
+                if line.startswith(b"data: "):
+                    yield json.loads(line[6:])
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A number of the metrics endpoint."""
+        with urllib.request.urlopen(self.address.metrics, timeout=SECONDS) as response:
+            text = response.read().decode()
+        for line in text.splitlines():
+            found = re.fullmatch(rf"{name}\{{(.*)\}} (\S+)", line)
+            if found and all(f'{key}="{value}"' in found[1] for key, value in labels.items()):
+                return float(found[2])
+        raise LookupError(name)
+
+    def wait_for(self, name: str, value: float, **labels: str) -> None:
+        """Return when a metric has a value."""
+        deadline = time.monotonic() + SECONDS
+        while (found := self.metric(name, **labels)) != value:
+            assert time.monotonic() < deadline, f"{name} is {found}, not {value}"
+            time.sleep(0.05)
+
+
+def tensors(**inputs: Any) -> list[Any]:
+    """Inputs of a gRPC request, by the types of their values."""
+    made = []
+    for name, value in inputs.items():
+        dtype = DTYPES[type(value)]
+        values = value if isinstance(value, list) else [value]
+        encoded = [item.encode() for item in values] if dtype == "BYTES" else values
+        tensor = grpc.InferInput(name, [len(values)], dtype)
+        kind = {"BYTES": np.object_, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}[dtype]
+        made.append(tensor.set_data_from_numpy(np.array(encoded, dtype=kind)))
+    return made
+
+
+class Stream:
+    """One bidirectional gRPC stream; answers come in the order in which they are sent, with the id of their request."""
+
+    def __init__(self, address: str) -> None:
+        self.client = grpc.InferenceServerClient(address)
+        self.answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self.client.start_stream(lambda result, error: self.answers.put((result, error)))
+
+    def ask(self, request_id: str, model: str = "medusa", **inputs: Any) -> None:
+        self.client.async_stream_infer(
+            model, tensors(**inputs), request_id=request_id, enable_empty_final_response=True
+        )
+
+    def next(self) -> tuple[Any, Any]:
+        """The next answer, or error."""
+        return self.answers.get(timeout=SECONDS)
+
+    def collect(self, count: int) -> dict[str, tuple[list[int], str, str]]:
+        """Of so many requests, by id: token ids, text and why they ended."""
+        found: dict[str, tuple[list[int], str, str]] = {}
+        ended: set[str] = set()
+        while len(ended) < count:
+            result, error = self.next()
+            assert error is None, error
+            response = result.get_response()
+            ids, text, reason = found.get(response.id, ([], "", ""))
+            if response.outputs:
+                ids = [*ids, *result.as_numpy("token_ids").tolist()]
+                text += result.as_numpy("text_output")[0].decode()
+                reason = result.as_numpy("finish_reason")[0].decode()
+            found[response.id] = ids, text, reason
+            if response.parameters["triton_final_response"].bool_param:
+                ended.add(response.id)
+        return found
+
+    def close(self, *, cancel: bool = False) -> None:
+        self.client.stop_stream(cancel_requests=cancel)
+        self.client.close()

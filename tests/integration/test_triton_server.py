@@ -227,10 +227,10 @@ def test_a_full_queue_answers_busy(served: Served) -> None:
         assert "server: got a request while 40 wait" in error.message()
         refused += 1
     stream.close(cancel=True)
-    served.wait_for("medusa_requests_waiting", 0)
-    served.wait_for("medusa_requests_running", 0)
     assert refused == 12
-    assert served.generate(text_input=QUESTION, max_tokens=2)[0] == 200
+    deadline = time.monotonic() + SECONDS
+    while served.generate(text_input=QUESTION, max_tokens=2)[0] != 200:  # until the cancelled ones have left
+        assert time.monotonic() < deadline
 
 
 def test_a_time_limit(served: Served) -> None:

@@ -26,6 +26,7 @@ class Letters:
 
     chat_template = "ids"
     name_or_path = "letters"
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
         return messages[-1]["content"]

@@ -14,7 +14,7 @@ from medusa_export.engines.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.reference import compare_with_checkpoint
 from medusa_export.engines.report import ALL_MODES, MODES, build_report, tokens_per_second
 from medusa_export.engines.runner import RunResult, open_engine, run_prompts
-from medusa_export.engines.selfcheck import BOUNDS
+from medusa_export.engines.selfcheck import bound_of
 from medusa_export.engines.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.accept import Typical
@@ -98,7 +98,7 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         entry["text"] = _texts(entry, result, tokenizer)
     if arguments.save_outputs:
         _save_outputs(arguments.save_outputs, result, tokenizer)
-    return report | {"failures": _failures(report, arguments, engine.info.form)}
+    return report | {"failures": _failures(report, arguments, engine.info)}
 
 
 def _plain(value: Any) -> Any:
@@ -208,7 +208,7 @@ def _reference(engine: Any, result: RunResult, arguments: RunArguments, progress
     )
 
 
-def _failures(report: dict[str, Any], arguments: RunArguments, form: str) -> list[str]:
+def _failures(report: dict[str, Any], arguments: RunArguments, info: EngineInfo) -> list[str]:
     """Why this run should fail, one line each."""
     failures = []
     if report["parity"]["mismatches"]:
@@ -216,7 +216,7 @@ def _failures(report: dict[str, Any], arguments: RunArguments, form: str) -> lis
     speed = report["speedup"]["median"]
     if arguments.min_speedup is not None and speed < arguments.min_speedup:
         failures.append(f"speed-up {speed:.3f} is below --min-speedup {arguments.min_speedup}")
-    found, bound = report["reference"], BOUNDS[form]
+    found, bound = report["reference"], bound_of(info)
     if found and not (found["kl_mean"] <= bound.max_kl and found["greedy_agreement"] >= bound.min_agreement):  # NaN too
         failures.append(
             f"the engine is not the checkpoint: KL {found['kl_mean']:.3g} (at most {bound.max_kl}), "

@@ -12,6 +12,7 @@ from typing import Any
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
+from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.engines.trtllm import TrtllmEngine
 from medusa_export.heads.accept import Typical
 from medusa_export.heads.engine_info import EngineInfo
@@ -146,6 +147,7 @@ def _judge(
 # What engine.json may name as its backend.
 BACKENDS: dict[str, Callable[[Path, int], Any]] = {
     "onnxruntime": lambda path, threads: OnnxRuntimeEngine(path, threads=threads),
+    "tensorrt": lambda path, threads: TensorRtEngine(path),
     "tensorrt-llm": lambda path, threads: TrtllmEngine(path),
 }
 

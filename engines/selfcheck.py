@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.reference import compare_with_checkpoint
+from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.engines.tensorrt_build import check_sidecars
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import MedusaExportError
@@ -39,6 +42,12 @@ BOUNDS = {
     "int8": Bound(0.1, 0.8, 4.0),
     **{form: Bound(0.8, 0.4, 4.0) for form in ("int4", "int4_awq")},
 }
+TENSORRT_BOUNDS = {
+    "float": Bound(1e-2, 0.95, 1.0),
+    **{form: Bound(0.4, 0.5, 8.0) for form in ("fp8", "int8_sq", "nvfp4")},
+    **{form: Bound(0.4, 0.5, 1.0) for form in ("fp8_row", "int8")},
+    **{form: Bound(0.8, 0.4, 1.0) for form in ("int4", "int4_awq")},
+}
 CHECK_TREE = Tree.from_choices([[0], [1], [0, 0], [1, 0]])
 
 
@@ -47,23 +56,25 @@ def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Seque
 
     Args:
         engine_dir: what medusa-export wrote.
-        reference: the original checkpoint, or None to skip the comparison with it.
+        reference: the original checkpoint, or None to skip the comparison with it, and the run of graphs that are for GPUs.
         texts: token ids to run.
     """
     try:
         info = EngineInfo.load(engine_dir)
-        if info.backend == "tensorrt":
-            return check_sidecars(engine_dir)
         if info.backend == "tensorrt-llm":  # what trtllm-build left was checked when it was built
             info.require_tree(load_tree(str(engine_dir / TREE_FILE)))
             return []
-        engine = OnnxRuntimeEngine(engine_dir)
+        is_tensorrt = info.backend == "tensorrt"
+        problems = check_sidecars(engine_dir) if is_tensorrt else []
+        if problems or (is_tensorrt and reference is None):
+            return problems
+        engine = _on_this_machine(engine_dir, is_tensorrt)
         engine.info.require_tree(load_tree(str(engine_dir / TREE_FILE)))
         for depth in range(1, engine.info.max_depth + 1):
             engine.draft(depth)  # opens and runs every graph of the heads
     except MedusaExportError as error:
         return [str(error)]
-    bound = BOUNDS[engine.info.form]
+    bound = bound_of(engine.info)
     longest = engine.info.max_length - CHECK_TREE.num_nodes
     usable = [list(text)[:longest] for text in texts if len(text) >= 2]
     noise = float(np.max([tree_error(engine, text) for text in usable], initial=0.0))
@@ -79,6 +90,18 @@ def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Seque
         f"engine: KL {found['kl_mean']:.3g} and {found['greedy_agreement']:.1%} equal tokens against {reference}, expected at most "
         f"{bound.max_kl} and at least {bound.min_agreement:.0%}"
     ]
+
+
+def bound_of(info: EngineInfo) -> Bound:
+    """What an engine may lose."""
+    return TENSORRT_BOUNDS[info.form] if info.backend == "tensorrt" else BOUNDS[info.form]
+
+
+def _on_this_machine(engine_dir: Path, is_tensorrt: bool) -> Any:
+    """The engine; of one for a GPU, the graphs that TensorRT was given, as far as a model is small enough for ONNX Runtime."""
+    if not is_tensorrt:
+        return OnnxRuntimeEngine(engine_dir)
+    return TensorRtEngine(engine_dir, OnnxDevice(engine_dir.with_name("onnx")))
 
 
 def tree_error(engine: OnnxRuntimeEngine, text: Sequence[int], tree: Tree = CHECK_TREE) -> float:

@@ -93,7 +93,10 @@ def build_engine(graph: Path, engine: Path, tensorrt: TensorRt, request: BuildRe
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        raise _refused(graph, tensorrt, [parser.get_error(index).desc() for index in range(parser.num_errors)])
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        raise _refused(
+            graph, tensorrt, [f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors]
+        )
     config = builder.create_builder_config()
     ahead = tensorrt.name == RTX
     if ahead:

@@ -23,8 +23,6 @@ from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.engine_info import DECODER_FILE
 from medusa_export.heads.model import MedusaCheckpoint
 
-OPSETS = {"": 24}
-
 
 def write_portable_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: PortableLinear, *, max_length: int) -> None:
     """Write ``decoder.onnx`` (+ .data) into ``out``; floats are in ``linear.dtype`` where nothing else is said.
@@ -37,7 +35,7 @@ def write_portable_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: Port
     buffers as the past. total_length may not exceed max_length.
     """
     config = checkpoint.config
-    with GraphBuilder(out / DECODER_FILE, "decoder", opsets=OPSETS) as graph:
+    with GraphBuilder(out / DECODER_FILE, "decoder", opsets=linear.opsets) as graph:
         _inputs(graph, config, linear.dtype, max_length)
         shared = _Shared(graph, config, linear.dtype, max_length)
         table = linear.matrix(graph, families.EMBED_TOKENS)

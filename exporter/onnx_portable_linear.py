@@ -21,6 +21,7 @@ ONNX_DTYPE: dict[torch.dtype, int] = {
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.float32: TensorProto.FLOAT,
 }
+OPSETS = {"": 24}
 FP4_BLOCK = 16
 TENSORRT = "trt"  # the domain of the one operator that is not ONNX's: NVFP4's rounding of activations, whose scales are dynamic
 
@@ -72,6 +73,11 @@ class PortableLinear:
         return graph.node(
             "Add", [out, self.tensor(graph, f"{name}.bias", torch.cat(list(map(self.checkpoint.read, bias))))]
         )
+
+    @property
+    def opsets(self) -> dict[str, int]:
+        """Of a graph with these linears: ONNX's, and TensorRT's domain where its operator is needed."""
+        return OPSETS | ({TENSORRT: 1} if _FORMS[self.form].foreign else {})
 
     def matrix(self, graph: GraphBuilder, name: str) -> str:
         """A tensor of the checkpoint that is never quantized, in ``dtype``."""
@@ -192,11 +198,17 @@ def _scaled(graph: GraphBuilder, name: str, stored: torch.Tensor, scale: torch.T
 
 @dataclass(frozen=True)
 class _Form:
-    """How a form's weights and inputs are written, and whether a calibrated factor a channel moves between them."""
+    """How a form's weights and inputs are written.
+
+    Attributes:
+        smooths: a calibrated factor a channel moves between them.
+        foreign: there is an operator that is not ONNX's.
+    """
 
     weights: Callable[..., str]
     activations: Callable[..., str] | None = None
     smooths: bool = False
+    foreign: bool = False
 
 
 _TO_FP8, _TO_INT8 = _fake_quantize(FP8_MAX, torch.float8_e4m3fn), _fake_quantize(INT8_MAX, torch.int8)
@@ -208,5 +220,5 @@ _FORMS: dict[str, _Form] = {
     "int8": _Form(_int8_row),
     "int4": _Form(_int4),
     "int4_awq": _Form(_int4, smooths=True),
-    "nvfp4": _Form(_fp4, _fp4_activations),
+    "nvfp4": _Form(_fp4, _fp4_activations, foreign=True),
 }

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.selfcheck import BOUNDS, check_engine, tree_error
+from medusa_export.engines.selfcheck import BOUNDS, TENSORRT_BOUNDS, check_engine, tree_error
 from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.quantize import tensorrt_targets
 from medusa_export.quantize.formats import FORMATS
 
 TEXTS = [[*range(5, 45)], [*range(90, 50, -2)], [1, 2]]
@@ -28,6 +29,7 @@ def test_good_engines_pass(family: str, quant: str, tiny_engine: Callable[..., A
 
 def test_every_form_has_a_bound() -> None:
     assert {fmt.onnx for fmt in FORMATS.values() if fmt.onnx} == BOUNDS.keys()
+    assert {row.form for row in tensorrt_targets.FORMS.values() if row.form} == TENSORRT_BOUNDS.keys()
 
 
 @pytest.mark.parametrize("max_length", [16, 40])

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from medusa_export.exporter.onnx_builder import GraphBuilder
-from medusa_export.exporter.onnx_portable import OPSETS
 from medusa_export.exporter.onnx_portable_linear import _FORMS, ONNX_DTYPE, PortableLinear
 
 GROUP = 32
@@ -75,7 +74,7 @@ def product(make_case: Callable[..., Any], open_session: Callable[..., Any], tmp
     ) -> Any:
         case = make_case("qwen2", dtype=torch.float32)
         add = PortableLinear(case.checkpoint, form, dtype, case.scales, GROUP if form == "int4_awq" else None, **linear)
-        with GraphBuilder(tmp_path / "linear.onnx", "linear", opsets=OPSETS) as graph:
+        with GraphBuilder(tmp_path / "linear.onnx", "linear", opsets=add.opsets) as graph:
             graph.input("x", ONNX_DTYPE[dtype], ["S", 64])
             graph.node("Identity", [add(graph, "x", modules, scale_with=scale_with)], ["y"])
             graph.output("y", ONNX_DTYPE[dtype], ["S", "N"])

@@ -1,19 +1,19 @@
-"""Peak memory and speed of every writer on a large synthetic checkpoint, against ``cp`` of the same bytes.
+"""Peak memory and speed of every writer on a large synthetic checkpoint, against ``cp`` of what they write.
 
     python benchmarks/export_memory.py                  # 1B: every writer, and ModelOpt's
     python benchmarks/export_memory.py --shape 7b       # whole exports on four ranks
-    python benchmarks/export_memory.py --shape 70b      # the same, six layers of Llama-3-70B's size
+    python benchmarks/export_memory.py --shape 70b      # the same, four layers of Llama-3-70B's size
 
 Makes a Llama-shaped checkpoint of random bfloat16 weights in several shards, with Medusa heads without lm_heads, and the same one
-with half of the layers, in a temporary folder (removed at the end; 5 GB for 1b, three times the source for the others). Every case
-runs in a process of its own. Two peaks are measured, both above what was resident after the imports:
+with half of the layers, in a temporary folder, removed at the end (5 GB for 1b, the source and twice the output for the others).
+Every case runs in a process of its own. Two peaks are measured, both above what was resident after the imports:
 
 - anonymous: RssAnon, which only the process itself can free; sampled every half millisecond from outside.
 - resident: VmHWM, the kernel's own mark. Pages of the mapped source files count here as long as the kernel cares to keep them.
 
 The last case reads every tensor and keeps it: what an export that did not stream would take, and a check of the measurement.
-Times end when the files are on the disk (fsync), for ``cp`` too. Those of "export" include reading everything back, comparing it
-with the source, and hashing.
+"export" includes hashing the inputs and the outputs and comparing every weight with the source. After every run ``cp -r`` copies what
+it has written. Times end when the files are on the disk (fsync), and nothing that is read is in the page cache beforehand.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -149,7 +150,7 @@ SHAPES = {
     "tiny": Shape(512, 1408, (4, 8), 4000, 2, tuple(CASES)),  # to try the benchmark itself
     "1b": Shape(2048, 5632, (8, 16), 32000, 3, tuple(case for case in CASES if case not in LARGE)),
     "7b": Shape(4096, 11008, (32,), 32000, 3, LARGE),  # Llama-2-7B's sizes
-    "70b": Shape(8192, 28672, (6,), 128256, 3, LARGE),  # Llama-3-70B's sizes, but for the number of layers
+    "70b": Shape(8192, 28672, (4,), 128256, 3, LARGE),  # Llama-3-70B's sizes, but for the number of layers
 }
 
 
@@ -303,37 +304,67 @@ def _sync(out: Path) -> None:
         os.close(descriptor)
 
 
-def _copy_seconds(source: Path) -> float:
-    """``cp`` of the source, to the same disk."""
-    copy = source.with_name("copy")
+def _forget(folder: Path) -> None:
+    """Have the page cache hold none of it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def _copy_seconds(written: Path) -> float:
+    """``cp`` of what an export has written, to the same disk."""
+    copy = written.with_name("copy")
+    _forget(written)
     start = time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(copy)], check=True)
+    subprocess.run(["cp", "-r", str(written), str(copy)], check=True)
     _sync(copy)
     seconds = time.perf_counter() - start
     shutil.rmtree(copy)
     return seconds
 
 
-def run_all(work: Path, shape: Shape) -> dict[str, Any]:
-    """Every case of the shape on every depth, and ``cp`` of the source before each of the deepest."""
+def _once(case: str, source: Path, out: Path) -> dict[str, float]:
+    _forget(source)
+    found = measure(case, source, out)
+    if out.exists():
+        found["cp_seconds"] = _copy_seconds(out)
+        shutil.rmtree(out)
+    return found
+
+
+def _summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Largest memory, median times, and the median of what each pair gives for the speed against ``cp``."""
+    found = {key: max(run[key] for run in runs) for key in ("anonymous_mb", "resident_mb", "written_mb")}
+    found |= {key: median(run[key] for run in runs) for key in ("seconds", "cp_seconds") if key in runs[0]}
+    if "cp_seconds" in found:
+        found["speed"] = median(run["cp_seconds"] / run["seconds"] for run in runs)
+    return found
+
+
+def run_all(work: Path, shape: Shape, repeats: int) -> dict[str, Any]:
+    """Every case of the shape on every depth, again and again, each followed by ``cp`` of what it has written."""
     deep = work / "deep"
     make_checkpoint(deep, shape)
     sources = [(work / f"{depth}", depth) for depth in shape.depths[:-1]]
     for source, depth in sources:
         make_shallower(source, deep, layers=depth)
+    sources.append((deep, shape.depths[-1]))
     checkpoint = _open(deep)
     largest = max(2 * torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names) / MB
     source_bytes = sum(path.stat().st_size for path in checkpoint.files)
-    rows = []
-    for case in shape.cases:
-        for source, depth in [*sources, (deep, shape.depths[-1])]:
-            out = work / "out"
-            copied = _copy_seconds(source)
-            found = measure(case, source, out)
-            rows.append(
-                {"case": case, "layers": depth, "ratio": found["anonymous_mb"] / largest, **found, "cp_seconds": copied}
-            )
-            shutil.rmtree(out, ignore_errors=True)
+    runs: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for _ in range(repeats):
+        for case in shape.cases:
+            for source, depth in sources:
+                runs.setdefault((case, depth), []).append(_once(case, source, work / "out"))
+    rows = [
+        {"case": case, "layers": depth, "ratio": found["anonymous_mb"] / largest, **found, "runs": each}
+        for (case, depth), each in runs.items()
+        for found in [_summary(each)]
+    ]
     return {
         "largest_tensor_mb": largest,
         "embedding": list(checkpoint.shape(EMBED_TOKENS)),
@@ -353,8 +384,8 @@ def _print(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         table.add_row(
             row["case"], str(row["layers"]), f"{row['anonymous_mb']:.0f}", f"{row['ratio']:.1f}", f"{row['resident_mb']:.0f}",
-            f"{row['written_mb']:.0f}", f"{row['seconds']:.1f}", f"{row['cp_seconds']:.1f}",
-            f"{row['cp_seconds'] / row['seconds']:.2f}",
+            f"{row['written_mb']:.0f}", f"{row['seconds']:.1f}",
+            *(f"{row[key]:{form}}" if key in row else "" for key, form in (("cp_seconds", ".1f"), ("speed", ".2f"))),
         )  # fmt: skip
     Console().print(table)
 
@@ -364,6 +395,7 @@ def main(
     layers: Annotated[int | None, typer.Option(help="Layers of the deepest checkpoint, where disk is short.")] = None,
     cases: Annotated[list[str] | None, typer.Option("--case", help="Only these cases.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where the temporary folder goes. Default: the system's.")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of every case; times are medians.", min=1)] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Print peak memory, time and the time of cp for every writer."""
@@ -373,7 +405,7 @@ def main(
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="export-memory-", dir=work) as folder:
-        result = run_all(Path(folder), replace(chosen, cases=tuple(cases or chosen.cases)))
+        result = run_all(Path(folder), replace(chosen, cases=tuple(cases or chosen.cases)), repeats)
     _print(result)
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from medusa_export.exporter.agreement import WeightError
+from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.error_table import recorded
 from medusa_export.exporter.job import ExportArguments, Job
 from medusa_export.exporter.parts import Progress, TreeChoice, part_names, write_parts
@@ -17,7 +17,7 @@ from medusa_export.heads.conversations import Prompt
 from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.manifest import (
     check_free_space,
-    hash_files,
+    has_manifest,
     is_up_to_date,
     leftovers_noted,
     output_directory,
@@ -80,17 +80,23 @@ def export(
         job.check()
         if job.writes_engine:
             job.engine.require(job, builder)
-        inputs = hash_files(job.input_files)
-    if is_up_to_date(arguments.output, inputs, arguments.recorded()):
-        return False
-    with output_directory(arguments.output, inputs=inputs, arguments=arguments.recorded()) as work:
-        check_free_space(work.path, job.estimated_bytes - sum(work.resumed.values()))
-        _log_start(job, work, notice)
-        write_parts(job, inputs, work, progress, choose_tree, builder)
-        problems = _verify(job, work, check_engine, progress) if arguments.format == "trtllm" else []
-        if problems:
-            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-            raise OutputError(str(arguments.output), problems[0] + more, "a checkpoint that verifies", "report this")
+    with job.inputs as inputs:
+        if has_manifest(arguments.output) and is_up_to_date(arguments.output, inputs.hashes(), arguments.recorded()):
+            return False
+        with output_directory(
+            arguments.output, inputs=inputs.marks, arguments=arguments.recorded(), hashes=inputs.hashes
+        ) as work:
+            check_free_space(work.path, job.estimated_bytes - sum(work.resumed.values()))
+            _log_start(job, work, notice)
+            compared = write_parts(job, work, progress, choose_tree, builder)
+            problems = _verify(job, work, compared, check_engine, progress) if compared else []
+            if problems:
+                more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+                raise OutputError(
+                    str(arguments.output), problems[0] + more, "a checkpoint that verifies", "report this"
+                )
+            logger.info("hashing what of the inputs was not read")
+            inputs.hashes()
     return True
 
 
@@ -105,13 +111,12 @@ def _log_start(job: Job, work: Work, notice: Notice) -> None:
         logger.info("finished by an interrupted run: %s", ", ".join(work.resumed))
 
 
-def _verify(job: Job, work: Work, check_engine: EngineCheck, progress: Progress) -> list[str]:
+def _verify(job: Job, work: Work, compared: Comparison, check_engine: EngineCheck, progress: Progress) -> list[str]:
     """Problems found in what was written; what quantization did to the weights goes into the manifest."""
-    out, errors = work.path, dict[str, WeightError]()
-    logger.info("comparing what was written with %s", job.arguments.ckpt)
+    out = work.path
     progress("verify", 0, 2)
-    problems = verify_trtllm(out / "trtllm", job.checkpoint, errors)
-    work.record("quantization_error", recorded(errors))
+    problems = verify_trtllm(out / "trtllm", job.checkpoint, compared)
+    work.record("quantization_error", recorded(compared.errors()))
     progress("verify", 1, 2)
     if not problems and (out / "engine").is_dir():
         texts = token_batches(job.tokenizer, job.prompts, max_prompts=CHECK_TEXTS, max_length=CHECK_TOKENS)

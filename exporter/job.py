@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -22,6 +21,7 @@ from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.conversations import Prompt, load_prompts, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.inputs import InputFiles
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.search import CostCurve, best, candidates
 from medusa_export.heads.step_costs import cost_curve, load_costs, select
@@ -103,6 +103,7 @@ class Job:
             raise ConfigError("--format", repr(arguments.format), f"one of {', '.join(FORMS)}", "pick one of them")
         kind = engine_kind(arguments.engine)
         self.checkpoint = MedusaCheckpoint.open(arguments.ckpt, arguments.heads, check_values=check_values)
+        self.checkpoint = self.checkpoint.announcing(lambda file: self.inputs.read(file))
         for warning in self.checkpoint.warnings:
             logger.warning("%s", warning)
         self.tokenizer = read_tokenizer(arguments.ckpt)
@@ -188,6 +189,11 @@ class Job:
         """Context of the engine."""
         return self.arguments.max_length or min(MAX_LENGTH, self.checkpoint.config.max_position_embeddings)
 
+    @cached_property
+    def inputs(self) -> InputFiles:
+        """The :attr:`input_files`, hashed while the weights are read; its user closes it."""
+        return InputFiles(self.input_files)
+
     @property
     def input_files(self) -> list[Path]:
         """Everything whose change makes another output."""
@@ -224,12 +230,9 @@ class Job:
             )
         return batches
 
-    def calibration_key(self, inputs: Mapping[str, str]) -> str:
-        """What names this job's calibration in the cache.
-
-        Args:
-            inputs: file -> SHA-256 of :attr:`input_files`.
-        """
+    def calibration_key(self) -> str:
+        """What names this job's calibration in the cache."""
+        inputs = self.inputs.hashes()
         base, heads = self.checkpoint.base, self.checkpoint.heads.source
         read = {"config": base.files[0].parent / "config.json"}
         read |= {f"base/{path.name}": path for path in base.files}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.hf import plan_hf, shards, write_hf_configs, write_shard
 from medusa_export.exporter.job import HEAD_FORMS, Job
 from medusa_export.exporter.plan import TensorPlan
 from medusa_export.exporter.ranks import rank_names, write_ranks
 from medusa_export.exporter.tensorrt_dir import EngineBuilder
 from medusa_export.exporter.trtllm import require_scales, write_config
+from medusa_export.exporter.trtllm_config import trtllm_config
 from medusa_export.heads.conversations import Prompt
 from medusa_export.heads.work import Work
 from medusa_export.quantize.cache import cached_scales
@@ -42,25 +44,28 @@ def part_names(job: Job) -> list[str]:
 
 
 def write_parts(
-    job: Job, inputs: Mapping[str, str], work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
-) -> None:
+    job: Job, work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
+) -> Comparison | None:
     """Everything of an export but the manifest.
 
     Args:
-        inputs: file -> SHA-256 of the job's input files.
         progress: called with (stage, done, total).
         choose_tree: leaves tree.json and acceptance.json in an engine's directory, and says why.
         builder: builds engines for GPUs.
+
+    Returns:
+        The TensorRT-LLM checkpoint's ranks compared with the source, where there is one.
     """
-    scales = _scales(job, inputs, work, progress)
+    scales = _scales(job, work, progress)
     if scales is not None:
         work.record("scales", scales.summary())
     if job.arguments.format == "trtllm":
-        _write_trtllm(job, scales, work, progress, choose_tree, builder)
-    elif job.arguments.format == "hf":
+        return _write_trtllm(job, scales, work, progress, choose_tree, builder)
+    if job.arguments.format == "hf":
         _write_hf(job, scales, work, progress)
     else:
         _write_heads(job, work)
+    return None
 
 
 def _write_heads(job: Job, work: Work) -> None:
@@ -87,19 +92,21 @@ def _write_hf(job: Job, scales: Scales | None, work: Work, progress: Progress) -
 
 def _write_trtllm(
     job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
-) -> None:
+) -> Comparison:
     if job.writes_engine and job.engine.write_graph:  # before the rest, whose tree may be measured on it
         _write_graphs(job, job.engine.write_graph, scales, work, progress, choose_tree, builder)
     work.once(TREE_FILE, lambda path: path.write_text(job.trtllm_tree.to_json(), encoding="utf-8"))
     work.once(TOKENIZER, job.tokenizer.save_pretrained)
     logger.info("writing the TensorRT-LLM checkpoint, %d draft tokens", job.trtllm_tree.max_draft_len)
     work.once(CONFIG, lambda path: write_config(path, job.spec))
+    compared = Comparison(trtllm_config(job.spec), job.checkpoint)
     write_ranks(
-        work, job.checkpoint, job.spec, require_scales(job.spec, scales),
+        work, job.checkpoint, job.spec, require_scales(job.spec, scales), compared,
         lambda done, total: progress("TensorRT-LLM checkpoint", done, total),
     )  # fmt: skip
     if job.writes_engine and not job.engine.write_graph:  # it is made of the checkpoint
         work.once(ENGINE, lambda path: job.engine.write_engine(job, scales, path, builder, progress))
+    return compared
 
 
 def _write_graphs(
@@ -125,12 +132,12 @@ def _write_graphs(
         job.take_trees(work.path / ENGINE)
 
 
-def _scales(job: Job, inputs: Mapping[str, str], work: Work, progress: Progress) -> Scales | None:
+def _scales(job: Job, work: Work, progress: Progress) -> Scales | None:
     if not job.has_scales:
         return None
 
     def save(path: Path) -> None:
-        scales = job.given_scales or cached_scales(job.calibration_key(inputs), lambda: _calibrate(job, progress))
+        scales = job.given_scales or cached_scales(job.calibration_key(), lambda: _calibrate(job, progress))
         logger.info("%d modules calibrated", len(scales.weight_amax))
         scales.save(path)
         work.record("scales", scales.summary())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
+from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.torch_threads import run_torch
 from medusa_export.exporter.trtllm import write_rank
@@ -21,11 +23,19 @@ def rank_names(tp: int) -> list[str]:
     return [f"trtllm/rank{rank}.safetensors" for rank in range(tp)]
 
 
-def write_ranks(work: Work, checkpoint: MedusaCheckpoint, spec: ExportSpec, scales: Scales, progress: Progress) -> None:
+def write_ranks(
+    work: Work,
+    checkpoint: MedusaCheckpoint,
+    spec: ExportSpec,
+    scales: Scales,
+    compared: Comparison,
+    progress: Progress,
+) -> None:
     """Every rank that is not finished, one a core at a time; the first that fails stops the others.
 
     Args:
         scales: as ``require_scales`` returned them.
+        compared: gets every tensor right behind its writing, while file and source are in memory, and the ranks that were finished.
         progress: called with (done, total) of all ranks together, in the unit that ``write_rank`` reports.
 
     Raises:
@@ -38,8 +48,10 @@ def write_ranks(work: Work, checkpoint: MedusaCheckpoint, spec: ExportSpec, scal
             stop_point()
             bar.update(rank, done, total)
 
-        if not work.once(names[rank], lambda path: write_rank(path, checkpoint, spec, scales, rank, update)):
+        follow = partial(compared.begin, rank)
+        if not work.once(names[rank], lambda path: write_rank(path, checkpoint, spec, scales, rank, update, follow)):
             bar.skip(rank)
+            compared.take(rank, work.path / names[rank], stop_point)
 
     run_torch(write, range(spec.tp))
 

@@ -5,15 +5,15 @@ Written from TensorRT-LLM's rules and config.json alone: no code is shared with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medusa_export.exporter.stored import Rows, StoredLinear
+from medusa_export.exporter.stored import Rows, StoredLinear, StoredVector
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import CheckpointError
@@ -23,11 +23,38 @@ CHUNK_VALUES = 1 << 20  # as in the writer, for the same reason
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows ``start .. stop - 1`` of one rank's share of a linear."""
+    """Rows ``start .. stop - 1`` of what one rank holds of a matrix or vector."""
 
-    linear: StoredLinear
+    rank: int
+    stored: StoredLinear | StoredVector
     start: int
     stop: int
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return self.stop - self.start
+
+    def chunks(self) -> Iterator[tuple[int, Rows]]:
+        """(first row of the piece, rows), top to bottom; bounded in memory."""
+        step = _rows_a_chunk(self.stored.shape)
+        for first in range(self.start, self.stop, step):
+            yield first - self.start, self.stored.rows(first, min(first + step, self.stop))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece belongs.
+
+    Attributes:
+        row, column: of its first value in the Hugging Face tensor.
+        is_copy: another rank holds the same.
+    """
+
+    piece: Piece
+    row: int
+    column: int = 0
+    is_copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,46 +63,66 @@ class Rebuilt:
 
     Attributes:
         source: its module's name in the rank files.
-        grid: pieces, those of one line side by side, the lines one below the other; empty for a vector.
-        vector: a norm or bias, in memory.
+        grid: pieces, those of one line side by side, the lines one below the other.
+        copies: pieces that have to be equal to rows of the grid, and the first of those rows.
+        padding: pieces that belong nowhere, and have to be zero.
     """
 
     name: str
     source: str
-    grid: tuple[tuple[Piece, ...], ...] = ()
-    vector: torch.Tensor | None = None
+    grid: tuple[tuple[Piece, ...], ...]
+    copies: tuple[tuple[Piece, int], ...] = ()
+    padding: tuple[Piece, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As Hugging Face has it."""
-        if self.vector is not None:
-            return tuple(self.vector.shape)
-        rows = sum(line[0].stop - line[0].start for line in self.grid)
-        return rows, sum(piece.linear.shape[1] for piece in self.grid[0])
+        rows = sum(line[0].height for line in self.grid)
+        widths = [piece.stored.shape[1] for piece in self.grid[0] if len(piece.stored.shape) > 1]
+        return (rows, sum(widths)) if widths else (rows,)
 
     @property
     def is_quantized(self) -> bool:
         """Whether its values were rounded."""
-        return bool(self.grid) and self.grid[0][0].linear.is_quantized
+        return self.grid[0][0].stored.is_quantized
 
-    def chunks(self) -> Iterator[tuple[int, Rows]]:
-        """(first row, rows), top to bottom; bounded in memory."""
-        if self.vector is not None:
-            yield 0, Rows(self.vector)
-            return
-        step = max(2, CHUNK_VALUES // self.shape[1] // 2 * 2)
-        above = 0
+    def places(self) -> Iterator[Place]:
+        """Every piece but the padding, and where it belongs."""
+        row = 0
         for line in self.grid:
-            start, stop = line[0].start, line[0].stop
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
-                rows = Rows.join([piece.linear.rows(first, last) for piece in line], 1)
-                yield above + first - start, rows
-            above += stop - start
+            column = 0
+            for piece in line:
+                yield Place(piece, row, column)
+                column += piece.stored.shape[-1]
+            row += line[0].height
+        for piece, row in self.copies:
+            yield Place(piece, row, is_copy=True)
 
     def tensor(self) -> torch.Tensor:
-        """All of it: float32 where it was quantized, otherwise in the file's dtype."""
-        return Rows.join([rows for _, rows in self.chunks()], 0).values
+        """All of it: float32 where it was quantized, otherwise in the file's dtype.
+
+        Raises:
+            CheckpointError: copies that differ, or padding that is not zero.
+        """
+        values = Rows.join([self._line(line) for line in self.grid], 0).values
+        for piece, row in self.copies:
+            for first, rows in piece.chunks():
+                same = values[row + first : row + first + len(rows.values)]
+                if not torch.equal(_bits(rows.values), _bits(same)):
+                    raise _differ(self.source)
+        for piece in self.padding:
+            require_zeros(piece, self.source)
+        return values
+
+    def _line(self, line: tuple[Piece, ...]) -> Rows:
+        return Rows.join([Rows.join([rows for _, rows in piece.chunks()], 0) for piece in line], 1)
+
+
+def require_zeros(piece: Piece, source: str) -> None:
+    """Raise CheckpointError when a padding row holds something."""
+    if any(rows.values.any() for _, rows in piece.chunks()):
+        got = "padding rows that are not zero"
+        raise CheckpointError(f"{source}.weight", got, "zeros at the end", "export again")
 
 
 def rebuild_hf(trt_dir: Path) -> dict[str, torch.Tensor]:
@@ -84,13 +131,33 @@ def rebuild_hf(trt_dir: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: a missing tensor, ranks that disagree on a replicated one, or padding that is not zero.
     """
-    return {item.name: item.tensor() for item in iter_hf(trt_dir)}
+    config = read_json(trt_dir / "config.json")
+    files = open_ranks(trt_dir, config)
+    require_equal_scales(files)
+    return {item.name: item.tensor() for item in layout(config, files)}
 
 
-def iter_hf(trt_dir: Path) -> Iterator[Rebuilt]:
-    """As :func:`rebuild_hf`, to be read in chunks."""
-    ranks = _Ranks(trt_dir)
-    config = ranks.config
+def open_ranks(trt_dir: Path, config: Mapping[str, Any]) -> list[TensorSource]:
+    """The rank files of a checkpoint."""
+    return [TensorSource.open(trt_dir / f"rank{rank}.safetensors") for rank in range(config["mapping"]["tp_size"])]
+
+
+def require_equal_scales(files: Sequence[TensorSource]) -> None:
+    """Raise CheckpointError when ranks have other scales a tensor: the quantized copies of a tensor would mean other weights."""
+    for name in files[0].names if len(files) > 1 else ():
+        if files[0].shape(name) == (1,):
+            first, *others = (_bits(file.read_rows(name, 0, 1)) for file in files)
+            if not all(torch.equal(first, other) for other in others):
+                raise _differ(name)
+
+
+def layout(config: Mapping[str, Any], files: Sequence[TensorSource]) -> Iterator[Rebuilt]:
+    """Where every Hugging Face tensor lies in the rank files; reads headers only.
+
+    Args:
+        files: of the ranks, in their order. Ranks are laid out alike, so one file may stand for those that are not there yet.
+    """
+    ranks = _Ranks(config, files)
     yield ranks.embedding()
     for layer in range(config["num_hidden_layers"]):
         yield from _layer(ranks, f"transformer.layers.{layer}.", f"model.layers.{layer}.")
@@ -113,7 +180,8 @@ class InputForm:
 
 def input_forms(trt_dir: Path) -> dict[str, InputForm]:
     """By Hugging Face module name, for every quantized linear."""
-    ranks, forms = _Ranks(trt_dir), {}
+    config = read_json(trt_dir / "config.json")
+    ranks, forms = _Ranks(config, open_ranks(trt_dir, config)), dict[str, InputForm]()
     for name in ranks.files[0].names:
         module, _, kind = name.rpartition(".")
         linear = ranks.linears(module)[0] if kind == "weight" and module.split(".")[-1] in _QUANTIZABLE else None
@@ -133,16 +201,11 @@ def input_forms(trt_dir: Path) -> dict[str, InputForm]:
 
 
 class _Ranks:
-    """The rank files of one checkpoint, read side by side."""
+    """The rank files of one checkpoint, side by side."""
 
-    def __init__(self, trt_dir: Path) -> None:
-        self.config: dict[str, Any] = read_json(trt_dir / "config.json")
-        self.tp = self.config["mapping"]["tp_size"]
-        self.algo = self.config["quantization"]["quant_algo"]
-        self.files = [TensorSource.open(trt_dir / f"rank{rank}.safetensors") for rank in range(self.tp)]
-        for name in self.files[0].names if self.tp > 1 else ():
-            if self.files[0].shape(name) == (1,):  # scales a tensor
-                self.replicated(name, name)
+    def __init__(self, config: Mapping[str, Any], files: Sequence[TensorSource]) -> None:
+        self.config, self.files, self.tp = config, files, config["mapping"]["tp_size"]
+        self.algo = config["quantization"]["quant_algo"]
 
     def has(self, name: str) -> bool:
         return name in self.files[0]
@@ -151,29 +214,38 @@ class _Ranks:
         """One linear of every rank."""
         return [StoredLinear(file, module, self.algo) for file in self.files]
 
+    def whole(self, stored: Sequence[StoredLinear | StoredVector]) -> list[Piece]:
+        """All rows of every rank's share."""
+        return [Piece(rank, each, 0, each.shape[0]) for rank, each in enumerate(stored)]
+
+    def vectors(self, name: str) -> list[Piece]:
+        """One vector of every rank."""
+        return self.whole([StoredVector(file, name) for file in self.files])
+
     def replicated(self, name: str, target: str) -> Rebuilt:
         """A vector that has to be the same on every rank."""
-        first, *others = (file.read(name) for file in self.files)
-        if not all(torch.equal(first.view(torch.uint8), other.view(torch.uint8)) for other in others):
-            raise _differ(name)
-        return Rebuilt(target, name.rpartition(".")[0], vector=first)
+        return _copied(target, name.rpartition(".")[0], self.vectors(name))
 
     def embedding(self) -> Rebuilt:
-        """The same on every rank, compared in chunks."""
+        """The same on every rank."""
         module = "transformer.vocab_embedding"
-        copies = [
-            Rebuilt("model.embed_tokens.weight", module, ((Piece(linear, 0, linear.shape[0]),),))
-            for linear in self.linears(module)
-        ]
-        for other in copies[1:]:
-            pairs = zip(copies[0].chunks(), other.chunks(), strict=True)
-            if not all(torch.equal(mine.values, theirs.values) for (_, mine), (_, theirs) in pairs):
-                raise _differ(f"{module}.weight")
-        return copies[0]
+        return _copied("model.embed_tokens.weight", module, self.whole(self.linears(module)))
+
+
+def _copied(name: str, source: str, pieces: Sequence[Piece]) -> Rebuilt:
+    return Rebuilt(name, source, ((pieces[0],),), copies=tuple((piece, 0) for piece in pieces[1:]))
 
 
 def _differ(name: str) -> CheckpointError:
     return CheckpointError(name, "ranks that differ", "the same tensor on every rank", "export again")
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _rows_a_chunk(shape: tuple[int, ...]) -> int:
+    return max(2, CHUNK_VALUES // max(1, *shape[1:], 1) // 2 * 2)
 
 
 def _layer(ranks: _Ranks, source: str, target: str) -> Iterator[Rebuilt]:
@@ -190,56 +262,44 @@ def _layer(ranks: _Ranks, source: str, target: str) -> Iterator[Rebuilt]:
 
 
 def _qkv(ranks: _Ranks, source: str, target: str) -> Iterator[Rebuilt]:
-    """Undo the stacking of q, k and v on every rank; copies of a shared key/value head have to agree."""
+    """Undo the stacking of q, k and v on every rank; a key/value head that ranks share has copies."""
     config, tp = ranks.config, ranks.tp
     size, kv_heads = config["head_size"], config["num_key_value_heads"]
     counts = [config["num_attention_heads"] // tp * size, *[max(kv_heads // tp, 1) * size] * 2]
-    biases = [file.read(f"{source}.bias").split(counts) for file in ranks.files] if ranks.has(f"{source}.bias") else []
-    for index, (name, count, stop) in enumerate(
-        zip(("q_proj", "k_proj", "v_proj"), counts, accumulate(counts), strict=True)
-    ):
-        copies = 1 if index == 0 else max(tp // kv_heads, 1)
-        pieces = [Piece(linear, stop - count, stop) for linear in ranks.linears(source)]
-        _require_equal_copies(source, pieces, copies)
-        yield Rebuilt(f"{target}.{name}.weight", source, tuple((piece,) for piece in pieces[::copies]))
-        if biases:
-            yield Rebuilt(f"{target}.{name}.bias", source, vector=torch.cat([bias[index] for bias in biases][::copies]))
-
-
-def _require_equal_copies(source: str, pieces: list[Piece], copies: int) -> None:
-    for index, piece in enumerate(pieces):
-        first = pieces[index - index % copies]
-        if first is not piece and not torch.equal(
-            *(each.linear.rows(each.start, each.stop).values for each in (first, piece))
-        ):
-            raise CheckpointError(source, "ranks that differ in a shared head", "equal copies", "export again")
+    stored: dict[str, Sequence[StoredLinear | StoredVector]] = {"weight": ranks.linears(source)}
+    if ranks.has(f"{source}.bias"):
+        stored["bias"] = [piece.stored for piece in ranks.vectors(f"{source}.bias")]
+    for name, count, stop in zip(("q_proj", "k_proj", "v_proj"), counts, accumulate(counts), strict=True):
+        sharing = 1 if name == "q_proj" else max(tp // kv_heads, 1)
+        for suffix, each in stored.items():
+            pieces = [Piece(rank, part, stop - count, stop) for rank, part in enumerate(each)]
+            grid = tuple((piece,) for piece in pieces[::sharing])
+            copies = ((p, index // sharing * count) for index, p in enumerate(pieces) if index % sharing)
+            yield Rebuilt(f"{target}.{name}.{suffix}", source, grid, tuple(copies))
 
 
 def _joined(ranks: _Ranks, source: str, target: str, axis: int) -> Iterator[Rebuilt]:
     """A linear split on its outputs (axis 0, bias too) or its inputs (axis 1, bias whole)."""
-    pieces = [Piece(linear, 0, linear.shape[0]) for linear in ranks.linears(source)]
+    pieces = ranks.whole(ranks.linears(source))
     yield Rebuilt(f"{target}.weight", source, tuple((piece,) for piece in pieces) if axis == 0 else (tuple(pieces),))
     bias = f"{source}.bias"
     if ranks.has(bias) and axis == 0:
-        yield Rebuilt(f"{target}.bias", source, vector=torch.cat([file.read(bias) for file in ranks.files]))
+        yield Rebuilt(f"{target}.bias", source, tuple((piece,) for piece in ranks.vectors(bias)))
     elif ranks.has(bias):
         yield ranks.replicated(bias, f"{target}.bias")
 
 
 def _vocabulary(ranks: _Ranks, source: str, target: str) -> Rebuilt:
     """Rows split over the ranks, the last ones padding."""
-    left, pieces = ranks.config["vocab_size"], []
-    for linear in ranks.linears(source):
-        rows = linear.shape[0]
-        used = min(rows, left)
-        padding = Rebuilt("", source, ((Piece(linear, used - used % 2, rows),),))  # two rows may share a byte
-        if used < rows and any(part.values[used % 2 * (first == 0) :].any() for first, part in padding.chunks()):
-            got = "padding rows that are not zero"
-            raise CheckpointError(f"{source}.weight", got, "zeros at the end", "export again")
+    left, pieces, padding = ranks.config["vocab_size"], [], []
+    for whole in ranks.whole(ranks.linears(source)):
+        used = min(whole.stop, left)
         if used:
-            pieces.append((Piece(linear, 0, used),))
+            pieces.append((replace(whole, stop=used),))
+        if used < whole.stop:
+            padding.append(replace(whole, start=used))
         left -= used
-    return Rebuilt(f"{target}.weight", source, tuple(pieces))
+    return Rebuilt(f"{target}.weight", source, tuple(pieces), padding=tuple(padding))
 
 
 _LINEARS = {

@@ -6,9 +6,11 @@ then the tensors' bytes, row major, without gaps.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,8 +18,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from medusa_export.heads.errors import OutputError
+from medusa_export.heads.hashing import WrittenFile
+from medusa_export.heads.threads import Follower
 
 ALIGNMENT = 8
+BACKLOG = 8  # chunks that wait for their hash
+RELEASE_BYTES = 64 << 20
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -49,7 +55,8 @@ _Planned = TypeVar("_Planned", bound=Entry)
 class SafetensorsWriter(Generic[_Planned]):
     """A context manager: ``write`` every entry once, in the order of :attr:`entries`.
 
-    The same entries and tensors always give the same bytes.
+    The same entries and tensors always give the same bytes. The file has its final length from the beginning, and is hashed
+    while it is written.
 
     Args:
         path: the file to create.
@@ -64,15 +71,31 @@ class SafetensorsWriter(Generic[_Planned]):
         self.path = path
         self.entries = sorted(entries, key=lambda entry: -_torch_dtype(entry).itemsize)
         self._header = _header(path, self.entries, metadata or {})
-        self._next = 0
+        self._size = len(self._header) + sum(math.prod(e.shape) * _torch_dtype(e).itemsize for e in self.entries)
+        self._next, self._told = 0, (0, 0)
+        self._hash, self._follower = hashlib.sha256(), Follower(BACKLOG)
 
     def __enter__(self) -> SafetensorsWriter[_Planned]:
         try:
-            self._file = self.path.open("wb")
+            self._file = self.path.open("wb", buffering=0)
         except OSError as error:
             raise self._failed(error) from error
         self._put(self._header)
+        try:
+            self._file.truncate(self._size)
+        except OSError as error:
+            self.__exit__(type(error), error, None)
+            raise self._failed(error) from error
         return self
+
+    @property
+    def written(self) -> WrittenFile:
+        """Size and hash, once the body has ended."""
+        return WrittenFile(self._size, self._hash.hexdigest())
+
+    def follow(self, task: Callable[..., object], *arguments: Any) -> None:
+        """Run a task on another thread behind what was written so far, tasks in their order; what it raises ends the body."""
+        self._follower.submit(task, *arguments)
 
     def write(self, chunks: torch.Tensor | Iterable[torch.Tensor]) -> None:
         """The next entry's bytes: the tensor, or chunks of its rows."""
@@ -89,6 +112,7 @@ class SafetensorsWriter(Generic[_Planned]):
         if shape != list(entry.shape):
             raise self._disagree(entry, _torch_dtype(entry), shape)
         self._next += 1
+        self.follow(self._release, self._file.tell())
 
     def _disagree(self, entry: Entry, dtype: torch.dtype, shape: list[int]) -> OutputError:
         return OutputError(
@@ -102,18 +126,38 @@ class SafetensorsWriter(Generic[_Planned]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._file.close()
-        except OSError as failure:
-            raise self._failed(failure) from failure
+            self._follower.__exit__(kind, error, traceback)
+        finally:
+            self._close()
         if kind is None and self._next < len(self.entries):
             left = self.entries[self._next].name
             raise OutputError(str(self.path), f"no {left}", "every entry written", "report this: a tensor was skipped")
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _release(self, stop: int) -> None:
+        """Have the kernel begin to write, and drop from its cache what it wrote since it was told so the last time.
+
+        Otherwise an output of the size of the memory pushes out the sources, which other ranks read again.
+        """
+        if stop - self._told[-1] < RELEASE_BYTES and stop < self._size:
+            return
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), self._told[0], stop - self._told[0], os.POSIX_FADV_DONTNEED)
+        self._told = (self._told[-1], stop)
+
+    def _close(self) -> None:
         try:
-            self._file.write(data)
+            self._file.close()
+        except OSError as failure:
+            raise self._failed(failure) from failure
+
+    def _put(self, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise self._failed(error) from error
+        self.follow(self._hash.update, data)
 
     def _failed(self, error: OSError) -> OutputError:
         return OutputError(

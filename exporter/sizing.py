@@ -212,7 +212,7 @@ def _refuse_output(arguments: ExportArguments) -> None:
     out, recorded = arguments.output.resolve(), arguments.recorded()
     inputs = read_manifest(out)["inputs"] if (out / MANIFEST).is_file() else {}
     if not is_up_to_date(out, inputs, recorded):
-        _refuse_occupied(out, inputs, recorded)
+        _refuse_occupied(out, lambda: inputs, recorded)
     parent = _existing(out.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(str(out.parent), "no way to write there", "a writable directory", "choose another one")

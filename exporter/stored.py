@@ -45,6 +45,30 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class StoredVector:
+    """A norm or bias on one rank, under its name in the file."""
+
+    file: TensorSource
+    name: str
+
+    is_quantized = False
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names in the file that it is read from."""
+        return [self.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[n]."""
+        return self.file.shape(self.name)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Values ``start .. stop - 1``.  # [stop - start]"""
+        return Rows(self.file.read_rows(self.name, start, stop))
+
+
+@dataclass(frozen=True)
 class StoredLinear:
     """A linear's weight on one rank.
 
@@ -63,6 +87,11 @@ class StoredLinear:
         return self.file.dtype(f"{self.module}.weight") in ("float8_e4m3fn", "int8", "uint8")
 
     @property
+    def tensors(self) -> list[str]:
+        """The names in the file that it is read from: its weight and what belongs to it."""
+        return [name for name in self.file.names if name.startswith(f"{self.module}.") and not name.endswith(".bias")]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """[out, in] on this rank, whatever the packing."""
         rows, columns = self.file.shape(f"{self.module}.weight")
@@ -71,7 +100,7 @@ class StoredLinear:
         return (rows, 2 * columns) if self.is_quantized and self.algo == "NVFP4" else (rows, columns)
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Rows ``start .. stop - 1``; both even where two rows share a byte.  # [stop - start, in]"""
+        """Rows ``start .. stop - 1``.  # [stop - start, in]"""
         if not self.is_quantized:
             return Rows(self.file.read_rows(f"{self.module}.weight", start, stop))
         return _DECODERS[str(self.algo)](self, start, stop)
@@ -102,9 +131,10 @@ class StoredLinear:
         return self._unsmoothed(self._take("weight", start, stop) * scale, scale)
 
     def _int4(self, start: int, stop: int) -> Rows:
-        packed = self.file.read_rows(f"{self.module}.weight", start // 2, stop // 2).to(torch.int32)
+        packed = self.file.read_rows(f"{self.module}.weight", start // 2, -(-stop // 2)).to(torch.int32)
         low, high = (packed << 28) >> 28, packed >> 4  # both signed
-        codes = torch.stack([low, high], dim=1).reshape(stop - start, -1)  # row 2k is the low half
+        codes = torch.stack([low, high], dim=1).flatten(0, 1)  # row 2k is the low half
+        codes = codes[start % 2 : start % 2 + stop - start]
         scales = self._take("weights_scaling_factor", start, stop)
         scales = scales.repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
         return self._unsmoothed(codes * scales, scales)

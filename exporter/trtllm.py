@@ -12,6 +12,7 @@ from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.tensor_maker import TensorMaker
 from medusa_export.exporter.trtllm_config import trtllm_config
 from medusa_export.heads.errors import ConfigError, OutputError
+from medusa_export.heads.hashing import WrittenFile
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize.formats import Format, get_kv_cache
@@ -75,21 +76,28 @@ def write_rank(
     scales: Scales,
     rank: int,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+    follow: Callable[[Path], Callable[[str], object]] | None = None,
+) -> WrittenFile:
     """One rank's safetensors file.
 
     Args:
         scales: as :func:`require_scales` returned them.
         progress: called with (bytes written, bytes in all).
+        follow: called with the path once the file has its header and its length; what it returns gets the name of every tensor
+            that has been written, on another thread.
     """
     with SafetensorsWriter(path, plan_rank(spec, rank).tensors) as writer:
+        written = follow(path) if follow else None
         maker = TensorMaker(checkpoint, spec, scales)
         total, done = sum(entry.nbytes for entry in writer.entries), 0
         for plan in writer.entries:
             writer.write(maker.rows(plan))
+            if written:
+                writer.follow(written, plan.name)
             done += plan.nbytes
             if progress is not None:
                 progress(done, total)
+    return writer.written
 
 
 def export_spec(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from medusa_export.exporter.agreement import WeightError, compare_weights
+from medusa_export.exporter.comparison import Comparison, weight_problems
 from medusa_export.exporter.load_check import open_ranks, rank_problems
 from medusa_export.exporter.load_config import config_problems
 from medusa_export.heads.checkpoint import TensorSource, row_chunks
@@ -35,20 +35,20 @@ def verify_export(out: Path) -> list[str]:
 
 
 def verify_trtllm(
-    trt_dir: Path, checkpoint: MedusaCheckpoint | None = None, errors: dict[str, WeightError] | None = None
+    trt_dir: Path, checkpoint: MedusaCheckpoint | None = None, compared: Comparison | None = None
 ) -> list[str]:
     """Problems of a TensorRT-LLM Medusa checkpoint, one line each; an empty list is a good checkpoint.
 
     Args:
         trt_dir: the directory with config.json and the rank files.
         checkpoint: the model and heads that it was made from; every weight is compared with theirs.
-        errors: filled with what quantization did to every tensor, when there is a checkpoint to compare with.
+        compared: that comparison, where it was made while the ranks were written.
     """
     try:
         config = read_json(trt_dir / "config.json")
         problems = config_problems(config) or _file_problems(trt_dir, config, values=checkpoint is None)
         if not problems and checkpoint is not None:
-            problems = compare_weights(trt_dir, checkpoint, errors)
+            problems = weight_problems(trt_dir, checkpoint, compared)
     except (CheckpointError, ConfigError) as error:
         return [str(error)]
     return problems

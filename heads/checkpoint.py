@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
@@ -50,14 +50,14 @@ class _Stored:
 
     Attributes:
         offset: of its first byte in the file; None in a pickle, which has no fixed places.
-        changed: when the file was last written (ns), as places hold for that file only.
+        changed: when the file was last written (ns), as places hold for that file only; None is one still being written.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     offset: int | None = None
-    changed: int = 0
+    changed: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ class TensorSource:
     Attributes:
         path: what was opened.
         files: every file that a read may touch, the index included, for hashing.
+        before_read: called with the file before tensors are read from it.
     """
 
     path: Path
     files: tuple[Path, ...]
     _stored: Mapping[str, _Stored] = field(repr=False)
+    before_read: Callable[[Path], None] = field(default=lambda file: None, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> TensorSource:
@@ -94,6 +96,11 @@ class TensorSource:
         if not stored:
             raise CheckpointError(str(file), "no tensors", "weights", "download or save the checkpoint again")
         return cls(path, files, stored)
+
+    @classmethod
+    def open_unfinished(cls, file: Path) -> TensorSource:
+        """A safetensors file that is as long as it will be, but still being written: reads give what is there by then."""
+        return cls(file, (file,), {name: replace(entry, changed=None) for name, entry in _contents(file).items()})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,7 +126,10 @@ class TensorSource:
         """Rows ``start .. stop - 1`` of the first axis.  # [stop - start, ...]"""
         self._check_range(name, 0, start, stop)
         stored = self._find(name)
-        return self._take(name, slice(start, stop)) if stored.offset is None else _copy_rows(stored, start, stop)
+        if stored.offset is None:
+            return self._take(name, slice(start, stop))
+        self.before_read(stored.file)
+        return _copy_rows(stored, start, stop)
 
     def read_columns(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Columns ``start .. stop - 1`` of the second axis, a strided view.  # [rows, stop - start, ...]"""
@@ -151,6 +161,7 @@ class TensorSource:
 
     def _take(self, name: str, index: slice | tuple[slice, slice] | None) -> torch.Tensor:
         file = self._find(name).file
+        self.before_read(file)
         if _is_pickle(file):
             tensors = _unpickle(file)
             if name not in tensors:
@@ -248,7 +259,7 @@ def _copy_rows(stored: _Stored, start: int, stop: int) -> torch.Tensor:
     left = rows.reshape(-1).view(torch.uint8).numpy().data
     place = int(stored.offset or 0) + start * (len(left) // (stop - start))
     with _reported(stored.file), stored.file.open("rb", buffering=0) as opened:
-        if os.fstat(opened.fileno()).st_mtime_ns != stored.changed:
+        if stored.changed not in (None, os.fstat(opened.fileno()).st_mtime_ns):
             raise _damaged(stored.file, "it has changed since it was opened")
         while left:
             count = os.preadv(opened.fileno(), [left], place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,6 +18,14 @@ _CHUNK_BYTES = 4 << 20
 
 class FileEntry(TypedDict):
     """What is recorded of a written file: bytes, and hexadecimal SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file whose bytes were hashed on their way to the disk."""
 
     size: int
     sha256: str

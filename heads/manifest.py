@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -42,7 +42,13 @@ _ABSENT = object()
 
 
 @contextmanager
-def output_directory(out: Path, *, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> Iterator[Work]:
+def output_directory(
+    out: Path,
+    *,
+    inputs: Mapping[str, str],
+    arguments: Mapping[str, Any],
+    hashes: Callable[[], Mapping[str, str]] | None = None,
+) -> Iterator[Work]:
     """A directory beside ``out`` to fill, which becomes it, with a manifest, when the body ends well.
 
     Its parts (:meth:`Work.once`) outlive a kill, a power loss, an interrupt and an unforeseen error: the next call for ``out`` with
@@ -51,21 +57,22 @@ def output_directory(out: Path, *, inputs: Mapping[str, str], arguments: Mapping
 
     Args:
         out: the directory to make; it may exist when it is empty.
-        inputs: what the output is made from: file -> SHA-256, as :func:`hash_files` gives.
+        inputs: what the output is made from: file -> SHA-256, or whatever else changes with it.
         arguments: what it is made with: JSON values and paths.
+        hashes: gives file -> SHA-256 for the manifest, where ``inputs`` are something else.
 
     Raises:
         OutputError: ``out`` holds something else or is being made by another process, its parent cannot be written, or the disk
             is full.
     """
-    out = out.resolve()
-    _refuse_occupied(out, inputs, arguments)
+    out, hashes = out.resolve(), hashes or (lambda: inputs)
+    _refuse_occupied(out, hashes, arguments)
     run = {"inputs": _plain(inputs), "arguments": _plain(arguments), "versions": package_versions()}
     with staging.full_disk_named(out), staging.partial_beside(out) as partial, staging.sigterm_raises():
-        _refuse_occupied(out, inputs, arguments)  # another process may have published it before the lock was ours
+        _refuse_occupied(out, hashes, arguments)  # another process may have published it before the lock was ours
         work = Work(partial, run)
         yield work
-        _write_manifest(work, run)
+        _write_manifest(work, {**run, "inputs": _plain(hashes())})
         staging.publish(work.path, out)
 
 
@@ -81,6 +88,11 @@ def leftovers_noted(out: Path) -> Iterator[None]:
         yield
 
 
+def has_manifest(out: Path) -> bool:
+    """Whether something complete is there, whatever it was made from."""
+    return (out / MANIFEST).is_file()
+
+
 def is_up_to_date(out: Path, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
     """Whether ``out`` is complete and was made from the same inputs with the same arguments.
 
@@ -89,7 +101,7 @@ def is_up_to_date(out: Path, inputs: Mapping[str, str], arguments: Mapping[str, 
     Raises:
         OutputError: there is a manifest, but a damaged one.
     """
-    if not (out / MANIFEST).is_file():
+    if not has_manifest(out):
         return False
     manifest = read_manifest(out)
     return not _differences(manifest, inputs, arguments) and not _listing_problems(out, manifest["files"])
@@ -163,7 +175,7 @@ def _hash_input(path: Path, stop_point: StopPoint) -> str:
         raise ConfigError(str(path), f"no readable file ({error.strerror})", "an input", "check the path") from error
 
 
-def _refuse_occupied(out: Path, inputs: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
+def _refuse_occupied(out: Path, hashes: Callable[[], Mapping[str, str]], arguments: Mapping[str, Any]) -> None:
     other = "choose another directory or delete this one"
     if not out.exists():
         return
@@ -176,7 +188,7 @@ def _refuse_occupied(out: Path, inputs: Mapping[str, str], arguments: Mapping[st
     if not (out / MANIFEST).is_file():
         raise OutputError(str(out), f"files, but no {MANIFEST}", "a new or an empty directory", other)
     manifest = read_manifest(out)
-    if differences := _differences(manifest, inputs, arguments):
+    if differences := _differences(manifest, hashes(), arguments):
         raise OutputError(str(out), f"an output with other {differences[0]}", "the same inputs and arguments", other)
     if problems := _listing_problems(out, manifest["files"]):
         raise OutputError(str(out), f"a damaged output ({problems[0]})", "a complete one", "delete it and run again")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,11 @@ class MedusaCheckpoint:
             _refuse_two_lm_heads(base, config, True)
         return cls(config, base, MedusaHeads(base, 0, 0, "none", {}, ()), ())
 
+    def announcing(self, before_read: Callable[[Path], None]) -> MedusaCheckpoint:
+        """The same, but ``before_read`` is called with a file before tensors are read from it."""
+        heads = replace(self.heads, source=replace(self.heads.source, before_read=before_read))
+        return replace(self, base=replace(self.base, before_read=before_read), heads=heads)
+
     @property
     def num_medusa_heads(self) -> int:
         """Heads stored: how many tokens beyond the next one are drafted."""
@@ -102,6 +108,9 @@ class MedusaCheckpoint:
         """Every canonical name: the base model's with lm_head.weight last, then the heads'."""
         base = dict.fromkeys((*self.config.tensor_shapes(), families.LM_HEAD))
         return (*base, *self.heads.canonical_names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""

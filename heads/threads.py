@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Any, TypeVar
 
 StopPoint = Callable[[], None]
 
@@ -61,6 +63,44 @@ def run_all(
         finally:  # signals too: they interrupt the main thread's waiting, not the workers
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Follower:
+    """Runs tasks in their order on one thread of its own, a few steps behind whoever gives them.
+
+    A context manager: a task's exception comes up at one of the next calls, or at the end of the body if that ends well.
+
+    Args:
+        backlog: tasks that may wait; what they hold stays in memory meanwhile.
+    """
+
+    def __init__(self, backlog: int) -> None:
+        self._backlog = backlog
+        self._pool = ThreadPoolExecutor(1, "medusa-export-follower")
+        self._waiting: deque[Future[Any]] = deque()
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.catch_up()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, task: Callable[..., object], *arguments: Any) -> None:
+        """Have ``task(*arguments)`` run; waits while the backlog is full."""
+        while len(self._waiting) >= self._backlog:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(task, *arguments))
+
+    def catch_up(self) -> None:
+        """Wait until all that was submitted is done."""
+        while self._waiting:
+            self._waiting.popleft().result()
 
 
 def cpus() -> int:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from medusa_export.heads.hashing import FileEntry, describe, list_files
+from medusa_export.heads.errors import OutputError
+from medusa_export.heads.hashing import FileEntry, WrittenFile, describe, list_files
 from medusa_export.heads.journal import Journal
 from medusa_export.heads.staging import Partial, sync
 
@@ -51,7 +52,8 @@ class Work:
 
         Args:
             name: the part's file or directory, relative to :attr:`path` ("trtllm/rank0.safetensors"). No part lies in another.
-            make: writes it, at the path that it gets: the parent is there, and nothing else is.
+            make: writes it, at the path that it gets: the parent is there, and nothing else is. It may return a ``WrittenFile``,
+                which saves reading the file again.
 
         Returns:
             Whether ``make`` was called: False when the part was finished, and its files still have the hashes that they had.
@@ -70,8 +72,8 @@ class Work:
             logger.warning("%s: changed since it was finished; made again", name)
         _remove(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        make(path)
-        files = describe(list_files(path, self.path))
+        made = make(path)
+        files = self._described(name, made) if isinstance(made, WrittenFile) else describe(list_files(path, self.path))
         self._sync(path)
         self._append({"part": name, "files": files})
         return True
@@ -120,6 +122,12 @@ class Work:
         for directory in sorted((path for path in self.path.rglob("*") if path.is_dir()), reverse=True):
             if not any(directory.iterdir()):
                 directory.rmdir()
+
+    def _described(self, name: str, made: WrittenFile) -> Files:
+        size = (self.path / name).lstat().st_size
+        if size != made.size:
+            raise OutputError(name, f"{size} bytes", f"the {made.size} that were written", "check the disk")
+        return {name: {"size": size, "sha256": made.sha256}}
 
     def _sync(self, path: Path) -> None:
         """Have the disk hold a part, and its name."""

@@ -35,10 +35,10 @@ from medusa_export.heads import journal, staging
 
 def log_ranks(path):
     write = ranks.write_rank
-    def logged(target, checkpoint, spec, scales, rank, progress):
+    def logged(target, checkpoint, spec, scales, rank, *more):
         with open(path, "a") as file:
             file.write(f"{rank}\\n")
-        write(target, checkpoint, spec, scales, rank, progress)
+        return write(target, checkpoint, spec, scales, rank, *more)
     ranks.write_rank = logged
 
 def die():

@@ -10,15 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from medusa_export.exporter.agreement import WeightError
+from medusa_export.exporter.comparison import WeightError, compare_ranks
 from medusa_export.exporter.error_table import error_table, recorded
-from medusa_export.exporter.verify import verify_trtllm
 
 
 def test_errors_of_every_quantized_tensor(make_case: Callable[..., Any], tmp_path: Path) -> None:
     case = make_case()
-    out, errors = case.write(tmp_path / "out", "fp8", quant_heads=True), dict[str, WeightError]()
-    assert verify_trtllm(out, case.checkpoint, errors) == []
+    errors = compare_ranks(case.write(tmp_path / "out", "fp8", quant_heads=True), case.checkpoint).errors()
     assert len(errors) == 2 * 7 + 2 * 2
     name = "model.layers.1.mlp.down_proj.weight"
     source = case.checkpoint.read(name).float()
@@ -29,9 +27,8 @@ def test_errors_of_every_quantized_tensor(make_case: Callable[..., Any], tmp_pat
 
 
 def test_nothing_quantized_nothing_recorded(make_case: Callable[..., Any], tmp_path: Path) -> None:
-    case, errors = make_case(), dict[str, WeightError]()
-    assert verify_trtllm(case.write(tmp_path / "out"), case.checkpoint, errors) == []
-    assert errors == {}
+    case = make_case()
+    assert compare_ranks(case.write(tmp_path / "out"), case.checkpoint).errors() == {}
 
 
 def test_table_shows_the_worst_of_a_layer() -> None:

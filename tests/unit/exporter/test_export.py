@@ -17,13 +17,20 @@ from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.selfcheck import check_engine
 from medusa_export.exporter import engine_kinds, parts, ranks
 from medusa_export.exporter import export as export_module
+<<<<<<< HEAD
+=======
+from medusa_export.exporter import job, parts, ranks
+>>>>>>> 9c1c9b9 (Inputs and outputs are hashed and compared while they are read and written: one pass instead of four)
 from medusa_export.exporter.export import ExportArguments, export
+from medusa_export.exporter.job import Job
+from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.verify import verify_export
 from medusa_export.heads import threads as heads_threads
 from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError, MedusaExportError, OutputError
+from medusa_export.heads.hashing import WrittenFile
 from medusa_export.heads.manifest import read_manifest
 from medusa_export.heads.staging import KEPT_BEFORE
 from medusa_export.heads.step_costs import load_costs
@@ -277,11 +284,12 @@ class Ranks:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         write = ranks.write_rank
 
-        def counted(path: Path, checkpoint: Any, spec: Any, scales: Any, rank: int, progress: Any) -> None:
+        def counted(path: Path, checkpoint: Any, spec: Any, scales: Any, rank: int, *more: Any) -> WrittenFile:
             self.begun.append(rank)
-            write(path, checkpoint, spec, scales, rank, progress)
+            written = write(path, checkpoint, spec, scales, rank, *more)
             if rank in self.failing:
                 raise self.error
+            return written
 
         monkeypatch.setattr(ranks, "write_rank", counted)
         monkeypatch.setattr(heads_threads, "cpus", lambda: 1)
@@ -363,12 +371,12 @@ class TestContinued:
 
         given = make(engine="none", tp=4)
         with monkeypatch.context() as patch:
-            patch.setattr(export_module, "hash_files", interrupt)
+            patch.setattr(Job, "check", interrupt)
             with pytest.raises(SystemExit) as first:
                 export(given, no_engine)
             patch.undo()
             counted.interrupted(given)
-            patch.setattr(export_module, "hash_files", interrupt)
+            patch.setattr(Job, "check", interrupt)
             with pytest.raises(SystemExit) as second:
                 export(given, no_engine)
         assert not hasattr(first.value, "__notes__")
@@ -495,16 +503,18 @@ class TestChecks:
     def test_a_bad_checkpoint_is_not_published(
         self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The check is of what lies on the disk: a byte that changes on its way there is found."""
-        write = ranks.write_rank
+        """The check is of what the file holds: a byte that changes on its way there is found."""
+        write = SafetensorsWriter.write
 
-        def write_and_flip(path: Path, *args: Any) -> None:
-            write(path, *args)
-            data = bytearray(path.read_bytes())
-            data[-1] ^= 0x40
-            path.write_bytes(bytes(data))
+        def write_and_flip(self: SafetensorsWriter[Any], chunks: Any) -> None:
+            write(self, chunks)
+            if self._next == len(self.entries):
+                data = self.path.read_bytes()
+                with self.path.open("r+b") as file:
+                    file.seek(-1, os.SEEK_END)
+                    file.write(bytes([data[-1] ^ 0x40]))
 
-        monkeypatch.setattr(ranks, "write_rank", write_and_flip)
+        monkeypatch.setattr(SafetensorsWriter, "write", write_and_flip)
         given = make(engine="none")
         before = set(os.listdir(tmp_path))
         with pytest.raises(OutputError, match=r"1 of .* values are not the source's"):
@@ -525,7 +535,7 @@ def test_refusals_come_before_any_work(make: Make, tmp_path: Path, monkeypatch: 
     given = make()
     (given.ckpt / "chat_template.jinja").rename(tmp_path / "chat_template.jinja")
     before = set(os.listdir(tmp_path))
-    monkeypatch.setattr(export_module, "hash_files", no_engine)
+    monkeypatch.setattr(job, "InputFiles", no_engine)
     with pytest.raises(ConfigError, match="no chat template"):
         export(given, no_engine)
     with pytest.raises(ConfigError, match="at least 1 of each"):

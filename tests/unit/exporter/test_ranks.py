@@ -19,6 +19,15 @@ from medusa_export.heads.manifest import output_directory
 TP = 4
 
 
+class NotCompared:
+    """Stands in for the comparison with the source: here is none."""
+
+    def take(self, rank: int, path: Path, stop_point: Callable[[], None]) -> None: ...
+
+    def begin(self, rank: int, path: Path) -> Callable[[str], None]:
+        raise NotImplementedError
+
+
 class Layout:
     """All that the writer of ranks asks of a spec."""
 
@@ -34,7 +43,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
         monkeypatch.setattr(heads_threads, "cpus", lambda: cores)
         monkeypatch.setattr(ranks, "write_rank", write_rank)
         with output_directory(tmp_path / "out", inputs={}, arguments={}) as work:
-            write_ranks(work, None, Layout, None, lambda *counts: shown.append(counts))
+            write_ranks(work, None, Layout, None, NotCompared(), lambda *counts: shown.append(counts))
         return shown
 
     return run
@@ -49,7 +58,7 @@ def steps(path: Path, progress: Callable[[int, int], None], total: int) -> None:
 @pytest.mark.parametrize("cores", [1, 2, 4, 9])
 @pytest.mark.parametrize("total", [3, 10**9])
 def test_one_bar(cores: int, total: int, write: Any, tmp_path: Path) -> None:
-    def rank(path: Path, _1: Any, _2: Any, _3: Any, _rank: int, progress: Callable[[int, int], None]) -> None:
+    def rank(path: Path, _1: Any, _2: Any, _3: Any, _rank: int, progress: Callable[[int, int], None], *_: Any) -> None:
         for part in range(1, 4):
             progress(part * total // 3, total)
         path.write_text(path.name)
@@ -90,7 +99,7 @@ def test_the_first_failure_stops_the_others(write: Any) -> None:
     begun: list[int] = []
     running = threading.Event()
 
-    def rank(path: Path, _1: Any, _2: Any, _3: Any, number: int, progress: Callable[[int, int], None]) -> None:
+    def rank(path: Path, _1: Any, _2: Any, _3: Any, number: int, progress: Callable[[int, int], None], *_: Any) -> None:
         begun.append(number)
         if number == 0:
             assert running.wait(30)
@@ -108,7 +117,7 @@ def test_the_first_failure_stops_the_others(write: Any) -> None:
 def test_finished_ranks_count_in_the_bar(write: Any, tmp_path: Path) -> None:
     begun: list[int] = []
 
-    def rank(path: Path, _1: Any, _2: Any, _3: Any, number: int, progress: Callable[[int, int], None]) -> None:
+    def rank(path: Path, _1: Any, _2: Any, _3: Any, number: int, progress: Callable[[int, int], None], *_: Any) -> None:
         begun.append(number)
         if number == 2 and len(begun) == 3:
             raise ZeroDivisionError

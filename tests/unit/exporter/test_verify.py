@@ -88,7 +88,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], None], int, str]] = {
     "heads swapped": (swap("medusa_heads.0.lm_head.weight", "medusa_heads.1.lm_head.weight"), 0, r"medusa_heads.0.1.w"),
     "flipped byte": (flip_sign_of_one_byte, 0, "down_proj.weight: 1 of 5120 values"),
     "not a number": (set_nan, 1, "ln_f.weight has values that are not finite"),
-    "replicas differ": (scale("transformer.ln_f.weight", 2.0), 1, "ln_f.weight: got ranks that differ"),
+    "replicas differ": (scale("transformer.ln_f.weight", 2.0), 1, "model.norm.weight: 64 of 64 values"),
     "scale of one rank": (
         scale(f"{L0}mlp.fc.weights_scaling_factor", 2.0),
         1,

@@ -70,7 +70,7 @@ class TensorSource:
     Attributes:
         path: what was opened.
         files: every file that a read may touch, the index included, for hashing.
-        before_read: called with the file before tensors are read from it.
+        before_read: called with the file before a matrix is read from it; vectors are too small to say where reading has come to.
     """
 
     path: Path
@@ -128,7 +128,7 @@ class TensorSource:
         stored = self._find(name)
         if stored.offset is None:
             return self._take(name, slice(start, stop))
-        self.before_read(stored.file)
+        self._announce(stored)
         return _copy_rows(stored, start, stop)
 
     def read_columns(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -161,7 +161,7 @@ class TensorSource:
 
     def _take(self, name: str, index: slice | tuple[slice, slice] | None) -> torch.Tensor:
         file = self._find(name).file
-        self.before_read(file)
+        self._announce(self._find(name))
         if _is_pickle(file):
             tensors = _unpickle(file)
             if name not in tensors:
@@ -169,6 +169,10 @@ class TensorSource:
             return tensors[name] if index is None else tensors[name][index]
         with _reported(file), safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
+
+    def _announce(self, stored: _Stored) -> None:
+        if len(stored.shape) > 1:
+            self.before_read(stored.file)
 
     def _check_range(self, name: str, axis: int, start: int, stop: int) -> None:
         shape = self._find(name).shape

@@ -77,7 +77,7 @@ class MedusaCheckpoint:
         return cls(config, base, MedusaHeads(base, 0, 0, "none", {}, ()), ())
 
     def announcing(self, before_read: Callable[[Path], None]) -> MedusaCheckpoint:
-        """The same, but ``before_read`` is called with a file before tensors are read from it."""
+        """The same, but ``before_read`` is called with a file before matrices are read from it."""
         heads = replace(self.heads, source=replace(self.heads.source, before_read=before_read))
         return replace(self, base=replace(self.base, before_read=before_read), heads=heads)
 

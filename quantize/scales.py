@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -116,7 +117,7 @@ def fp8_scale(amax: float) -> float:
 
 def code_scale(amax: float, bound: float) -> float:
     """What one unit of a code is worth when ``bound`` is the code of ``amax``; in the float32 that files hold."""
-    return float(torch.tensor(amax, dtype=torch.float32) / bound)
+    return float(np.float32(amax) / np.float32(bound))
 
 
 def fused_amax(amax: Mapping[str, float], modules: Iterable[str]) -> float:

@@ -12,7 +12,7 @@ from concurrent.futures import wait
 import pytest
 
 from medusa_export.heads import threads
-from medusa_export.heads.threads import cpus, run_all
+from medusa_export.heads.threads import Follower, cpus, run_all
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -110,3 +110,32 @@ def test_initializer() -> None:
 
 def test_cpus() -> None:
     assert 1 <= cpus() <= (os.cpu_count() or 1)
+
+
+def test_a_follower_keeps_the_order_and_its_distance() -> None:
+    gate, done = threading.Event(), list[int]()
+
+    def task(index: int) -> None:
+        assert gate.wait(30)
+        done.append(index)
+
+    with Follower(3) as follower:
+        for index in range(3):
+            follower.submit(task, index)  # none is done, all may wait
+        fourth = threading.Thread(target=follower.submit, args=(task, 3))
+        fourth.start()
+        fourth.join(0.1)
+        assert fourth.is_alive()
+        assert done == []
+        gate.set()
+        fourth.join(30)
+        assert done[:1] == [0]
+    assert done == [0, 1, 2, 3]
+
+
+def test_a_followers_failure_comes_up() -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), Follower(2) as follower:
+        follower.submit(fail)

@@ -157,7 +157,7 @@ class Comparison:
 
     def problems(self) -> list[str]:
         """What is wrong, one line a tensor."""
-        shapes, names, all_found = self._ranks[0].shapes, self._checkpoint.names, self._found()
+        shapes, names, all_found = self._any.shapes, self._checkpoint.names, self._found()
         problems = [f"{name}: not in the source checkpoint" for name in shapes if name not in set(names)]
         problems += [f"{name}: lost" for name in names if name not in shapes]
         for name in names:
@@ -173,8 +173,13 @@ class Comparison:
     def errors(self) -> dict[str, WeightError]:
         """What quantization did to every quantized tensor, in the source's order."""
         found = self._found()
-        quantized = self._ranks[0].quantized & found.keys()
+        quantized = self._any.quantized & found.keys()
         return {name: found[name].error for name in self._checkpoint.names if name in quantized}
+
+    @property
+    def _any(self) -> RankComparison:
+        """Ranks are laid out alike."""
+        return next(iter(self._ranks.values()))
 
     def _found(self) -> dict[str, Difference]:
         """Of the ranks together, summed up in their order."""

@@ -15,12 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.selfcheck import check_engine
-from medusa_export.exporter import engine_kinds, parts, ranks
+from medusa_export.exporter import engine_kinds, job, parts, ranks
 from medusa_export.exporter import export as export_module
-<<<<<<< HEAD
-=======
-from medusa_export.exporter import job, parts, ranks
->>>>>>> 9c1c9b9 (Inputs and outputs are hashed and compared while they are read and written: one pass instead of four)
 from medusa_export.exporter.export import ExportArguments, export
 from medusa_export.exporter.job import Job
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter

@@ -187,6 +187,7 @@ def test_a_cancelled_grpc_stream_frees_its_slot(served: Served) -> None:
     for key in "abc":
         stream.ask(key, text_input=QUESTION, max_tokens=3900, stream=True)
     stream.next()
+    served.wait_for("medusa_requests_running", 3)  # one that has not arrived yet would not be cancelled but never start
     stream.close(cancel=True)
     served.wait_for("medusa_requests_ended_total", before + 3, reason="cancelled")
     served.wait_for("medusa_requests_running", 0)

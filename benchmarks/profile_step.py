@@ -16,9 +16,10 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
-from steps import wide_tree
 
+from medusa_export.engines.cost import wide_tree
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.heads.errors import ConfigError
 
 SIZES = (1, 2, 4, 8)
 RUNS = 15
@@ -38,7 +39,10 @@ def operators(engine: ProfiledEngine, past: int) -> dict[int, dict[str, float]]:
     """Milliseconds of each operator in a step, medians, by number of nodes."""
     engine.prefill([1] * past)
     for nodes in SIZES:
-        step = engine.prepare(wide_tree(nodes))
+        tree = wide_tree(nodes, engine.info.max_depth, engine.info.top_k)
+        if tree is None:
+            raise ConfigError("engine", "no Medusa heads", "an engine with heads", "export with --heads")
+        step = engine.prepare(tree)
         for _ in range(RUNS):
             step.verify(np.full(nodes, 5))
     trace = Path(engine._decoder.end_profiling())

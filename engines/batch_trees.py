@@ -8,10 +8,9 @@ from pathlib import Path
 
 from medusa_export.engines.base import AUTOREGRESSIVE
 from medusa_export.heads.config import read_json
+from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.tree import Tree, load_tree
-
-UNMEASURED = 4  # sequences at once up to which a tree is used whose batches were not measured
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,17 @@ class BatchTrees:
         measured = min((batch for batch in self.by_batch if batch >= running), default=None)
         return AUTOREGRESSIVE if measured is None else self.by_batch[measured]
 
-    @property
-    def all(self) -> list[Tree]:
-        """Every tree that may be used."""
-        return list(self.by_batch.values())
+    def require(self, info: EngineInfo) -> None:
+        """Raise TreeError or ConfigError for a tree that an engine's heads cannot fill."""
+        for tree in self.by_batch.values():
+            info.require_tree(tree)
 
     @classmethod
-    def load(cls, path: Path) -> BatchTrees:
-        """From tree.json. Its ``crossover`` says what pays at which batch; without one its tree is used for up to four sequences.
+    def load(cls, path: Path, *, unmeasured: int) -> BatchTrees:
+        """From tree.json, whose ``crossover`` says what pays at which batch.
+
+        Args:
+            unmeasured: sequences at once up to which its tree is used where batches were not measured.
 
         Raises:
             TreeError, ConfigError: no such file, or a tree in it that breaks a rule.
@@ -50,4 +52,4 @@ class BatchTrees:
         except (KeyError, TypeError, ValueError) as error:
             got = f"{type(error).__name__}: {error} in crossover"
             raise ConfigError(str(path), got, "what medusa-tree search writes", "search again") from error
-        return cls(found if len(found) > 1 else {UNMEASURED: tree})
+        return cls(found if len(found) > 1 else {unmeasured: tree})

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.engines.tree_batch import ROOT, TreeBatchDecoder, advance
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.errors import ConfigError, MedusaExportError
@@ -107,9 +108,8 @@ class Scheduler:
     """Decodes requests on a batch, as many at once as it has slots.
 
     Args:
-        tree: for drafts; None decodes without.
+        trees: for drafts, by the number of sequences; None decodes without.
         max_queue: requests that wait, at most; None: any number.
-        tree_max_batch: requests at once, at most, with which the tree is used: a step of many is dearer with it.
         meter: is told of tokens and requests, in the scheduler's thread.
     """
 
@@ -117,13 +117,11 @@ class Scheduler:
         self,
         decoder: TreeBatchDecoder,
         *,
-        tree: Tree | None = None,
+        trees: BatchTrees | None = None,
         max_queue: int | None = None,
-        tree_max_batch: int = 4,
         meter: Meter | None = None,
     ) -> None:
-        self.decoder, self.tree = decoder, tree or ROOT
-        self._tree_max_batch, self._max_queue = tree_max_batch, max_queue
+        self.decoder, self._trees, self._max_queue = decoder, trees or BatchTrees({}), max_queue
         self._meter = meter or Meter()
         self._eos = set(decoder.info.eos_token_ids)
         self._waiting: deque[Ticket] = deque()
@@ -250,10 +248,10 @@ class Scheduler:
             self._take(slot, new[slot])
 
     def _step_tree(self) -> Tree:
-        """The tree, where it pays and every sequence has room for it."""
+        """The tree of so many sequences, if each has room for it."""
+        tree = self._trees(len(self._running))
         room = min(self.decoder.room(slot) for slot in range(len(self._running)))
-        pays = len(self._running) <= self._tree_max_batch and room >= self.tree.num_nodes
-        return self.tree if pays else ROOT
+        return tree if room >= tree.num_nodes else ROOT
 
     def _take(self, slot: int, tokens: Sequence[int]) -> None:
         """New tokens of a request, of which one may be its last."""

@@ -20,7 +20,7 @@ class ServingOptions:
         max_tokens: tokens of an answer where the request does not say.
         timeout_s: seconds of a request, waiting included, at most.
         max_text_bytes: text of a request, at most.
-        tree_max_batch: requests at once, at most, with which the tree is used; larger batches decode without it.
+        tree_max_batch: requests at once, at most, with which the tree is used, where tree.json does not say what pays at which batch.
         threads: CPU threads; 0 takes one a core.
 
     Raises:

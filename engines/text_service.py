@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.engines.scheduler import End, Meter, Scheduler, Ticket
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.stream_text import TextStream
@@ -15,10 +15,6 @@ from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.conversations import encode_chat, is_text, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import ConfigError
-from medusa_export.heads.tree import load_tree
-
-if TYPE_CHECKING:
-    pass
 
 MAX_STOP_WORDS = 16
 
@@ -64,16 +60,15 @@ class TextService:
     """
 
     def __init__(self, engine_dir: Path, options: ServingOptions, meter: Meter | None = None) -> None:
-        info, tree = EngineInfo.load(engine_dir), load_tree(str(engine_dir / TREE_FILE))
-        info.require_tree(tree)
+        info = EngineInfo.load(engine_dir)
+        trees = BatchTrees.load(engine_dir / TREE_FILE, unmeasured=options.tree_max_batch)
+        trees.require(info)
         self.options, self.tokenizer = options, read_tokenizer(engine_dir)
         slots = min(options.max_batch, cache_slots(info, options.kv_cache_mb))
         decoder = TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
         self.max_length = decoder.max_length
         self.name = Path(str(info.source.get("checkpoint", engine_dir))).name
-        self.scheduler = Scheduler(
-            decoder, tree=tree, max_queue=options.max_queue, tree_max_batch=options.tree_max_batch, meter=meter
-        )
+        self.scheduler = Scheduler(decoder, trees=trees, max_queue=options.max_queue, meter=meter)
 
     def submit(self, request: TextRequest, say: Callable[[Piece], None]) -> Ticket:
         """Queue a request; ``say`` gets its answer in pieces, in the scheduler's thread, the last one with its end.

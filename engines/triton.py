@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.triton_io import INPUTS, OUTPUTS
 from medusa_export.heads.conversations import read_tokenizer
@@ -14,7 +15,6 @@ from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.heads.hashing import list_files
 from medusa_export.heads.manifest import hash_files, output_directory, read_manifest, verify_manifest
-from medusa_export.heads.tree import load_tree
 
 KIND = "onnxruntime"
 ENGINE = "engine"  # in the model's version directory
@@ -53,13 +53,19 @@ Both share one engine, whose steps serve all requests at once.
 
 
 def write_repository(
-    engine: Path, output: Path, *, name: str = "medusa", options: ServingOptions | None = None
+    engine: Path,
+    output: Path,
+    *,
+    name: str = "medusa",
+    options: ServingOptions | None = None,
+    tree: Path | None = None,
 ) -> None:
     """A complete model repository; it appears all at once or not at all.
 
     Args:
         engine: the engine directory of an export; it is copied.
         output: the repository to make.
+        tree: tree.json to serve with instead of the engine's.
         name: the model's; its twin for unary calls is called ``{name}_unary``.
 
     Raises:
@@ -69,9 +75,9 @@ def write_repository(
         raise ConfigError("--name", repr(name), "letters, digits, _ . and -", "choose another one")
     options = options or ServingOptions()
     info = EngineInfo.load(engine)
-    info.require_tree(load_tree(str(engine / TREE_FILE)))
+    paths = list_files(engine, engine) | {TREE_FILE: tree or engine / TREE_FILE}
+    BatchTrees.load(paths[TREE_FILE], unmeasured=options.tree_max_batch).require(info)
     read_tokenizer(engine)
-    paths = list_files(engine, engine)
     arguments = {"kind": KIND, "engine": engine, "name": name, **options.as_text()}
     with output_directory(output, inputs=hash_files(paths.values()), arguments=arguments) as work:
         for relative, path in paths.items():
@@ -122,7 +128,7 @@ def verify_repository(repository: Path) -> list[str]:
             found = _parse(path)
             problems += [f"{path}: {line}" for line in _differences(found, config)]
         engine = repository / arguments["name"] / VERSION / ENGINE
-        EngineInfo.load(engine).require_tree(load_tree(str(engine / TREE_FILE)))
+        BatchTrees.load(engine / TREE_FILE, unmeasured=1).require(EngineInfo.load(engine))
         read_tokenizer(engine)
     except MedusaExportError as error:
         problems.append(str(error))

@@ -38,7 +38,8 @@ def _write_onnxruntime(given: dict[str, Any]) -> None:
     from medusa_export.engines.triton import write_repository
 
     chosen = {item.name: given[item.name] for item in fields(ServingOptions) if given.get(item.name) is not None}
-    write_repository(given["engine"], given["output"], name=given["name"], options=ServingOptions(**chosen))
+    options = ServingOptions(**chosen)
+    write_repository(given["engine"], given["output"], name=given["name"], options=options, tree=given["tree"])
 
 
 def _verify_onnxruntime(repository: Path) -> list[str]:
@@ -75,7 +76,7 @@ KINDS: dict[str, Kind] = {
     ),
     "onnxruntime": Kind(
         lambda path: (path / ENGINE_FILE).is_file(), _write_onnxruntime, _verify_onnxruntime,
-        ("max_batch", "kv_cache_mb", "max_queue", "max_tokens", "timeout_s", "max_text_bytes", "tree_max_batch", "threads"),
+        ("max_batch", "kv_cache_mb", "max_queue", "max_tokens", "timeout_s", "max_text_bytes", "tree_max_batch", "tree", "threads"),
     ),
 }  # fmt: skip
 
@@ -98,8 +99,16 @@ def triton_command(
     ] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Seconds of a request, at most. Default: 600.")] = None,
     max_text_bytes: Annotated[int | None, typer.Option(help="Text of a request, at most. Default: 1 MiB.")] = None,
+    tree: Annotated[
+        Path | None,
+        typer.Option(
+            help="tree.json of medusa-tree search instead of the engine's. One from costs of several batch sizes says which tree "
+            "is used with how many requests at once."
+        ),
+    ] = None,
     tree_max_batch: Annotated[
-        int | None, typer.Option(help="Requests at once up to which the tree is used. Default: 4.")
+        int | None,
+        typer.Option(help="Requests at once up to which a tree is used that says nothing of batches. Default: 4."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 takes one a core. Default: 0.")] = None,
     kv_fraction: Annotated[

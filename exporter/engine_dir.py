@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from medusa_export.exporter.engine_files import save_engine_files
 from medusa_export.exporter.onnx_batch import write_batch_decoder
 from medusa_export.exporter.onnx_graph import require_supported, write_decoder
 from medusa_export.exporter.onnx_heads import write_heads
 from medusa_export.exporter.onnx_linear import LinearWriter
 from medusa_export.heads.conversations import read_tokenizer
-from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
@@ -93,26 +93,20 @@ def write_engine(
     write_batch_decoder(out, config)
     if num_heads:
         write_heads(out, checkpoint, top_k=top_k, draft_vocab=draft_vocab, int8=config.hidden_size % 16 == 0)
-    info = EngineInfo(
+    save_engine_files(
+        out,
+        checkpoint,
+        tree,
+        save_tokenizer,
         backend="onnxruntime",
         form=form,
         precision=PRECISION[form],
         max_length=max_length,
-        max_depth=num_heads,
         top_k=top_k,
-        num_hidden_layers=config.num_hidden_layers,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
         session_options=SESSION_OPTIONS[form],
         heads_session_options=INT8_PRODUCTS,
         source=source,
     )
-    info.save(out)
-    (out / TREE_FILE).write_text(tree.to_json(), encoding="utf-8")
-    save_tokenizer(out)
 
 
 def write_base_engine(out: Path, ckpt: Path, *, max_length: int | None = None) -> None:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from medusa_export.exporter.engine_dir import MIN_TOP_K, Excluded
+from medusa_export.exporter.engine_files import save_engine_files
 from medusa_export.exporter.onnx_portable import write_portable_decoder
 from medusa_export.exporter.onnx_portable_heads import write_portable_heads
 from medusa_export.exporter.onnx_portable_linear import PortableLinear
-from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize.formats import Format
@@ -76,32 +76,26 @@ def write_tensorrt_engine(
     source: dict[str, Any],
 ) -> None:
     """``out``: rank0.engine, heads.engine, what is in them as JSON, engine.json, tree.json and the tokenizer."""
-    form, config = tensorrt_form(fmt), checkpoint.config
+    form = tensorrt_form(fmt)
     out.mkdir()
     nodes = tree.num_nodes
     builder.build(
         onnx_dir, out, progress, gpus=gpus, max_length=max_length, max_nodes=max(MAX_NODES, nodes), nodes=nodes
     )
-    info = EngineInfo(
+    save_engine_files(
+        out,
+        checkpoint,
+        tree,
+        save_tokenizer,
         backend="tensorrt",
         form=str(form.form),
         precision=f"{form.precision}, {dtype} otherwise",
         max_length=max_length,
-        max_depth=checkpoint.num_medusa_heads,
         top_k=_top_k(tree),
-        num_hidden_layers=config.num_hidden_layers,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
         session_options={},
         heads_session_options={},
         source=source,
     )
-    info.save(out)
-    (out / TREE_FILE).write_text(tree.to_json(), encoding="utf-8")
-    save_tokenizer(out)
 
 
 def _top_k(tree: Tree) -> int:

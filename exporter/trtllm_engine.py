@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from medusa_export.exporter.engine_files import save_engine_files
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.tensorrt_dir import EngineBuilder
-from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import MAX_TOP_K, Tree
@@ -43,25 +43,20 @@ def write_trtllm_engine(
         source["sliding_window"] = config.sliding_window
     out.mkdir()
     builder.build(trt_dir, out, progress, max_batch=max_batch, max_length=max_length, release=release)
-    EngineInfo(
+    save_engine_files(
+        out,
+        checkpoint,
+        tree,
+        save_tokenizer,
         backend="tensorrt-llm",
         form=spec.fmt.onnx or spec.fmt.name,
         precision=f"{weights} weights, {spec.dtype} otherwise, TensorRT-LLM {release.name}",
         max_length=max_length,
-        max_depth=checkpoint.num_medusa_heads,
         top_k=MAX_TOP_K,
-        num_hidden_layers=config.num_hidden_layers,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
         session_options={},
         heads_session_options={},
         source=source,
-    ).save(out)
-    (out / TREE_FILE).write_text(tree.to_json(), encoding="utf-8")
-    save_tokenizer(out)
+    )
 
 
 def require_sizes(checkpoint: MedusaCheckpoint, max_length: int, max_batch: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from medusa_export.engines.batch_trees import UNMEASURED, BatchTrees
+from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.heads.errors import ConfigError, TreeError
 from medusa_export.heads.tree import Tree
 
@@ -24,26 +24,25 @@ def row(batch: int, *choices: list[int], past_length: int = 64) -> dict[str, Any
 
 def test_measured_batches(tmp_path: Path) -> None:
     rows = [row(1, [0], [1], [0, 0]), row(4, [0]), row(16)]
-    trees = BatchTrees.load(written(tmp_path / "tree.json", crossover=rows))
+    trees = BatchTrees.load(written(tmp_path / "tree.json", crossover=rows), unmeasured=4)
     sizes = [trees(running).max_draft_len for running in (1, 2, 4, 5, 16, 17)]
     assert sizes == [3, 1, 1, 0, 0, 0]
-    assert sorted(tree.max_draft_len for tree in trees.all) == [0, 1, 3]
 
 
 def test_of_several_lengths_the_first_counts(tmp_path: Path) -> None:
     rows = [row(1, [0]), row(1, [0], [1], past_length=512), row(2, [0], [1])]
-    assert BatchTrees.load(written(tmp_path / "tree.json", crossover=rows))(1).max_draft_len == 1
+    assert BatchTrees.load(written(tmp_path / "tree.json", crossover=rows), unmeasured=4)(1).max_draft_len == 1
 
 
 @pytest.mark.parametrize("crossover", [[], [row(1, [0])]], ids=["none", "one sequence"])
 def test_batches_that_were_not_measured(crossover: list[Any], tmp_path: Path) -> None:
-    trees = BatchTrees.load(written(tmp_path / "tree.json", crossover=crossover))
-    assert trees(UNMEASURED) == Tree.from_choices([[0], [1]])
-    assert trees(UNMEASURED + 1).max_draft_len == 0
+    trees = BatchTrees.load(written(tmp_path / "tree.json", crossover=crossover), unmeasured=4)
+    assert trees(4) == Tree.from_choices([[0], [1]])
+    assert trees(5).max_draft_len == 0
 
 
 def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(TreeError):
-        BatchTrees.load(tmp_path / "absent.json")
+        BatchTrees.load(tmp_path / "absent.json", unmeasured=4)
     with pytest.raises(ConfigError, match="crossover"):
-        BatchTrees.load(written(tmp_path / "tree.json", crossover=[{"batch": 1}, {"batch": 2}]))
+        BatchTrees.load(written(tmp_path / "tree.json", crossover=[{"batch": 1}, {"batch": 2}]), unmeasured=4)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from medusa_export.engines.base import AUTOREGRESSIVE, generate
+from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.scheduler import BusyError, ClosedError, End, Meter, Scheduler
 from medusa_export.engines.tree_batch import TreeBatchDecoder
@@ -87,7 +88,7 @@ def alone(engine_dir: Path, ids: list[int], count: int, sampler: Sampler | None 
 def test_every_answer_is_the_one_of_a_sequence_alone(
     engine_dir: Path, schedule: Callable[..., Scheduler], temperature: float, tree_max_batch: int
 ) -> None:
-    scheduler = schedule(slots=3, has_ends=True, tree=TREE, tree_max_batch=tree_max_batch)
+    scheduler = schedule(slots=3, has_ends=True, trees=BatchTrees({tree_max_batch: TREE}))
     listeners = [Ears() for _ in PROMPTS]
     for index, (ids, ears) in enumerate(
         zip(PROMPTS, listeners, strict=True)
@@ -119,9 +120,9 @@ def test_a_listener_that_has_enough_ends_its_request(schedule: Callable[..., Sch
     assert (ears.wait().reason, len(ears.tokens)) == ("stop", 3)
 
 
-@pytest.mark.parametrize("tree", [None, TREE])
-def test_a_full_context_ends_with_length(schedule: Callable[..., Scheduler], tree: Tree | None) -> None:
-    scheduler, ears = schedule(max_length=10, tree=tree), Ears()
+@pytest.mark.parametrize("trees", [None, BatchTrees({1: TREE})], ids=["none", "tree"])
+def test_a_full_context_ends_with_length(schedule: Callable[..., Scheduler], trees: BatchTrees | None) -> None:
+    scheduler, ears = schedule(max_length=10, trees=trees), Ears()
     scheduler.submit([3, 4, 5], Sampling(max_tokens=50), ears)
     assert ears.wait().reason == "length"
     assert len(ears.tokens) == 8  # seven more rows, and the token behind the last one

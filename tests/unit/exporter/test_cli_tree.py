@@ -81,7 +81,7 @@ def test_batches(
     assert run(monkeypatch, "search", *files) == 0
     rows = json.loads(tree.read_text())["crossover"]
     assert [row["batch"] for row in rows] == [1, 3]
-    trees = BatchTrees.load(tree)
+    trees = BatchTrees.load(tree, unmeasured=4)
     assert [len(row["medusa_choices"]) for row in rows] == [trees(1).max_draft_len, trees(3).max_draft_len]
     assert trees(4).max_draft_len == 0
     assert "past length" in capfd.readouterr().out

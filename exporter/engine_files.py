@@ -1,0 +1,34 @@
+"""What every engine directory has, whichever backend runs it: engine.json, tree.json and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.tree import Tree
+
+
+def save_engine_files(
+    out: Path, checkpoint: MedusaCheckpoint, tree: Tree, save_tokenizer: Callable[[Path], Any], **own: Any
+) -> None:
+    """Write them into ``out``.
+
+    Args:
+        own: the fields of :class:`~medusa_export.heads.engine_info.EngineInfo` that do not follow from the checkpoint.
+    """
+    config = checkpoint.config
+    EngineInfo(
+        max_depth=checkpoint.num_medusa_heads,
+        num_hidden_layers=config.num_hidden_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        **own,
+    ).save(out)
+    (out / TREE_FILE).write_text(tree.to_json(), encoding="utf-8")
+    save_tokenizer(out)

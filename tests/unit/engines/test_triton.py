@@ -1,0 +1,73 @@
+"""The model repository of an ONNX Runtime engine: written whole, verified, and with the tree that was asked for. No server runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.triton import verify_repository, write_repository
+from medusa_export.heads.errors import ConfigError, TreeError
+
+
+@pytest.fixture
+def engine(tiny_engine: Callable[..., Any]) -> Path:
+    path: Path = tiny_engine().path
+    return path
+
+
+def written_tree(path: Path, *choices: list[int]) -> Path:
+    rows = [{"batch": batch, "medusa_choices": list(choices[:batch])} for batch in (1, 2)]
+    path.write_text(json.dumps({"medusa_choices": list(choices), "crossover": rows}))
+    return path
+
+
+def test_a_repository(engine: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    write_repository(engine, repository, name="chat", options=ServingOptions(max_queue=7))
+    assert verify_repository(repository) == []
+    served = {path.name: path.read_bytes() for path in (repository / "chat/1/engine").iterdir()}
+    assert served == {path.name: path.read_bytes() for path in engine.iterdir()}
+    streaming, unary = ((repository / name / "config.pbtxt").read_text() for name in ("chat", "chat_unary"))
+    assert "decoupled: true" in streaming
+    assert "decoupled" not in unary
+    assert 'string_value: "7"' in streaming
+
+
+def test_another_tree(engine: Path, tmp_path: Path) -> None:
+    tree = written_tree(tmp_path / "tree.json", [0], [1])
+    write_repository(engine, tmp_path / "repository", tree=tree)
+    assert (tmp_path / "repository/medusa/1/engine/tree.json").read_bytes() == tree.read_bytes()
+    assert verify_repository(tmp_path / "repository") == []
+
+
+def test_a_changed_file_is_named(engine: Path, tmp_path: Path) -> None:
+    write_repository(engine, tmp_path / "repository")
+    config = tmp_path / "repository/medusa/config.pbtxt"
+    config.write_text(config.read_text().replace("decoupled: true", "decoupled: false"))
+    (problem,) = verify_repository(tmp_path / "repository")
+    assert "medusa/config.pbtxt" in problem
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [({"name": "../x"}, ConfigError, "--name"), ({"tree": Path("absent.json")}, TreeError, "absent.json")],
+    ids=["name", "tree"],
+)
+def test_refusals(options: dict[str, Any], error: type[Exception], message: str, engine: Path, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        write_repository(engine, tmp_path / "repository", **options)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_tree_deeper_than_the_heads(engine: Path, tmp_path: Path) -> None:
+    tree = written_tree(tmp_path / "tree.json", [0], [0, 0], [0, 0, 0], [0, 0, 0, 0])
+    rows = [{"batch": batch, "medusa_choices": [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]} for batch in (1, 2)]
+    tree.write_text(json.dumps({"medusa_choices": [[0]], "crossover": rows}))
+    with pytest.raises((TreeError, ConfigError)):
+        write_repository(engine, tmp_path / "repository", tree=tree)
+    assert not (tmp_path / "repository").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,13 +58,17 @@ class TextService:
     Args:
         engine_dir: with its tokenizer and tree.
         meter: see :class:`~medusa_export.engines.scheduler.Scheduler`.
+        tree: tree.json to use instead of the engine's.
     """
 
-    def __init__(self, engine_dir: Path, options: ServingOptions, meter: Meter | None = None) -> None:
+    def __init__(
+        self, engine_dir: Path, options: ServingOptions, meter: Meter | None = None, *, tree: Path | None = None
+    ) -> None:
         info = EngineInfo.load(engine_dir)
-        trees = BatchTrees.load(engine_dir / TREE_FILE, unmeasured=options.tree_max_batch)
+        trees = BatchTrees.load(tree or engine_dir / TREE_FILE, unmeasured=options.tree_max_batch)
         trees.require(info)
         self.options, self.tokenizer = options, read_tokenizer(engine_dir)
+        self._encoding = threading.Lock()  # the tokenizer keeps what the last call asked of special tokens: one call at a time
         slots = min(options.max_batch, cache_slots(info, options.kv_cache_mb))
         decoder = TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
         self.max_length = decoder.max_length
@@ -71,7 +76,7 @@ class TextService:
         self.scheduler = Scheduler(decoder, trees=trees, max_queue=options.max_queue, meter=meter)
 
     def submit(self, request: TextRequest, say: Callable[[Piece], None]) -> Ticket:
-        """Queue a request; ``say`` gets its answer in pieces, in the scheduler's thread, the last one with its end.
+        """Queue a request; ``say`` gets its answer in pieces, in the scheduler's thread, the last one with its end. From any thread.
 
         Raises:
             ConfigError: a request that cannot be answered.
@@ -79,10 +84,8 @@ class TextService:
             ClosedError: the server is stopping.
         """
         self._check(request)
-        if request.messages:
-            input_ids = encode_chat(self.tokenizer, request.messages)
-        else:
-            input_ids = [int(token) for token in self.tokenizer(request.prompt)["input_ids"]]
+        with self._encoding:
+            input_ids = self._encode(request)
         timeout_s = min(request.timeout_s or self.options.timeout_s, self.options.timeout_s)
         listener = _TextListener(TextStream(self.tokenizer, request.stop), say)
         return self.scheduler.submit(input_ids, request.sampling, listener, timeout_s=timeout_s)
@@ -90,6 +93,11 @@ class TextService:
     def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         """See :meth:`~medusa_export.engines.scheduler.Scheduler.close`."""
         self.scheduler.close(drain=drain, timeout_s=timeout_s)
+
+    def _encode(self, request: TextRequest) -> list[int]:
+        if request.messages:
+            return encode_chat(self.tokenizer, request.messages)
+        return [int(token) for token in self.tokenizer(request.prompt)["input_ids"]]
 
     def _check(self, request: TextRequest) -> None:
         texts = [*(str(message.get("content", "")) for message in request.messages), request.prompt, *request.stop]

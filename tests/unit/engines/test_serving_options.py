@@ -1,0 +1,52 @@
+"""Limits of a server: their ranges, and their way through a model's parameters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+import pytest
+
+from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.heads.errors import ConfigError
+
+OTHERS = ServingOptions(
+    max_batch=3, kv_cache_mb=77, max_queue=5, max_tokens=9, timeout_s=1.5, max_text_bytes=1000, tree_max_batch=0, threads=2
+)  # fmt: skip
+MAY_BE_NOTHING = {"threads", "tree_max_batch"}
+
+
+def test_every_value_survives_as_text() -> None:
+    text = OTHERS.as_text()
+    assert all(isinstance(value, str) for value in text.values())
+    assert ServingOptions.from_text(text) == OTHERS
+    assert not set(asdict(OTHERS).items()) & set(asdict(ServingOptions()).items()), "a value that shows nothing"
+
+
+def test_what_is_not_there_keeps_its_default() -> None:
+    assert ServingOptions.from_text({}) == ServingOptions()
+    assert ServingOptions.from_text({"max_queue": "5", "engine": "engine"}) == ServingOptions(max_queue=5)
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(ServingOptions)])
+def test_ranges(name: str) -> None:
+    least = 0 if name in MAY_BE_NOTHING else 1
+    assert getattr(ServingOptions(**{name: least}), name) == least
+    flag = f"--{name.replace('_', '-')}"
+    for value in (least - 1, -(10**9)):
+        with pytest.raises(ConfigError, match=f"{flag}: got {value}; expected {least} or more"):
+            ServingOptions(**{name: value})
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_no_numbers_of_seconds(text: str) -> None:
+    with pytest.raises(ConfigError, match="--timeout-s"):
+        ServingOptions.from_text({"timeout_s": text})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("max_batch", "many"), ("max_queue", "1.5"), ("timeout_s", ""), ("threads", "0x2")]
+)
+def test_parameters_that_are_no_numbers(name: str, text: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        ServingOptions.from_text({name: text})
+    assert (refused.value.where, refused.value.got) == (name, repr(text))

@@ -1,0 +1,72 @@
+"""Texts in and out on one scheduler, asked from several threads."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.text_service import Piece, TextRequest, TextService
+from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.conversations import encode_chat
+from medusa_export.heads.errors import TreeError
+from medusa_export.heads.tree import Tree
+
+SECONDS = 60
+PLAIN, SPELLING = "w3 w4 w5", "w3 </s> <user> w5"  # the second one spells special tokens
+
+
+@pytest.fixture
+def serve(tiny_engine: Callable[..., Any]) -> Iterator[Callable[..., TextService]]:
+    """``serve(tree=None, **options) -> TextService``, closed in the end."""
+    made: list[TextService] = []
+
+    def start(*, tree: Path | None = None, **options: Any) -> TextService:
+        made.append(TextService(tiny_engine(drafts_well=True).path, ServingOptions(**options), tree=tree))
+        made[-1].scheduler._eos = set()  # so that answers have the length that is asked for
+        return made[-1]
+
+    yield start
+    for service in made:
+        service.close()
+
+
+def ask(service: TextService, text: str, count: int = 1) -> list[Piece]:
+    """All pieces of an answer."""
+    pieces: queue.Queue[Piece] = queue.Queue()
+    service.submit(TextRequest([{"role": "user", "content": text}], sampling=Sampling(max_tokens=count)), pieces.put)
+    found = [pieces.get(timeout=SECONDS)]
+    while found[-1].end is None:
+        found.append(pieces.get(timeout=SECONDS))
+    return found
+
+
+def test_special_tokens_stay_text_when_threads_ask_at_once(serve: Callable[..., TextService]) -> None:
+    """The tokenizer remembers whether it splits special tokens: one thread's answer must not depend on another's question."""
+    service = serve(max_queue=1000)
+    texts = [PLAIN, SPELLING] * 40
+    expected = {
+        text: len(encode_chat(service.tokenizer, [{"role": "user", "content": text}])) for text in (PLAIN, SPELLING)
+    }
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda text: ask(service, text), texts))
+    ends = [pieces[-1].end for pieces in answers]
+    assert [end.prompt_tokens for end in ends if end] == [expected[text] for text in texts]
+
+
+def test_another_tree(serve: Callable[..., TextService], tmp_path: Path) -> None:
+    tree = tmp_path / "tree.json"
+    tree.write_text(Tree.from_choices([[0]]).to_json())
+    steps = {}
+    for name, path in (("engine's", None), ("chain of one", tree)):
+        end = ask(serve(tree=path), PLAIN, 30)[-1].end
+        assert end is not None
+        steps[name] = end.steps
+    assert steps["engine's"] < steps["chain of one"] < 29, steps
+    with pytest.raises(TreeError):
+        serve(tree=tmp_path / "none.json")

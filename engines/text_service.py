@@ -68,7 +68,7 @@ class TextService:
         trees = BatchTrees.load(tree or engine_dir / TREE_FILE, unmeasured=options.tree_max_batch)
         trees.require(info)
         self.options, self.tokenizer = options, read_tokenizer(engine_dir)
-        self._encoding = threading.Lock()  # the tokenizer keeps what the last call asked of special tokens: one call at a time
+        self._encoding = threading.Lock()  # a tokenizer remembers how special tokens are read
         slots = min(options.max_batch, cache_slots(info, options.kv_cache_mb))
         decoder = TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
         self.max_length = decoder.max_length

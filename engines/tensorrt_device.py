@@ -56,8 +56,30 @@ class Device(Protocol):
         """int64 on the host, from where a copy to the device need not wait."""
 
 
-class CudaDevice:
-    """The GPU that torch sees first.
+class CudaStream:
+    """A stream of the GPU that torch sees first, as torch's current one, and what is captured on it."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.stream = torch.cuda.Stream()
+        torch.cuda.set_stream(self.stream)  # TensorRT synchronizes more on the default stream
+
+    def capture(self, work: Run) -> Run:
+        """See :meth:`Device.capture`."""
+        import torch
+
+        work()  # whatever is compiled or allocated the first time, before the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            work()
+        replay: Run = graph.replay
+        return replay
+
+
+class CudaDevice(CudaStream):
+    """The GPU that torch sees first, with TensorRT on it.
 
     Args:
         engine_dir: with engines and their sidecars.
@@ -87,11 +109,8 @@ class CudaDevice:
             raise MissingPackageError(
                 library["name"], got, f"{library['version']}, which built the engine", "install it"
             )
-        import torch
-
+        super().__init__()
         self.tensorrt = tensorrt
-        self.stream = torch.cuda.Stream()
-        torch.cuda.set_stream(self.stream)  # TensorRT synchronizes more on the default stream
         self._runtime = tensorrt.module.Runtime(tensorrt.module.Logger(tensorrt.module.Logger.WARNING))
 
     def load(self, engine: str) -> CudaGraph:
@@ -101,17 +120,6 @@ class CudaDevice:
             version = f"{self.tensorrt.name} {self.tensorrt.version}"
             raise ConfigError(str(path), f"an engine that {version} does not open", "one that it built", "export again")
         return CudaGraph(self, loaded)
-
-    def capture(self, work: Run) -> Run:
-        import torch
-
-        work()  # whatever is compiled or allocated the first time, before the capture
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            work()
-        replay: Run = graph.replay
-        return replay
 
     def staged(self, size: int) -> torch.Tensor:
         import torch

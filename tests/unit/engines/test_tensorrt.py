@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,54 +14,22 @@ from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.runner import open_engine
 from medusa_export.engines.selfcheck import check_engine, tree_error
 from medusa_export.engines.tensorrt import TensorRtEngine
-from medusa_export.engines.tensorrt_build import DECODER_ENGINE, BuildRequest
-from medusa_export.exporter.tensorrt_dir import write_portable, write_tensorrt_engine
 from medusa_export.heads.decode import greedy, medusa_decode
 from medusa_export.heads.errors import ConfigError
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
+from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import Tree, load_tree
-from medusa_export.quantize.formats import get_format
 
 PROMPT = [1, 40, 7, 7, 61, 12, 90, 3, 55, 28]
 
 
-class NoBuilder:
-    """In the place of TensorRT: the sidecar that a build leaves, and no engine."""
-
-    def require(self, gpus: Any) -> None:
-        pass
-
-    def build(self, onnx_dir: Path, out: Path, progress: Any, **request: Any) -> None:
-        shapes = BuildRequest(**request).profiles
-        profiles = [
-            {"name": name, "shapes": {"output_rows": [[n] for n in sizes["R"]]}} for name, sizes in shapes.items()
-        ]
-        sidecar = {"gpus": ["sm89"], "profiles": profiles, "library": {"name": "tensorrt_rtx", "version": "1.7"}}
-        (out / DECODER_ENGINE).with_suffix(".json").write_text(json.dumps(sidecar))
-
-
 @pytest.fixture
-def made(
-    tmp_path: Path,
-    tiny_checkpoint: Callable[..., Path],
-    tiny_heads: Callable[..., Path],
-    predictable: Callable[..., None],
-) -> Callable[..., Any]:
-    """``made(family="llama", dtype="float16", **config) -> (engine, checkpoint, directory)``: heads that draft well."""
+def made(portable: Callable[..., Any]) -> Callable[..., Any]:
+    """``made(...) -> (engine, checkpoint, directory)``; see ``portable``."""
 
-    def make(family: str = "llama", dtype: str = "float16", **config: Any) -> Any:
-        model_dir, heads_dir = tiny_checkpoint(tmp_path / "model", family, **config), tiny_heads(tmp_path / "heads")
-        predictable(model_dir, heads_dir)
-        checkpoint = MedusaCheckpoint.open(model_dir, heads_dir)
-        tree, fmt = load_tree("cpu-8"), get_format("none")
-        write_portable(
-            tmp_path / "onnx", checkpoint, fmt, None, dtype=dtype, tree=tree, max_length=64, draft_vocab=None
-        )
-        write_tensorrt_engine(
-            tmp_path / "engine", tmp_path / "onnx", checkpoint, fmt, gpus=(89,), dtype=dtype, tree=tree, max_length=64,
-            builder=NoBuilder(), progress=lambda *step: None, save_tokenizer=lambda path: None, source={},
-        )  # fmt: skip
-        return TensorRtEngine(tmp_path / "engine", OnnxDevice(tmp_path / "onnx")), checkpoint, tmp_path
+    def make(family: str = "llama", dtype: str = "float16") -> Any:
+        written = portable(family, dtype)
+        engine = TensorRtEngine(written.engine_dir, OnnxDevice(written.onnx_dir))
+        return engine, written.checkpoint, written.model_dir.parent
 
     return make
 

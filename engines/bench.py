@@ -89,7 +89,7 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     )  # fmt: skip
     reference = _reference(engine, result, arguments, progress) if arguments.reference else None
     plain = {key: _plain(value) for key, value in asdict(arguments).items()}
-    report = build_report(result, tree, engine.info, plain, reference)
+    report = build_report(result, tree, engine.info, plain, reference, num_gpus=getattr(engine, "num_gpus", 1))
     report |= {"files": describe(list_files(arguments.engine, arguments.engine)), **_acceptance(arguments.engine, tree)}
     report["sweeps"] = _sweeps(engine, tree, encoded, arguments, progress)
     references = [prompt.reference for prompt in prompts]

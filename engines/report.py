@@ -25,13 +25,24 @@ if TYPE_CHECKING:
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MODES = ("baseline", "medusa")
 ALL_MODES = (*MODES, "other_baseline", "other_medusa")
-PACKAGES = ("medusa-export", "onnxruntime", "numpy", "transformers", "torch")
+PACKAGES = ("medusa-export", "onnxruntime", "numpy", "transformers", "torch", "tensorrt_llm", "tensorrt")
+GPU_BACKENDS = ("tensorrt", "tensorrt-llm")
 
 
 def build_report(
-    result: RunResult, tree: Tree, info: EngineInfo, arguments: dict[str, Any], reference: dict[str, Any] | None = None
+    result: RunResult,
+    tree: Tree,
+    info: EngineInfo,
+    arguments: dict[str, Any],
+    reference: dict[str, Any] | None = None,
+    *,
+    num_gpus: int = 1,
 ) -> dict[str, Any]:
-    """The report as JSON-ready data. Times include the prefill; step_ms is one decode step."""
+    """The report as JSON-ready data. Times include the prefill; step_ms is one decode step.
+
+    Args:
+        num_gpus: that the engine runs on, if it runs on any.
+    """
     prompts = result.prompts
     verdicts = [prompt.verdict for prompt in prompts]
     steps = {mode: _step_ms(prompts, mode) for mode in MODES}
@@ -62,6 +73,7 @@ def build_report(
         "tree": {"max_draft_len": tree.max_draft_len, "medusa_choices": [list(choice) for choice in tree.choices]},
         "engine": {"backend": info.backend, "precision": info.precision, "source": info.source},
         "hardware": hardware(),
+        "device": device_name(info, num_gpus),
         "versions": versions(),
         "arguments": arguments,
     }
@@ -171,6 +183,26 @@ def hardware() -> dict[str, Any]:
     return {"cpu": name, "cores": cores, "memory_gib": round(memory / 2**30, 1), "system": platform.system()}
 
 
+def device_name(info: EngineInfo, num_gpus: int = 1) -> str:
+    """What the engine runs on, for people: the cores, or the GPUs as torch names them; never the cores of a GPU's engine."""
+    machine = hardware()
+    if info.backend not in GPU_BACKENDS:
+        return f"{machine['cores']} cores of {machine['cpu']}"
+    found = gpus()
+    if not found:
+        return "a GPU whose name is unknown"
+    return f"{num_gpus} x {found[0]}" if num_gpus > 1 else found[0]
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that torch sees; none where torch is not installed or sees none."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
 def versions() -> dict[str, str]:
     """Python and the packages that matter, as far as installed."""
     found = {"python": platform.python_version()}
@@ -187,8 +219,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     from rich.table import Table
 
     parity, speed = report["parity"], report["speedup"]
-    machine = report["hardware"]
-    title = f"{report['engine']['precision']} on {machine['cores']} cores of {machine['cpu']}"
+    title = f"{report['engine']['precision']} on {report['device']}"
     table = Table(title=title, title_justify="left", show_header=False)
     per_second, step, low_high = report["tokens_per_second"], report["step_ms"], speed["ci95"]
     table.add_row("prompts", str(parity["prompts"]))

@@ -185,6 +185,7 @@ class TensorRtStep:
     def __init__(self, engine: TensorRtEngine, tree: Tree) -> None:
         import torch
 
+        self.tree = tree  # kept alive: the engine finds this step by the tree's identity
         self._engine, self._longest = engine, tree.depth + 1
         self._block = Block(engine, tree, tree.num_nodes, range(tree.num_nodes), STEP)
         place = engine.device.place

@@ -46,7 +46,9 @@ class TrtllmEngine:
                     str(config.parent), "nothing", "a built engine", "run build.sh of the export where the GPU is"
                 )
             release_of_engine(read_json(config).get("version"), str(config))
-        self.max_draft_len = int(read_json(engine_dir / MEDUSA / "config.json")["pretrained_config"]["max_draft_len"])
+        built = read_json(engine_dir / MEDUSA / "config.json")["pretrained_config"]
+        self.max_draft_len = int(built["max_draft_len"])
+        self.num_gpus = int(built["mapping"]["tp_size"])
         self._sessions: dict[str, tuple[Choices, Session]] = {}
 
     def decode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from medusa_export.engines.base import Generation
 from medusa_export.engines.parity import Divergence
+from medusa_export.engines import report as report_module
 from medusa_export.engines.report import build_report, hardware, print_report, speedup, tokens_per_step, versions
 from medusa_export.engines.runner import PromptResult, RunResult
 from medusa_export.heads.engine_info import EngineInfo
@@ -25,7 +27,7 @@ TREE = Tree.from_choices([[0], [1], [0, 0]])
 KEYS = {
     "parity", "speedup", "tokens_per_step", "tokens_per_second", "step_ms", "step_efficiency", "categories", "hardware",
     "versions", "tree", "arguments", "reference", "engine", "overhead_ms", "accepted", "latency_ms", "prompts",
-    "comparison", "sweeps",
+    "comparison", "sweeps", "device",
 }  # fmt: skip
 
 
@@ -136,6 +138,29 @@ def test_hardware_and_versions() -> None:
     assert machine["cores"] >= 1
     assert machine["memory_gib"] > 0
     assert {"python", "onnxruntime", "numpy", "torch"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpus", "num_gpus", "device"),
+    [
+        ("onnxruntime", ["NVIDIA H100"], 1, "cores of"),
+        ("tensorrt", ["NVIDIA L40S", "NVIDIA T4"], 1, "NVIDIA L40S"),
+        ("tensorrt-llm", ["NVIDIA H100"] * 8, 2, "2 x NVIDIA H100"),
+        ("tensorrt-llm", [], 1, "a GPU whose name is unknown"),
+    ],
+)
+def test_a_gpus_engine_is_not_said_to_run_on_cores(
+    backend: str, gpus: list[str], num_gpus: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_module, "gpus", lambda: gpus)
+    result = RunResult(SAME, 0.01)
+    body = build_report(result, TREE, replace(INFO, backend=backend), {"seed": 0}, num_gpus=num_gpus) | {"failures": []}
+    output = io.StringIO()
+    print_report(body, Console(file=output, width=120))
+    (title,) = [line for line in output.getvalue().splitlines() if "float32 for the test" in line]
+    assert device in body["device"]
+    assert title.strip() == f"float32 for the test on {body['device']}"
+    assert ("cores" in title) == (backend == "onnxruntime")
 
 
 def test_printed_form_says_what_matters() -> None:

@@ -200,6 +200,7 @@ def test_the_same_report(
     standin_tensorrt_llm.strays = strays
     report = run(RunArguments(engine_dir, prompts, max_new_tokens=16, repeats=2))
     assert report["engine"]["backend"] == "tensorrt-llm"
+    assert report["device"] == "a GPU whose name is unknown", "torch sees none here; it is never this machine's CPU"
     assert report["parity"]["exact"] == exact
     assert len(report["failures"]) == failures
     assert report["tree"]["max_draft_len"] == 3

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from medusa_export.engines import report as report_module
 from medusa_export.engines.base import Generation
 from medusa_export.engines.parity import Divergence
-from medusa_export.engines import report as report_module
 from medusa_export.engines.report import build_report, hardware, print_report, speedup, tokens_per_step, versions
 from medusa_export.engines.runner import PromptResult, RunResult
 from medusa_export.heads.engine_info import EngineInfo

@@ -22,6 +22,10 @@ PREFILL_TOKENS = 512  # of prompts that are admitted between two steps of the ot
 logger = logging.getLogger(__name__)
 
 
+class PromptError(ConfigError):
+    """A prompt that leaves no room for an answer."""
+
+
 class BusyError(MedusaExportError):
     """A full queue: the same request may be taken a moment later."""
 
@@ -141,6 +145,11 @@ class Scheduler:
         """Requests in the queue."""
         return len(self._waiting)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are taken."""
+        return not self._closed and self._thread.is_alive()
+
     def submit(
         self, input_ids: Sequence[int], sampling: Sampling, listener: Listener, *, timeout_s: float = float("inf")
     ) -> Ticket:
@@ -150,14 +159,14 @@ class Scheduler:
             timeout_s: it ends after so long, waiting included.
 
         Raises:
-            ConfigError: a prompt that leaves no room for an answer.
+            PromptError: a prompt that leaves no room for an answer.
             BusyError: the queue is full.
             ClosedError: the scheduler is stopping.
         """
         longest = self.decoder.max_length - 1
         if not 0 < len(input_ids) <= longest:
             got, limit = f"{len(input_ids)} tokens", f"1 .. {longest}"
-            raise ConfigError("prompt", got, limit, "shorten it, or allow longer sequences")
+            raise PromptError("prompt", got, limit, "shorten it, or allow longer sequences")
         sampler = Sampler(sampling.temperature, sampling.seed, sampling.top_p) if sampling.temperature else None
         now = time.monotonic()
         ticket = Ticket(input_ids, sampling, listener, sampler, submitted=now, deadline=now + timeout_s)

@@ -212,13 +212,14 @@ def tiny_tokenizer() -> CheckpointWriter:
 
 @pytest.fixture
 def predictable() -> Callable[..., None]:
-    """``predictable(model_dir, heads_dir, noise=0.05)``: edits both so that the heads draft well.
+    """``predictable(model_dir, heads_dir, noise=0.05, sharpness=1.0)``: edits both so that the heads draft well.
 
     The model walks a fixed cycle through the vocabulary, lightly disturbed by its layers, and head ``h`` knows the token
-    ``h + 2`` ahead; no two heads agree. For v1 heads and an untied lm_head.
+    ``h + 2`` ahead; no two heads agree. At ``sharpness`` 1 a drawn token is the best one; at 0.08 it often is not. For v1 heads and
+    an untied lm_head.
     """
 
-    def edit(model_dir: Path, heads_dir: Path, *, noise: float = 0.05) -> None:
+    def edit(model_dir: Path, heads_dir: Path, *, noise: float = 0.05, sharpness: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(5)
         model = load_file(model_dir / "model.safetensors")
         vocab, hidden = model["lm_head.weight"].shape
@@ -235,7 +236,7 @@ def predictable() -> Callable[..., None]:
             weight[token] = table
             return weight
 
-        model["model.embed_tokens.weight"], model["lm_head.weight"] = table, ahead(1)
+        model["model.embed_tokens.weight"], model["lm_head.weight"] = table, sharpness * ahead(1)
         for name in model:
             if name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")):
                 model[name] = model[name] * noise
@@ -270,9 +271,9 @@ def tiny_engine(
     tiny_tokenizer: CheckpointWriter,
     predictable: Callable[..., None],
 ) -> Callable[..., TinyEngine]:
-    """``tiny_engine(family="llama", quant="none", *, drafts_well, tree, max_length, draft_vocab, heads, **config)``.
+    """``tiny_engine(family="llama", quant="none", *, drafts_well, sharpness, tree, max_length, draft_vocab, heads, **config)``.
 
-    ``drafts_well`` goes through ``predictable``; ``heads`` are arguments of ``tiny_heads`` and ``config`` those of
+    ``drafts_well`` and ``sharpness`` go through ``predictable``; ``heads`` are arguments of ``tiny_heads`` and ``config`` those of
     ``tiny_checkpoint``. FP8 scales are the weights' true maxima.
     """
 
@@ -281,6 +282,7 @@ def tiny_engine(
         quant: str = "none",
         *,
         drafts_well: bool = False,
+        sharpness: float = 1.0,
         tree: Any = None,
         max_length: int = 128,
         draft_vocab: torch.Tensor | None = None,
@@ -298,7 +300,7 @@ def tiny_engine(
         sizes = {"hidden": config.get("hidden_size", HIDDEN), "vocab": config.get("vocab_size", VOCAB)}
         heads_dir = tiny_heads(root / "heads", **(sizes | (heads or {})))
         if drafts_well:
-            predictable(model_dir, heads_dir)
+            predictable(model_dir, heads_dir, sharpness=sharpness)
         checkpoint = MedusaCheckpoint.open(model_dir, heads_dir)
         linears = [name for name in checkpoint.names if name.endswith("proj.weight")]
         amax = {name.removesuffix(".weight"): float(checkpoint.read(name).abs().max()) for name in linears}

@@ -26,12 +26,14 @@ from medusa_export.heads.tree import Tree
 DTYPES = {str: "BYTES", int: "INT64", float: "FP32", bool: "BOOL", list: "BYTES"}
 TREE = Tree.from_choices([[0], [1], [0, 0], [0, 0, 0]])
 CONTEXT = 4000
+SHARPNESS = 0.08
 SECONDS = 60.0
 
 
-def endless_engine(tiny_engine: Callable[..., Any]) -> Path:
-    """An engine whose answers only end where they are told to: long ones take seconds."""
-    path: Path = tiny_engine(drafts_well=True, tree=TREE, max_length=CONTEXT, max_position_embeddings=CONTEXT).path
+def endless_engine(tiny_engine: Callable[..., Any], **config: Any) -> Path:
+    """An engine whose answers only end where they are told to: long ones take seconds. Drawn ones differ from greedy ones."""
+    sizes = {"max_length": CONTEXT, "max_position_embeddings": CONTEXT, **config}
+    path: Path = tiny_engine(drafts_well=True, sharpness=SHARPNESS, tree=TREE, **sizes).path
     body = json.loads((path / "engine.json").read_text())
     (path / "engine.json").write_text(json.dumps({**body, "eos_token_ids": []}))
     return path

@@ -20,6 +20,7 @@ ALLOWED = {
 COMPOSITION = (
     "exporter.cli",
     "exporter.cli_data",
+    "exporter.cli_serve",
     "exporter.cli_train",
     "exporter.cli_tree",
     "exporter.cli_triton",

@@ -1,0 +1,106 @@
+"""Runs the OpenAI front: a socket, uvicorn on it, and an end that lets running requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from medusa_export.engines.openai_app import build_app
+from medusa_export.engines.openai_front import OpenAIFront
+from medusa_export.engines.prometheus_meter import PrometheusMeter
+from medusa_export.heads.errors import ConfigError, missing_package
+
+MARGIN_SECONDS = 5.0  # for errors to reach clients once the grace time is over
+BACKLOG = 1024
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of an address, which refuses connections until it is served on.
+
+    Raises:
+        ConfigError: an address that cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            "--host, --port", f"{host}:{port} ({reason})", "a free address", "choose another one"
+        ) from error
+    return sock
+
+
+def run_front(
+    front: OpenAIFront,
+    meter: PrometheusMeter,
+    sock: socket.socket,
+    *,
+    grace_s: float,
+    log_requests: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT; then running requests finish, for a while, and further ones are refused.
+
+    Args:
+        grace_s: for requests in flight; those that take longer end with an error that says so.
+        say: is told that it serves, and that it stops.
+
+    Raises:
+        MissingPackageError: no uvicorn.
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise missing_package("uvicorn", "serve") from error
+    service = front.service
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            say(f"serving {_address(sock)}; SIGTERM or Ctrl-C ends it")
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            scheduler = service.scheduler
+            say(f"stopping: {scheduler.running + scheduler.waiting} requests in flight, up to {grace_s:g} s for them")
+            drain = partial(service.close, drain=True, timeout_s=grace_s)
+            drained = asyncio.get_running_loop().run_in_executor(None, drain)
+            await super().shutdown(sockets)
+            if self.force_exit:  # a second Ctrl-C
+                service.close()
+            await drained
+
+    config = uvicorn.Config(
+        build_app(front, meter), log_config=None, access_log=log_requests, http="h11", loop="asyncio", ws="none", lifespan="off",
+        proxy_headers=False, server_header=False, backlog=BACKLOG, timeout_graceful_shutdown=round(grace_s + MARGIN_SECONDS),
+    )  # fmt: skip
+    server = Server(config)
+    with _stopped_by_signals(server):
+        server.run(sockets=[sock])
+
+
+@contextmanager
+def _stopped_by_signals(server: Any) -> Iterator[None]:
+    """SIGTERM and SIGINT are the way to end it: uvicorn raises them once more when it has ended, and that means nothing then."""
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

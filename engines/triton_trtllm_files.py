@@ -96,10 +96,11 @@ README = """# A TensorRT-LLM engine with Medusa, for Triton
 Engine of TensorRT-LLM {release}, {tp} GPU{s}, a tree of {draft} draft tokens; {container} runs it, and
 needs nothing else. The engine runs on the kind of GPU that it was built on, and with this release, only.
 
-    docker run --rm --gpus {gpus} --shm-size {shm}g --ulimit memlock=-1 --network host \\
+    docker run --rm --gpus {gpus} --shm-size {shm}g --ulimit memlock=-1 \\
+      -p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 -p 127.0.0.1:8002:8002 \\
       -v "$PWD:{mount}:ro" {container} bash {mount}/launch.sh
 
-`docker compose up` does the same on the loopback only, and kubernetes.yaml is a start for a cluster. The repository has to
+`docker compose up` does the same, also for this machine alone, and kubernetes.yaml is a start for a cluster. The repository has to
 be mounted at `{mount}`: its configurations name that path.{ranks}
 
     curl -s 127.0.0.1:8000/v2/models/{bls}/generate \\

@@ -310,6 +310,11 @@ class TestLaunch:
         assert result.returncode == 2
         assert "expected /models" in result.stderr
 
+    def test_the_readme_opens_ports_of_the_loopback_only(self) -> None:
+        text = deployment_files(FACTS, SERVING)["README.md"]
+        assert "network" not in text
+        assert re.findall(r"-p (\S+)", text) == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002)]
+
     @pytest.mark.parametrize("tp", [1, 2])
     def test_yaml(self, tp: int) -> None:
         yaml = pytest.importorskip("yaml")

@@ -1,0 +1,87 @@
+"""The commands of docs/serving.md, run as they stand there: only the engine, the port and the key's variable are others."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_export.engines.openai_errors import REFUSALS, UNFINISHED
+from medusa_export.engines.openai_fields import CHAT, COMPLETIONS
+from tests.integration.openai_fixture import Served
+from tests.integration.triton_fixture import endless_engine
+
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+PORT, NAME = "8000", "smollm2"
+
+
+def block(name: str) -> str:
+    """The code between ``<!-- name -->`` and ``<!-- end -->``."""
+    found = re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```\n<!-- end -->", DOCUMENT, flags=re.DOTALL)
+    assert found, name
+    return found[1]
+
+
+def flags(command: str) -> list[str]:
+    """Of a medusa-serve command, but those that the test has others for."""
+    program, *words = shlex.split(command)
+    assert program == "medusa-serve"
+    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    assert pairs.pop("--engine") == "quickstart/out/engine"
+    pairs.pop("--port", None)
+    return [word for pair in pairs.items() for word in pair]
+
+
+@pytest.fixture
+def served(tiny_engine: Callable[..., Any], tmp_path: Path) -> Iterator[Served]:
+    server = Served(endless_engine(tiny_engine), tmp_path, *flags(block("serve")))
+    yield server
+    assert server.stop() == 0
+
+
+def test_the_commands(served: Served) -> None:
+    port = served.url.split(":")[2].split("/")[0]
+    client = block("client").replace(PORT, port)
+    assert client != block("client")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(client, "docs/serving.md", "exec"), {})
+    text = served.offline([{"role": "user", "content": "Why is the sky blue?"}], 40)[0]
+    assert printed.getvalue().count(text) == 2, "whole and streamed"
+    assert "'tokens_per_step': " in printed.getvalue()
+    if shutil.which("curl") is None:
+        pytest.skip("no curl: only the client was tried")
+    script = "set -e\n" + block("ask").replace(f":{PORT}", f":{port}")
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60, env=environment, check=True)
+    assert json.loads(done.stdout.partition("data: ")[0])["choices"][0]["message"]["content"] == text
+    assert done.stdout.count("data: [DONE]") == 1
+    assert '{"status":"ok"}' in done.stdout
+    assert f'medusa_tokens_total{{model="{NAME}"}} 140.0' in done.stdout
+
+
+def test_the_command_with_a_key() -> None:
+    export, command = block("key").splitlines()
+    variable = export.removeprefix("export ").partition("=")[0]
+    assert flags(command) == ["--host", "0.0.0.0", "--api-key-env", variable]
+
+
+def test_every_field_and_code_is_in_the_tables() -> None:
+    first = [
+        line.split("|")[1]
+        for line in DOCUMENT.split("### What a request may say", 1)[1].splitlines()
+        if line[:1] == "|"
+    ]
+    fields = set(re.findall(r"`([a-z_]+)(?:\.[a-z_]+)?`", " ".join(first)))
+    assert fields >= CHAT.readers.keys() | COMPLETIONS.readers.keys()
+    codes = {refusal.code for refusal in (*REFUSALS.values(), *UNFINISHED.values())} - {"cancelled"}
+    assert all(f"`{code}`" in DOCUMENT for code in codes)

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from medusa_export.engines.report import hardware, versions
+from medusa_export.engines.machine import hardware, versions
 from medusa_export.exporter.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.engine_dir import write_engine, write_onnx
 from medusa_export.exporter.export import export

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_export.engines.base import AUTOREGRESSIVE, generate
+from medusa_export.engines.machine import hardware, versions
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.report import hardware, versions
 from medusa_export.heads.conversations import encode_chat, load_prompts, read_tokenizer
 from medusa_export.heads.model import load_reference
 

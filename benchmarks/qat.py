@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import EvalPrediction
 
-from medusa_export.engines.report import hardware, versions
+from medusa_export.engines.machine import hardware, versions
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.head_formats import HEAD_FILES

@@ -3,7 +3,7 @@
     python benchmarks/tensorrt_builds.py --ckpt quickstart/model --heads examples/smollm2-135m-medusa-v2 --json builds.json
 
 Every build is a process of its own, so that its memory is its own. An engine that was built proves that TensorRT accepts the graph;
-neither its speed nor its numbers.
+neither its speed nor its numbers. ``--check`` looks at the numbers instead: the same graphs in ONNX Runtime, see tensorrt_numbers.py.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.engines.report import hardware, versions
+sys.path.insert(0, str(Path(__file__).parent))
+from tensorrt_numbers import figures
+
+from medusa_export.engines.machine import hardware, versions
 from medusa_export.engines.tensorrt_build import DECODER_ENGINE, HEADS_ENGINE, TensorRtBuilder
 from medusa_export.engines.tensorrt_package import RTX, import_tensorrt
+from medusa_export.engines.torch_device import NoTensorRt
 from medusa_export.exporter.job import DEFAULT_CALIB
-from medusa_export.exporter.tensorrt_dir import MAX_NODES, write_portable
+from medusa_export.exporter.tensorrt_dir import MAX_NODES, write_portable, write_tensorrt_engine
 from medusa_export.heads.conversations import load_prompts, read_tokenizer
 from medusa_export.heads.errors import MedusaExportError
 from medusa_export.heads.model import MedusaCheckpoint
@@ -34,10 +38,12 @@ from medusa_export.heads.tree import PRESETS, Tree
 from medusa_export.quantize.calibration import token_batches
 from medusa_export.quantize.formats import FORMATS, Format, get_format
 from medusa_export.quantize.ptq import calibrate
+from medusa_export.quantize.scales import Scales
 from medusa_export.quantize.tensorrt_targets import FORMS, parse_gpus
 
 TARGETS = (80, 86, 89, 120)
 MAX_LENGTH, DRAFT_VOCAB = 1024, 8192
+CHECK_PROMPTS, CHECK_TOKENS = 4, 128
 
 
 def main(
@@ -46,25 +52,42 @@ def main(
     quant: Annotated[list[str] | None, typer.Option(help="Formats; default: all that TensorRT takes.")] = None,
     gpu: Annotated[list[int] | None, typer.Option(help="Compute capabilities; default: 80 86 89 120.")] = None,
     calib_prompts: Annotated[int, typer.Option(help="Prompts that calibrate.")] = 16,
+    check: Annotated[bool, typer.Option("--check", help="Build nothing; compare the graphs' numbers.")] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Of --check: float16, bfloat16; default: the model's.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """Build everything, print a table."""
+    """Build everything, or check it, and print a table."""
     checkpoint = MedusaCheckpoint.open(ckpt, heads)
+    own = "bfloat16" if checkpoint.config.dtype == "bfloat16" else "float16"
     length, rows = min(MAX_LENGTH, checkpoint.config.max_position_embeddings), []
     for name in quant or [name for name, form in FORMS.items() if form.form]:
-        with tempfile.TemporaryDirectory() as directory:
-            onnx = Path(directory) / "onnx"
-            _write_graphs(onnx, ckpt, checkpoint, _fitting(name, checkpoint), calib_prompts, length)
-            size = sum(path.stat().st_size for path in onnx.iterdir())
-            targets = [(sm,) for sm in gpu or TARGETS] + ([TARGETS] if name == "none" and not gpu else [])
-            for gpus in targets:
-                row = {"quant": name, "gpus": gpus, "onnx_bytes": size, **_build(onnx, name, gpus, length)}
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                rows.append(row)
-    _print(rows)
+        fmt = _fitting(name, checkpoint)
+        scales = _scales(ckpt, checkpoint, fmt, calib_prompts)
+        for number in (dtype or [own]) if check else [own]:
+            with tempfile.TemporaryDirectory() as directory:
+                out = Path(directory)
+                _write_graphs(out, checkpoint, fmt, scales, number, length)
+                if check:
+                    texts = _texts(ckpt, calib_prompts)
+                    found = figures(out / "engine", out / "onnx", ckpt, str(FORMS[name].form), number, texts)
+                    rows.append({"quant": name, "dtype": number, **found})
+                else:
+                    rows += _builds(out / "onnx", name, gpu, length)
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    (_print_numbers if check else _print)(rows)
     if json_file is not None:
-        body = {"model": ckpt.name, "hardware": hardware(), "versions": versions() | _tensorrt(), "builds": rows}
+        body = {"model": ckpt.name, "hardware": hardware(), "versions": versions() | _tensorrt()}
+        body["numbers" if check else "builds"] = rows
         json_file.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+def _builds(onnx: Path, name: str, gpu: list[int] | None, length: int) -> list[dict[str, Any]]:
+    """A row a target; of the first format also one for all targets."""
+    size = sum(path.stat().st_size for path in onnx.iterdir())
+    targets = [(sm,) for sm in gpu or TARGETS] + ([TARGETS] if name == "none" and not gpu else [])
+    return [{"quant": name, "gpus": gpus, "onnx_bytes": size, **_build(onnx, name, gpus, length)} for gpus in targets]
 
 
 def _fitting(name: str, checkpoint: MedusaCheckpoint) -> Format:
@@ -74,17 +97,31 @@ def _fitting(name: str, checkpoint: MedusaCheckpoint) -> Format:
     return get_format(name, max(sizes, default=None))
 
 
+def _scales(ckpt: Path, checkpoint: MedusaCheckpoint, fmt: Format, calib_prompts: int) -> Scales | None:
+    if not fmt.needs_calibration:
+        return None
+    batches = token_batches(read_tokenizer(ckpt), load_prompts(DEFAULT_CALIB), max_prompts=calib_prompts)
+    return calibrate(ckpt, checkpoint, fmt, kv_cache="none", quant_heads=False, batches=batches)
+
+
+def _texts(ckpt: Path, calib_prompts: int) -> list[list[int]]:
+    """Prompts that did not calibrate, as far as there are others."""
+    prompts = load_prompts(DEFAULT_CALIB)
+    prompts = prompts[calib_prompts:] or prompts
+    return token_batches(read_tokenizer(ckpt), prompts, max_prompts=CHECK_PROMPTS, max_length=CHECK_TOKENS)
+
+
 def _write_graphs(
-    out: Path, ckpt: Path, checkpoint: MedusaCheckpoint, fmt: Format, calib_prompts: int, length: int
+    out: Path, checkpoint: MedusaCheckpoint, fmt: Format, scales: Scales | None, dtype: str, length: int
 ) -> None:
-    scales = None
-    if fmt.needs_calibration:
-        batches = token_batches(read_tokenizer(ckpt), load_prompts(DEFAULT_CALIB), max_prompts=calib_prompts)
-        scales = calibrate(ckpt, checkpoint, fmt, kv_cache="none", quant_heads=False, batches=batches)
-    dtype = "bfloat16" if checkpoint.config.dtype == "bfloat16" else "float16"
+    """``out/onnx``, and ``out/engine`` without an engine."""
     tree = Tree.from_choices(choice for choice in PRESETS["medusa-63"] if len(choice) <= checkpoint.num_medusa_heads)
     vocab = torch.arange(DRAFT_VOCAB) if checkpoint.config.vocab_size > DRAFT_VOCAB else None
-    write_portable(out, checkpoint, fmt, scales, dtype=dtype, tree=tree, max_length=length, draft_vocab=vocab)
+    write_portable(out / "onnx", checkpoint, fmt, scales, dtype=dtype, tree=tree, max_length=length, draft_vocab=vocab)
+    write_tensorrt_engine(
+        out / "engine", out / "onnx", checkpoint, fmt, gpus=(), dtype=dtype, tree=tree, max_length=length,
+        builder=NoTensorRt(), progress=lambda *at: None, save_tokenizer=lambda path: None, source={},
+    )  # fmt: skip
 
 
 def _build(onnx: Path, quant: str, gpus: tuple[int, ...], length: int) -> dict[str, Any]:
@@ -127,6 +164,15 @@ def _print(rows: list[dict[str, Any]]) -> None:
         decoder, heads = (f"{row['bytes'][engine] / 1e6:.1f}" for engine in (DECODER_ENGINE, HEADS_ENGINE))
         peak = f"{row['peak_rss_kib'] * 1024 / 1e9:.2f}"
         table.add_row(name, gpus, f"{row['seconds']:.1f}", decoder, heads, f"{row['onnx_bytes'] / 1e6:.1f}", peak)
+    Console().print(table)
+
+
+def _print_numbers(rows: list[dict[str, Any]]) -> None:
+    table = Table("format", "dtype", "max", "rms", "same", "KL", "agree", "tree")
+    for row in rows:
+        error = f"{row['relative_error']:.2%}"
+        shares = (f"{row['same_token']:.1%}", f"{row['kl_mean']:.2g}", f"{row['agreement']:.1%}")
+        table.add_row(row["quant"], row["dtype"], f"{row['max_error']:.2g}", error, *shares, f"{row['tree_noise']:.2g}")
     Console().print(table)
 
 

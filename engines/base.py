@@ -81,6 +81,7 @@ class Generation:
         tokens: generated ids, the end-of-sequence id included when it came.
         finish_reason: "stop" (end of sequence), "length" (max_new_tokens) or "context" (KV cache full).
         accepted: tokens that each step after the prefill yielded.
+        counted_drafts: accepted drafts and all drafts, where the runtime counts them itself.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -89,6 +90,7 @@ class Generation:
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     backend_ms: float = 0.0
+    counted_drafts: tuple[int, int] | None = None
 
     @property
     def total_ms(self) -> float:

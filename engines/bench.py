@@ -17,6 +17,7 @@ from medusa_export.engines.runner import RunResult, open_engine, run_prompts
 from medusa_export.engines.selfcheck import bound_of
 from medusa_export.engines.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.tree_batch import TreeBatchDecoder
+from medusa_export.engines.trtllm_session import TIMEOUT
 from medusa_export.heads.accept import Typical
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.config import read_json
@@ -54,6 +55,8 @@ class RunArguments:
     compare: Path | None = None
     sweep_batch: tuple[int, ...] = ()
     sweep_length: tuple[int, ...] = ()
+    trtllm_api: str = "runner"
+    timeout: float = TIMEOUT
 
 
 def run(arguments: RunArguments, progress: Progress = lambda stage, done, total: None) -> dict[str, Any]:
@@ -62,6 +65,8 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     Raises:
         MedusaExportError: an engine, tree or prompts file that cannot be used.
     """
+    if not arguments.timeout > 0:
+        raise ConfigError("--timeout", f"{arguments.timeout:g}", "seconds above 0", "correct it")
     for name in ("max_new_tokens", "repeats"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", str(getattr(arguments, name)), "1 or more", "correct it")
@@ -72,7 +77,9 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         raise ConfigError(flag, "no --temperature", "one above 0", "give one: greedy decoding draws nothing")
     prompts = load_prompts(arguments.prompts, arguments.limit)
     tokenizer = read_tokenizer(arguments.engine)
-    engine = open_engine(arguments.engine, threads=arguments.threads)
+    engine = open_engine(
+        arguments.engine, threads=arguments.threads, trtllm_api=arguments.trtllm_api, timeout=arguments.timeout
+    )
     if arguments.sweep_batch and engine.info.backend != "onnxruntime":
         raise ConfigError("--sweep-batch", f"the engine {engine.info.backend}", "onnxruntime", "leave it out")
     tree = load_tree(arguments.tree or str(arguments.engine / TREE_FILE))

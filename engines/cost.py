@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from medusa_export.engines.base import AUTOREGRESSIVE, StepEngine
-from medusa_export.engines.report import hardware, versions
+from medusa_export.engines.machine import hardware, versions
 from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.accept import accept_greedy
 from medusa_export.heads.engine_info import EngineInfo

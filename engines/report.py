@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medusa_export.engines.machine import device_name, hardware, versions
 from medusa_export.engines.runner import PromptResult, RunResult
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.intervals import bootstrap
@@ -25,8 +22,6 @@ if TYPE_CHECKING:
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MODES = ("baseline", "medusa")
 ALL_MODES = (*MODES, "other_baseline", "other_medusa")
-PACKAGES = ("medusa-export", "onnxruntime", "numpy", "transformers", "torch", "tensorrt_llm", "tensorrt")
-GPU_BACKENDS = ("tensorrt", "tensorrt-llm")
 
 
 def build_report(
@@ -65,6 +60,7 @@ def build_report(
         "overhead_ms": {mode: round(steps[mode][1], 4) for mode in MODES},
         "categories": _categories(prompts, int(arguments.get("seed", 0))),
         "accepted": _accepted(prompts),
+        "counted_drafts": _counted_drafts(prompts),
         "latency_ms": {mode: _latency(prompts, mode) for mode in MODES},
         "prompts": [_prompt(prompt) for prompt in prompts],
         "reference": reference,
@@ -145,6 +141,15 @@ def _accepted(prompts: Sequence[PromptResult]) -> list[int]:
     return [counts[tokens] for tokens in range(1, max(counts, default=0) + 1)]
 
 
+def _counted_drafts(prompts: Sequence[PromptResult]) -> dict[str, int] | None:
+    """As the runtime counts them itself, over all runs with Medusa; None where it does not."""
+    counted = [run.counted_drafts for prompt in prompts for run in prompt.medusa if run.counted_drafts]
+    if not counted:
+        return None
+    accepted, drafts = (sum(column) for column in zip(*counted, strict=True))
+    return {"accepted": accepted, "drafts": drafts}
+
+
 def _latency(prompts: Sequence[PromptResult], mode: str) -> dict[str, list[float]]:
     """Quantiles over all runs: of a run's mean time a token and a step, and of the prefill; see QUANTILES."""
     runs = [run for prompt in prompts for run in getattr(prompt, mode)]
@@ -171,49 +176,6 @@ def _prompt(prompt: PromptResult) -> dict[str, Any]:
     }
 
 
-def hardware() -> dict[str, Any]:
-    """CPU, cores this process may use, and memory in GiB."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    name = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    return {"cpu": name, "cores": cores, "memory_gib": round(memory / 2**30, 1), "system": platform.system()}
-
-
-def device_name(info: EngineInfo, num_gpus: int = 1) -> str:
-    """What the engine runs on, for people: the cores, or the GPUs as torch names them; never the cores of a GPU's engine."""
-    machine = hardware()
-    if info.backend not in GPU_BACKENDS:
-        return f"{machine['cores']} cores of {machine['cpu']}"
-    found = gpus()
-    if not found:
-        return "a GPU whose name is unknown"
-    return f"{num_gpus} x {found[0]}" if num_gpus > 1 else found[0]
-
-
-def gpus() -> list[str]:
-    """Names of the GPUs that torch sees; none where torch is not installed or sees none."""
-    try:
-        import torch
-    except ImportError:
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that matter, as far as installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # an optional package: its absence is a fact about this installation, not an error
-    return found
-
-
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The readable form: the summary table, then categories, then what needs explaining."""
     from rich.table import Table
@@ -229,6 +191,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_row(
         "tokens per step", f"{report['tokens_per_step']:.2f} with a tree of {report['tree']['max_draft_len']}"
     )
+    if counted := report["counted_drafts"]:
+        table.add_row("drafts accepted, by the runtime", f"{counted['accepted']} of {counted['drafts']}")
     table.add_row("step, without / with", f"{step['baseline']:.1f} / {step['medusa']:.1f} ms")
     table.add_row("parity", _parity_line(parity))
     if report["reference"]:

@@ -14,6 +14,7 @@ from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
 from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.engines.trtllm import TrtllmEngine
+from medusa_export.engines.trtllm_session import TIMEOUT
 from medusa_export.heads.accept import Typical
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError
@@ -144,16 +145,28 @@ def _judge(
     return noise
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is opened; see the flags of medusa-run."""
+
+    threads: int = 0
+    trtllm_api: str = "runner"
+    timeout: float = TIMEOUT
+
+
 # What engine.json may name as its backend.
-BACKENDS: dict[str, Callable[[Path, int], Any]] = {
-    "onnxruntime": lambda path, threads: OnnxRuntimeEngine(path, threads=threads),
-    "tensorrt": lambda path, threads: TensorRtEngine(path),
-    "tensorrt-llm": lambda path, threads: TrtllmEngine(path),
+BACKENDS: dict[str, Callable[[Path, EngineOptions], Any]] = {
+    "onnxruntime": lambda path, options: OnnxRuntimeEngine(path, threads=options.threads),
+    "tensorrt": lambda path, options: TensorRtEngine(path),
+    "tensorrt-llm": lambda path, options: TrtllmEngine(path, api=options.trtllm_api, timeout=options.timeout),
 }
 
 
-def open_engine(engine_dir: Path, *, threads: int = 0) -> Any:
+def open_engine(engine_dir: Path, **options: Any) -> Any:
     """The engine of a directory that medusa-export wrote: a StepEngine or a WholeEngine, and a Scorer.
+
+    Args:
+        options: the fields of :class:`EngineOptions`.
 
     Raises:
         ConfigError: a directory of another version.
@@ -161,4 +174,4 @@ def open_engine(engine_dir: Path, *, threads: int = 0) -> Any:
     backend = EngineInfo.load(engine_dir).backend
     if backend not in BACKENDS:
         raise ConfigError(f"{engine_dir}: backend", repr(backend), f"one of {', '.join(BACKENDS)}", "export again")
-    return BACKENDS[backend](engine_dir, threads)
+    return BACKENDS[backend](engine_dir, EngineOptions(**options))

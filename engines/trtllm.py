@@ -7,22 +7,31 @@ logits of the one without, see :meth:`TrtllmEngine.score`. Nothing of this ran o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from medusa_export.engines.base import Generation
 from medusa_export.engines.trtllm_command import BASELINE, MEDUSA
-from medusa_export.engines.trtllm_session import Session
+from medusa_export.engines.trtllm_llm_api import LlmApiSession, require_llm_api
+from medusa_export.engines.trtllm_session import TIMEOUT, NoAnswerError, Session
 from medusa_export.heads.config import read_json
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError, missing_package
+from medusa_export.heads.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.heads.tree import Tree
 from medusa_export.heads.trtllm_releases import release_of_engine
 
 BACKEND = "tensorrt-llm"
 Choices = tuple[tuple[int, ...], ...]
+AnySession: TypeAlias = Session | LlmApiSession
+SESSIONS: dict[str, type[Session] | type[LlmApiSession]] = {"runner": Session, "llm": LlmApiSession}
+
+
+class RunError(MedusaExportError):
+    """TensorRT-LLM gave no answer."""
 
 
 class TrtllmEngine:
@@ -30,13 +39,18 @@ class TrtllmEngine:
 
     Args:
         engine_dir: directory with engine.json, and in ``medusa`` and ``baseline`` what trtllm-build wrote.
+        api: "runner" for ModelRunnerCpp, "llm" for the LLM API.
+        timeout: seconds to wait for a step, or for an answer that does not come in steps.
 
     Raises:
-        ConfigError: no built engine, or one of a release without Medusa.
+        ConfigError: no built engine, one of a release without Medusa, or whose LLM API takes no tree.
         MissingPackageError: no tensorrt_llm.
     """
 
-    def __init__(self, engine_dir: Path) -> None:
+    def __init__(self, engine_dir: Path, *, api: str = "runner", timeout: float = TIMEOUT) -> None:
+        if api not in SESSIONS:
+            raise ConfigError("--trtllm-api", repr(api), f"one of {', '.join(SESSIONS)}", "correct it")
+        self._open, self._timeout = SESSIONS[api], timeout
         self.info = EngineInfo.load(engine_dir)
         self._dir = engine_dir
         for name in (MEDUSA, BASELINE):
@@ -45,11 +59,14 @@ class TrtllmEngine:
                 raise ConfigError(
                     str(config.parent), "nothing", "a built engine", "run build.sh of the export where the GPU is"
                 )
-            release_of_engine(read_json(config).get("version"), str(config))
+            version = read_json(config).get("version")
+            release_of_engine(version, str(config))
+            if api == "llm":
+                require_llm_api(version, str(config))
         built = read_json(engine_dir / MEDUSA / "config.json")["pretrained_config"]
         self.max_draft_len = int(built["max_draft_len"])
         self.num_gpus = int(built["mapping"]["tp_size"])
-        self._sessions: dict[str, tuple[Choices, Session]] = {}
+        self._sessions: dict[str, tuple[Choices, AnySession]] = {}
 
     def decode(
         self, input_ids: Sequence[int], tree: Tree, *, max_new_tokens: int, eos_token_ids: Sequence[int]
@@ -58,16 +75,19 @@ class TrtllmEngine:
 
         Raises:
             TreeError, ConfigError: a tree that the engine was not built for.
+            RunError: the runtime refuses the request, or says nothing within the time.
         """
-        result = Generation()
-        for step in self._session(tree).stream(input_ids, max_new_tokens, tuple(eos_token_ids)):
-            if result.tokens:
-                result.accepted.append(len(step.tokens))
-                result.decode_ms = step.seconds * 1e3 - result.prefill_ms
-            else:
-                result.prefill_ms = step.seconds * 1e3
-            result.tokens += step.tokens
-            result.finish_reason = step.finish_reason or result.finish_reason
+        result, session = Generation(), self._session(tree)
+        with _one_line():
+            for step in session.stream(input_ids, max_new_tokens, tuple(eos_token_ids)):
+                if result.tokens:
+                    result.accepted.append(len(step.tokens))
+                    result.decode_ms = step.seconds * 1e3 - result.prefill_ms
+                else:
+                    result.prefill_ms = step.seconds * 1e3
+                result.tokens += step.tokens
+                result.finish_reason = step.finish_reason or result.finish_reason
+                result.counted_drafts = step.drafts or result.counted_drafts
         del result.tokens[max_new_tokens:]  # a step may go past the limit
         result.backend_ms = result.decode_ms  # all of it is the runtime's
         return result
@@ -84,11 +104,11 @@ class TrtllmEngine:
         session, text = self._session(Tree(())), list(input_ids)
         steps: list[npt.NDArray[np.float32]] = []
         if chunk == 1 and start:
-            tokens, logits = session.generation_logits(text[:start], len(text) - start + 1)
+            tokens, logits = _logits(session, text[:start], len(text) - start + 1)
             follows = [ours == theirs for ours, theirs in zip(tokens, text[start:], strict=False)]
             steps = list(logits[1 : [*follows, False].index(False) + 1])
         for at in range(start, len(text)):
-            own = steps[at - start] if at - start < len(steps) else session.generation_logits(text[: at + 1], 1)[1][0]
+            own = steps[at - start] if at - start < len(steps) else _logits(session, text[: at + 1], 1)[1][0]
             yield own[None]
 
     def close(self) -> None:
@@ -97,7 +117,7 @@ class TrtllmEngine:
             session.close()
         self._sessions.clear()
 
-    def _session(self, tree: Tree) -> Session:
+    def _session(self, tree: Tree) -> AnySession:
         name = MEDUSA if tree.max_draft_len else BASELINE
         opened = self._sessions.get(name)
         if opened and opened[0] == tree.choices:
@@ -114,8 +134,24 @@ class TrtllmEngine:
             opened[1].close()
         choices = [list(choice) for choice in tree.choices] or None
         try:
-            session = Session(self._dir / name, choices, 2 * self.info.max_length)
+            session = self._open(self._dir / name, choices, 2 * self.info.max_length, timeout=self._timeout)
         except ImportError as error:
             raise missing_package("tensorrt_llm", "tensorrt") from error
         self._sessions[name] = (tree.choices, session)
         return session
+
+
+def _logits(session: AnySession, input_ids: list[int], new_tokens: int) -> tuple[list[int], Any]:
+    with _one_line():
+        return session.generation_logits(input_ids, new_tokens)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What the runtime says of a request that it does not answer, as an error that a command prints in one line."""
+    try:
+        yield
+    except NoAnswerError as error:
+        raise RunError("TensorRT-LLM", str(error), "an answer", "see its log, or raise --timeout") from error
+    except RuntimeError as error:
+        raise RunError("TensorRT-LLM", str(error), "an answer", "correct the request, or see its log") from error

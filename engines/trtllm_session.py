@@ -13,9 +13,11 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+TIMEOUT = 600.0  # seconds; the first request may compile
 STOPPED = ("END_ID", "STOP_WORDS")  # members of the executor's FinishReason
 
 
@@ -26,11 +28,17 @@ class StepTokens:
     Attributes:
         seconds: since the request was sent.
         finish_reason: "" until the last step, then "stop" or "length".
+        drafts: as the runtime counts them itself, of the whole request so far: accepted, and all. None where it does not.
     """
 
     tokens: list[int]
     seconds: float
     finish_reason: str
+    drafts: tuple[int, int] | None = None
+
+
+class NoAnswerError(RuntimeError):
+    """The runtime was silent for too long."""
 
 
 class Session:
@@ -40,9 +48,12 @@ class Session:
         engine_dir: what trtllm-build wrote, with config.json and rank{r}.engine.
         medusa_choices: the whole tree, parents before children; None for an engine without Medusa.
         max_tokens: room in the KV cache, so that two engines fit side by side.
+        timeout: seconds to wait for a step, or for an answer that does not come in steps.
     """
 
-    def __init__(self, engine_dir: Path, medusa_choices: list[list[int]] | None, max_tokens: int) -> None:
+    def __init__(
+        self, engine_dir: Path, medusa_choices: list[list[int]] | None, max_tokens: int, *, timeout: float = TIMEOUT
+    ) -> None:
         from tensorrt_llm.bindings import executor
         from tensorrt_llm.runtime import ModelRunnerCpp
 
@@ -55,7 +66,8 @@ class Session:
             "gather_generation_logits" in inspect.signature(ModelRunnerCpp.from_dir).parameters
         ):  # not yet in old releases
             options["gather_generation_logits"] = True
-        self._api = executor
+        self._api, self._timeout = executor, timeout
+        self._counts = hasattr(executor.OutputConfig(), "return_perf_metrics")  # not yet in old releases
         self._runner = ModelRunnerCpp.from_dir(str(engine_dir), rank=0, **options)
 
     def stream(
@@ -68,6 +80,7 @@ class Session:
 
         Raises:
             RuntimeError: what the executor says about a request that it refuses.
+            NoAnswerError: no step within the time; the request is cancelled.
         """
         start = time.perf_counter()
         for result in self._responses(self._request(input_ids, max_new_tokens, end_ids, streaming=True)):
@@ -75,7 +88,9 @@ class Session:
             tokens = [int(token) for token in result.output_token_ids[0]]
             missing_end = reason == "stop" and end_ids and (not tokens or tokens[-1] not in end_ids)
             tokens += [end_ids[0]] if missing_end else []
-            yield StepTokens(tokens, time.perf_counter() - start, reason)
+            yield StepTokens(
+                tokens, time.perf_counter() - start, reason, drafts(getattr(result, "request_perf_metrics", None))
+            )
 
     def generation_logits(self, input_ids: Sequence[int], new_tokens: int) -> tuple[list[int], Any]:
         """The tokens that follow, and the logits that each was chosen by.  # [T], float32 [T, vocab_size]"""
@@ -99,6 +114,8 @@ class Session:
     ) -> Any:
         api = self._api
         output = api.OutputConfig(exclude_input_from_output=True, return_generation_logits=logits)
+        if self._counts:
+            output.return_perf_metrics = True
         return api.Request(
             input_token_ids=list(input_ids), max_tokens=max_tokens, streaming=streaming, output_config=output,
             sampling_config=api.SamplingConfig(beam_width=1, top_k=1), end_id=end_ids[0] if end_ids else -1,
@@ -106,9 +123,14 @@ class Session:
         )  # fmt: skip
 
     def _responses(self, request: Any) -> Iterator[Any]:
-        number = self._runner.executor.enqueue_request(request)
+        executor, wait = self._runner.executor, timedelta(seconds=self._timeout)
+        number = executor.enqueue_request(request)
         while True:
-            for response in self._runner.executor.await_responses(number):
+            responses = executor.await_responses(number, timeout=wait)
+            if not responses:
+                executor.cancel_request(number)
+                raise NoAnswerError(f"no answer within {self._timeout:g} seconds")
+            for response in responses:
                 if response.has_error():
                     raise RuntimeError(response.error_msg)
                 yield response.result
@@ -122,12 +144,19 @@ class Session:
         return "stop" if reasons and reasons[0] in STOPPED else "length"
 
 
+def drafts(metrics: Any) -> tuple[int, int] | None:
+    """Accepted drafts and all drafts, from a result's request_perf_metrics; None where there are none."""
+    counted = getattr(metrics, "speculative_decoding", None)
+    return None if counted is None else (int(counted.total_accepted_draft_tokens), int(counted.total_draft_tokens))
+
+
 def main() -> None:
     """Answer one prompt with Medusa, then without, and print both speeds."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--engine", type=Path, default=Path(__file__).parent, help="what build.sh wrote; here")
     parser.add_argument("--prompt", default="What is speculative decoding? Answer in three sentences.")
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds to wait for a step")
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -138,13 +167,15 @@ def main() -> None:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     for name, tree in (("medusa", choices), ("baseline", None)):
-        session = Session(arguments.engine / name, tree, 2 * info["max_length"])
+        session = Session(arguments.engine / name, tree, 2 * info["max_length"], timeout=arguments.timeout)
         list(session.stream(input_ids, 16, info["eos_token_ids"]))  # the first request also warms up
         steps = list(session.stream(input_ids, arguments.max_new_tokens, info["eos_token_ids"]))
         session.close()
         tokens = [token for step in steps for token in step.tokens]
         rate, per_step = len(tokens) / steps[-1].seconds, (len(tokens) - 1) / max(len(steps) - 1, 1)
         print(f"{name}: {len(tokens)} tokens, {rate:.1f} tokens/s, {per_step:.2f} tokens a step")
+        if tree and steps[-1].drafts:
+            print("the runtime counts {} accepted drafts of {}".format(*steps[-1].drafts))
         print(tokenizer.decode(tokens, skip_special_tokens=True))
 
 

@@ -253,6 +253,10 @@ def run_command(
     save_outputs: Annotated[
         Path | None, typer.Option(help="Write every prompt's outputs and times here, JSONL.")
     ] = None,
+    trtllm_api: Annotated[
+        str, typer.Option(help="TensorRT-LLM engines: runner (ModelRunnerCpp) or llm (the LLM API, 0.20 and later).")
+    ] = "runner",
+    timeout: Annotated[float, typer.Option(help="TensorRT-LLM engines: seconds to wait for a step.")] = 600.0,
     verbose: Verbose = False,
 ) -> None:
     """Run an engine without and with Medusa on the same prompts; measure the speed-up and prove that outputs are equal.

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -40,6 +43,7 @@ class SamplingConfig:
 class OutputConfig:
     exclude_input_from_output: bool = False
     return_generation_logits: bool = False
+    return_perf_metrics: bool = False
 
 
 @dataclass
@@ -55,12 +59,14 @@ class Request:
 
 @dataclass
 class StandInExecutor:
-    """Attributes: strays: at which generated token a "Medusa" engine answers something else; None: never."""
+    """Attributes: strays: at which generated token a "Medusa" engine answers something else; None: never. silent: it says nothing."""
 
     medusa_choices: list[list[int]] | None
     strays: int | None = None
     open: bool = True
+    silent: bool = False
     requests: list[Request] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
 
     def enqueue_request(self, request: Request) -> int:
         assert self.open
@@ -69,7 +75,13 @@ class StandInExecutor:
         self.requests.append(request)
         return len(self.requests) - 1
 
-    def await_responses(self, number: int) -> list[Any]:
+    def cancel_request(self, number: int) -> None:
+        self.cancelled.append(number)
+
+    def await_responses(self, number: int, timeout: timedelta | None = None) -> list[Any]:
+        assert timeout is not None, "a runtime that hangs must not hang us"
+        if self.silent:
+            return []
         request = self.requests[number]
         if len(request.input_token_ids) > 100:
             return [
@@ -78,10 +90,15 @@ class StandInExecutor:
         steps = self._steps(request)
         if not request.streaming:
             steps = [[token for step in steps for token in step]]
-        return [
-            SimpleNamespace(has_error=lambda: False, result=self._result(request, step, last=index == len(steps) - 1))
-            for index, step in enumerate(steps)
-        ]
+        results = [self._result(request, step, last=index == len(steps) - 1) for index, step in enumerate(steps)]
+        counts = request.output_config.return_perf_metrics and self.medusa_choices
+        for index, result in enumerate(results):
+            accepted = sum(len(step) - 1 for step in steps[1 : index + 1])
+            counted = SimpleNamespace(
+                total_accepted_draft_tokens=accepted, total_draft_tokens=index * len(self.medusa_choices or ())
+            )
+            result.request_perf_metrics = SimpleNamespace(speculative_decoding=counted) if counts else None
+        return [SimpleNamespace(has_error=lambda: False, result=result) for result in results]
 
     def shutdown(self) -> None:
         self.open = False
@@ -120,8 +137,70 @@ class StandInExecutor:
 
 
 @dataclass
+class KvCacheConfig:
+    max_tokens: int | None = None
+
+
+@dataclass
+class MedusaDecodingConfig:
+    max_draft_len: int
+    num_medusa_heads: int
+    medusa_choices: list[list[int]]
+
+
+@dataclass
+class SamplingParams:
+    max_tokens: int
+    top_k: int
+    end_id: int
+    pad_id: int
+    stop_token_ids: list[int] | None
+    include_stop_str_in_output: bool
+    detokenize: bool
+    return_perf_metrics: bool = False
+    return_generation_logits: bool = False
+
+
+class RequestOutput:
+    """As the LLM API has it: one object, which is filled on and given again whenever there is more."""
+
+    def __init__(self, executor: StandInExecutor, request: Request) -> None:
+        self.executor, self.request, self.finished, self.aborted = executor, request, False, threading.Event()
+        self.outputs = [
+            SimpleNamespace(token_ids=[], finish_reason=None, generation_logits=None, request_perf_metrics=None)
+        ]
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        number = self.executor.enqueue_request(self.request)
+        if self.executor.silent:
+            self.aborted.wait()
+            return
+        for response in self.executor.await_responses(number, timedelta(seconds=1)):
+            if response.has_error():
+                raise RuntimeError(response.error_msg)
+            output, result = self.outputs[0], response.result
+            output.token_ids += result.output_token_ids[0]
+            output.request_perf_metrics = result.request_perf_metrics
+            if result.generation_logits is not None:
+                output.generation_logits = result.generation_logits[0]
+            self.finished = result.is_final
+            output.finish_reason = {"END_ID": "stop", "STOP_WORDS": "stop", "LENGTH": "length"}.get(
+                result.finish_reasons[0].name
+            )
+            yield self
+
+    def result(self) -> RequestOutput:
+        *_, last = iter(self)
+        return last
+
+    def abort(self) -> None:
+        self.executor.cancelled.append(len(self.executor.requests) - 1)
+        self.aborted.set()
+
+
+@dataclass
 class StandIn:
-    """What was asked of it. Attributes: opened: (directory's name, arguments) of every from_dir; executors: what it gave."""
+    """What was asked of it. Attributes: opened: (directory's name, arguments) of every from_dir or LLM; executors: what it gave."""
 
     opened: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     executors: list[StandInExecutor] = field(default_factory=list)
@@ -150,7 +229,37 @@ def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
             seen.executors.append(StandInExecutor(medusa_choices, seen.strays))
             return cls(seen.executors[-1])
 
+    class LLM:
+        def __init__(
+            self, *, model: str, skip_tokenizer_init: bool, gather_generation_logits: bool, kv_cache_config: KvCacheConfig,
+            speculative_config: MedusaDecodingConfig | None = None,
+        ) -> None:  # fmt: skip
+            config = json.loads((Path(model) / "config.json").read_text())
+            mode = config["build_config"]["speculative_decoding_mode"]
+            assert (mode == 4) == (speculative_config is not None)
+            seen.opened.append(
+                (Path(model).name, {"kv_cache_config": kv_cache_config, "speculative_config": speculative_config})
+            )
+            choices = speculative_config.medusa_choices if speculative_config else None
+            seen.executors.append(StandInExecutor(choices, seen.strays))
+            self._executor = seen.executors[-1]
+
+        def generate_async(self, ids: list[int], params: SamplingParams, *, streaming: bool) -> RequestOutput:
+            output = OutputConfig(True, params.return_generation_logits, params.return_perf_metrics)
+            words = [[token] for token in params.stop_token_ids or ()]
+            sampling = SamplingConfig(beam_width=1, top_k=params.top_k)
+            return RequestOutput(
+                self._executor, Request(ids, params.max_tokens, streaming, sampling, output, params.end_id, words)
+            )
+
+        def shutdown(self) -> None:
+            self._executor.shutdown()
+
     modules = {
+        "tensorrt_llm._tensorrt_engine": {"LLM": LLM},
+        "tensorrt_llm.llmapi": {
+            "KvCacheConfig": KvCacheConfig, "MedusaDecodingConfig": MedusaDecodingConfig, "SamplingParams": SamplingParams,
+        },
         "tensorrt_llm": {}, "tensorrt_llm.runtime": {"ModelRunnerCpp": ModelRunnerCpp}, "tensorrt_llm.bindings": {},
         "tensorrt_llm.bindings.executor": {
             "Request": Request, "SamplingConfig": SamplingConfig, "OutputConfig": OutputConfig, "FinishReason": FinishReason,

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from medusa_export.engines import report as report_module
+from medusa_export.engines import machine
 from medusa_export.engines.base import Generation
+from medusa_export.engines.machine import hardware, versions
 from medusa_export.engines.parity import Divergence
-from medusa_export.engines.report import build_report, hardware, print_report, speedup, tokens_per_step, versions
+from medusa_export.engines.report import build_report, print_report, speedup, tokens_per_step
 from medusa_export.engines.runner import PromptResult, RunResult
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree
@@ -27,7 +28,7 @@ TREE = Tree.from_choices([[0], [1], [0, 0]])
 KEYS = {
     "parity", "speedup", "tokens_per_step", "tokens_per_second", "step_ms", "step_efficiency", "categories", "hardware",
     "versions", "tree", "arguments", "reference", "engine", "overhead_ms", "accepted", "latency_ms", "prompts",
-    "comparison", "sweeps", "device",
+    "comparison", "sweeps", "device", "counted_drafts",
 }  # fmt: skip
 
 
@@ -133,10 +134,10 @@ def test_categories_are_apart() -> None:
 
 
 def test_hardware_and_versions() -> None:
-    machine, found = hardware(), versions()
-    assert machine["cpu"]
-    assert machine["cores"] >= 1
-    assert machine["memory_gib"] > 0
+    here, found = hardware(), versions()
+    assert here["cpu"]
+    assert here["cores"] >= 1
+    assert here["memory_gib"] > 0
     assert {"python", "onnxruntime", "numpy", "torch"} <= found.keys()
 
 
@@ -152,7 +153,7 @@ def test_hardware_and_versions() -> None:
 def test_a_gpus_engine_is_not_said_to_run_on_cores(
     backend: str, gpus: list[str], num_gpus: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_module, "gpus", lambda: gpus)
+    monkeypatch.setattr(machine, "gpus", lambda: gpus)
     result = RunResult(SAME, 0.01)
     body = build_report(result, TREE, replace(INFO, backend=backend), {"seed": 0}, num_gpus=num_gpus) | {"failures": []}
     output = io.StringIO()

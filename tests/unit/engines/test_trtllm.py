@@ -16,6 +16,7 @@ from medusa_export.engines import trtllm_session
 from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.bench import RunArguments, run
 from medusa_export.engines.runner import open_engine
+from medusa_export.engines.trtllm import RunError
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError, MissingPackageError, TreeError
 from medusa_export.heads.sampler import Sampler
@@ -139,7 +140,7 @@ def test_refusals(engine_dir: Path, standin_tensorrt_llm: Any) -> None:
     engine = open_engine(engine_dir)
     with pytest.raises(ConfigError, match="random numbers of its own"):
         generate(engine, [5], TREE, max_new_tokens=4, eos_token_ids=(), sampler=Sampler(1.0))
-    with pytest.raises(RuntimeError, match="longer than max_input_len"):
+    with pytest.raises(RunError, match="TensorRT-LLM: got prompt is longer than max_input_len; expected an answer"):
         generate(engine, [5] * 101, TREE, max_new_tokens=4, eos_token_ids=())
     (engine_dir / "baseline" / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"run build.sh"):
@@ -156,6 +157,74 @@ def test_no_tensorrt_llm(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
     with pytest.raises(MissingPackageError, match="tensorrt_llm"):
         generate(open_engine(engine_dir), [5], TREE, max_new_tokens=4, eos_token_ids=())
+
+
+@pytest.mark.parametrize("api", ["runner", "llm"])
+def test_a_runtime_that_says_nothing(api: str, engine_dir: Path, standin_tensorrt_llm: Any) -> None:
+    engine = open_engine(engine_dir, trtllm_api=api, timeout=0.2)
+    generate(engine, [5], TREE, max_new_tokens=2, eos_token_ids=())
+    executor = standin_tensorrt_llm.executors[0]
+    executor.silent = True
+    with pytest.raises(RunError, match=r"got no answer within 0\.2 seconds; .*raise --timeout"):
+        generate(engine, [5], TREE, max_new_tokens=2, eos_token_ids=())
+    assert executor.cancelled == [1]
+    with pytest.raises(ConfigError, match="--timeout: got 0; expected seconds above 0"):
+        run(RunArguments(engine_dir, engine_dir, timeout=0))
+
+
+class TestLlmApi:
+    """Through the LLM API the same answers, steps and logits as through ModelRunnerCpp."""
+
+    def test_steps_and_counters(self, engine_dir: Path, standin_tensorrt_llm: Any) -> None:
+        for ends in ((), (END,), (END, greedy([5, 9], 80)[2])):
+            found = [
+                generate(open_engine(engine_dir, trtllm_api=api), [5, 9], tree, max_new_tokens=70, eos_token_ids=ends)
+                for tree in (TREE, AUTOREGRESSIVE)
+                for api in ("runner", "llm")
+            ]
+            assert found[0].tokens == greedy([5, 9], 70, ends)
+            assert found[0].counted_drafts == (
+                sum(found[0].accepted) - len(found[0].accepted),
+                3 * len(found[0].accepted),
+            )
+            for ours, theirs in (found[:2], found[2:]):
+                for name in ("tokens", "accepted", "finish_reason", "counted_drafts"):
+                    assert getattr(ours, name) == getattr(theirs, name), name
+
+    def test_what_is_asked_for(self, engine_dir: Path, standin_tensorrt_llm: Any) -> None:
+        engine = open_engine(engine_dir, trtllm_api="llm")
+        for tree in (TREE, AUTOREGRESSIVE):
+            generate(engine, [5], tree, max_new_tokens=2, eos_token_ids=())
+        (name, medusa), (other, plain) = standin_tensorrt_llm.opened
+        assert (name, other, plain["speculative_config"]) == ("medusa", "baseline", None)
+        config = medusa["speculative_config"]
+        assert (config.max_draft_len, config.num_medusa_heads) == (3, 2)
+        assert config.medusa_choices == [[0], [1], [0, 0]]
+        assert medusa["kv_cache_config"].max_tokens == 1024
+        engine.close()
+        assert not any(executor.open for executor in standin_tensorrt_llm.executors)
+
+    def test_logits(self, engine_dir: Path, standin_tensorrt_llm: Any) -> None:
+        text = [5, 9, *greedy([5, 9], 6, ())]
+        rows = [
+            np.concatenate(list(open_engine(engine_dir, trtllm_api=api).score(text, chunk=1, start=2)))
+            for api in ("runner", "llm")
+        ]
+        np.testing.assert_array_equal(*rows)
+
+    def test_refusals(self, engine_dir: Path, standin_tensorrt_llm: Any) -> None:
+        with pytest.raises(RunError, match="longer than max_input_len"):
+            generate(open_engine(engine_dir, trtllm_api="llm"), [5] * 101, TREE, max_new_tokens=4, eos_token_ids=())
+        with pytest.raises(ConfigError, match="--trtllm-api: got 'pytorch'; expected one of runner, llm"):
+            open_engine(engine_dir, trtllm_api="pytorch")
+        for version, message in (
+            ("0.19.0", "takes a tree only for engines that it builds itself"),
+            ("1.3.0", "no engine backend"),
+        ):
+            config = json.loads((engine_dir / "medusa" / "config.json").read_text()) | {"version": version}
+            (engine_dir / "medusa" / "config.json").write_text(json.dumps(config))
+            with pytest.raises(ConfigError, match=message):
+                open_engine(engine_dir, trtllm_api="llm")
 
 
 class TestScore:
@@ -205,6 +274,7 @@ def test_the_same_report(
     assert len(report["failures"]) == failures
     assert report["tree"]["max_draft_len"] == 3
     assert report["tokens_per_step"] > 2
+    assert report["counted_drafts"]["accepted"] > report["counted_drafts"]["drafts"] / 2
     assert report["accepted"][2] > report["accepted"][0]  # three tokens a step
     for entry in report["parity"]["divergences"]:
         assert entry["position"] == 5

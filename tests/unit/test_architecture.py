@@ -29,7 +29,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {  # package: the files that may import i
     "modelopt": ("quantize.ptq", "heads.medusa_model"),
     "onnxruntime": ("engines.onnxruntime",),
     "tensorrt": ("engines.tensorrt_package",),
-    "tensorrt_llm": ("engines.trtllm_session",),
+    "tensorrt_llm": ("engines.trtllm_session", "engines.trtllm_llm_api"),
     "tensorrt_rtx": ("engines.tensorrt_package",),
     "tensorrt_rtx_bindings": ("engines.tensorrt_package",),
 }

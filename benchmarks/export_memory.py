@@ -1,4 +1,4 @@
-"""Peak memory and speed of every writer on a large synthetic checkpoint, against ``cp`` of what they write.
+"""Peak memory and speed of every writer on a large synthetic checkpoint, against ``cp`` of what they read and write.
 
     python benchmarks/export_memory.py                  # 1B: every writer, and ModelOpt's
     python benchmarks/export_memory.py --shape 7b       # whole exports on four ranks
@@ -13,7 +13,8 @@ Every case runs in a process of its own. Two peaks are measured, both above what
 
 The last case reads every tensor and keeps it: what an export that did not stream would take, and a check of the measurement.
 "export" includes hashing the inputs and the outputs and comparing every weight with the source. After every run ``cp -r`` copies what
-it has written. Times end when the files are on the disk (fsync), and nothing that is read is in the page cache beforehand.
+it has read, and what it has written. Times end when the files are on the disk (fsync), and nothing that is read is in the page cache
+beforehand.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ MB = 1e6
 TREE, SPREAD, AMAX = "cpu-3", 0.02, 1.0  # AMAX covers every weight that a normal distribution of SPREAD yields
 LAYERS_A_SHARD = 2
 PRELOAD = ["medusa_export.exporter.export", "medusa_export.exporter.engine_dir", "transformers.models.llama"]
+COPIES = ("source", "written")
 Case = Callable[[Path, Path], object]
 
 
@@ -314,12 +316,11 @@ def _forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _copy_seconds(written: Path) -> float:
-    """``cp`` of what an export has written, to the same disk."""
-    copy = written.with_name("copy")
-    _forget(written)
+def _copy_seconds(folder: Path, copy: Path) -> float:
+    """``cp`` of an export's input or output to the same disk."""
+    _forget(folder)
     start = time.perf_counter()
-    subprocess.run(["cp", "-r", str(written), str(copy)], check=True)
+    subprocess.run(["cp", "-r", str(folder), str(copy)], check=True)
     _sync(copy)
     seconds = time.perf_counter() - start
     shutil.rmtree(copy)
@@ -330,22 +331,25 @@ def _once(case: str, source: Path, out: Path) -> dict[str, float]:
     _forget(source)
     found = measure(case, source, out)
     if out.exists():
-        found["cp_seconds"] = _copy_seconds(out)
+        copy = out.with_name("copy")
+        found["cp_written_seconds"] = _copy_seconds(out, copy)
         shutil.rmtree(out)
+        found["cp_source_seconds"] = _copy_seconds(source, copy)
     return found
 
 
 def _summary(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Largest memory, median times, and the median of what each pair gives for the speed against ``cp``."""
+    """Largest memory, median times, and the medians of what each run gives for the speed against its ``cp``."""
     found = {key: max(run[key] for run in runs) for key in ("anonymous_mb", "resident_mb", "written_mb")}
-    found |= {key: median(run[key] for run in runs) for key in ("seconds", "cp_seconds") if key in runs[0]}
-    if "cp_seconds" in found:
-        found["speed"] = median(run["cp_seconds"] / run["seconds"] for run in runs)
+    copies = [what for what in COPIES if f"cp_{what}_seconds" in runs[0]]
+    found |= {key: median(run[key] for run in runs) for key in ("seconds", *(f"cp_{what}_seconds" for what in copies))}
+    for what in copies:
+        found[f"of_cp_{what}"] = median(run[f"cp_{what}_seconds"] / run["seconds"] for run in runs)
     return found
 
 
 def run_all(work: Path, shape: Shape, repeats: int) -> dict[str, Any]:
-    """Every case of the shape on every depth, again and again, each followed by ``cp`` of what it has written."""
+    """Every case of the shape on every depth, again and again, each followed by ``cp`` of its input and of its output."""
     deep = work / "deep"
     make_checkpoint(deep, shape)
     sources = [(work / f"{depth}", depth) for depth in shape.depths[:-1]]
@@ -378,14 +382,17 @@ def run_all(work: Path, shape: Shape, repeats: int) -> dict[str, Any]:
 
 def _print(result: dict[str, Any]) -> None:
     title = f"source {result['source_mb']:.0f} MB in {result['shards']} shards, largest tensor {result['largest_tensor_mb']:.0f} MB"
-    table = Table(
-        "case", "layers", "anon MB", "/ largest", "rss MB", "written MB", "s", "cp s", "speed / cp", title=title
-    )
+    copies = [f"{what} {name}" for name in COPIES for what in ("cp", "of cp")]
+    table = Table("case", "layers", "anon MB", "/ largest", "rss MB", "written MB", "s", *copies, title=title)
     for row in result["rows"]:
         table.add_row(
             row["case"], str(row["layers"]), f"{row['anonymous_mb']:.0f}", f"{row['ratio']:.1f}", f"{row['resident_mb']:.0f}",
             f"{row['written_mb']:.0f}", f"{row['seconds']:.1f}",
-            *(f"{row[key]:{form}}" if key in row else "" for key, form in (("cp_seconds", ".1f"), ("speed", ".2f"))),
+            *(
+                f"{row[key]:{form}}" if key in row else ""
+                for what in COPIES
+                for key, form in ((f"cp_{what}_seconds", ".1f"), (f"of_cp_{what}", ".2f"))
+            ),
         )  # fmt: skip
     Console().print(table)
 

@@ -248,7 +248,7 @@ def _difference(name: str, place: Place, checkpoint: MedusaCheckpoint) -> Differ
         if width and width[0] != source.shape[1]:
             source = source[:, place.column : place.column + width[0]]
         source = source.to(rows.values.dtype)
-        if rows.error is None and _same_bits(rows.values, source):
+        if rows.absolute is None and _same_bits(rows.values, source):
             continue
         found.add(_rounding(rows, source.to(torch.float32)))
     # what a rank holds besides says nothing new of the format
@@ -256,10 +256,15 @@ def _difference(name: str, place: Place, checkpoint: MedusaCheckpoint) -> Differ
 
 
 def _rounding(rows: Rows, expected: torch.Tensor) -> Difference:
-    error = rows.values.to(torch.float32).sub_(expected).abs_()
-    allowed = torch.zeros(()) if rows.error is None else rows.error.mul_(ROUNDING)
-    wrong = error.numel() - int(torch.le(error, allowed).sum())  # NaN compares false
-    noise, energy = (float(torch.linalg.vecdot(each.flatten(), each.flatten())) for each in (error, expected))
+    """Uses the rows' memory up: fresh memory costs more than the arithmetic."""
+    error = torch.sub(rows.values, expected)
+    noise, energy = (float(torch.dot(each.flatten(), each.flatten())) for each in (error, expected))
+    left, absolute = rows.values.to(torch.float32).abs_(), torch.zeros(()) if rows.absolute is None else rows.absolute
+    torch.add(ROUNDING * absolute, left, alpha=ROUNDING * rows.relative, out=left).sub_(
+        error.abs_()
+    )  # of what rounding may do
+    is_right = bool(left.min() >= 0)  # NaN is not
+    wrong = 0 if is_right else left.numel() - int((left >= 0).sum())
     return Difference(wrong, float(error.max()), noise, energy)
 
 

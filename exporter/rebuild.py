@@ -104,7 +104,7 @@ class Rebuilt:
         Raises:
             CheckpointError: copies that differ, or padding that is not zero.
         """
-        values = Rows.join([self._line(line) for line in self.grid], 0).values
+        values = torch.cat([self._line(line) for line in self.grid])
         for piece, row in self.copies:
             for first, rows in piece.chunks():
                 same = values[row + first : row + first + len(rows.values)]
@@ -114,8 +114,8 @@ class Rebuilt:
             require_zeros(piece, self.source)
         return values
 
-    def _line(self, line: tuple[Piece, ...]) -> Rows:
-        return Rows.join([Rows.join([rows for _, rows in piece.chunks()], 0) for piece in line], 1)
+    def _line(self, line: tuple[Piece, ...]) -> torch.Tensor:
+        return torch.cat([torch.cat([rows.values for _, rows in piece.chunks()]) for piece in line], dim=-1)
 
 
 def require_zeros(piece: Piece, source: str) -> None:

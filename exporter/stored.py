@@ -13,7 +13,8 @@ import torch
 
 from medusa_export.heads.checkpoint import TensorSource
 
-FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+# float8_e4m3fn and float16: 4 and 5 bits of exponent, biases of 7 and 15; one has NaN where the other has a number
+FP8_IN_FLOAT16, FP8_EXPONENT, FP8_NAN = 0xBFFF - 0x10000, 2.0 ** (15 - 7), 0x7F
 FP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 # float8_e4m3fn keeps 3 bits of mantissa: half a step is 1/16 of the value, or 2**-10 scales among the subnormals.
 FP8_RELATIVE, FP8_ABSOLUTE = 1 / 16, 2.0**-10
@@ -28,20 +29,13 @@ class Rows:
 
     Attributes:
         values: float32 where it was quantized, otherwise as stored.  # [n, in]
-        error: how far rounding may have moved them from the source, None where nothing was rounded.  # [n, in]
+        relative, absolute: rounding may have moved them from the source by ``relative * |values| + absolute``; None where nothing
+            was rounded.  # absolute: [n or 1, in or 1]
     """
 
     values: torch.Tensor
-    error: torch.Tensor | None = None
-
-    @staticmethod
-    def join(parts: list[Rows], axis: int) -> Rows:
-        """Rows side by side (axis 1) or one below the other (axis 0)."""
-        if len(parts) == 1:
-            return parts[0]
-        errors = [part.error for part in parts if part.error is not None]
-        values = torch.cat([part.values for part in parts], dim=axis)
-        return Rows(values, torch.cat(errors, dim=axis) if errors else None)
+    relative: float = 0.0
+    absolute: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +111,8 @@ class StoredLinear:
         name = f"{self.module}.prequant_scaling_factor"
         stored = self.file.read_rows(name, 0, self.file.shape(name)[0])
         factor = stored.to(torch.float32)
-        values = values * factor
-        return Rows(values, step * factor / 2 + values.abs() * torch.finfo(stored.dtype).eps)
+        values = values.mul_(factor)
+        return Rows(values, torch.finfo(stored.dtype).eps, step * factor / 2)
 
     def _fp8(self, start: int, stop: int) -> Rows:
         return _fp8_rows(self._take("weight", start, stop), torch.tensor(self.number("weights_scaling_factor")))
@@ -128,7 +122,7 @@ class StoredLinear:
 
     def _int8(self, start: int, stop: int) -> Rows:
         scale = self._take("weights_scaling_factor", start, stop)[:, None]
-        return self._unsmoothed(self._take("weight", start, stop) * scale, scale)
+        return self._unsmoothed(self._take("weight", start, stop).mul_(scale), scale)
 
     def _int4(self, start: int, stop: int) -> Rows:
         packed = self.file.read_rows(f"{self.module}.weight", start // 2, -(-stop // 2)).to(torch.int32)
@@ -146,20 +140,24 @@ class StoredLinear:
         blocks = self._take("weights_scaling_factor", start, stop) * self.number("weights_scaling_factor_2")
         scales = blocks.repeat_interleave(codes.shape[1] // blocks.shape[1], dim=1)
         values = torch.where(codes >= 8, -magnitude, magnitude) * scales
-        return Rows(values, values.abs() * FP4_RELATIVE + scales * FP4_ABSOLUTE)
+        return Rows(values, FP4_RELATIVE, scales * FP4_ABSOLUTE)
 
 
 def _to_float(stored: torch.Tensor) -> torch.Tensor:
-    """As float32; FP8 through a table, five times faster than torch's cast on a CPU."""
+    """As float32; FP8 by way of float16, which has the same bits two places further on: torch's own cast takes six times as long."""
     if stored.dtype != torch.float8_e4m3fn:
         return stored.to(torch.float32)
-    codes = stored.contiguous().view(torch.uint8).reshape(-1).to(torch.int32)
-    return torch.index_select(FP8_VALUES, 0, codes).reshape(stored.shape)
+    codes = stored.contiguous().view(torch.int8)
+    sign_and_value = codes.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(FP8_IN_FLOAT16)
+    values = sign_and_value.view(torch.float16).to(torch.float32).mul_(FP8_EXPONENT)
+    magnitude = codes.view(torch.uint8) & FP8_NAN
+    if magnitude.numel() and magnitude.max() == FP8_NAN:
+        values[magnitude == FP8_NAN] = torch.nan
+    return values
 
 
 def _fp8_rows(codes: torch.Tensor, scale: torch.Tensor) -> Rows:
-    values = codes.mul_(scale)
-    return Rows(values, values.abs().mul_(FP8_RELATIVE).add_(scale * FP8_ABSOLUTE))
+    return Rows(codes.mul_(scale), FP8_RELATIVE, scale * FP8_ABSOLUTE)
 
 
 _DECODERS: dict[str, Callable[[StoredLinear, int, int], Rows]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -73,21 +74,25 @@ class TensorMaker:
         Args:
             whole_rows: all columns, also on ranks that hold some of them: what a scale a row is taken from.
         """
-        columns = None if whole_rows else plan.columns
+        weight = self._smoothed(plan, start, stop, None if whole_rows else plan.columns)
+        _largest(plan, weight)
+        return weight
+
+    def _smoothed(self, plan: TensorPlan, start: int, stop: int, columns: tuple[int, int] | None) -> torch.Tensor:
         weight = self._stacked(plan, start, stop, columns, torch.float32)
         if self.spec.fmt.smooths:
             weight = weight * (1.0 / _part(self.scales.pre_quant_scale[plan.modules[0]], columns))
-        return _finite(plan, weight)
+        return weight
 
     def _copy(self, plan: TensorPlan, start: int, stop: int) -> torch.Tensor:
-        return _finite(plan, self._stacked(plan, start, stop, plan.columns, getattr(torch, plan.dtype)))
+        rows = self._stacked(plan, start, stop, plan.columns, getattr(torch, plan.dtype))
+        _largest(plan, rows)
+        return rows
 
     def _fp8(self, plan: TensorPlan, start: int, stop: int) -> torch.Tensor:
         scale = self._weight_scale(plan)
-        weight = self._weights(plan, start, stop)
-        low, high = weight.aminmax()
-        largest = float(torch.maximum(-low, high))
-        if largest > scale * FP8_MAX * SATURATION_SLACK:
+        weight = self._smoothed(plan, start, stop, plan.columns)
+        if (largest := _largest(plan, weight)) > scale * FP8_MAX * SATURATION_SLACK:
             raise CheckpointError(
                 plan.name,
                 f"a weight of {largest:.4g}",
@@ -145,16 +150,17 @@ def _columns(weight: torch.Tensor, plan: TensorPlan) -> torch.Tensor:
     return weight if plan.columns is None else weight[:, plan.columns[0] : plan.columns[1]]
 
 
-def _finite(plan: TensorPlan, rows: torch.Tensor) -> torch.Tensor:
-    low, high = rows.aminmax()  # one pass, and NaN comes through
-    if not torch.isfinite(low) or not torch.isfinite(high):
+def _largest(plan: TensorPlan, rows: torch.Tensor) -> float:
+    """Of the absolute values, all of which have to be finite."""
+    low, high = (float(bound) for bound in rows.aminmax())  # one pass, and NaN comes through
+    if not math.isfinite(low) or not math.isfinite(high):
         raise CheckpointError(
             plan.name,
             f"a value that {str(rows.dtype).removeprefix('torch.')} cannot hold",
             "finite weights",
             "use dtype bfloat16, or check the checkpoint for NaN",
         )
-    return rows
+    return max(-low, high)
 
 
 _NUMBERS: dict[Kind, Callable[[TensorMaker, TensorPlan], float | torch.Tensor]] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medusa_export.exporter.stored import Rows, StoredLinear, rounded_inputs
+from medusa_export.exporter.stored import StoredLinear, rounded_inputs
 from medusa_export.heads.checkpoint import TensorSource
 
 
@@ -27,8 +27,9 @@ def test_int4(tmp_path: Path) -> None:
     assert stored.shape == (2, 2)
     rows = stored.rows(0, 2)
     assert rows.values.tolist() == [[0.5, -2.0], [4.0, -8.0]]
-    assert rows.error is not None
-    assert rows.error[1].tolist() == pytest.approx([1.0, 4.0], rel=1e-2)  # half a step, unsmoothed
+    assert rows.absolute is not None
+    assert rows.absolute[1].tolist() == [1.0, 4.0]  # half a step, unsmoothed
+    assert rows.relative == torch.finfo(torch.float16).eps  # of the smoothing factor
 
 
 def test_fp4(tmp_path: Path) -> None:
@@ -53,16 +54,7 @@ def test_16_bit_is_left_alone(tmp_path: Path) -> None:
     stored = linear(tmp_path, "FP8", weight=weight)
     rows = stored.rows(1, 3)
     assert torch.equal(rows.values, weight[1:3])
-    assert rows.error is None
-
-
-def test_join() -> None:
-    part = Rows(torch.ones(2, 3), torch.zeros(2, 3))
-    assert Rows.join([part, part], 1).values.shape == (2, 6)
-    joined = Rows.join([part, part], 0)
-    assert joined.values.shape == (4, 3)
-    assert joined.error is not None
-    assert joined.error.shape == (4, 3)
+    assert rows.absolute is None
 
 
 class TestRoundedInputs:

@@ -64,9 +64,12 @@ class TritonMeter(Meter):
         self._load = running, waiting
 
     def close(self) -> None:
-        """Hand on what is left, and stop."""
+        """Hand on what is left, and stop. Metrics and families go now: one that lives until the interpreter ends asks a server that
+        does not listen any more, and the stub ends with a segmentation fault."""
         self._stopping.set()
         self._thread.join()
+        self._metrics.clear()  # before the families that they belong to
+        self._families.clear()
 
     def _work(self) -> None:
         while not self._stopping.wait(FLUSH_SECONDS):

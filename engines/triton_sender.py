@@ -10,6 +10,9 @@ from typing import Any
 class Sender:
     """Answers one request.
 
+    Triton's object is let go of with the last response: it lies in memory that is shared with the server, and one that outlives the
+    model makes the stub end with a segmentation fault.
+
     Args:
         pb_utils: Triton's module.
         sender: the request's.
@@ -17,12 +20,12 @@ class Sender:
 
     def __init__(self, pb_utils: Any, sender: Any) -> None:
         self._pb, self._sender = pb_utils, sender
-        self._lock, self._is_done = threading.Lock(), False
+        self._lock = threading.Lock()
 
     def is_cancelled(self) -> bool:
         """Whether the client has given up; False once the last response is sent. Costs a message to the server."""
         with self._lock:
-            return not self._is_done and bool(self._sender.is_cancelled())
+            return self._sender is not None and bool(self._sender.is_cancelled())
 
     def tensors(self, arrays: Mapping[str, Any], *, is_last: bool) -> None:
         """Send a response."""
@@ -44,11 +47,11 @@ class Sender:
             self._sender.send(response)
             return
         with self._lock:
-            self._is_done = True
-            self._sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            sender, self._sender = self._sender, None
+            sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def nothing(self) -> None:
         """End without a response."""
         with self._lock:
-            self._is_done = True
-            self._sender.send(flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            sender, self._sender = self._sender, None
+            sender.send(flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

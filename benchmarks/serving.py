@@ -1,0 +1,198 @@
+"""A served engine under load: throughput, latencies and memory on a real tritonserver, every answer compared with the offline one.
+
+    python benchmarks/serving.py quickstart/out/engine --prompts examples/spec_bench_39.jsonl --json serving.json
+    python benchmarks/serving.py quickstart/out/engine --prompts examples/spec_bench_39.jsonl --streams 16 --minutes 10
+
+Server and clients share this machine, on its loopback. ``--cancel 0.3`` has three of ten clients give up at a random token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))  # this folder is no package
+
+from serving_client import Answer, Load, Question, run_load, summary
+from serving_memory import MemoryLog
+
+from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.parity import explain, logit_noise, verdict
+from medusa_export.engines.prompts import encode_prompts
+from medusa_export.engines.report import hardware, versions
+from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.triton import write_repository
+from medusa_export.engines.triton_server import Address, TritonServer
+from medusa_export.heads.conversations import load_prompts, read_tokenizer
+from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.tree import Tree, load_tree
+
+NONE, ENGINE = "none", "engine"  # besides files, what --tree may be
+NOISE_PROMPTS = 3
+
+
+def main(
+    engine_dir: Annotated[Path, typer.Argument(help="Engine directory of an export for ONNX Runtime.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL; asked in turn.")],
+    streams: Annotated[list[int], typer.Option(help="Requests at once; may be given again.")] = [1, 8, 32, 128],  # noqa: B006
+    tree: Annotated[
+        list[str],
+        typer.Option(help="none, engine (its own, at any number of requests), or a tree.json; may be given again."),
+    ] = [NONE, ENGINE],  # noqa: B006
+    requests: Annotated[int | None, typer.Option(help="Of each load. Default: 24, or two a stream.")] = None,
+    max_new_tokens: int = 64,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Requests that the server decodes at once.")] = 32,
+    cancel: Annotated[float, typer.Option(help="Part of the clients that give up.")] = 0.0,
+    minutes: Annotated[float | None, typer.Option(help="Instead of a number of requests; the first load only.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Serve an engine, ask it from many clients at once, and print what they saw."""
+    if minutes is not None:
+        streams, tree = streams[:1], tree[:1]
+    questions, judge = _offline(engine_dir, prompts, limit, max_new_tokens)
+    options = ServingOptions(max_batch=max_batch, tree_max_batch=max_batch, timeout_s=3600)
+    loads = [
+        Load(
+            count, requests or max(24, 2 * count), max_new_tokens, cancel=cancel,
+        )
+        for count in streams
+    ]  # fmt: skip
+    if minutes is not None:
+        loads = [replace(loads[0], requests=sys.maxsize, seconds=60 * minutes)]
+    rows, tools = [], {"tritonclient": importlib.metadata.version("tritonclient")}
+    for name in tree:
+        with _served(engine_dir, name, options) as server:
+            tools["tritonserver"] = _version(server)
+            rows += [{"tree": name, **_measure(server, questions, load, judge)} for load in loads]
+    console = Console()
+    console.print(_table(rows))
+    for row in rows:
+        for message in row["messages"]:
+            console.print(f"{row['tree']}, {row['streams']} streams: {message}", markup=False)
+    if minutes is not None:
+        console.print(_memory_line(rows[0]["memory"]))
+    if json_file:
+        arguments = {
+            "prompts": len(questions), "max_new_tokens": max_new_tokens, "cancel": cancel, **options.as_text(),
+        }  # fmt: skip
+        body = {"rows": rows, "arguments": arguments, "hardware": hardware(), "versions": versions() | tools}
+        json_file.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+def _offline(
+    engine_dir: Path, prompts: Path, limit: int | None, max_tokens: int
+) -> tuple[list[Question], Callable[[Answer], str]]:
+    """The questions with medusa-run's answers, and what says why a served answer differs: a near tie, or not."""
+    engine, tokenizer, loaded = OnnxRuntimeEngine(engine_dir), read_tokenizer(engine_dir), load_prompts(prompts, limit)
+    questions = []
+    for prompt, (key, _, ids) in zip(
+        loaded, encode_prompts(tokenizer, engine.info, loaded, max_new_tokens=max_tokens), strict=True
+    ):
+        if [message["role"] for message in prompt.messages] not in (["user"], ["system", "user"]):
+            raise ConfigError(f"prompt {key}", "a longer conversation", "one question", "leave it out")
+        tokens = _decode(engine, ids, max_tokens)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        questions.append(Question(key, [dict(message) for message in prompt.messages], ids, tokens, text))
+
+    @cache
+    def noise() -> float:
+        return max(logit_noise(engine, q.input_ids, q.tokens, 8) for q in questions[:NOISE_PROMPTS])
+
+    def judge(answer: Answer) -> str:
+        ours, served = (Generation(tokens, "") for tokens in (answer.question.tokens, answer.tokens))
+        return verdict(explain(engine, answer.question.input_ids, ours, served), noise())
+
+    return questions, judge
+
+
+def _decode(engine: OnnxRuntimeEngine, input_ids: Sequence[int], max_tokens: int) -> list[int]:
+    eos = engine.info.eos_token_ids
+    return generate(engine, input_ids, AUTOREGRESSIVE, max_new_tokens=max_tokens, eos_token_ids=eos).tokens
+
+
+@contextmanager
+def _served(engine_dir: Path, tree: str, options: ServingOptions) -> Iterator[TritonServer]:
+    """A server of the repository that medusa-triton writes."""
+    with tempfile.TemporaryDirectory(prefix="medusa-serving-") as folder:
+        repository, file = Path(folder) / "repository", None
+        if tree == NONE:
+            file = Path(folder) / "tree.json"
+            file.write_text(Tree(()).to_json())
+        elif tree != ENGINE:
+            load_tree(tree)
+            file = Path(tree)
+        write_repository(engine_dir, repository, options=options, tree=file)
+        with (Path(folder) / "server.log").open("wb") as log:
+            server = TritonServer(repository, Address.free(), log)
+        try:
+            server.wait_ready()
+            yield server
+        finally:
+            server.stop()
+
+
+def _version(server: TritonServer) -> str:
+    with urllib.request.urlopen(f"{server.address.http}/v2") as response:
+        return str(json.load(response)["version"])
+
+
+def _measure(
+    server: TritonServer, questions: list[Question], load: Load, judge: Callable[[Answer], str]
+) -> dict[str, Any]:
+    warm_up = replace(load, requests=load.streams, max_tokens=4, seconds=float("inf"), cancel=0)
+    asyncio.run(run_load(server.address.grpc, questions, warm_up))
+    with MemoryLog(server) as memory:
+        cpu = time.process_time()
+        answers, seconds = asyncio.run(run_load(server.address.grpc, questions, load))
+        cpu = time.process_time() - cpu
+    row = summary(answers, seconds, judge)
+    return {"streams": load.streams, **row, "client_cores": round(cpu / seconds, 2), "memory": memory.summary()}
+
+
+def _memory_line(memory: dict[str, Any]) -> str:
+    first, last = (memory[name]["all"] for name in ("first_minute_mb", "last_minute_mb"))
+    slope = memory.get("slope_mb_per_minute")
+    return f"memory, all processes: {first} MB in the first minute, {last} MB in the last" + (
+        f", {slope:+} MB a minute after the first" if slope is not None else ""
+    )
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("tree", "streams", "tokens/s", "TTFT ms p50 / p99", "between tokens ms p50 / p99", "longest pauses ms p99",
+                  "tokens per step", "ended", "busy", "errors, lost, mixed up", "exact / ties / mismatches", "memory MB")  # fmt: skip
+    for row in rows:
+        times = [
+            row[name] or {"p50": float("nan"), "p99": float("nan")}
+            for name in ("time_to_first_token_ms", "inter_token_ms")
+        ]
+        table.add_row(
+            Path(row["tree"]).name, str(row["streams"]), f"{row['tokens_per_second']:.1f}",
+            *(f"{each['p50']:.0f} / {each['p99']:.0f}" for each in times),
+            f"{row['pause_ms']['p99']:.0f}" if row["pause_ms"] else "", f"{row['tokens_per_step'] or 0:.2f}",
+            f"{row['ok']}" + (f" + {row['cancelled']} cancelled" if row["cancelled"] else ""), str(row["busy"]),
+            ", ".join(str(row[name]) for name in ("error", "lost", "mixed up")),
+            " / ".join(str(row[name]) for name in ("exact", "tie", "mismatch")),
+            f"{row['memory']['last_minute_mb']['all']:.0f}",
+        )  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)

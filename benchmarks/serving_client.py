@@ -1,0 +1,205 @@
+"""Clients of the load test: streams of one gRPC channel, each answer with its times and what was wrong with it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+MODEL = "medusa"
+REQUEST_SECONDS = 600.0
+KINDS = {"text_input": "BYTES", "system": "BYTES", "max_tokens": "INT64", "stream": "BOOL"}
+DTYPES: dict[str, Any] = {"BYTES": np.object_, "INT64": np.int64, "BOOL": np.bool_}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt, and what decoding alone answers.
+
+    Attributes:
+        messages: the user's, perhaps after a system prompt.
+        input_ids: of the chat template.
+        tokens, text: the offline answer.
+    """
+
+    id: str
+    messages: list[dict[str, str]]
+    input_ids: list[int]
+    tokens: list[int]
+    text: str
+
+
+@dataclass
+class Answer:
+    """What one request got.
+
+    Attributes:
+        status: "ok", "busy", "error", "lost" (an end without the last response), "cancelled" (by this client) or "mixed up" (another
+            request's response).
+        sent: seconds of the clock.
+        pieces: of each response with tokens, when it came and how many.
+        tokens_per_step: what the server says.
+    """
+
+    question: Question
+    sent: float
+    status: str = "lost"
+    message: str = ""
+    pieces: list[tuple[float, int]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    tokens_per_step: float = 0.0
+
+    @property
+    def is_equal(self) -> bool:
+        """Tokens and text are the offline ones; of a cancelled answer, its beginning."""
+        if self.status == "cancelled":
+            return self.question.tokens[: len(self.tokens)] == self.tokens and self.question.text.startswith(self.text)
+        return self.tokens == self.question.tokens and self.text == self.question.text
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many ask, and how long.
+
+    Attributes:
+        streams: requests in flight at any time.
+        requests: all together; each stream sends its next one when its last one has ended.
+        seconds: no request starts later.
+        cancel: part of the requests that their clients give up, at a random one of their tokens.
+    """
+
+    streams: int
+    requests: int
+    max_tokens: int
+    seconds: float = float("inf")
+    cancel: float = 0.0
+    seed: int = 0
+
+
+async def run_load(address: str, questions: list[Question], load: Load) -> tuple[list[Answer], float]:
+    """Put a load on a server. Returns every request's answer, in the order of their ends, and the seconds that it took."""
+    from tritonclient.grpc.aio import InferenceServerClient
+
+    numbers, draw, answers = count(), random.Random(load.seed), list[Answer]()
+    start = time.perf_counter()
+
+    async def ask_on(client: Any) -> None:
+        while (number := next(numbers)) < load.requests and time.perf_counter() - start < load.seconds:
+            question = questions[number % len(questions)]
+            patience = draw.randint(0, load.max_tokens) if draw.random() < load.cancel else None
+            answers.append(await _ask(client, question, f"{number}", load.max_tokens, patience))
+
+    async with InferenceServerClient(address) as client:
+        await asyncio.gather(*(ask_on(client) for _ in range(load.streams)))
+    return answers, time.perf_counter() - start
+
+
+async def _ask(client: Any, question: Question, request_id: str, max_tokens: int, patience: int | None) -> Answer:
+    """One request; ``patience`` tokens are enough for a client that gives up."""
+
+    async def requests() -> AsyncIterator[dict[str, Any]]:
+        yield {
+            "model_name": MODEL, "inputs": _inputs(question, max_tokens), "request_id": request_id,
+            "enable_empty_final_response": True,
+        }  # fmt: skip
+
+    answer = Answer(question, time.perf_counter())
+    stream = client.stream_infer(requests(), stream_timeout=REQUEST_SECONDS)
+    if patience == 0:
+        await asyncio.sleep(0.01)  # so that the server has the request
+    try:
+        while patience is None or len(answer.tokens) < patience:
+            if await _listen(stream, request_id, answer):
+                return answer
+        answer.status = "cancelled"
+    except StopAsyncIteration:
+        answer.message = "the stream ended before the answer"
+    except Exception as error:  # whatever the client library raises is what this request got
+        answer.status, answer.message = "error", f"{error}"
+    finally:
+        stream.cancel()
+    return answer
+
+
+async def _listen(stream: Any, request_id: str, answer: Answer) -> bool:
+    """Take one response; whether it was the last one."""
+    result, error = await anext(stream)
+    if error is not None:
+        answer.message = error.message()
+        answer.status = "busy" if "that wait" in answer.message else "error"
+        return True
+    response = result.get_response()
+    if response.id != request_id:
+        answer.status, answer.message = "mixed up", f"a response of request {response.id}"
+        return True
+    if response.outputs:
+        tokens = result.as_numpy("token_ids").tolist()
+        answer.pieces.append((time.perf_counter(), len(tokens)))
+        answer.tokens += tokens
+        answer.text += result.as_numpy("text_output")[0].decode()
+        answer.tokens_per_step = float(result.as_numpy("tokens_per_step")[0])
+    if response.parameters["triton_final_response"].bool_param:
+        answer.status = "ok"
+        return True
+    return False
+
+
+def _inputs(question: Question, max_tokens: int) -> list[Any]:
+    from tritonclient.grpc.aio import InferInput
+
+    given = {"text_input": question.messages[-1]["content"].encode(), "max_tokens": max_tokens, "stream": True}
+    if len(question.messages) > 1:
+        given["system"] = question.messages[0]["content"].encode()
+    made: list[Any] = []
+    for name, value in given.items():
+        values = np.array([value], dtype=DTYPES[KINDS[name]])
+        made.append(InferInput(name, [1], KINDS[name]).set_data_from_numpy(values))
+    return made
+
+
+def summary(answers: list[Answer], seconds: float, explain: Callable[[Answer], str]) -> dict[str, Any]:
+    """The figures of one load, times in milliseconds.
+
+    Tokens that came in one piece share the time since the piece before; a pause is the whole of it.
+
+    Args:
+        explain: why an answer is another one than the offline engine's: "tie" or "mismatch".
+    """
+    whole = [answer for answer in answers if answer.status == "ok"]
+    first = [answer.pieces[0][0] - answer.sent for answer in answers if answer.pieces]
+    pauses = [
+        (now - before, tokens)
+        for answer in answers
+        for (before, _), (now, tokens) in zip(answer.pieces, answer.pieces[1:], strict=False)
+    ]
+    tokens = sum(len(answer.tokens) for answer in answers)
+    statuses = [answer.status for answer in answers]
+    verdicts = [
+        "exact" if answer.is_equal else explain(answer) for answer in answers if answer.status in ("ok", "cancelled")
+    ]
+    return {
+        "requests": len(answers), "seconds": round(seconds, 2), "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 2),
+        "requests_per_second": round(len(whole) / seconds, 3),
+        "time_to_first_token_ms": _quantiles(first),
+        "inter_token_ms": _quantiles([pause / tokens for pause, tokens in pauses for _ in range(tokens)]),
+        "pause_ms": _quantiles([pause for pause, _ in pauses]),
+        "tokens_per_step": round(float(np.mean([answer.tokens_per_step for answer in whole])), 3) if whole else None,
+        **{name: statuses.count(name) for name in ("ok", "cancelled", "busy", "error", "lost", "mixed up")},
+        **{name: verdicts.count(name) for name in ("exact", "tie", "mismatch")},
+        "messages": sorted({answer.message for answer in answers if answer.message})[:5],
+    }  # fmt: skip
+
+
+def _quantiles(seconds: list[float]) -> dict[str, float] | None:
+    if not seconds:
+        return None
+    p50, p99 = np.percentile(seconds, [50, 99]) * 1000
+    return {"p50": round(float(p50), 2), "p99": round(float(p99), 2)}

@@ -1,0 +1,86 @@
+"""The load test on a real server with a tiny engine: every answer is compared, and clients that give up are counted as such."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """The benchmark and its own modules, as they find each other; gone after the test."""
+    before = set(sys.modules)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    benchmark = load("serving")
+    found = {"serving": benchmark, "client": sys.modules["serving_client"]}
+    for name in set(sys.modules) - before:
+        if name.startswith("serving_"):
+            monkeypatch.delitem(sys.modules, name)
+    return found
+
+
+def test_small(modules: dict[str, ModuleType], tiny_engine: Callable[..., Any], tmp_path: Path) -> None:
+    engine = tiny_engine(drafts_well=True, max_length=512, max_position_embeddings=512).path
+    prompts, figures = tmp_path / "prompts.jsonl", tmp_path / "figures.json"
+    prompts.write_text("".join(json.dumps({"prompt": f"w{n} w{n + 1} w{2 * n}"}) + "\n" for n in range(5)))
+    modules["serving"].main(
+        engine, prompts, streams=[1, 6], tree=["none", "engine"], requests=14, max_new_tokens=40, max_batch=4, cancel=0.3,
+        json_file=figures,
+    )  # fmt: skip
+    body = json.loads(figures.read_text())
+    assert [(row["tree"], row["streams"]) for row in body["rows"]] == [
+        ("none", 1), ("none", 6), ("engine", 1), ("engine", 6)
+    ]  # fmt: skip
+    for row in body["rows"]:
+        assert (row["error"], row["lost"], row["mixed up"], row["busy"], row["mismatch"]) == (0, 0, 0, 0, 0), row
+        assert row["ok"] + row["cancelled"] == row["exact"] + row["tie"] == 14
+        assert row["cancelled"] > 0
+        assert row["time_to_first_token_ms"]["p50"] > 0
+        assert row["memory"]["last_minute_mb"]["all"] > 10
+    assert body["rows"][0]["tokens_per_step"] == 1 < body["rows"][2]["tokens_per_step"]
+    assert body["versions"]["tritonserver"] == "2.51.0"
+
+
+def test_what_is_counted(modules: dict[str, ModuleType]) -> None:
+    """Times, shares and verdicts of answers that are made up."""
+    client = modules["client"]
+    question = client.Question("q", [], [1], [5, 6, 7, 8], "a b c d")
+
+    def answer(status: str, tokens: list[int], text: str, pieces: list[tuple[float, int]], **more: Any) -> Any:
+        return client.Answer(question, 10.0, status, pieces=pieces, tokens=tokens, text=text, **more)
+
+    answers = [
+        answer("ok", [5, 6, 7, 8], "a b c d", [(10.5, 1), (10.8, 3)], tokens_per_step=3.0),
+        answer("ok", [5, 6, 9], "a b x", [(12.0, 3)], tokens_per_step=1.0),
+        answer("cancelled", [5, 6], "a b", [(11.0, 2)]),
+        answer("cancelled", [6], "b", [(11.0, 1)]),
+        answer("busy", [], "", [], message="server: full"),
+        answer("lost", [5], "a", [(11.0, 1)]),
+    ]
+    found = client.summary(answers, 2.0, lambda answer: "tie" if answer.text == "a b x" else "mismatch")
+    assert (found["exact"], found["tie"], found["mismatch"]) == (2, 1, 1)
+    assert (found["ok"], found["cancelled"], found["busy"], found["lost"]) == (2, 2, 1, 1)
+    assert (found["tokens"], found["tokens_per_second"]) == (11, 5.5)
+    assert found["time_to_first_token_ms"]["p50"] == 1000
+    assert found["inter_token_ms"] == {"p50": 100.0, "p99": 100.0}
+    assert found["pause_ms"]["p50"] == 300
+    assert found["tokens_per_step"] == 2.0
+    assert found["messages"] == ["server: full"]

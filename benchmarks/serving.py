@@ -45,6 +45,7 @@ from medusa_export.heads.tree import Tree, load_tree
 
 NONE, ENGINE = "none", "engine"  # besides files, what --tree may be
 NOISE_PROMPTS = 3
+EXIT_SECONDS = 3  # nothing is in flight then, but Triton 2.51 may hold on to a stream that was cancelled as it ended
 
 
 def main(
@@ -140,7 +141,7 @@ def _served(engine_dir: Path, tree: str, options: ServingOptions) -> Iterator[Tr
             file = Path(tree)
         write_repository(engine_dir, repository, options=options, tree=file)
         with (Path(folder) / "server.log").open("wb") as log:
-            server = TritonServer(repository, Address.free(), log)
+            server = TritonServer(repository, Address.free(), log, exit_seconds=EXIT_SECONDS)
         try:
             server.wait_ready()
             yield server

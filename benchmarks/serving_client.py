@@ -119,12 +119,11 @@ async def _ask(client: Any, question: Question, request_id: str, max_tokens: int
             if await _listen(stream, request_id, answer):
                 return answer
         answer.status = "cancelled"
+        stream.cancel()
     except StopAsyncIteration:
         answer.message = "the stream ended before the answer"
     except Exception as error:  # whatever the client library raises is what this request got
         answer.status, answer.message = "error", f"{error}"
-    finally:
-        stream.cancel()
     return answer
 
 

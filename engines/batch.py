@@ -47,15 +47,18 @@ class Slots:
 
     def _take(self, input_ids: Sequence[int]) -> int:
         """The next free slot, for a prompt."""
+        self._require_room(input_ids)
+        slot = self.active
+        self.active += 1
+        self._lengths[slot] = 0
+        return slot
+
+    def _require_room(self, input_ids: Sequence[int]) -> None:
         if self.active == self.slots:
             raise ConfigError("slots", f"{self.slots} in use", "a free one", "let a sequence end first")
         if not 0 < len(input_ids) < self.max_length:
             got, limit = f"{len(input_ids)} tokens", f"1 .. {self.max_length - 1}"
             raise ConfigError("prompt", got, limit, "shorten it, or allow longer sequences")
-        slot = self.active
-        self.active += 1
-        self._lengths[slot] = 0
-        return slot
 
 
 class BatchDecoder(Slots):

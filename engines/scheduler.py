@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from medusa_export.engines.batch_trees import BatchTrees
-from medusa_export.engines.tree_batch import ROOT, TreeBatchDecoder, advance
+from medusa_export.engines.tree_batch import PREFILL, ROOT, TreeBatchDecoder, advance
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.errors import ConfigError, MedusaExportError
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 
-PREFILL_TOKENS = 512  # of prompts that are admitted between two steps of the others
+PREFILL_TOKENS = 128  # of prompts that are read between two steps of the others
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ class Scheduler:
     Args:
         trees: for drafts, by the number of sequences; None decodes without.
         max_queue: requests that wait, at most; None: any number.
+        prefill_tokens: of prompts that are read between two steps of the others; a longer prompt is read in parts.
         meter: is told of tokens and requests, in the scheduler's thread.
     """
 
@@ -123,22 +124,25 @@ class Scheduler:
         *,
         trees: BatchTrees | None = None,
         max_queue: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
         meter: Meter | None = None,
     ) -> None:
         self.decoder, self._trees, self._max_queue = decoder, trees or BatchTrees({}), max_queue
-        self._meter = meter or Meter()
+        self._prefill_tokens, self._meter = prefill_tokens, meter or Meter()
         self._eos = set(decoder.info.eos_token_ids)
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []  # in the order of the decoder's slots
+        self._filling: Ticket | None = None  # its prompt is being read
         self._wake = threading.Condition()
+        self._unread = 0  # tokens of that prompt
         self._closed = self._drains = False
         self._thread = threading.Thread(target=self._work, name="medusa-export-batch", daemon=True)
         self._thread.start()
 
     @property
     def running(self) -> int:
-        """Requests that are decoded now."""
-        return len(self._running)
+        """Requests that are decoded now, or whose prompt is being read."""
+        return len(self._running) + (self._filling is not None)
 
     @property
     def waiting(self) -> int:
@@ -198,21 +202,21 @@ class Scheduler:
         while self._wait():
             try:
                 self._drop_ended()
-                self._admit()
+                self._fill()
                 if self._running:
                     self._step()
             except Exception as error:  # whoever waits has to hear of it, and the next request may fare better
                 logger.exception("a step failed")
                 self._end_all("error", error)
-            self._meter.load(len(self._running), len(self._waiting))
+            self._meter.load(self.running, self.waiting)
         self._end_all("closed")
 
     def _wait(self) -> bool:
         """Sleep while there is nothing to do. False when the scheduler has stopped."""
         with self._wake:
-            while not (self._closed or self._running or self._waiting):
+            while not (self._closed or self.running or self._waiting):
                 self._wake.wait()
-            return not self._closed or (self._drains and bool(self._running or self._waiting))
+            return not self._closed or (self._drains and bool(self.running or self._waiting))
 
     def _drop_ended(self) -> None:
         """End what was cancelled or took too long."""
@@ -220,6 +224,8 @@ class Scheduler:
         for slot in reversed(range(len(self._running))):  # backwards, because the last one moves into a slot that ends
             if reason := _given_up(self._running[slot], now):
                 self._release(slot, reason)
+        if self._filling and (reason := _given_up(self._filling, now)):
+            self._stop_filling(reason)
         with self._wake:
             ended = [(ticket, reason) for ticket in self._waiting if (reason := _given_up(ticket, now))]
             for ticket, _ in ended:
@@ -227,27 +233,46 @@ class Scheduler:
         for ticket, reason in ended:
             self._end(ticket, reason)
 
-    def _admit(self) -> None:
-        """Fill free slots, in the order of the queue; running requests wait for a few prompts only."""
-        room = PREFILL_TOKENS
-        while self._waiting and len(self._running) < self.decoder.slots:
-            room -= len(self._waiting[0].input_ids)
-            if room < 0 and self._running:
-                return
-            with self._wake:
-                ticket = self._waiting.popleft()
-            slot = len(self._running)
+    def _fill(self) -> None:
+        """Read prompts in the order of the queue while slots are free; running requests wait for a few tokens only."""
+        room = self._prefill_tokens
+        while room > 0:
+            if self._filling is None:
+                if not self._waiting or len(self._running) == self.decoder.slots:
+                    return
+                with self._wake:
+                    self._filling = self._waiting.popleft()
+                self._unread = len(self._filling.input_ids)
+            count = min(room, self._unread, PREFILL)
             try:
-                logits = self.decoder.admit(ticket.input_ids)
-                token = ticket.sampler.draw(logits) if ticket.sampler else int(logits.argmax())
+                self._read(self._filling, count)
             except Exception as error:  # this one's: too large for the memory that is left, for instance
                 logger.exception("a prompt failed")
-                if self.decoder.active > slot:
-                    self.decoder.release(slot)
-                self._end(ticket, "error", error)
-                continue
-            self._running.append(ticket)
-            self._take(slot, [token])
+                self._stop_filling("error", error)
+            room -= count
+
+    def _read(self, ticket: Ticket, count: int) -> None:
+        """Read so many tokens of a prompt; when they were the last, its request is one of those that run."""
+        if self._unread == len(ticket.input_ids):
+            self.decoder.begin(ticket.input_ids)
+        logits = self.decoder.fill(count)
+        self._unread -= count
+        if logits is None:
+            return
+        try:
+            token = ticket.sampler.draw(logits) if ticket.sampler else int(logits.argmax())
+        except Exception:
+            self.decoder.release(len(self._running))
+            raise
+        self._filling = None
+        self._running.append(ticket)
+        self._take(len(self._running) - 1, [token])
+
+    def _stop_filling(self, reason: str, error: BaseException | None = None) -> None:
+        ticket, self._filling = self._filling, None
+        self.decoder.drop()
+        if ticket is not None:
+            self._end(ticket, reason, error)
 
     def _step(self) -> None:
         last = [ticket.tokens[-1] for ticket in self._running]
@@ -307,6 +332,7 @@ class Scheduler:
         for slot in reversed(range(len(self._running))):
             self.decoder.release(slot)
             self._end(self._running.pop(), reason, error)
+        self._stop_filling(reason, error)
         with self._wake:
             waiting = list(self._waiting) if reason == "closed" else []
             self._waiting = deque() if reason == "closed" else self._waiting

@@ -21,6 +21,7 @@ class ServingOptions:
         timeout_s: seconds of a request, waiting included, at most.
         max_text_bytes: text of a request, at most.
         tree_max_batch: requests at once, at most, with which the tree is used, where tree.json does not say what pays at which batch.
+        prefill_tokens: of prompts that are read between two steps: fewer make steadier answers, more make earlier ones.
         threads: CPU threads; 0 takes one a core.
 
     Raises:
@@ -34,6 +35,7 @@ class ServingOptions:
     timeout_s: float = 600.0
     max_text_bytes: int = 1 << 20
     tree_max_batch: int = 4
+    prefill_tokens: int = 128
     threads: int = 0
 
     def __post_init__(self) -> None:

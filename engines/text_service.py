@@ -73,7 +73,9 @@ class TextService:
         decoder = TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
         self.max_length = decoder.max_length
         self.name = Path(str(info.source.get("checkpoint", engine_dir))).name
-        self.scheduler = Scheduler(decoder, trees=trees, max_queue=options.max_queue, meter=meter)
+        self.scheduler = Scheduler(
+            decoder, trees=trees, max_queue=options.max_queue, prefill_tokens=options.prefill_tokens, meter=meter
+        )
 
     def submit(self, request: TextRequest, say: Callable[[Piece], None]) -> Ticket:
         """Queue a request; ``say`` gets its answer in pieces, in the scheduler's thread, the last one with its end. From any thread.

@@ -44,6 +44,8 @@ class TreeBatchDecoder(Slots):
         self._heads: dict[int, Any] = {}
         self._hidden = np.zeros((slots, self.info.hidden_size), dtype=np.float32)  # of each sequence's last kept row
         self._kv = self._cache(BLOCK)
+        self._logits = np.empty((0, self.info.vocab_size), dtype=np.float32)
+        self._spare, self._rest = slots - 1, list[int]()  # where a prompt is filled in, and what is left of it
         self._blocks: dict[tuple[int, int, int], _Block] = {}  # (first slot, batch, size)
         self._block: _Block | None = None  # the last verified one
 
@@ -53,14 +55,43 @@ class TreeBatchDecoder(Slots):
         Raises:
             ConfigError: a prompt that leaves no room, or no free slot.
         """
-        slot = self._take(input_ids)
-        for start in range(0, len(input_ids), PREFILL):
-            ids = np.asarray(input_ids[start : start + PREFILL], dtype=np.int64)[None]
-            block = _Block(self, slot, 1, ids.shape[1], last_only=True)
-            block.run(ids, np.arange(ids.shape[1]), np.tri(ids.shape[1], dtype=bool))
-            self._keep(block, [np.arange(ids.shape[1])])
-        self._hidden[slot] = block.hidden[0]
-        return block.logits()[0]
+        self.begin(input_ids)
+        while (logits := self.fill(PREFILL)) is None:
+            pass
+        return logits
+
+    def begin(self, input_ids: Sequence[int]) -> None:
+        """Prepare a prompt that :meth:`fill` runs in parts, with steps of the active sequences in between. One at a time.
+
+        Raises:
+            ConfigError: a prompt that leaves no room, or no free slot.
+        """
+        self._require_room(input_ids)
+        self._rest = list(input_ids)
+        self._lengths[self._spare] = 0
+
+    def fill(self, count: int) -> Array | None:
+        """Run the next tokens of the prompt, ``count`` at most.
+
+        Returns:
+            Logits [vocab_size] when that were the last ones: the sequence is the last active one from now on.
+        """
+        ids = np.asarray(self._rest[: min(count, PREFILL)], dtype=np.int64)[None]
+        size = ids.shape[1]
+        block = _Block(self, self._spare, 1, size, last_only=True)
+        block.run(ids, np.arange(size), np.tri(size, dtype=bool))
+        self._keep(block, [np.arange(size)])
+        self._rest = self._rest[size:]
+        if self._rest:
+            return None
+        self._hidden[self._spare] = block.hidden[0]
+        self._move(self._spare, self.active)
+        self.active += 1
+        return block.logits()[0].copy()
+
+    def drop(self) -> None:
+        """Forget the prompt that is being filled in."""
+        self._rest = []
 
     def step(self, tokens: Sequence[int]) -> Array:
         """The next token of every active sequence goes in.  # [active] -> logits [active, vocab_size]"""
@@ -102,10 +133,13 @@ class TreeBatchDecoder(Slots):
     def release(self, slot: int) -> None:
         """End a sequence; the last active one moves into its slot."""
         self.active -= 1
-        if slot != self.active:
-            length = self._lengths[slot] = self._lengths[self.active]
-            self._kv[:, slot, :, :length] = self._kv[:, self.active, :, :length]
-            self._hidden[slot] = self._hidden[self.active]
+        self._move(self.active, slot)
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            length = self._lengths[target] = self._lengths[source]
+            self._kv[:, target, :, :length] = self._kv[:, source, :, :length]
+            self._hidden[target] = self._hidden[source]
 
     def _verify(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> _Block:
         self.info.require_tree(tree)
@@ -119,19 +153,38 @@ class TreeBatchDecoder(Slots):
 
     def _keep(self, block: _Block, paths: Sequence[npt.NDArray[np.int64]]) -> None:
         slots = range(block.first, block.first + len(paths))
-        self._grow(max(int(self._lengths[slot]) + len(path) for slot, path in zip(slots, paths, strict=True)))
+        needed = self._lengths.copy()
+        if self._rest:
+            needed[self._spare] += len(self._rest)  # all of a prompt at once, so that the cache moves once
+        if not (self._rest and block.first == self._spare):
+            needed[slots] += [len(path) for path in paths]
+        self._fit(int(needed[[*self._used(), *slots]].max()))
         for row, (slot, path) in enumerate(zip(slots, paths, strict=True)):
             length = self._lengths[slot]
             self._kv[:, slot, :, length : length + len(path)] = block.rows[:, row][:, :, path]
             self._lengths[slot] += len(path)
 
-    def _grow(self, rows: int) -> None:
-        """Room for sequences of so many rows."""
-        if rows <= self._kv.shape[3]:
+    def _fit(self, rows: int) -> None:
+        """Room for sequences of so many rows, but not for twice as many: a step reads all rows of a slot, masked ones too."""
+        capacity, old = -(-rows // BLOCK) * BLOCK, self._kv
+        if old.shape[3] // 2 < capacity <= old.shape[3]:
             return
-        old, self._kv = self._kv, self._cache(-(-rows // BLOCK) * BLOCK)
-        self._kv[:, : self.active, :, : old.shape[3]] = old[:, : self.active]
+        self._kv = self._cache(capacity)
+        for slot in self._used():
+            length = self._lengths[slot]
+            self._kv[:, slot, :, :length] = old[:, slot, :, :length]
         self._blocks.clear()  # they are bound to the old memory
+
+    def _used(self) -> list[int]:
+        """Slots that hold something."""
+        return [*range(self.active), *([self._spare] if self._rest else [])]
+
+    def _scratch(self, rows: int) -> Array:
+        """Memory for so many rows of logits, the same for all runs: one at a time needs it.  # [rows, vocab_size]"""
+        if rows > len(self._logits):
+            self._logits = np.empty((rows, self.info.vocab_size), dtype=np.float32)
+            self._blocks.clear()
+        return self._logits[:rows]
 
     def _cache(self, capacity: int) -> Array:
         info = self.info
@@ -164,7 +217,7 @@ class _Block:
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", share(cache[first : first + batch]))
             self._binding.bind_ortvalue_output(f"present.{name}", share(new))
         self._next_ids = np.zeros(len(rows), dtype=np.int64)
-        self._logits = np.zeros((len(rows), info.vocab_size), dtype=np.float32)
+        self._logits = decoder._scratch(len(rows))
         self._binding.bind_ortvalue_output("next_ids", share(self._next_ids))
         self._binding.bind_ortvalue_output("logits", share(self._logits))
 

@@ -76,7 +76,8 @@ KINDS: dict[str, Kind] = {
     ),
     "onnxruntime": Kind(
         lambda path: (path / ENGINE_FILE).is_file(), _write_onnxruntime, _verify_onnxruntime,
-        ("max_batch", "kv_cache_mb", "max_queue", "max_tokens", "timeout_s", "max_text_bytes", "tree_max_batch", "tree", "threads"),
+        ("max_batch", "kv_cache_mb", "max_queue", "max_tokens", "timeout_s", "max_text_bytes", "tree_max_batch", "tree",
+         "prefill_tokens", "threads"),
     ),
 }  # fmt: skip
 
@@ -109,6 +110,12 @@ def triton_command(
     tree_max_batch: Annotated[
         int | None,
         typer.Option(help="Requests at once up to which a tree is used that says nothing of batches. Default: 4."),
+    ] = None,
+    prefill_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompt tokens that are read between two steps: fewer make steadier answers, more earlier ones. Default: 128."
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 takes one a core. Default: 0.")] = None,
     kv_fraction: Annotated[

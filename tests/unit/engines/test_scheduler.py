@@ -141,6 +141,51 @@ def test_a_cancelled_request_frees_its_slot_within_a_step(schedule: Callable[...
     assert len(first.tokens) <= 2
 
 
+def test_a_long_prompt_does_not_hold_up_the_others(schedule: Callable[..., Scheduler], engine_dir: Path) -> None:
+    """It is read in parts: between any two of them the running request gets a token."""
+    scheduler, running, long = schedule(slots=3, prefill_tokens=3), Ears(), Ears()
+    events: list[str] = []
+    fill, step = scheduler.decoder.fill, scheduler._step
+    scheduler.decoder.fill = lambda count: (events.append(f"fill {count}"), fill(count))[1]  # type: ignore[method-assign]
+    scheduler._step = lambda: (events.append("step"), step())[1]  # type: ignore[method-assign]
+    running.may_go_on.clear()
+    scheduler.submit(PROMPTS[0], Sampling(max_tokens=12), running)
+    assert running.started.wait(SECONDS)
+    scheduler.submit([9] * 8, Sampling(max_tokens=3), long)
+    running.may_go_on.set()
+    assert (running.wait().reason, long.wait().reason) == ("length", "length")
+    assert events[:7] == ["fill 3", "step", "fill 3", "step", "fill 3", "step", "fill 2"]
+    assert running.tokens == alone(engine_dir, PROMPTS[0], 12)
+    assert long.tokens == alone(engine_dir, [9] * 8, 3)
+
+
+def test_a_request_whose_prompt_is_being_read_can_be_cancelled(
+    schedule: Callable[..., Scheduler], engine_dir: Path
+) -> None:
+    scheduler, running, long, later = schedule(slots=2, prefill_tokens=2), Ears(), Ears(), Ears()
+    fill, reading, may_go_on = scheduler.decoder.fill, threading.Event(), threading.Event()
+
+    def wait_and_fill(count: int) -> Any:
+        if scheduler._unread in (8, 9):
+            reading.set()
+            assert may_go_on.wait(SECONDS)
+        return fill(count)
+
+    scheduler.decoder.fill = wait_and_fill  # type: ignore[method-assign]
+    scheduler.submit(PROMPTS[0], Sampling(max_tokens=9), running)
+    ticket = scheduler.submit([9] * 20, Sampling(max_tokens=3), long)
+    assert reading.wait(SECONDS)
+    assert scheduler.running >= 1
+    ticket.cancel()
+    scheduler.submit(PROMPTS[1], Sampling(max_tokens=5), later)
+    may_go_on.set()
+    assert (long.wait().reason, long.tokens) == ("cancelled", [])
+    assert later.wait().reason == "length"
+    assert later.tokens == alone(engine_dir, PROMPTS[1], 5)
+    assert running.wait().reason == "length"
+    assert running.tokens == alone(engine_dir, PROMPTS[0], 9)
+
+
 def test_one_that_waits_can_be_cancelled(schedule: Callable[..., Scheduler]) -> None:
     scheduler, first, second = schedule(slots=1), Ears(), Ears()
     scheduler.submit([3, 4], Sampling(max_tokens=100), first)

@@ -108,6 +108,49 @@ def test_drawn_tokens_are_those_of_one_sequence(tiny_engine: Callable[..., Any])
         assert result.tokens[: LIMITS[index]] == expected.tokens
 
 
+def test_a_prompt_is_read_in_parts_between_steps_of_others(tiny_engine: Callable[..., Any]) -> None:
+    """The others step, end and move meanwhile; a dropped prompt leaves nothing."""
+    path = tiny_engine().path
+    engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=4)
+    long = [3, 9, 27, 81, 50, 53, 62, 89, 73, 25, 75]
+    first = [int(decoder.admit(prompt).argmax()) for prompt in PROMPTS[:3]]
+    decoder.begin([5, 6, 7])
+    assert decoder.fill(2) is None
+    decoder.drop()
+    decoder.begin(long)
+    rows = [[token] for token in first]
+    logits = None
+    while logits is None:
+        for row, new in zip(rows, advance(decoder, AUTOREGRESSIVE, [row[-1] for row in rows]), strict=True):
+            row += new
+        if len(rows) == 3 and len(rows[0]) > 2:
+            decoder.release(0)
+            rows = [rows[2], rows[1]]
+        logits = decoder.fill(3)
+    rows.append([int(logits.argmax())])
+    for _ in range(4):
+        for row, new in zip(rows, advance(decoder, AUTOREGRESSIVE, [row[-1] for row in rows]), strict=True):
+            row += new
+    for row, prompt in zip(rows, [PROMPTS[2], PROMPTS[1], long], strict=True):
+        expected = generate(engine, prompt, AUTOREGRESSIVE, max_new_tokens=len(row), eos_token_ids=())
+        assert row == expected.tokens
+
+
+def test_a_long_sequence_does_not_cost_those_after_it(tiny_engine: Callable[..., Any]) -> None:
+    """A step reads all rows of the cache, so it has to shrink again; what is in it stays."""
+    path = tiny_engine(max_length=1000, max_position_embeddings=1000).path
+    engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=3)
+    row = [int(decoder.admit(PROMPTS[0]).argmax())]
+    decoder.admit([5] * 600)
+    grown = decoder._kv.shape[3]
+    decoder.release(1)
+    for _ in range(5):
+        row += advance(decoder, AUTOREGRESSIVE, [row[-1]])[0]
+    assert grown >= 600
+    assert decoder._kv.shape[3] < 20
+    assert row == generate(engine, PROMPTS[0], AUTOREGRESSIVE, max_new_tokens=6, eos_token_ids=()).tokens
+
+
 def test_refusals(tiny_engine: Callable[..., Any]) -> None:
     decoder = TreeBatchDecoder(tiny_engine().path, slots=1, max_length=4)
     with pytest.raises(ConfigError, match="4 tokens"):

@@ -9,7 +9,6 @@ neither its speed nor its numbers. ``--check`` looks at the numbers instead: the
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -142,7 +141,7 @@ def child(onnx: Path, length: int, gpus: tuple[int, ...]) -> None:
     """One build in this process; its figures as JSON on stdout."""
     import_tensorrt(RTX)
     with tempfile.TemporaryDirectory() as out:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _peak_kib()
         start = time.perf_counter()
         TensorRtBuilder().build(
             onnx, Path(out), lambda stage, done, total: None, gpus=gpus, max_length=length, max_nodes=MAX_NODES,
@@ -150,8 +149,15 @@ def child(onnx: Path, length: int, gpus: tuple[int, ...]) -> None:
         )  # fmt: skip
         seconds = time.perf_counter() - start
         sizes = {name: (Path(out) / name).stat().st_size for name in (DECODER_ENGINE, HEADS_ENGINE)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": round(seconds, 1), "bytes": sizes, "peak_rss_kib": peak, "libraries_kib": before}))
+    print(
+        json.dumps({"seconds": round(seconds, 1), "bytes": sizes, "peak_rss_kib": _peak_kib(), "libraries_kib": before})
+    )
+
+
+def _peak_kib() -> int:
+    """Of this process alone: getrusage would count what its parent held when it was started."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -168,12 +174,14 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_numbers(rows: list[dict[str, Any]]) -> None:
-    table = Table("format", "dtype", "max", "rms", "same", "KL", "agree", "tree")
+    table = Table("format", "dtype", "max", "rms", "own", "same", "KL", "agree", "tree")
     for row in rows:
-        error = f"{row['relative_error']:.2%}"
+        error = (f"{row['relative_error']:.2%}", f"{row['own_error']:.2%}")
         shares = (f"{row['same_token']:.1%}", f"{row['kl_mean']:.2g}", f"{row['agreement']:.1%}")
-        table.add_row(row["quant"], row["dtype"], f"{row['max_error']:.2g}", error, *shares, f"{row['tree_noise']:.2g}")
-    Console().print(table)
+        table.add_row(
+            row["quant"], row["dtype"], f"{row['max_error']:.2g}", *error, *shares, f"{row['tree_noise']:.2g}"
+        )
+    Console(width=110).print(table)
 
 
 def _tensorrt() -> dict[str, str]:

@@ -116,6 +116,45 @@ def test_families(family: str, decoder: Callable[..., Any]) -> None:
     check(load_reference(case.model_dir, torch.float32), made, 1e-3)
 
 
+class BaseModel(torch.nn.Module):
+    """What torch.onnx.export gets: token ids, an additive mask and positions in, logits out, without a cache."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        output = self.model.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        logits: torch.Tensor = self.model.lm_head(output.last_hidden_state)
+        return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_equals_the_graph_that_torch_exports(
+    family: str, decoder: Callable[..., Any], open_session: Callable[..., Any], tmp_path: Path
+) -> None:
+    """torch.onnx.export(dynamo=True) of transformers' model, in the same runtime: a prompt and a tree behind it, in one pass."""
+    pytest.importorskip("onnxscript", reason="torch's exporter needs it; the dev extra has it")
+    case, made = decoder(family)
+    past, size = len(PROMPT), len(PROMPT) + len(NODE_IDS)
+    visible = torch.ones(size, size, dtype=torch.bool).tril()
+    visible[past:, past:] = torch.from_numpy(TREE.mask)
+    mask = torch.zeros(1, 1, size, size).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    positions = torch.cat([torch.arange(past), past + torch.from_numpy(TREE.depths)])[None]
+    inputs = (torch.tensor([[*PROMPT, *NODE_IDS]]), mask, positions)
+    program = torch.onnx.export(
+        BaseModel(load_reference(case.model_dir, torch.float32)), inputs, dynamo=True, opset_version=23, optimize=False,
+        verbose=False, input_names=["input_ids", "mask", "position_ids"], output_names=["logits"],
+    )  # fmt: skip
+    assert program is not None
+    program.save(tmp_path / "torch.onnx")
+    feeds = dict(zip(("input_ids", "mask", "position_ids"), (item.numpy() for item in inputs), strict=True))
+    (wanted,) = open_session(tmp_path / "torch.onnx").run(["logits"], feeds)
+    logits = np.concatenate([made.run(PROMPT)[2], made.run(NODE_IDS, TREE)[2]])
+    np.testing.assert_allclose(logits, wanted[0], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant: str, decoder: Callable[..., Any]) -> None:
     family, config = VARIANTS[variant]

@@ -25,6 +25,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: an address that cannot be had.
     """
+    if not 0 <= port < 1 << 16:  # what the system would take modulo 65536
+        raise ConfigError("--port", f"{port}", "0 .. 65535", "choose another one")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)

@@ -76,9 +76,10 @@ def serve_command(
         raise ConfigError(str(engine), f"an engine for {info.backend}", expected, "see medusa-triton for the others")
     name = name or Path(str(info.source.get("checkpoint") or engine)).name
     front_options = FrontOptions(host, name, _key(api_key_env))
-    if front_options.api_key is None and not front_options.is_local:
-        stderr.print(f"warning: {host} takes requests from other machines, and without --api-key-env from anybody")
     with bind(host, port) as sock:
+        if front_options.api_key is None and not front_options.is_local:
+            warning = f"warning: {host} takes requests from other machines, and without --api-key-env from anybody"
+            stderr.print(warning, soft_wrap=True, markup=False)
         meter = PrometheusMeter(name)
         service = TextService(engine, options, meter, tree=tree)
         slots = service.scheduler.decoder.slots

@@ -1,0 +1,95 @@
+"""medusa-serve refuses what it cannot serve before it loads anything."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_export.exporter.cli_serve import serve_main
+
+
+@pytest.fixture
+def engine(tiny_engine: Callable[..., Any]) -> Path:
+    path: Path = tiny_engine().path
+    return path
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    monkeypatch.setattr("sys.argv", ["medusa-serve", *map(str, arguments)])
+    monkeypatch.setattr("medusa_export.engines.openai_serve.run_front", lambda *_, **__: pytest.fail("it serves"))
+    with pytest.raises(SystemExit) as stopped:
+        serve_main()
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_an_address_in_use(engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} (Address already in use)" in refused(
+            monkeypatch, capsys, "--engine", engine, "--port", port
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--port", 99999), "--port: got 99999"),
+        (("--port", -1), "--port: got -1"),
+        (("--host", "nowhere.invalid"), "nowhere.invalid"),
+        (("--max-concurrent", 0), "--max-batch: got 0"),
+        (("--max-queue", -1), "--max-queue: got -1"),
+        (("--timeout-s", "nan"), "--timeout-s: got nan"),
+        (("--tree", "none.json"), "none.json"),
+        (("--api-key-env", "NOBODY_SET_THIS"), "no such variable"),
+        (("--api-key-env", "SPACED"), "characters that a header cannot hold"),
+        (("--kv-cache-mb", 1, "--max-text-bytes", 0), "--max-text-bytes"),
+    ],
+)
+def test_flags(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: Any, message: str
+) -> None:
+    monkeypatch.setenv("SPACED", "a b")
+    err = refused(monkeypatch, capsys, "--engine", engine, "--port", 0, *flags)
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_another_backend(engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    info = json.loads((engine / "engine.json").read_text())
+    (engine / "engine.json").write_text(json.dumps({**info, "backend": "tensorrt-llm"}))
+    assert "an engine for tensorrt-llm" in refused(monkeypatch, capsys, "--engine", engine)
+    assert "no such" in refused(monkeypatch, capsys, "--engine", engine / "absent")
+
+
+def test_a_warning_where_anybody_may_ask(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SERVE_KEY", "sesame")
+    served = []
+    monkeypatch.setattr(
+        "medusa_export.engines.openai_serve.run_front", lambda front, *_, **__: served.append(front.options)
+    )
+    for flags, warns in (
+        ((), False),
+        (("--host", "0.0.0.0"), True),
+        (("--host", "0.0.0.0", "--api-key-env", "SERVE_KEY"), False),
+    ):
+        monkeypatch.setattr("sys.argv", ["medusa-serve", "--engine", str(engine), "--port", "0", *flags])
+        with pytest.raises(SystemExit) as stopped:
+            serve_main()
+        assert not stopped.value.code
+        captured = capsys.readouterr()
+        assert ("warning: 0.0.0.0" in captured.err) == warns
+        assert "sesame" not in captured.out + captured.err
+    assert [options.api_key for options in served] == [None, None, "sesame"]
+    assert {options.name for options in served} == {"tiny"}

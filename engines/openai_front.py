@@ -6,7 +6,7 @@ import asyncio
 import functools
 import hmac
 import ipaddress
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -117,7 +117,7 @@ class OpenAIFront:
                 require_answer(end)
                 return JSONResponse(writer.whole(text, end))
             pieces = answer.pieces()
-            first = await while_connected(request, anext_of(pieces))
+            first = await while_connected(request, anext(pieces))
             require_answer(first.end)  # while there still is a status to say it with
             return _stream_class()(_events(writer, first, pieces), answer)
         except BaseException:
@@ -131,7 +131,9 @@ class OpenAIFront:
             raise BusyError("server", f"a request while {limit} come in", "fewer", "try again in a moment")
         self._coming += 1
         try:
-            values = endpoint.read(read_body(await self._read(request)))
+            data = await self._read(request)
+            loop = asyncio.get_running_loop()  # parsed elsewhere: large bodies would hold up everybody's answers
+            values = await loop.run_in_executor(self._executor, lambda: endpoint.read(read_body(data)))
             if values["model"] != self.options.name:
                 raise UnknownModelError("model", repr(values["model"][:64]), self.options.name, "see /v1/models")
             asked = text_request(values, self.service.options.max_tokens)
@@ -168,8 +170,8 @@ class OpenAIFront:
             raise SlowBodyError("body", "a part", f"all of it within {BODY_SECONDS:g} s", "send it faster") from error
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, which is cancelled when the client goes first.
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of some work, which is cancelled when the client goes first.
 
     Raises:
         ClientDisconnect: it did.
@@ -187,11 +189,6 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         gone.cancel()
 
 
-async def anext_of(pieces: AsyncIterator[T]) -> T:
-    """The next of some pieces."""
-    return await pieces.__anext__()
-
-
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -206,7 +203,7 @@ async def _events(writer: Writer, first: Any, pieces: AsyncIterator[Any]) -> Asy
             yield writer.text(piece.text)
         if piece.end is not None:
             break
-        piece = await anext_of(pieces)
+        piece = await anext(pieces)
     try:
         require_answer(piece.end)
     except UnfinishedError as error:  # its status is gone, and OpenAI's clients raise on such an event

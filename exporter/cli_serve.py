@@ -53,6 +53,12 @@ def serve_command(
         int | None,
         typer.Option(help="Requests at once up to which a tree is used that says nothing of batches. Default: 4."),
     ] = None,
+    prefill_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompt tokens that are read between two steps: fewer make steadier answers, more earlier ones. Default: 128."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 takes one a core. Default: 0.")] = None,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds for running requests when it is told to stop.")] = 30.0,
     verbose: Verbose = False,

@@ -31,7 +31,9 @@ def test_small(tmp_path: Path) -> None:
     assert rows.keys() == {(case, layers) for case in cases for layers in (4, 8)}
     assert cases == set(chosen)
     assert all(row["resident_mb"] > 0 and row["seconds"] > 0 for row in body["rows"])
-    assert all(row["of_cp_source"] > 0 and row["of_cp_written"] > 0 for row in body["rows"] if row["case"] == "engine none")
+    assert all(
+        row["of_cp_source"] > 0 and row["of_cp_written"] > 0 for row in body["rows"] if row["case"] == "engine none"
+    )
     growth = {case: rows[case, 8]["anonymous_mb"] - rows[case, 4]["anonymous_mb"] for case in cases}  # of 4 layers
     assert growth["all in memory"] > 0.8 * 4 * LAYER_MB
     for case in STREAMING:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from medusa_export.exporter.cli_serve import serve_main
+from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.exporter.cli_serve import serve_command, serve_main
+from medusa_export.exporter.cli_triton import triton_command
 
 
 @pytest.fixture
@@ -62,6 +66,11 @@ def test_flags(
     err = refused(monkeypatch, capsys, "--engine", engine, "--port", 0, *flags)
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [serve_command, triton_command])
+def test_every_option_of_a_server_has_a_flag(command: Callable[..., Any]) -> None:
+    assert {item.name for item in fields(ServingOptions)} <= inspect.signature(command).parameters.keys()
 
 
 def test_another_backend(engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from medusa_export.heads.config import read_json
 from medusa_export.heads.engine_info import DECODER_FILE, HEADS_FILE
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.hashing import sha256
+from medusa_export.heads.threads import StopPoint, run_all
 from medusa_export.heads.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
@@ -80,13 +81,27 @@ class TensorRtBuilder:
         """
         wanted = BuildRequest(**request)
         tensorrt = find_tensorrt(wanted.gpus, local_gpu())
-        for engine, graph in GRAPHS.items():
-            if (onnx_dir / graph).is_file():
-                build_engine(onnx_dir / graph, out / engine, tensorrt, wanted, progress)
+
+        def build(engine: str, stop_point: StopPoint) -> None:
+            build_engine(onnx_dir / GRAPHS[engine], out / engine, tensorrt, wanted, progress, stop_point)
+
+        there = [engine for engine, graph in GRAPHS.items() if (onnx_dir / graph).is_file()]
+        run_all(build, there, workers=1)  # a signal's exception would be lost in TensorRT, were this thread in there
 
 
-def build_engine(graph: Path, engine: Path, tensorrt: TensorRt, request: BuildRequest, progress: Progress) -> None:
-    """One engine and its sidecar; see :meth:`TensorRtBuilder.build`."""
+def build_engine(
+    graph: Path,
+    engine: Path,
+    tensorrt: TensorRt,
+    request: BuildRequest,
+    progress: Progress,
+    stop_point: StopPoint = lambda: None,
+) -> None:
+    """One engine and its sidecar; see :meth:`TensorRtBuilder.build`.
+
+    Args:
+        stop_point: raises to end the build, which it does after the step that TensorRT is at.
+    """
     trt = tensorrt.module
     log = _log(trt)
     builder = trt.Builder(log)
@@ -105,9 +120,11 @@ def build_engine(graph: Path, engine: Path, tensorrt: TensorRt, request: BuildRe
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or a CUDA graph cannot be captured
     profiles = _add_profiles(builder, network, config, request)
-    config.progress_monitor = _monitor(trt, engine.name, progress)
+    monitor = config.progress_monitor = _monitor(trt, engine.name, progress, stop_point)
     with _timing_cache(config, tensorrt, request.gpus):
         plan = builder.build_serialized_network(network, config)
+    if monitor.failure:
+        raise monitor.failure
     if plan is None:
         raise _refused(graph, tensorrt, log.errors)
     engine.write_bytes(plan)
@@ -191,19 +208,20 @@ def _log(trt: Any) -> Any:
     return Log()
 
 
-def _monitor(trt: Any, stage: str, progress: Progress) -> Any:
-    """TensorRT's progress as one bar: the steps of its slow phase."""
+def _monitor(trt: Any, stage: str, progress: Progress, stop_point: StopPoint) -> Any:
+    """TensorRT's progress as one bar: the steps of its slow phase. What is raised in here is kept, and ends the build."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.done, self.total = 0, 0
+            self.failure: BaseException | None = None
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             logger.debug("%s: %s, %d steps", stage, phase, steps)
             if phase == SLOW_PHASE:
                 self.total += steps
-                progress(stage, self.done, self.total)
+                self._show()
 
         def phase_finish(self, phase: str) -> None:
             logger.debug("%s: %s finished", stage, phase)
@@ -211,8 +229,15 @@ def _monitor(trt: Any, stage: str, progress: Progress) -> Any:
         def step_complete(self, phase: str, step: int) -> bool:
             if phase == SLOW_PHASE:
                 self.done += 1
+            self._show()
+            return self.failure is None
+
+        def _show(self) -> None:
+            try:  # TensorRT would lose an exception
+                stop_point()
                 progress(stage, self.done, self.total)
-            return True
+            except BaseException as error:
+                self.failure = error
 
     return Monitor()
 

@@ -387,6 +387,30 @@ def test_an_interrupt_of_the_console_script(flags: list[str], tmp_path: Path) ->
     assert verify_export(work / "out") == []
 
 
+def test_an_interrupt_while_tensorrt_builds(flags: list[str], tmp_path: Path) -> None:
+    """TensorRT-RTX ends after the step that it is at; no engine, no half of one, and no process is left."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux and Windows on x86-64 only")
+    work, flags = tmp_path / "work", [*flags, "--engine", "tensorrt", "--gpu", "sm89", "--verbose"]
+    command = [str(Path(sys.executable).with_name("medusa-export")), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    seen = next(line for line in process.stderr if "Make sure output next_ids" in line)  # parsed; the build comes next
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert f"error: stopped by SIGINT; {KEPT}\n" in seen + rest
+    assert os.listdir(work) == [PARTIAL]
+    assert list((work / PARTIAL).rglob("*.engine")) == []
+    assert finished(work) >= {"onnx"}
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "continuing: " in again.stderr
+    assert os.listdir(work) == ["out"]
+    assert {path.name for path in (work / "out/engine").glob("*.engine")} == {"rank0.engine", "heads.engine"}
+    assert verify_export(work / "out") == []
+
+
 @contextmanager
 def small_disk(path: Path, size: int) -> Iterator[None]:
     """A file system of that many bytes; skips where it cannot be mounted."""

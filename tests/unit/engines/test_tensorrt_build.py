@@ -78,6 +78,21 @@ def test_a_refused_graph_is_explained(tmp_path: Path) -> None:
     assert not (tmp_path / "rank0.engine").exists()
 
 
+@pytest.mark.parametrize("raised", [SystemExit(130), OSError("no terminal")])
+def test_what_is_raised_during_a_build_is_not_lost(raised: BaseException, tmp_path: Path) -> None:
+    """TensorRT calls back from its own code, which drops exceptions."""
+    rtx = import_tensorrt(RTX)
+    assert rtx is not None
+
+    def fails(*step: object) -> None:
+        raise raised
+
+    request = BuildRequest((89,), max_length=64, max_nodes=64, nodes=4)
+    with pytest.raises(type(raised), match=str(raised)):
+        build_engine(write_graph(tmp_path / "decoder.onnx"), tmp_path / "rank0.engine", rtx, request, fails)
+    assert not (tmp_path / "rank0.engine").exists()
+
+
 def test_profiles() -> None:
     profiles = BuildRequest((89,), max_length=2048, max_nodes=64, nodes=26).profiles
     assert profiles == {"prefill": {"S": (1, 512, 2048), "R": (1, 1, 1)}, "step": {"S": (1, 26, 64), "R": (1, 26, 64)}}

@@ -21,6 +21,8 @@ class ServingOptions:
         timeout_s: seconds of a request, waiting included, at most.
         max_text_bytes: text of a request, at most.
         tree_max_batch: requests at once, at most, with which the tree is used, where tree.json does not say what pays at which batch.
+        drain_s: seconds that requests in flight get when the server is told to stop; the rest hears that it does. The server itself
+            has to wait longer: tritonserver's --exit-timeout-secs is 30.
         prefill_tokens: of prompts that are read between two steps: fewer make steadier answers, more make earlier ones.
         threads: CPU threads; 0 takes one a core.
 
@@ -35,6 +37,7 @@ class ServingOptions:
     timeout_s: float = 600.0
     max_text_bytes: int = 1 << 20
     tree_max_batch: int = 4
+    drain_s: float = 20.0
     prefill_tokens: int = 128
     threads: int = 0
 

@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 
 PREFILL = 256  # prompt tokens a run: bounds the memory of scores
 BLOCK = 128  # the cache grows by so many rows a slot
+PATIENCE = 8  # runs before it shrinks: moving it costs about as much as a run
 ROOT = Tree(())
 
 
@@ -44,6 +45,7 @@ class TreeBatchDecoder(Slots):
         self._heads: dict[int, Any] = {}
         self._hidden = np.zeros((slots, self.info.hidden_size), dtype=np.float32)  # of each sequence's last kept row
         self._kv = self._cache(BLOCK)
+        self._slack = 0  # runs for which half of the cache would have done
         self._logits = np.empty((0, self.info.vocab_size), dtype=np.float32)
         self._spare, self._rest = slots - 1, list[int]()  # where a prompt is filled in, and what is left of it
         self._blocks: dict[tuple[int, int, int], _Block] = {}  # (first slot, batch, size)
@@ -167,7 +169,8 @@ class TreeBatchDecoder(Slots):
     def _fit(self, rows: int) -> None:
         """Room for sequences of so many rows, but not for twice as many: a step reads all rows of a slot, masked ones too."""
         capacity, old = -(-rows // BLOCK) * BLOCK, self._kv
-        if old.shape[3] // 2 < capacity <= old.shape[3]:
+        self._slack = self._slack + 1 if capacity <= old.shape[3] // 2 else 0
+        if capacity <= old.shape[3] and self._slack < PATIENCE:
             return
         self._kv = self._cache(capacity)
         for slot in self._used():

@@ -11,6 +11,7 @@ from typing import Any
 from medusa_export.engines.scheduler import BusyError, ClosedError, End, Ticket
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.text_service import Piece, TextRequest, TextService
+from medusa_export.engines.triton_guard import Guard
 from medusa_export.engines.triton_io import read_inputs, write_outputs
 from medusa_export.engines.triton_metrics import TritonMeter
 from medusa_export.engines.triton_sender import Sender
@@ -18,7 +19,6 @@ from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.errors import MedusaExportError
 
 POLL_SECONDS = 0.02  # a step takes longer
-DRAIN_SECONDS = 30.0
 CANCEL = "medusa_cancel"  # parameter of a request that ends another one, by its id
 TWIN = "medusa_twin"  # parameter of the twin's requests: errors between models lose their code, so it is put before the message
 CODED = " | "
@@ -49,6 +49,7 @@ class MedusaModel:
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="medusa-export-cancel", daemon=True)
         self._watcher.start()
+        self._guard = Guard(self._stop)
 
     def execute(self, requests: list[Any]) -> None:
         """Queue requests and return: the answers come later."""
@@ -57,10 +58,16 @@ class MedusaModel:
 
     def finalize(self) -> None:
         """Finish what is being answered, for a while; called once by Triton."""
-        self._service.close(drain=True, timeout_s=DRAIN_SECONDS)
+        self._service.close(drain=True, timeout_s=self._service.options.drain_s)
         self._stopping.set()
         self._watcher.join()
         self._meter.close()
+        self._guard.close()
+
+    def _stop(self) -> None:
+        """The server has been told to end. Who waits hears of it in time: what Triton itself does is to hang up."""
+        arguments = {"drain": True, "timeout_s": self._service.options.drain_s}
+        threading.Thread(target=self._service.close, kwargs=arguments, name="medusa-export-stop", daemon=True).start()
 
     def _take(self, request: Any, sender: Sender) -> None:
         parameters = json.loads(request.parameters() or "{}")

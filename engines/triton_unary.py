@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from medusa_export.engines.triton_guard import Guard
 from medusa_export.engines.triton_io import OUTPUTS
 from medusa_export.engines.triton_model import CANCEL, CODED, POLL_SECONDS, TWIN
 from medusa_export.engines.triton_sender import Sender
@@ -26,6 +27,11 @@ class UnaryModel:
 
         self._pb = pb_utils
         self._model = json.loads(args["model_config"])["parameters"]["model"]["string_value"]
+        self._guard = Guard()
+
+    def finalize(self) -> None:
+        """Called once by Triton."""
+        self._guard.close()
 
     def execute(self, requests: list[Any]) -> None:
         """Start a thread for each request and return: Triton takes the answers from their senders."""

@@ -1,0 +1,117 @@
+"""Watches over a stub of Triton's python backend: a server that cannot go on is ended, and no process or memory outlives the server.
+
+What tritonserver 2.51 does by itself, as it was seen: when a stub dies, server and model stay "ready", requests in flight of a
+decoupled model never end, and new ones are refused for good. When the server dies, a stub may stay, with its shared memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from medusa_export.engines.triton_health import Health
+from medusa_export.heads.errors import OutputError
+
+POLL_SECONDS = 0.25
+SHARED_MEMORY = Path("/dev/shm")
+
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """A thread in a stub.
+
+    Every stub leaves a mark while its model is loaded: a file with its process id as name, the name of its shared memory in it.
+    A mark without its process is a stub that died.
+
+    Args:
+        on_stop: called once, when the server has begun to stop, of which Triton does not tell its models: from then on it hangs up on
+            new HTTP connections. It must not block.
+
+    Raises:
+        OutputError: somebody else's directory where the marks belong.
+    """
+
+    def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
+        self._server, self._on_stop = os.getppid(), on_stop
+        started = _stat(self._server)[19]  # a process id alone may have been another server's
+        self._folder = Path(tempfile.gettempdir()) / f"medusa-export-{self._server}-{started}"
+        _own(self._folder)
+        self._mark = self._folder / f"{os.getpid()}"
+        self._mark.write_text(_shared_memory(), encoding="utf-8")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="medusa-export-guard", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """The model is unloaded: from here on its end is none of the others' concern."""
+        self._done.set()
+        self._thread.join()
+        self._mark.unlink(missing_ok=True)
+        try:
+            self._folder.rmdir()
+        except OSError:  # others are loaded still
+            return
+
+    def _work(self) -> None:
+        health, is_stopping = Health(self._server), False
+        while not self._done.wait(POLL_SECONDS):
+            if os.getppid() != self._server:
+                self._end("the server has ended")
+            if dead := [mark for mark in self._marks() if not _is_stub_of(self._server, mark)]:
+                os.kill(self._server, signal.SIGKILL)  # told to stop, it would wait for answers that nobody gives
+                self._end(f"stub {dead[0].name} has died; the server cannot go on without it and was ended")
+            if not is_stopping and health.hangs_up():
+                is_stopping = True
+                self._on_stop()
+
+    def _marks(self) -> list[Path]:
+        return list(self._folder.glob("[0-9]*"))
+
+    def _end(self, why: str) -> None:
+        """End this process; shared memory of the server's stubs goes too."""
+        logger.error("%s", why)
+        for mark in self._marks():
+            try:
+                name = mark.read_text(encoding="utf-8")
+            except FileNotFoundError:  # another stub was faster
+                continue
+            if name:
+                (SHARED_MEMORY / Path(name).name).unlink(missing_ok=True)
+            mark.unlink(missing_ok=True)
+        os._exit(1)
+
+
+def _own(folder: Path) -> None:
+    """Make a directory that nobody else can write to."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise OutputError(str(folder), "somebody else's", "a directory of this user alone", "remove it")
+
+
+def _shared_memory() -> str:
+    """The name of this stub's shared memory: its second argument. Empty where this is no stub."""
+    arguments = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    name = arguments[2].decode() if len(arguments) > 2 else ""
+    return name if "/" not in name and (SHARED_MEMORY / name).is_file() else ""
+
+
+def _is_stub_of(server: int, mark: Path) -> bool:
+    """Whether a mark's process lives, or its mark has just gone."""
+    try:
+        fields = _stat(int(mark.name))
+    except OSError:
+        return not mark.exists()
+    return (fields[0] != "Z" and int(fields[1]) == server) or not mark.exists()
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the third on: state, parent ... the 20th of them is when it started."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,0 +1,106 @@
+"""What a stub's guard sees: its server's endpoint, marks of stubs that are gone, a directory that is not its own. No server runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from medusa_export.engines import triton_guard, triton_health
+from medusa_export.engines.triton_guard import Guard
+from medusa_export.engines.triton_health import Health, listening
+from medusa_export.heads.errors import OutputError
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """A stand-in for Triton's: alive, or hanging up on everybody as it does while it stops."""
+
+    hangs_up = False
+
+    def do_GET(self) -> None:
+        if not Endpoint.hangs_up:
+            self.send_response(200 if self.path == "/v2/health/live" else 404)
+            self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[HTTPServer]:
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    Endpoint.hangs_up = False
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_server_that_stops_hangs_up(endpoint: HTTPServer) -> None:
+    health = Health(os.getpid())
+    assert endpoint.server_address in listening(os.getpid())
+    assert [health.hangs_up() for _ in range(3)] == [False] * 3
+    Endpoint.hangs_up = True
+    assert health.hangs_up()
+
+
+def test_a_server_that_is_slow_or_was_never_there_does_not_hang_up(
+    endpoint: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = Health(os.getpid())
+    Endpoint.hangs_up = True
+    assert not never.hangs_up()
+    assert not never.hangs_up()
+    Endpoint.hangs_up = False
+    slow = Health(os.getpid())
+    assert not slow.hangs_up()
+    monkeypatch.setattr(triton_health, "SECONDS", 0.05)
+    monkeypatch.setattr(Endpoint, "do_GET", lambda self: time.sleep(0.3))
+    assert not slow.hangs_up()
+    assert listening(2**22 + 1) == []  # no such process
+
+
+def test_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub's mark is there while its model is loaded; another process's that is no child of the server counts as dead."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(triton_guard, "POLL_SECONDS", 60.0)
+    guard = Guard()
+    (folder,) = tmp_path.iterdir()
+    assert [mark.name for mark in folder.iterdir()] == [str(os.getpid())]
+    sibling = folder / f"{os.getpid()}"
+    assert triton_guard._is_stub_of(os.getppid(), sibling)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    mark = folder / f"{ended.pid}"
+    mark.touch()
+    assert ended.wait() == 0
+    assert not triton_guard._is_stub_of(os.getpid(), mark)
+    mark.unlink()
+    assert triton_guard._is_stub_of(os.getpid(), mark), "one that has taken its mark away has ended as it should"
+    guard.close()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", ["open to others", "a link"])
+def test_a_directory_of_somebody_else_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its marks say which processes and which shared memory go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    started = triton_guard._stat(os.getppid())[19]
+    folder = tmp_path / f"medusa-export-{os.getppid()}-{started}"
+    if kind == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    with pytest.raises(OutputError, match="somebody else's"):
+        Guard()

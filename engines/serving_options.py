@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 
 from medusa_export.heads.errors import ConfigError
 
+MAY_BE_NOTHING = ("threads", "tree_max_batch", "grace_s")
+
 
 @dataclass(frozen=True)
 class ServingOptions:
@@ -21,8 +23,8 @@ class ServingOptions:
         timeout_s: seconds of a request, waiting included, at most.
         max_text_bytes: text of a request, at most.
         tree_max_batch: requests at once, at most, with which the tree is used, where tree.json does not say what pays at which batch.
-        drain_s: seconds that requests in flight get when the server is told to stop; the rest hears that it does. The server itself
-            has to wait longer: tritonserver's --exit-timeout-secs is 30.
+        grace_s: seconds that requests in flight get when the server is told to stop; the rest hears that it does. Triton has to wait
+            longer (--exit-timeout-secs, 30).
         prefill_tokens: of prompts that are read between two steps: fewer make steadier answers, more make earlier ones.
         threads: CPU threads; 0 takes one a core.
 
@@ -37,13 +39,13 @@ class ServingOptions:
     timeout_s: float = 600.0
     max_text_bytes: int = 1 << 20
     tree_max_batch: int = 4
-    drain_s: float = 20.0
+    grace_s: float = 20.0
     prefill_tokens: int = 128
     threads: int = 0
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value, least = getattr(self, item.name), 0 if item.name in ("threads", "tree_max_batch") else 1
+            value, least = getattr(self, item.name), 0 if item.name in MAY_BE_NOTHING else 1
             if not (math.isfinite(value) and value >= least):
                 flag = f"--{item.name.replace('_', '-')}"
                 raise ConfigError(flag, f"{value}", f"{least} or more", "change it")

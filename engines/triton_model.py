@@ -58,7 +58,7 @@ class MedusaModel:
 
     def finalize(self) -> None:
         """Finish what is being answered, for a while; called once by Triton."""
-        self._service.close(drain=True, timeout_s=self._service.options.drain_s)
+        self._service.close(drain=True, timeout_s=self._service.options.grace_s)
         self._stopping.set()
         self._watcher.join()
         self._meter.close()
@@ -66,7 +66,7 @@ class MedusaModel:
 
     def _stop(self) -> None:
         """The server has been told to end. Who waits hears of it in time: what Triton itself does is to hang up."""
-        arguments = {"drain": True, "timeout_s": self._service.options.drain_s}
+        arguments = {"drain": True, "timeout_s": self._service.options.grace_s}
         threading.Thread(target=self._service.close, kwargs=arguments, name="medusa-export-stop", daemon=True).start()
 
     def _take(self, request: Any, sender: Sender) -> None:

@@ -60,7 +60,7 @@ def serve_command(
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 takes one a core. Default: 0.")] = None,
-    grace_s: Annotated[float, typer.Option(min=0, help="Seconds for running requests when it is told to stop.")] = 30.0,
+    grace_s: Annotated[float, typer.Option(help="Seconds for running requests when it is told to stop.")] = 30.0,
     verbose: Verbose = False,
 ) -> None:
     """Serve an engine with OpenAI's protocol, until SIGTERM or Ctrl-C.

@@ -77,7 +77,7 @@ KINDS: dict[str, Kind] = {
     "onnxruntime": Kind(
         lambda path: (path / ENGINE_FILE).is_file(), _write_onnxruntime, _verify_onnxruntime,
         ("max_batch", "kv_cache_mb", "max_queue", "max_tokens", "timeout_s", "max_text_bytes", "tree_max_batch", "tree",
-         "drain_s", "prefill_tokens", "threads"),
+         "grace_s", "prefill_tokens", "threads"),
     ),
 }  # fmt: skip
 
@@ -111,7 +111,7 @@ def triton_command(
         int | None,
         typer.Option(help="Requests at once up to which a tree is used that says nothing of batches. Default: 4."),
     ] = None,
-    drain_s: Annotated[
+    grace_s: Annotated[
         float | None,
         typer.Option(
             help="Seconds that requests in flight get when the server stops; fewer than tritonserver waits (30). Default: 20."

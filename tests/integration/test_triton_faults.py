@@ -31,7 +31,7 @@ from tests.integration.triton_fixture import SECONDS, Served, Stream, endless_en
 QUESTION = "w3 w4 w5"
 LONG = {"text_input": QUESTION, "max_tokens": 3900}
 SOON = 8.0  # seconds
-OPTIONS = ServingOptions(max_batch=4, max_queue=60, max_tokens=5, tree_max_batch=2, drain_s=1.5)
+OPTIONS = ServingOptions(max_batch=4, max_queue=60, max_tokens=5, tree_max_batch=2, grace_s=1.5)
 
 
 @pytest.fixture

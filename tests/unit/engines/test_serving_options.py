@@ -11,9 +11,9 @@ from medusa_export.heads.errors import ConfigError
 
 OTHERS = ServingOptions(
     max_batch=3, kv_cache_mb=77, max_queue=5, max_tokens=9, timeout_s=1.5, max_text_bytes=1000, tree_max_batch=0, threads=2,
-    prefill_tokens=7,
+    prefill_tokens=7, grace_s=2.5,
 )  # fmt: skip
-MAY_BE_NOTHING = {"threads", "tree_max_batch"}
+MAY_BE_NOTHING = {"threads", "tree_max_batch", "grace_s"}
 
 
 def test_every_value_survives_as_text() -> None:

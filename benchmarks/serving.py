@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -33,10 +34,11 @@ from serving_memory import MemoryLog
 
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.parity import explain, logit_noise, verdict
+from medusa_export.engines.parity import explain, verdict
 from medusa_export.engines.prompts import encode_prompts
 from medusa_export.engines.report import hardware, versions
 from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.engines.triton import write_repository
 from medusa_export.engines.triton_server import Address, TritonServer
 from medusa_export.heads.conversations import load_prompts, read_tokenizer
@@ -44,7 +46,7 @@ from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.tree import Tree, load_tree
 
 NONE, ENGINE = "none", "engine"  # besides files, what --tree may be
-NOISE_PROMPTS = 3
+NOISE_PROMPTS = 8
 EXIT_SECONDS = 3  # nothing is in flight then, but Triton 2.51 may hold on to a stream that was cancelled as it ended
 
 
@@ -114,13 +116,28 @@ def _offline(
 
     @cache
     def noise() -> float:
-        return max(logit_noise(engine, q.input_ids, q.tokens, 8) for q in questions[:NOISE_PROMPTS])
+        return _noise(engine, engine_dir, questions[:NOISE_PROMPTS])
 
     def judge(answer: Answer) -> str:
         ours, served = (Generation(tokens, "") for tokens in (answer.question.tokens, answer.tokens))
         return verdict(explain(engine, answer.question.input_ids, ours, served), noise())
 
     return questions, judge
+
+
+def _noise(engine: OnnxRuntimeEngine, engine_dir: Path, questions: Sequence[Question]) -> float:
+    """How much the gap between the best two tokens moves between medusa-run's graph and the server's, on the same text, in logits."""
+    largest = 0.0
+    for question in questions:
+        server = TreeBatchDecoder(engine_dir, slots=1)
+        rows = [server.admit(question.input_ids)]
+        rows += [server.step([token])[0].copy() for token in question.tokens[:-1]]
+        text, start = [*question.input_ids, *question.tokens[:-1]], len(question.input_ids) - 1
+        ours = np.concatenate(list(engine.score(text, chunk=1, start=start)))
+        best_two = np.argpartition(ours, -2, axis=-1)[:, -2:]  # [answer, 2]
+        gaps = [np.diff(np.take_along_axis(logits, best_two, axis=-1), axis=-1) for logits in (ours, np.stack(rows))]
+        largest = max(largest, float(np.abs(gaps[0] - gaps[1]).max()))
+    return largest
 
 
 def _decode(engine: OnnxRuntimeEngine, input_ids: Sequence[int], max_tokens: int) -> list[int]:

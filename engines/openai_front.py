@@ -69,9 +69,7 @@ class OpenAIFront:
 
     def __init__(self, service: TextService, options: FrontOptions) -> None:
         self.service, self.options = service, options
-        self._executor = ThreadPoolExecutor(
-            1, "medusa-export-encode"
-        )  # one after the other, in the order in which they came
+        self._executor = ThreadPoolExecutor(1, "medusa-export-requests")  # one after the other, as they came
         self._coming = 0  # requests that are read and encoded
 
     @property

@@ -7,13 +7,19 @@ export VIRTUAL_ENV :=
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test check format bench container-check clean
+.PHONY: quickstart tensorrt test check format bench container-check clean
 
 quickstart: .venv/ready
 	$(BIN)/python examples/smollm2.py quickstart/model
 	tail -n 13 examples/spec_bench_39.jsonl > quickstart/prompts.jsonl  # not among those that are run
 	$(BIN)/medusa-export --ckpt quickstart/model --heads $(HEADS) --quant fp8 --calib $(HEADS)/prompts.jsonl --prompts quickstart/prompts.jsonl --output quickstart/out
 	$(BIN)/medusa-run --engine quickstart/out/engine --prompts examples/spec_bench_39.jsonl --limit 26 --repeats 2 --reference quickstart/model --report quickstart/report.json
+
+# TensorRT engines of the same model, built without a GPU.
+tensorrt: .venv/ready
+	test -d quickstart/model || $(BIN)/python examples/smollm2.py quickstart/model
+	$(BIN)/medusa-export --ckpt quickstart/model --heads $(HEADS) --engine tensorrt --gpu sm89,sm120 --output quickstart/trt
+	$(BIN)/medusa-export verify quickstart/trt
 
 test: .venv/ready
 	$(BIN)/python -m pytest

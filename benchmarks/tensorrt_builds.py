@@ -38,9 +38,8 @@ from medusa_export.quantize.calibration import token_batches
 from medusa_export.quantize.formats import FORMATS, Format, get_format
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import Scales
-from medusa_export.quantize.tensorrt_targets import FORMS, parse_gpus
+from medusa_export.quantize.tensorrt_targets import FORMS, RTX_TARGETS, parse_gpus
 
-TARGETS = (80, 86, 89, 120)
 MAX_LENGTH, DRAFT_VOCAB = 1024, 8192
 CHECK_PROMPTS, CHECK_TOKENS = 4, 128
 
@@ -49,7 +48,7 @@ def main(
     ckpt: Annotated[Path, typer.Option(help="The base model.")],
     heads: Annotated[Path | None, typer.Option(help="Its heads, when they are not inside.")] = None,
     quant: Annotated[list[str] | None, typer.Option(help="Formats; default: all that TensorRT takes.")] = None,
-    gpu: Annotated[list[int] | None, typer.Option(help="Compute capabilities; default: 80 86 89 120.")] = None,
+    gpu: Annotated[list[int] | None, typer.Option(help="Compute capabilities; default: all that TensorRT-RTX builds for.")] = None,
     calib_prompts: Annotated[int, typer.Option(help="Prompts that calibrate.")] = 16,
     check: Annotated[bool, typer.Option("--check", help="Build nothing; compare the graphs' numbers.")] = False,
     dtype: Annotated[
@@ -85,7 +84,7 @@ def main(
 def _builds(onnx: Path, name: str, gpu: list[int] | None, length: int) -> list[dict[str, Any]]:
     """A row a target; of the first format also one for all targets."""
     size = sum(path.stat().st_size for path in onnx.iterdir())
-    targets = [(sm,) for sm in gpu or TARGETS] + ([TARGETS] if name == "none" and not gpu else [])
+    targets = [(sm,) for sm in gpu or RTX_TARGETS] + ([RTX_TARGETS] if name == "none" and not gpu else [])
     return [{"quant": name, "gpus": gpus, "onnx_bytes": size, **_build(onnx, name, gpus, length)} for gpus in targets]
 
 

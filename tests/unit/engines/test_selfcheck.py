@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.selfcheck import BOUNDS, TENSORRT_BOUNDS, check_engine, tree_error
+from medusa_export.engines.selfcheck import BOUNDS, MEASURED, TENSORRT_BOUNDS, check_engine, tree_error
 from medusa_export.heads.tree import Tree, load_tree
 from medusa_export.quantize import tensorrt_targets
 from medusa_export.quantize.formats import FORMATS
@@ -30,6 +31,28 @@ def test_good_engines_pass(family: str, quant: str, tiny_engine: Callable[..., A
 def test_every_form_has_a_bound() -> None:
     assert {fmt.onnx for fmt in FORMATS.values() if fmt.onnx} == BOUNDS.keys()
     assert {row.form for row in tensorrt_targets.FORMS.values() if row.form} == TENSORRT_BOUNDS.keys()
+
+
+def test_the_bounds_of_tensorrts_forms_follow_from_what_was_measured() -> None:
+    """The document's table is what `benchmarks/tensorrt_builds.py --check` printed; the worse of both dtypes is what counts."""
+    text = (Path(__file__).parents[3] / "docs" / "tensorrt.md").read_text()
+    table = text.split("## Numbers")[1].split("\n\n| ")[1].splitlines()[2:]
+    rows: dict[str, list[list[float]]] = {}
+    for line in table:
+        if not line.startswith("|"):
+            break
+        name, _, *cells = (cell.strip(" `%") for cell in line.strip("|").split("|"))
+        rows.setdefault(str(tensorrt_targets.FORMS[name].form), []).append([float(cell) for cell in cells])
+    assert rows.keys() == MEASURED.keys()
+    for form, found in rows.items():
+        error, _, _, _, kl, agreement = (
+            [min, max][index < 5](row[index] for row in found)
+            for index in range(6)  # more is better of the last only
+        )
+        assert MEASURED[form] == pytest.approx((kl, agreement / 100, error), rel=0.07, abs=1e-4), form
+        assert TENSORRT_BOUNDS[form].max_kl >= 4 * kl
+        assert TENSORRT_BOUNDS[form].min_agreement < agreement / 100
+        assert TENSORRT_BOUNDS[form].max_tree_noise > error
 
 
 @pytest.mark.parametrize("max_length", [16, 40])

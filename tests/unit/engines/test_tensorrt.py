@@ -103,11 +103,11 @@ def test_scores(made: Callable[..., Any]) -> None:
     text = [*PROMPT, *range(60, 80)]
     with torch.no_grad():
         expected = model(torch.tensor([text])).logits[0].numpy()
-    for chunk, start in ((1, 5), (7, 0), (64, 3)):
+    for chunk, start in ((1, 5), (7, 0), (64, 3)):  # in float16 all of them are 0.0017 standard deviations off
         logits = np.concatenate(list(engine.score(text, chunk=chunk, start=start)))
-        np.testing.assert_allclose(logits, expected[start:], atol=0.1 * expected.std())
-    assert tree_error(engine, text) < 0.1 * expected.std()
-    np.testing.assert_allclose(engine.prefill_logits(text), expected[-1], atol=0.1 * expected.std())
+        np.testing.assert_allclose(logits, expected[start:], atol=0.01 * expected.std())
+    assert tree_error(engine, text) < 0.01 * expected.std()
+    np.testing.assert_allclose(engine.prefill_logits(text), expected[-1], atol=0.01 * expected.std())
 
 
 def test_few_integers_a_step(made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ from medusa_export.heads.decode import head_logits, verify_tree
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import Tree
 
+# Largest error of a logit (standard deviation 1.7) or a hidden value (1.0) that was seen is 6e-6 in float32 and 0.047 in float16, over the
+# families; other processors sum in another order, hence some room.
+FLOAT32_ERROR, FLOAT16_ERROR = 3e-5, 0.15
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 MAX_LENGTH = 64
 PROMPT = [1, 40, 7, 7, 61, 12, 90, 3, 55, 28]
@@ -113,7 +116,7 @@ def check(model: Any, decoder: Decoder, tolerance: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, decoder: Callable[..., Any]) -> None:
     case, made = decoder(family)
-    check(load_reference(case.model_dir, torch.float32), made, 1e-3)
+    check(load_reference(case.model_dir, torch.float32), made, FLOAT32_ERROR)
 
 
 class BaseModel(torch.nn.Module):
@@ -159,14 +162,14 @@ def test_equals_the_graph_that_torch_exports(
 def test_variants(variant: str, decoder: Callable[..., Any]) -> None:
     family, config = VARIANTS[variant]
     case, made = decoder(family, **config)
-    check(load_reference(case.model_dir, torch.float32), made, 1e-3)
+    check(load_reference(case.model_dir, torch.float32), made, FLOAT32_ERROR)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_16_bit(family: str, decoder: Callable[..., Any]) -> None:
     """The file that TensorRT gets, in the arithmetic of ONNX Runtime's CPU kernels: its own 16-bit inputs and outputs a node."""
     case, made = decoder(family, dtype=torch.float16)
-    check(load_reference(case.model_dir, torch.float32), made, 0.15)
+    check(load_reference(case.model_dir, torch.float32), made, FLOAT16_ERROR)
 
 
 def test_standard_operators_only(decoder: Callable[..., Any], tmp_path: Path) -> None:

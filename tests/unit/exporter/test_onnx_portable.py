@@ -18,8 +18,8 @@ from medusa_export.heads.decode import head_logits, verify_tree
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import Tree
 
-# Largest error of a logit (standard deviation 1.7) or a hidden value (1.0) that was seen is 6e-6 in float32 and 0.047 in float16, over the
-# families; other processors sum in another order, hence some room.
+# The largest error of a logit (standard deviation 1.7) or a hidden value (1.0) that was seen is 6e-6 in float32 and 0.047 in float16,
+# over the families; other processors sum in another order, hence some room.
 FLOAT32_ERROR, FLOAT16_ERROR = 3e-5, 0.15
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 MAX_LENGTH = 64

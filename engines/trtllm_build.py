@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 MEDUSA_MODE = 4  # SpeculativeDecodingMode.MEDUSA in an engine's config.json
 BUILD_FILE = "build.json"
+TERM_SECONDS = 10.0  # that an interrupted build gets to end by itself
 # Lines of the log that end a phase of a rank; each moves the bar on.
 PHASES = (r"Time of loading weights|Weights loaded", r"Engine generation completed", r"Engine serialized")
 
@@ -99,9 +103,10 @@ def run_build(command: Sequence[str], ranks: int, progress: Callable[[int, int],
     start, lines, total = time.monotonic(), list[str](), ranks * len(PHASES)
     progress(0, total)
     done = 0
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1
-    )
+    process = subprocess.Popen(  # a session of its own, so that its workers can be ended with it
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         assert process.stdout is not None  # a pipe was asked for
         for line in process.stdout:
@@ -112,8 +117,7 @@ def run_build(command: Sequence[str], ranks: int, progress: Callable[[int, int],
                 progress(done, total)
         returncode = process.wait()
     except BaseException:  # an interrupt must not leave it running
-        process.terminate()
-        process.wait()
+        _end(process)
         raise
     log = "".join(lines)
     if returncode:
@@ -122,6 +126,15 @@ def run_build(command: Sequence[str], ranks: int, progress: Callable[[int, int],
         raise explain(log, returncode, command, file.name)
     progress(total, total)
     return time.monotonic() - start
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a build and its workers; those that do not end within a while are killed."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TERM_SECONDS)
 
 
 def check_engine_files(

@@ -123,6 +123,24 @@ def test_few_integers_a_step(made: Callable[..., Any], monkeypatch: pytest.Monke
     assert sorted(staged) == sorted([tree.num_nodes, tree.depth + 3])
 
 
+def test_a_step_is_bound_once_and_brings_back_next_tokens_and_drafts(
+    made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is bound as fixed is what becomes a CUDA graph on a GPU; what goes through Tensor.cpu() is copied to the host there."""
+    engine, _, _ = made()
+    bound: list[bool] = []
+    copied: list[tuple[int, ...]] = []
+    bind, cpu = engine.decoder.bind, torch.Tensor.cpu
+    monkeypatch.setattr(engine.decoder, "bind", lambda *given, fixed: bound.append(fixed) or bind(*given, fixed=fixed))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tuple(tensor.shape)) or cpu(tensor))
+    tree = load_tree("cpu-8")
+    result = generate(engine, PROMPT, tree, max_new_tokens=24, eos_token_ids=())
+    steps = len(result.accepted)
+    assert steps > 3
+    assert bound == [False, True], "the prompt's, and one for all steps"
+    assert copied == [(1,), *[(tree.depth, engine.info.top_k), (tree.num_nodes,)] * steps]
+
+
 def test_trees_that_do_not_fit(made: Callable[..., Any]) -> None:
     engine, _, _ = made()
     wide = Tree.from_choices([[a] for a in range(10)] + [[a, b] for a in range(8) for b in range(8)])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from onnx import TensorProto
 
 from medusa_export.engines.tensorrt_build import BuildRequest, TensorRtBuilder, build_engine
-from medusa_export.engines.tensorrt_package import DATA_CENTRE, RTX, find_tensorrt, import_tensorrt
+from medusa_export.engines.tensorrt_package import DATA_CENTRE, RTX, TensorRt, find_tensorrt, import_tensorrt
 from medusa_export.exporter.onnx_builder import GraphBuilder
 from medusa_export.heads.errors import ConfigError
 
@@ -91,6 +92,30 @@ def test_what_is_raised_during_a_build_is_not_lost(raised: BaseException, tmp_pa
     with pytest.raises(type(raised), match=str(raised)):
         build_engine(write_graph(tmp_path / "decoder.onnx"), tmp_path / "rank0.engine", rtx, request, fails)
     assert not (tmp_path / "rank0.engine").exists()
+
+
+def test_networks_are_strongly_typed(tmp_path: Path) -> None:
+    """Or TensorRT would choose types of its own."""
+    import tensorrt_rtx_bindings as trt
+
+    seen: list[int] = []
+
+    class Recording(trt.Builder):
+        def create_network(self, flags: int) -> object:
+            seen.append(flags)
+            return super().create_network(flags)
+
+    module = ModuleType("recording")
+    module.__dict__.update({name: getattr(trt, name) for name in dir(trt)} | {"Builder": Recording})
+    request = BuildRequest((89,), max_length=64, max_nodes=64, nodes=4)
+    build_engine(
+        write_graph(tmp_path / "decoder.onnx"),
+        tmp_path / "rank0.engine",
+        TensorRt(RTX, module),
+        request,
+        lambda *step: None,
+    )
+    assert seen == [1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)]
 
 
 def test_profiles() -> None:

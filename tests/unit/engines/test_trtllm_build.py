@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,37 @@ def test_the_log_is_kept(
     (log,) = tmp_path.glob("trtllm-build-*.log")
     assert str(log) in str(caught.value)
     assert "a stand-in" in log.read_text()
+
+
+def test_an_interrupt_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of its workers either, one of which does not listen."""
+    monkeypatch.setattr("medusa_export.engines.trtllm_build.TERM_SECONDS", 0.3)
+    pids = tmp_path / "pids"
+    worker = f"trap '' TERM; echo $$ >> {pids}; while :; do sleep 0.05; done"
+    script = f'sh -c "{worker.replace("$", chr(92) + "$")}" & echo $$ >> {pids}; echo "Weights loaded"; wait'
+
+    def interrupt(done: int, total: int) -> None:
+        while done and len(pids.read_text().split()) < 2:
+            time.sleep(0.01)
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_build(["sh", "-c", script], 1, interrupt)
+    deadline = time.monotonic() + 10  # the worker is reaped by init
+    alive = [int(pid) for pid in pids.read_text().split()]
+    assert len(alive) == 2
+    while alive and time.monotonic() < deadline:
+        alive = [pid for pid in alive if _runs(pid)]
+    assert alive == []
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 class TestScript:

@@ -18,20 +18,15 @@ from typing import Any
 import torch
 
 from medusa_export.exporter.safetensors_writer import DTYPE_NAMES, SafetensorsWriter
+from medusa_export.exporter.shards import SHARD_BYTES, shards, write_index
 from medusa_export.heads import families
 from medusa_export.heads.checkpoint import CHUNK_VALUES
 from medusa_export.heads.errors import CheckpointError, ConfigError, OutputError
-from medusa_export.heads.files import found_instead
+from medusa_export.heads.files import TOKENIZER_FILES, found_instead
 from medusa_export.heads.head_formats import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_FILES, HEAD_LM_HEAD, holds_heads
 from medusa_export.heads.model import MedusaCheckpoint
 
-SHARD_BYTES = 5 * 10**9  # what save_pretrained splits at
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -185,29 +180,10 @@ def _first_difference(checkpoint: MedusaCheckpoint, one: str, other: str) -> int
 
 def _write_weights(file: Path, entries: Sequence[_Entry], limit: int | None) -> None:
     """One file, or shards of at most ``limit`` bytes with their index."""
-    groups = _groups(entries, limit)
-    if len(groups) == 1:
-        _write_file(file, entries)
-        return
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, start=1):
-        shard = file.with_name(f"{file.stem}-{number:05}-of-{len(groups):05}{file.suffix}")
-        _write_file(shard, group)
-        weight_map |= dict.fromkeys((entry.name for entry in group), shard.name)
-    index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": weight_map}
-    (file.parent / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _groups(entries: Sequence[_Entry], limit: int | None) -> list[list[_Entry]]:
-    groups: list[list[_Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if limit is not None and groups[-1] and size + entry.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += entry.nbytes
-    return groups
+    files = shards(entries, limit, file.name)
+    for name, group in files.items():
+        _write_file(file.with_name(name), group)
+    write_index(file.parent, files)
 
 
 def _write_file(file: Path, entries: Sequence[_Entry]) -> None:
@@ -217,7 +193,7 @@ def _write_file(file: Path, entries: Sequence[_Entry]) -> None:
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if found_instead(source / name) is None:
             shutil.copyfile(source / name, out / name)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from medusa_export.exporter.plan import Kind, Slice, TensorPlan
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
+from medusa_export.exporter.shards import write_index
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.tensor_maker import TensorMaker
 from medusa_export.heads import families
@@ -19,9 +20,6 @@ from medusa_export.heads.config import read_json
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize.scales import Scales
-
-SHARD_BYTES = 5 * 10**9
-INDEX = "model.safetensors.index.json"
 
 # Storage -> suffix, kind, dtype (None is the checkpoint's), shape from (out, in, group). Smoothed formats are not here:
 # in the unified form their factors move into the norms before, so that other tensors than the linears change.
@@ -66,21 +64,6 @@ def plan_hf(checkpoint: MedusaCheckpoint, spec: ExportSpec) -> list[TensorPlan]:
     return [plan for name in checkpoint.names for plan in _tensors(checkpoint, spec, name)]
 
 
-def shards(plans: list[TensorPlan], limit: int = SHARD_BYTES) -> dict[str, list[TensorPlan]]:
-    """File name -> its tensors: files of at most ``limit`` bytes, but for tensors that are larger."""
-    groups: list[list[TensorPlan]] = [[]]
-    size = 0
-    for plan in plans:
-        if groups[-1] and size + plan.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(plan)
-        size += plan.nbytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{index:05}-of-{len(groups):05}.safetensors": group for index, group in enumerate(groups, start=1)}
-
-
 def write_shard(
     path: Path, checkpoint: MedusaCheckpoint, spec: ExportSpec, scales: Scales, plans: list[TensorPlan]
 ) -> None:
@@ -100,10 +83,7 @@ def write_hf_configs(out: Path, ckpt: Path, spec: ExportSpec, files: dict[str, l
         config["quantization_config"] = _quantization_config(spec)
         _write(out / "hf_quant_config.json", {"producer": _PRODUCER, "quantization": _quantization(spec)})
     _write(out / "config.json", config)
-    if len(files) > 1:
-        total = sum(plan.nbytes for plans in files.values() for plan in plans)
-        weight_map = {plan.name: file for file, plans in files.items() for plan in plans}
-        _write(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_index(out, files)
 
 
 # ModelOpt's and vLLM's readers look for this name to know the format.

@@ -21,6 +21,7 @@ from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.conversations import Prompt, load_prompts, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.errors import ConfigError
+from medusa_export.heads.files import TOKENIZER_FILES
 from medusa_export.heads.inputs import InputFiles
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.search import CostCurve, best, candidates
@@ -41,10 +42,6 @@ AUTO = "auto"
 MAX_GPU_NODES = len(PRESETS[GPU_TREE]) + 1
 DEFAULT_CALIB = Path(str(files("medusa_export.quantize") / "default_prompts.jsonl"))
 MAX_LENGTH, MAX_BATCH = 2048, 4  # TensorRT-LLM's own example builds for 4: with more, trees cost more than they give
-TOKENIZER_FILES = {
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

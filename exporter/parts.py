@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medusa_export.exporter.comparison import Comparison
-from medusa_export.exporter.hf import plan_hf, shards, write_hf_configs, write_shard
+from medusa_export.exporter.hf import plan_hf, write_hf_configs, write_shard
 from medusa_export.exporter.job import HEAD_FORMS, Job
 from medusa_export.exporter.plan import TensorPlan
 from medusa_export.exporter.ranks import rank_names, write_ranks
+from medusa_export.exporter.shards import shards
 from medusa_export.exporter.tensorrt_dir import EngineBuilder
 from medusa_export.exporter.trtllm import require_scales, write_config
 from medusa_export.exporter.trtllm_config import trtllm_config

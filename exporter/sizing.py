@@ -27,7 +27,7 @@ from medusa_export.exporter.gpus import (
     fit,
     rank_memory,
 )
-from medusa_export.exporter.job import TOKENIZER_FILES, ExportArguments, Job
+from medusa_export.exporter.job import ExportArguments, Job
 from medusa_export.exporter.onnx_builder import ALIGNMENT, INLINE_BYTES
 from medusa_export.exporter.onnx_linear import BLOCKS, SMALL_BLOCKS
 from medusa_export.exporter.plan import TensorPlan, plan_ranks
@@ -37,6 +37,7 @@ from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm_config import trtllm_config
 from medusa_export.heads import families
 from medusa_export.heads.errors import ConfigError, OutputError
+from medusa_export.heads.files import TOKENIZER_FILES
 from medusa_export.heads.manifest import MANIFEST, _refuse_occupied, is_up_to_date, read_manifest, require_idle
 from medusa_export.quantize.calibration import DEFAULT_MAX_LENGTH
 from medusa_export.quantize.tensorrt_targets import tensorrt_form

@@ -4,8 +4,11 @@
     medusa-export --ckpt quickstart/model --heads examples/smollm2-135m-medusa-v2 --quant int8_wo --output /tmp/int8
     python benchmarks/peers.py quickstart/model --float32 /tmp/float/engine --int8 /tmp/int8/engine
 
-Every contender is a process (``peer_engines.py``), and only one works at a time. They take turns of a few steps; the
-first step of a turn, which wakes threads up, is not counted. Models are made once, under ``--work``, by the contenders' own tools.
+Every contender is a process (``peer_engines.py``), and only one works at a time. They take turns of a few steps; the first step of
+a turn, which wakes threads up, is not counted. The same engine started several times differs by up to 15 %, for as long as its
+process lives, and the one that started first was the slowest (three runs of seven to nine processes). So the prompts are dealt to
+several rounds, and in each all contenders start anew, in another order. Models are made once, under ``--work``, by the contenders'
+own tools.
 """
 
 from __future__ import annotations
@@ -55,6 +58,11 @@ class Figures:
 
     tokens: list[list[int]] = field(default_factory=list)
     ms: list[list[float]] = field(default_factory=list)
+
+    def add(self, other: Figures) -> None:
+        """Those of further prompts."""
+        self.tokens += other.tokens
+        self.ms += other.ms
 
 
 # Name -> (worker's name, Python, model). What raises UnavailableError is reported as absent.
@@ -185,6 +193,34 @@ def race(
     return figures, dropped
 
 
+def all_rounds(
+    begin: Callable[[list[str]], tuple[dict[str, Worker], dict[str, str]]],
+    names: Sequence[str],
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    rounds: int,
+) -> tuple[dict[str, Figures], dict[str, str]]:
+    """Every prompt in one of the rounds, by processes of that round alone.
+
+    Args:
+        begin: starts contenders in the given order; also says why some are absent, from then on.
+    """
+    figures: dict[str, Figures] = {name: Figures() for name in names}
+    absent: dict[str, str] = {}
+    for number in range(rounds):
+        shift = number * len(names) // rounds
+        workers, missing = begin([name for name in [*names[shift:], *names[:shift]] if name not in absent])
+        try:
+            found, dropped = race(workers, prompts[number::rounds], new_tokens)
+        finally:
+            for worker in workers.values():
+                worker.stop()
+        absent |= missing | dropped
+        for name, part in found.items():
+            figures[name].add(part)
+    return {name: found for name, found in figures.items() if name not in absent}, absent
+
+
 def summary(figures: Mapping[str, Figures]) -> dict[str, dict[str, Any]]:
     """Medians over prompts of each prompt's median step, with 95 % intervals. Ratios are medians of pairs, above 1 if slower."""
     rows = {}
@@ -210,6 +246,7 @@ def main(
     int8: Annotated[Path | None, typer.Option(help="An engine of it, exported with --quant int8_wo.")] = None,
     prompts: Annotated[Path, typer.Option(help="JSONL.")] = PROMPTS,
     limit: Annotated[int, typer.Option(help="Prompts.")] = 13,
+    rounds: Annotated[int, typer.Option(help="Times that all processes start anew.", min=1)] = 3,
     new_tokens: Annotated[int, typer.Option(help="Tokens a prompt; the end of sequence is ignored.", min=3)] = 64,
     threads: Annotated[int | None, typer.Option(help="Of every contender; all cores unless given.")] = None,
     contender: Annotated[list[str] | None, typer.Option(help="Only these, by their names in the table.")] = None,
@@ -229,14 +266,14 @@ def main(
         )
         ids = [item[2] for item in encoded]
         chosen = {name: entry for name, entry in GROUPS[group].items() if not contender or name in (OURS, *contender)}
-        longest = max(map(len, ids)) + new_tokens
-        workers, absent = start(chosen, Place(engine, checkpoint, work), cores, longest)
-        try:
-            figures, dropped = race(workers, ids, new_tokens)
-        finally:
-            for worker in workers.values():
-                worker.stop()
-        rows, absent = summary(figures), absent | dropped
+        place, longest = Place(engine, checkpoint, work), max(map(len, ids)) + new_tokens
+        figures, absent = all_rounds(
+            lambda names, chosen=chosen, place=place, longest=longest: start(  # type: ignore[misc]
+                {name: chosen[name] for name in names}, place, cores, longest
+            ),
+            list(chosen), ids, new_tokens, min(rounds, len(ids)),
+        )  # fmt: skip
+        rows = summary(figures)
         title = f"{group}: {len(ids)} prompts of {min(map(len, ids))} .. {max(map(len, ids))} tokens, {cores} threads"
         Console().print(_table(rows, absent, title, len(ids)))
         body["groups"][group] = {"rows": rows, "absent": absent, "ms": {name: f.ms for name, f in figures.items()}}

@@ -63,6 +63,27 @@ def test_race_takes_turns_and_does_not_count_their_first_step(peers: Any) -> Non
     assert [rows[name]["equal"] for name in (peers.OURS, "b", "c")] == [2, 1, 2]  # b errs at 9, in the first prompt
 
 
+def test_rounds_start_anew_in_another_order(peers: Any) -> None:
+    started: list[list[str]] = []
+
+    def begin(names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+        started.append(names)
+        workers = {name: Stopping(name, 2.0, []) for name in names if name != "c"}
+        return workers, {"c": "not there"} if "c" in names else {}
+
+    class Stopping(StandIn):
+        def stop(self) -> None:
+            self.calls.append("stopped")
+
+    prompts = [[5], [50], [500]]
+    figures, absent = peers.all_rounds(begin, [peers.OURS, "b", "c", "d"], prompts, 3, 2)
+    assert started == [[peers.OURS, "b", "c", "d"], ["d", peers.OURS, "b"]]
+    assert absent == {"c": "not there"}
+    assert list(figures) == [peers.OURS, "b", "d"]
+    for found in figures.values():
+        assert found.tokens == [[6, 7, 8], [501, 502, 503], [51, 52, 53]]
+
+
 def test_a_contender_that_fails_on_the_way_is_named_with_the_reason(peers: Any) -> None:
     class Failing(StandIn):
         def ask(self, **request: Any) -> tuple[list[int], list[float]]:

@@ -26,7 +26,16 @@ def test_chunks_do_not_show(
     whole = case.write(tmp_path / "whole", fmt, tp=2)
     monkeypatch.setattr(tensor_maker, "CHUNK_VALUES", 5 * 512)  # 4 rows, as two of INT4 share a byte
     monkeypatch.setattr(rebuild, "CHUNK_VALUES", 7 * 512)
+    sizes, stacked = [], tensor_maker.TensorMaker._stacked
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        rows = stacked(*arguments)
+        sizes.append(rows.numel())
+        return rows
+
+    monkeypatch.setattr(tensor_maker.TensorMaker, "_stacked", noted)
     pieces = case.write(tmp_path / "pieces", fmt, tp=2)
+    assert 4 * 512 <= max(sizes) <= 5 * 512  # scales of rows and groups too
     for rank in range(2):
         assert (whole / f"rank{rank}.safetensors").read_bytes() == (pieces / f"rank{rank}.safetensors").read_bytes()
     assert verify_trtllm(pieces, case.checkpoint) == []

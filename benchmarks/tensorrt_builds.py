@@ -48,7 +48,9 @@ def main(
     ckpt: Annotated[Path, typer.Option(help="The base model.")],
     heads: Annotated[Path | None, typer.Option(help="Its heads, when they are not inside.")] = None,
     quant: Annotated[list[str] | None, typer.Option(help="Formats; default: all that TensorRT takes.")] = None,
-    gpu: Annotated[list[int] | None, typer.Option(help="Compute capabilities; default: all that TensorRT-RTX builds for.")] = None,
+    gpu: Annotated[
+        list[int] | None, typer.Option(help="Compute capabilities; default: all that TensorRT-RTX builds for.")
+    ] = None,
     calib_prompts: Annotated[int, typer.Option(help="Prompts that calibrate.")] = 16,
     check: Annotated[bool, typer.Option("--check", help="Build nothing; compare the graphs' numbers.")] = False,
     dtype: Annotated[

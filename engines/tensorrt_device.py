@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,14 +57,21 @@ class Device(Protocol):
         """int64 on the host, from where a copy to the device need not wait."""
 
 
+@cache
+def _process_stream() -> Any:
+    """One for all engines of this process: torch's operations on one's buffers would not wait for another's stream."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    torch.cuda.set_stream(stream)  # TensorRT synchronizes more on the default stream
+    return stream
+
+
 class CudaStream:
     """A stream of the GPU that torch sees first, as torch's current one, and what is captured on it."""
 
     def __init__(self) -> None:
-        import torch
-
-        self.stream = torch.cuda.Stream()
-        torch.cuda.set_stream(self.stream)  # TensorRT synchronizes more on the default stream
+        self.stream = _process_stream()
 
     def capture(self, work: Run) -> Run:
         """See :meth:`Device.capture`."""

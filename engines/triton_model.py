@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.errors import MedusaExportError
 
 POLL_SECONDS = 0.02  # a step takes longer
+ASKED_AT_ONCE = 16  # clients, whether they are still there
 CANCEL = "medusa_cancel"  # parameter of a request that ends another one, by its id
 TWIN = "medusa_twin"  # parameter of the twin's requests: errors between models lose their code, so it is put before the message
 CODED = " | "
@@ -111,11 +113,14 @@ class MedusaModel:
         sender.nothing()
 
     def _watch(self) -> None:
-        """Cancel what clients have given up; asking costs a message to the server each time."""
+        """Cancel what clients have given up. Asking costs a message to the server, so those come first whose turn is longest ago."""
+        turn = 0
         while not self._stopping.wait(POLL_SECONDS):
+            turn += 1
             with self._lock:
-                answers = list(self._open.values())
+                answers = nsmallest(ASKED_AT_ONCE, self._open.values(), key=lambda answer: answer.turn)
             for answer in answers:
+                answer.turn = turn
                 if answer.ticket is not None and answer.sender.is_cancelled():
                     answer.ticket.cancel()
 
@@ -131,6 +136,7 @@ class _Open:
     def __init__(self, model: MedusaModel, sender: Sender, request_id: str, *, is_coded: bool) -> None:
         self.sender, self.request_id, self._is_coded = sender, request_id, is_coded
         self.streams = False
+        self.turn = 0  # when it was last asked whether its client has gone
         self.ticket: Ticket | None = None
         self._model = model
         self._text, self._token_ids = "", list[int]()  # not sent yet

@@ -12,7 +12,7 @@ import numpy as np
 
 from medusa_export.engines.triton_guard import Guard
 from medusa_export.engines.triton_io import OUTPUTS
-from medusa_export.engines.triton_model import CANCEL, CODED, POLL_SECONDS, TWIN
+from medusa_export.engines.triton_model import ASKED_AT_ONCE, CANCEL, CODED, POLL_SECONDS, TWIN
 from medusa_export.engines.triton_sender import Sender
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,10 @@ class UnaryModel:
             sender.error("INTERNAL", code)
 
     def _watch(self, sender: Sender, request_id: str, done: threading.Event) -> None:
-        """Hand a cancellation on; the server does not do that for requests between models."""
-        while not done.wait(POLL_SECONDS):
+        """Hand a cancellation on; the server does not do that for requests between models. Of many requests, each asks rarely."""
+        while not done.wait(
+            POLL_SECONDS * (1 + threading.active_count() // (2 * ASKED_AT_ONCE))
+        ):  # two threads a request
             if sender.is_cancelled():
                 text = self._pb.Tensor("text_input", np.array([b""], dtype=object))  # the server wants one
                 for _ in self._request([text], request_id, {CANCEL: request_id}).exec(decoupled=True):

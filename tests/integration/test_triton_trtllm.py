@@ -213,7 +213,7 @@ def test_a_client_that_hangs_up_ends_the_engines_request(served: tuple[TritonSer
     server, engine = served
     log = engine.parent / "server.log"
     before = log.read_text(errors="replace").count("stand-in: cancelled")
-    body = json.dumps({"stream": True, "text_input": "w9 w8 w7", "max_tokens": 180}).encode()
+    body = json.dumps({"stream": True, "text_input": "w9 " * 100, "max_tokens": 90}).encode()
     url = f"{server.address.http}/v2/models/tensorrt_llm_bls/generate_stream"
     with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
         assert response.readline().startswith(b"data: ")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ from serving_memory import MemoryLog
 
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.parity import explain, verdict
+from medusa_export.engines.parity import explain, first_divergence, verdict
 from medusa_export.engines.prompts import encode_prompts
 from medusa_export.engines.report import hardware, versions
 from medusa_export.engines.serving_options import ServingOptions
@@ -118,9 +119,17 @@ def _offline(
     def noise() -> float:
         return _noise(engine, engine_dir, questions[:NOISE_PROMPTS])
 
+    verdicts: dict[tuple[Any, ...], str] = {}  # by where an answer parts from ours, and with what
+
     def judge(answer: Answer) -> str:
         ours, served = (Generation(tokens, "") for tokens in (answer.question.tokens, answer.tokens))
-        return verdict(explain(engine, answer.question.input_ids, ours, served), noise())
+        at = first_divergence(ours, served)
+        if at is None:  # the same tokens, another text
+            return "mismatch"
+        key = (answer.question.id, at, *served.tokens[at : at + 1])
+        if key not in verdicts:
+            verdicts[key] = verdict(explain(engine, answer.question.input_ids, ours, served), noise())
+        return verdicts[key]
 
     return questions, judge
 
@@ -174,7 +183,7 @@ def _version(server: TritonServer) -> str:
 def _measure(
     server: TritonServer, questions: list[Question], load: Load, judge: Callable[[Answer], str]
 ) -> dict[str, Any]:
-    warm_up = replace(load, requests=load.streams, max_tokens=4, seconds=float("inf"), cancel=0)
+    warm_up = replace(load, requests=min(load.streams, 8), max_tokens=4, seconds=float("inf"), cancel=0)
     asyncio.run(run_load(server.address.grpc, questions, warm_up))
     with MemoryLog(server) as memory:
         cpu = time.process_time()
@@ -213,4 +222,5 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the server goes too
     typer.run(main)

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import stat
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
@@ -20,6 +21,11 @@ from medusa_export.heads.errors import OutputError
 
 POLL_SECONDS = 0.25
 SHARED_MEMORY = Path("/dev/shm")
+# A call into Triton that waits for a server which has just died holds Python's lock, so that no thread of the stub runs any more.
+WATCHDOG = """
+while read -r pid name state parent rest < "/proc/$2/stat" && [ "$parent" = "$1" ]; do sleep 1; done
+sleep 1; kill -9 "$2"; [ -z "$3" ] || rm -f "/dev/shm/$3"
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +50,9 @@ class Guard:
         self._folder = Path(tempfile.gettempdir()) / f"medusa-export-{self._server}-{started}"
         _own(self._folder)
         self._mark = self._folder / f"{os.getpid()}"
-        self._mark.write_text(_shared_memory(), encoding="utf-8")
+        memory = _shared_memory()
+        self._mark.write_text(memory, encoding="utf-8")
+        self._watchdog = watch(self._server, os.getpid(), memory)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, name="medusa-export-guard", daemon=True)
         self._thread.start()
@@ -53,11 +61,10 @@ class Guard:
         """The model is unloaded: from here on its end is none of the others' concern."""
         self._done.set()
         self._thread.join()
+        self._watchdog.kill()
+        self._watchdog.wait()
         self._mark.unlink(missing_ok=True)
-        try:
-            self._folder.rmdir()
-        except OSError:  # others are loaded still
-            return
+        self._leave()
 
     def _work(self) -> None:
         health, is_stopping = Health(self._server), False
@@ -85,7 +92,21 @@ class Guard:
             if name:
                 (SHARED_MEMORY / Path(name).name).unlink(missing_ok=True)
             mark.unlink(missing_ok=True)
+        self._leave()
         os._exit(1)
+
+    def _leave(self) -> None:
+        try:
+            self._folder.rmdir()
+        except OSError:  # others are there still, or were faster
+            return
+
+
+def watch(server: int, stub: int, memory: str) -> subprocess.Popen[bytes]:
+    """A process that ends a stub and removes its shared memory when its server has gone."""
+    command = ["/bin/sh", "-c", WATCHDOG, "medusa-export-watchdog", f"{server}", f"{stub}", memory]
+    none = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=none, stdout=none, stderr=none)
 
 
 def _own(folder: Path) -> None:

@@ -81,7 +81,8 @@ class TritonServer:
             layer = layered(self._folder)
             command = self._command(repository.resolve(), backends(self._folder))
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT if log else None, env=server_variables(layer),
+                command, stdout=log, stderr=subprocess.STDOUT if log else None,
+                env={**server_variables(layer), "TMPDIR": str(self._folder)},
                 start_new_session=True, preexec_fn=_deepen_stack,
             )  # fmt: skip
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from medusa_export.engines import triton_guard, triton_health
-from medusa_export.engines.triton_guard import Guard
+from medusa_export.engines.triton_guard import SHARED_MEMORY, Guard
 from medusa_export.engines.triton_health import Health, listening
 from medusa_export.heads.errors import OutputError
 
@@ -88,6 +89,27 @@ def test_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_guard._is_stub_of(os.getpid(), mark), "one that has taken its mark away has ended as it should"
     guard.close()
     assert not folder.exists()
+
+
+def test_a_stub_that_is_frozen_ends_with_its_server(tmp_path: Path) -> None:
+    """As one that waits for a server that has died: none of its threads runs. Stand-ins for both."""
+    memory = SHARED_MEMORY / f"medusa-export-test-{os.getpid()}"
+    memory.touch()
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert server.stdout
+    stub = int(server.stdout.readline())
+    watchdog = triton_guard.watch(server.pid, stub, memory.name)
+    os.kill(stub, signal.SIGSTOP)
+    time.sleep(1.2)
+    assert watchdog.poll() is None
+    assert memory.exists()
+    server.kill()
+    server.wait()
+    server.stdout.close()
+    watchdog.wait(10)
+    assert not memory.exists()
+    assert not Path(f"/proc/{stub}").exists() or triton_guard._stat(stub)[0] == "Z"
 
 
 @pytest.mark.parametrize("kind", ["open to others", "a link"])

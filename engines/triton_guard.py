@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from medusa_export.engines.triton_health import Health
+from medusa_export.engines.triton_health import Health, http_port
 from medusa_export.heads.errors import OutputError
 
 POLL_SECONDS = 0.25
@@ -67,7 +67,7 @@ class Guard:
         self._leave()
 
     def _work(self) -> None:
-        health, is_stopping = Health(self._server), False
+        health, is_stopping = Health(self._server, http_port(self._server)), False
         while not self._done.wait(POLL_SECONDS):
             if os.getppid() != self._server:
                 self._end("the server has ended")

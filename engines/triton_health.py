@@ -10,6 +10,7 @@ from pathlib import Path
 
 LISTEN = "0A"  # a state in /proc/net/tcp
 SECONDS = 2.0
+FLAG, DEFAULT_PORT = "--http-port", 8000
 
 
 class Health:
@@ -17,18 +18,24 @@ class Health:
 
     Args:
         server: its process id, one of the same user's.
+        port: where its HTTP endpoint is.
     """
 
-    def __init__(self, server: int) -> None:
-        self._server = server
-        self._address: tuple[str, int] | None = None
+    def __init__(self, server: int, port: int) -> None:
+        self._server, self._port = server, port
 
     def hangs_up(self) -> bool:
-        """Whether it has been there and takes no more connections. One that is slow does; of one without HTTP nothing is known."""
-        if self._address is None:
-            self._address = next((each for each in listening(self._server) if _status(each) == 200), None)
-            return False
-        return _status(self._address) is None
+        """Whether it listens, but cuts every connection: what Triton does from the moment that it is told to stop until it ends.
+
+        One that is slow does not, and of one that does not listen nothing is known.
+        """
+        return any(_status(host, port) is None for host, port in listening(self._server) if port == self._port)
+
+
+def http_port(server: int) -> int:
+    """What a tritonserver was told with --http-port, or its default."""
+    words = Path(f"/proc/{server}/cmdline").read_bytes().decode().replace("=", "\0").split("\0")
+    return int(words[words.index(FLAG) + 1]) if FLAG in words else DEFAULT_PORT
 
 
 def listening(pid: int) -> list[tuple[str, int]]:
@@ -42,9 +49,8 @@ def listening(pid: int) -> list[tuple[str, int]]:
     return [(socket.inet_ntoa(struct.pack("=I", int(address, 16))), int(port, 16)) for address, port in local]
 
 
-def _status(address: tuple[str, int]) -> int | None:
+def _status(host: str, port: int) -> int | None:
     """HTTP status of the liveness endpoint; None where the connection is refused or cut, 0 for anything else that is no answer."""
-    host, port = address
     connection = http.client.HTTPConnection("127.0.0.1" if host == "0.0.0.0" else host, port, timeout=SECONDS)
     try:
         connection.request("GET", "/v2/health/live")

@@ -23,7 +23,6 @@ from tritonclient.utils import InferenceServerException
 
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.triton import write_repository
-from medusa_export.engines.triton_guard import POLL_SECONDS
 from medusa_export.engines.triton_metrics import FLUSH_SECONDS, REASONS
 from medusa_export.engines.triton_server import Address, TritonServer
 from tests.integration.triton_fixture import SECONDS, Served, Stream, endless_engine, tensors
@@ -37,18 +36,20 @@ OPTIONS = ServingOptions(max_batch=4, max_queue=60, max_tokens=5, tree_max_batch
 @pytest.fixture
 def start(
     tiny_engine: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], Served]]:
+) -> Iterator[Callable[..., Served]]:
     """Starts a server that a test may end, so that a stub that crashes leaves a dump."""
     monkeypatch.chdir(tmp_path)  # where dumps go
     limits = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (limits[1], limits[1]))
     started: list[Served] = []
 
-    def make() -> Served:
+    def make(exit_seconds: int = 5) -> Served:
         engine, repository, log = endless_engine(tiny_engine), tmp_path / "repository", tmp_path / "server.log"
         write_repository(engine, repository, options=OPTIONS)
         with log.open("wb") as output:
-            started.append(Served(TritonServer(repository, Address.free(), output, exit_seconds=5), engine, log))
+            started.append(
+                Served(TritonServer(repository, Address.free(), output, exit_seconds=exit_seconds), engine, log)
+            )
         started[0].server.wait_ready()
         return started[0]
 
@@ -85,7 +86,7 @@ def assert_nothing_is_left(served: Served, stubs: list[int]) -> None:
     assert list(Path().glob("core*")) == [], "a stub crashed"
 
 
-def test_clients_that_leave_die_or_do_not_read(start: Callable[[], Served], tmp_path: Path) -> None:
+def test_clients_that_leave_die_or_do_not_read(start: Callable[..., Served], tmp_path: Path) -> None:
     """All others' answers are right, every slot is free in the end, and memory does not grow with what nobody reads."""
     served = start()
     stubs, draw = served.server.stubs(), random.Random(0)
@@ -231,25 +232,24 @@ def _ask_in_all_ways(served: Served, count: int, found: dict[str, Any]) -> list[
 
 
 @pytest.mark.parametrize(("count", "ends"), [(400, "answered"), (3900, "told")])
-def test_a_server_that_is_told_to_stop(count: int, ends: str, start: Callable[[], Served]) -> None:
+def test_a_server_that_is_told_to_stop(count: int, ends: str, start: Callable[..., Served]) -> None:
     """What can be finished is; the others hear why not. Nothing is left."""
-    served = start()
+    served = start(exit_seconds=30)
     stubs, found = served.server.stubs(), dict[str, Any]()
     expected = served.offline(QUESTION, count) if ends == "answered" else "the server is stopping"
     threads = _ask_in_all_ways(served, count, found)
     wait_until(lambda: served.metric("medusa_requests_running") + served.metric("medusa_requests_waiting") == 5)
-    time.sleep(3 * POLL_SECONDS)  # so that the guard has seen a server that takes connections
     served.server.process.terminate()
     for thread in threads:
         thread.join(SECONDS)
     assert found == dict.fromkeys(found, expected)
     assert len(found) == 5
-    assert served.server.process.wait(15) == 0
+    assert served.server.process.wait(SECONDS) == 0
     assert_nothing_is_left(served, stubs)
 
 
 @pytest.mark.parametrize("model", ["medusa", "medusa_unary"])
-def test_a_stub_that_dies_ends_the_server(model: str, start: Callable[[], Served]) -> None:
+def test_a_stub_that_dies_ends_the_server(model: str, start: Callable[..., Served]) -> None:
     """So that whoever started it starts it again; by itself it would stay "ready" and never answer."""
     served = start()
     stubs, found = served.server.stubs(), dict[str, Any]()
@@ -266,7 +266,7 @@ def test_a_stub_that_dies_ends_the_server(model: str, start: Callable[[], Served
     assert_nothing_is_left(served, stubs)
 
 
-def test_a_server_that_is_killed_leaves_nothing(start: Callable[[], Served]) -> None:
+def test_a_server_that_is_killed_leaves_nothing(start: Callable[..., Served]) -> None:
     served = start()
     stubs, found = served.server.stubs(), dict[str, Any]()
     threads = _ask_in_all_ways(served, 3900, found)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -206,26 +204,6 @@ def test_grpc_and_bytes_that_are_no_text(served: tuple[TritonServer, Path]) -> N
     assert result.as_numpy("stop_words_list").shape[:2] == (1, 2)
     assert result.as_numpy("end_id").tolist() == [[2]]
     client.close()
-
-
-def test_a_client_that_hangs_up_ends_the_engines_request(served: tuple[TritonServer, Path]) -> None:
-    """Through the BLS model: its client's end reaches the engine while that is still at work."""
-    server, engine = served
-    log = engine.parent / "server.log"
-    before = log.read_text(errors="replace").count("stand-in: cancelled")
-    body = json.dumps({"stream": True, "text_input": "w9 " * 100, "max_tokens": 90}).encode()
-    url = f"{server.address.http}/v2/models/tensorrt_llm_bls/generate_stream"
-    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
-        assert response.readline().startswith(b"data: ")
-    deadline = time.monotonic() + 20
-    while log.read_text(errors="replace").count("stand-in: cancelled") == before:
-        assert time.monotonic() < deadline, "the engine never heard of it"
-        time.sleep(0.02)
-    ((done, all_steps),) = re.findall(
-        r"stand-in: cancelled after (\d+) of (\d+) steps", log.read_text(errors="replace")
-    )[before:]
-    assert 0 < int(done) < int(all_steps)
-    assert ask(server, "tensorrt_llm_bls", text_input="w3 w4 w5", max_tokens=5)[0] == 200
 
 
 def test_many_at_once(served: tuple[TritonServer, Path]) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from medusa_export.engines import triton_guard, triton_health
 from medusa_export.engines.triton_guard import SHARED_MEMORY, Guard
-from medusa_export.engines.triton_health import Health, listening
+from medusa_export.engines.triton_health import Health, http_port, listening
 from medusa_export.heads.errors import OutputError
 
 
@@ -48,27 +48,30 @@ def endpoint() -> Iterator[HTTPServer]:
 
 
 def test_a_server_that_stops_hangs_up(endpoint: HTTPServer) -> None:
-    health = Health(os.getpid())
+    health, other = (Health(os.getpid(), endpoint.server_port + delta) for delta in (0, 1))
     assert endpoint.server_address in listening(os.getpid())
     assert [health.hangs_up() for _ in range(3)] == [False] * 3
     Endpoint.hangs_up = True
     assert health.hangs_up()
+    assert not other.hangs_up(), "nobody listens there"
 
 
-def test_a_server_that_is_slow_or_was_never_there_does_not_hang_up(
-    endpoint: HTTPServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    never = Health(os.getpid())
-    Endpoint.hangs_up = True
-    assert not never.hangs_up()
-    assert not never.hangs_up()
-    Endpoint.hangs_up = False
-    slow = Health(os.getpid())
-    assert not slow.hangs_up()
+def test_a_server_that_is_slow_does_not_hang_up(endpoint: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Health(os.getpid(), endpoint.server_port)
     monkeypatch.setattr(triton_health, "SECONDS", 0.05)
     monkeypatch.setattr(Endpoint, "do_GET", lambda self: time.sleep(0.3))
     assert not slow.hangs_up()
     assert listening(2**22 + 1) == []  # no such process
+
+
+@pytest.mark.parametrize(("flags", "port"), [(["--http-port=81"], 81), (["--http-port", "82"], 82), ([], 8000)])
+def test_the_port_that_a_server_was_told(flags: list[str], port: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()", *flags], stdin=subprocess.PIPE)
+    try:
+        assert http_port(process.pid) == port
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ from medusa_export.heads.tree import Tree, load_tree
 
 NONE, ENGINE = "none", "engine"  # besides files, what --tree may be
 NOISE_PROMPTS = 8
-EXIT_SECONDS = 3  # nothing is in flight then, but Triton 2.51 may hold on to a stream that was cancelled as it ended
+EXIT_SECONDS = 1  # nothing is in flight then, but Triton 2.51 may hold on to a stream that was cancelled as it ended
 
 
 def main(

@@ -88,7 +88,7 @@ def assert_nothing_is_left(served: Served, stubs: list[int]) -> None:
 
 def test_clients_that_leave_die_or_do_not_read(start: Callable[..., Served], tmp_path: Path) -> None:
     """All others' answers are right, every slot is free in the end, and memory does not grow with what nobody reads."""
-    served = start()
+    served = start(exit_seconds=1)
     stubs, draw = served.server.stubs(), random.Random(0)
     asked = {n: (f"w{n % 20 + 3} w{n % 7 + 3}", 20 + n) for n in range(30)}
     leaving = set(draw.sample(sorted(asked), 9))

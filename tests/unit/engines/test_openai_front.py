@@ -20,6 +20,7 @@ from medusa_export.engines.openai_errors import (
     KeyRefusedError,
     MediaTypeError,
     SlowBodyError,
+    UnfinishedError,
 )
 from medusa_export.engines.openai_fields import CHAT, COMPLETIONS
 from medusa_export.engines.openai_front import FrontOptions, OpenAIFront
@@ -236,6 +237,17 @@ def test_an_error_in_a_stream_is_its_last_event() -> None:
         assert "[DONE]" not in text
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("reason", ["timeout", "closed", "error"])
+def test_an_end_without_an_answer_has_a_status_while_nothing_is_sent(reason: str, streams: bool) -> None:
+    service = StandInService()
+    service.says = [Piece("", [], End(reason, 1, 0, 0, 0.0))]
+    body = json.dumps({"model": "m", "prompt": "hi", "stream": streams}).encode()
+    with pytest.raises(UnfinishedError) as unfinished:
+        asyncio.run(ask(front(service), Client(body)))
+    assert unfinished.value.reason == reason
 
 
 def test_errors_of_the_service_name_the_request_s_fields() -> None:

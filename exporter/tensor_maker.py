@@ -45,9 +45,7 @@ class TensorMaker:
             yield make(self, plan, start, min(start + step, rows))
 
     def _width(self, plan: TensorPlan) -> int:
-        """Values that a row of the result is made from; scales of whole rows need all of them on every rank."""
-        if plan.columns is not None and plan.kind not in _WHOLE_ROWS:
-            return plan.columns[1] - plan.columns[0]
+        """Values that a row is made from: all columns are read, also where a rank keeps some of them."""
         return math.prod(self.checkpoint.shape(plan.sources[0].tensor)[1:]) if plan.sources else 1
 
     def _stacked(
@@ -172,7 +170,6 @@ _NUMBERS: dict[Kind, Callable[[TensorMaker, TensorPlan], float | torch.Tensor]] 
     Kind.KV_SCALE: TensorMaker._kv_scale,
     Kind.SMOOTHING: TensorMaker._smoothing,
 }
-_WHOLE_ROWS = (Kind.ROW_SCALE, Kind.FP8_ROW, Kind.INT8_ROW)
 _CHUNKS: dict[Kind, Callable[[TensorMaker, TensorPlan, int, int], torch.Tensor]] = {
     Kind.COPY: TensorMaker._copy,
     Kind.FP8: TensorMaker._fp8,

@@ -144,13 +144,12 @@ def _states(model: Any, part: Sequence[Example]) -> torch.Tensor:
         longest = len(part[order[-1]].input_ids)
         batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(batch):  # padded on the right, where causal attention does not look
+        for row, index in enumerate(batch):
             ids[row, : len(part[index].input_ids)] = torch.tensor(part[index].input_ids)
-            mask[row, : len(part[index].input_ids)] = 1
         device = next(model.parameters()).device
         with torch.inference_mode():
-            output = model.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            # No mask: causal attention does not look at the padding on the right, and is faster without one.
+            output = model.model(input_ids=ids.to(device), use_cache=False)
         states = output.last_hidden_state.to(torch.bfloat16).cpu()  # [B, S, D]
         for row, index in enumerate(batch):
             spans = [states[row, start - 1 : stop - 1] for start, stop in _spans(part[index])]

@@ -35,7 +35,7 @@ def test_chunks_do_not_show(
 
     monkeypatch.setattr(tensor_maker.TensorMaker, "_stacked", noted)
     pieces = case.write(tmp_path / "pieces", fmt, tp=2)
-    assert 4 * 512 <= max(sizes) <= 5 * 512  # scales of rows and groups too
+    assert max(sizes) <= 5 * 512  # scales of rows and groups too
     for rank in range(2):
         assert (whole / f"rank{rank}.safetensors").read_bytes() == (pieces / f"rank{rank}.safetensors").read_bytes()
     assert verify_trtllm(pieces, case.checkpoint) == []

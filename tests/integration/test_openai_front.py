@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -388,9 +389,12 @@ def test_hosts_that_may_be_meant(bytes_served: Served) -> None:
 def test_sigterm_with_requests_in_flight(bytes_served: Served) -> None:
     """What ends within the grace time ends well, and the others hear why not. The last test of the file: it ends the server."""
     served = bytes_served
+    start, tried = time.monotonic(), 200
+    served.chat(QUESTION, max_tokens=tried)
+    half_a_second = int(0.5 * tried / (time.monotonic() - start))  # in tokens, whatever the machine's speed
     long = served.chat(QUESTION, max_tokens=3900, stream=True)
     next(iter(long))
-    short = served.chat(QUESTION, max_tokens=150, stream=True)
+    short = served.chat(QUESTION, max_tokens=max(20, min(half_a_second, 2000)), stream=True)
     next(iter(short))
     waiting: list[Any] = []
 

@@ -66,8 +66,14 @@ def test_a_server_that_is_slow_does_not_hang_up(endpoint: HTTPServer, monkeypatc
 
 @pytest.mark.parametrize(("flags", "port"), [(["--http-port=81"], 81), (["--http-port", "82"], 82), ([], 8000)])
 def test_the_port_that_a_server_was_told(flags: list[str], port: int) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()", *flags], stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "print('here', flush=True); input()", *flags],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
+        assert process.stdout
+        assert process.stdout.readline() == b"here\n"  # before that, its command line may not be there yet
         assert http_port(process.pid) == port
     finally:
         process.kill()

@@ -155,7 +155,7 @@ def test_small(
     chosen = [word for name in contenders for word in ("--contender", name)]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "peers.py", tiny.model_dir, option, tiny.path, "--prompts", prompts, "--threads", "1",
-         "--new-tokens", "20", "--work", tmp_path / "work", "--json", figures, *chosen],
+         "--new-tokens", "20", "--rounds", "1", "--work", tmp_path / "work", "--json", figures, *chosen],
         capture_output=True, text=True, env={**os.environ, "COLUMNS": "150"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -13,14 +13,11 @@ FP8_MAX, INT8_MAX = 448.0, 127.0
 
 
 class Shared:
-    """What several nodes of one run need and none is given: made once a run.
-
-    Args:
-        memo: emptied before every run.
-    """
+    """What several nodes of one run need and none is given: made once a run."""
 
     def __init__(self) -> None:
-        self._memo: dict[tuple[Any, ...], torch.Tensor] = {}
+        # What a key names by id stays alive beside the result, lest another tensor gets the same id.
+        self._memo: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def clear(self) -> None:
         """Forget the run before."""
@@ -32,8 +29,8 @@ class Shared:
 
         key = ("rows", size, id(past_length))
         if key not in self._memo:
-            self._memo[key] = torch.arange(size, device=past_length.device) + past_length
-        return self._memo[key]
+            self._memo[key] = past_length, torch.arange(size, device=past_length.device) + past_length
+        return self._memo[key][1]
 
     def bias(self, visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """0 where something is visible, else -inf, for query heads that share a key head.  # [1, 1, groups * S, T]"""
@@ -43,8 +40,8 @@ class Shared:
         if key not in self._memo:
             _, _, size, length = visible.shape
             bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
-            self._memo[key] = bias.expand(groups, 1, size, length).reshape(1, 1, groups * size, length)
-        return self._memo[key]
+            self._memo[key] = visible, bias.expand(groups, 1, size, length).reshape(1, 1, groups * size, length)
+        return self._memo[key][1]
 
 
 def operators(shared: Shared) -> dict[str, Operator]:

@@ -75,6 +75,7 @@ def write_repository(
         raise ConfigError("--name", repr(name), "letters, digits, _ . and -", "choose another one")
     options = options or ServingOptions()
     info = EngineInfo.load(engine)
+    info.require_onnxruntime(engine)
     paths = list_files(engine, engine) | {TREE_FILE: tree or engine / TREE_FILE}
     BatchTrees.load(paths[TREE_FILE], unmeasured=options.tree_max_batch).require(info)
     read_tokenizer(engine)

@@ -20,7 +20,7 @@ from medusa_export.engines.trtllm_session import TIMEOUT, NoAnswerError, StepTok
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.trtllm_releases import release_of_engine
 
-FIRST = (0, 20)  # before, the tree came with a build configuration, which a built engine overrides
+FIRST = (0, 20)  # the oldest release in whose sources a tree was seen to reach an engine that is built already
 OWN_MODULE = (1, 0)  # from here on the plain LLM is PyTorch's, which has no Medusa
 
 
@@ -28,7 +28,7 @@ def require_llm_api(version: object, where: str) -> None:
     """Raise ConfigError unless the LLM API of the release that built an engine takes a tree for it."""
     release = release_of_engine(version, where)
     if release.numbers[:2] < FIRST:
-        got = f"TensorRT-LLM {release.name}, whose LLM API takes a tree only for engines that it builds itself"
+        got = f"TensorRT-LLM {release.name}, whose LLM API is not known to take a tree for a built engine"
         raise ConfigError(
             "--trtllm-api llm", got, "0.20 to 1.2.1", "leave it out: ModelRunnerCpp takes the tree in all releases"
         )

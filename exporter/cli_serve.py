@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from medusa_export.exporter.console import Verbose, command_app, main, stderr, stdout
+from medusa_export.exporter.serving_flags import (
+    GraceS,
+    KvCacheMb,
+    MaxTextBytes,
+    MaxTokens,
+    PrefillTokens,
+    Threads,
+    TimeoutS,
+    TreeFile,
+    TreeMaxBatch,
+    given_options,
+)  # fmt: skip
 from medusa_export.heads.errors import ConfigError
 
 serve_app = command_app()
@@ -31,36 +42,18 @@ def serve_command(
         int | None,
         typer.Option("--max-concurrent", "--max-batch", help="Requests decoded at once, at most. Default: 32."),
     ] = None,
-    kv_cache_mb: Annotated[
-        int | None, typer.Option(help="Memory for the key/value cache; it may lower --max-concurrent. Default: 4096.")
-    ] = None,
+    kv_cache_mb: KvCacheMb = None,
     max_queue: Annotated[
         int | None, typer.Option(help="Requests that wait, at most; others get 429. Default: 256.")
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of an answer where a request does not say. Default: 256.")
-    ] = None,
-    timeout_s: Annotated[float | None, typer.Option(help="Seconds of a request, at most. Default: 600.")] = None,
-    max_text_bytes: Annotated[int | None, typer.Option(help="Text of a request, at most. Default: 1 MiB.")] = None,
-    tree: Annotated[
-        Path | None,
-        typer.Option(
-            help="tree.json of medusa-tree search instead of the engine's. One from costs of several batch sizes says which tree "
-            "is used with how many requests at once."
-        ),
-    ] = None,
-    tree_max_batch: Annotated[
-        int | None,
-        typer.Option(help="Requests at once up to which a tree is used that says nothing of batches. Default: 4."),
-    ] = None,
-    prefill_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Prompt tokens that are read between two steps: fewer make steadier answers, more earlier ones. Default: 128."
-        ),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; 0 takes one a core. Default: 0.")] = None,
-    grace_s: Annotated[float, typer.Option(help="Seconds for running requests when it is told to stop.")] = 30.0,
+    max_tokens: MaxTokens = None,
+    timeout_s: TimeoutS = None,
+    max_text_bytes: MaxTextBytes = None,
+    tree: TreeFile = None,
+    tree_max_batch: TreeMaxBatch = None,
+    prefill_tokens: PrefillTokens = None,
+    threads: Threads = None,
+    grace_s: GraceS = None,
     verbose: Verbose = False,
 ) -> None:
     """Serve an engine with OpenAI's protocol, until SIGTERM or Ctrl-C.
@@ -75,11 +68,8 @@ def serve_command(
     from medusa_export.engines.text_service import TextService
     from medusa_export.heads.engine_info import EngineInfo
 
-    chosen = {item.name: given[item.name] for item in fields(ServingOptions) if given[item.name] is not None}
-    options, info = ServingOptions(**chosen), EngineInfo.load(engine)
-    if info.backend != "onnxruntime":
-        expected = "one for onnxruntime"
-        raise ConfigError(str(engine), f"an engine for {info.backend}", expected, "see medusa-triton for the others")
+    options, info = given_options(ServingOptions, given), EngineInfo.load(engine)
+    info.require_onnxruntime(engine)
     name = name or Path(str(info.source.get("checkpoint") or engine)).name
     front_options = FrontOptions(host, name, _key(api_key_env))
     with bind(host, port) as sock:
@@ -96,7 +86,7 @@ def serve_command(
         )
         try:
             run_front(
-                OpenAIFront(service, front_options), meter, sock, grace_s=grace_s, log_requests=verbose,
+                OpenAIFront(service, front_options), meter, sock, grace_s=options.grace_s, log_requests=verbose,
                 say=lambda text: stdout.print(text, soft_wrap=True, markup=False),
             )  # fmt: skip
         finally:

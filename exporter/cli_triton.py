@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from medusa_export.exporter.console import Verbose, command_app, main, stdout
+from medusa_export.exporter.serving_flags import (
+    GraceS,
+    KvCacheMb,
+    MaxTextBytes,
+    MaxTokens,
+    PrefillTokens,
+    Threads,
+    TimeoutS,
+    TreeFile,
+    TreeMaxBatch,
+    given_options,
+)  # fmt: skip
 from medusa_export.heads.engine_info import ENGINE_FILE
 from medusa_export.heads.errors import ConfigError
 
@@ -37,8 +49,7 @@ def _write_onnxruntime(given: dict[str, Any]) -> None:
     from medusa_export.engines.serving_options import ServingOptions
     from medusa_export.engines.triton import write_repository
 
-    chosen = {item.name: given[item.name] for item in fields(ServingOptions) if given.get(item.name) is not None}
-    options = ServingOptions(**chosen)
+    options = given_options(ServingOptions, given)
     write_repository(given["engine"], given["output"], name=given["name"], options=options, tree=given["tree"])
 
 
@@ -58,8 +69,7 @@ def _write_trtllm(given: dict[str, Any]) -> None:
     from medusa_export.engines.triton_trtllm import write_trtllm_repository
     from medusa_export.engines.triton_trtllm_models import TrtllmServing
 
-    chosen = {item.name: given[item.name] for item in fields(TrtllmServing) if given.get(item.name) is not None}
-    write_trtllm_repository(given["engine"], given["output"], TrtllmServing(**chosen))
+    write_trtllm_repository(given["engine"], given["output"], given_options(TrtllmServing, given))
 
 
 def _verify_trtllm(repository: Path) -> list[str]:
@@ -89,41 +99,18 @@ def triton_command(
     output: Annotated[Path | None, typer.Option(help="The model repository to write.")] = None,
     name: Annotated[str, typer.Option(help="The model's name on the server.")] = "medusa",
     max_batch: Annotated[int | None, typer.Option(help="Requests decoded at once, at most. Default: 32.")] = None,
-    kv_cache_mb: Annotated[
-        int | None, typer.Option(help="Memory for the key/value cache; it may lower --max-batch. Default: 4096.")
-    ] = None,
+    kv_cache_mb: KvCacheMb = None,
     max_queue: Annotated[
         int | None, typer.Option(help="Requests that wait, at most; others hear that it is busy. Default: 256.")
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of an answer where a request does not say. Default: 256.")
-    ] = None,
-    timeout_s: Annotated[float | None, typer.Option(help="Seconds of a request, at most. Default: 600.")] = None,
-    max_text_bytes: Annotated[int | None, typer.Option(help="Text of a request, at most. Default: 1 MiB.")] = None,
-    tree: Annotated[
-        Path | None,
-        typer.Option(
-            help="tree.json of medusa-tree search instead of the engine's. One from costs of several batch sizes says which tree "
-            "is used with how many requests at once."
-        ),
-    ] = None,
-    tree_max_batch: Annotated[
-        int | None,
-        typer.Option(help="Requests at once up to which a tree is used that says nothing of batches. Default: 4."),
-    ] = None,
-    grace_s: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds that requests in flight get when the server stops; fewer than tritonserver waits (30). Default: 20."
-        ),
-    ] = None,
-    prefill_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Prompt tokens that are read between two steps: fewer make steadier answers, more earlier ones. Default: 128."
-        ),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; 0 takes one a core. Default: 0.")] = None,
+    max_tokens: MaxTokens = None,
+    timeout_s: TimeoutS = None,
+    max_text_bytes: MaxTextBytes = None,
+    tree: TreeFile = None,
+    tree_max_batch: TreeMaxBatch = None,
+    grace_s: GraceS = None,
+    prefill_tokens: PrefillTokens = None,
+    threads: Threads = None,
     kv_fraction: Annotated[
         float | None, typer.Option(help="TensorRT-LLM: part of the free GPU memory for the cache. Default: 0.9.")
     ] = None,

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.heads.conversations import encode_chat, read_tokenizer
 from medusa_export.heads.sampler import Sampler
+from tests.integration.metrics import Metrics
 
 PROGRAM = Path(sys.executable).with_name("medusa-serve")
 SECONDS = 60.0
@@ -60,6 +60,7 @@ class Served:
         with self.out.open("wb") as out, self.log.open("wb") as log:
             self.process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=log, env=environment)
         self.headers = {"Authorization": f"Bearer {KEY}"} if has_key else {}
+        self.metrics = Metrics(lambda: self.url.replace("/v1", "/metrics"), self.headers)
         self.url = self._wait_for_url()
         self.http = httpx.Client(base_url=self.url, headers=self.headers, timeout=SECONDS, trust_env=False)
         self.client = openai.OpenAI(base_url=self.url, api_key=KEY, max_retries=0, timeout=SECONDS)
@@ -86,24 +87,6 @@ class Served:
     def chat(self, text: str, **fields: Any) -> Any:
         """An answer to a user."""
         return self.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], **fields)
-
-    def metric(self, name: str, **labels: str) -> float:
-        """A number of the metrics endpoint."""
-        request = urllib.request.Request(self.url.replace("/v1", "/metrics"), headers=self.headers)
-        with urllib.request.urlopen(request, timeout=SECONDS) as response:
-            text = response.read().decode()
-        for line in text.splitlines():
-            found = re.fullmatch(rf"{name}\{{(.*)\}} (\S+)", line)
-            if found and all(f'{key}="{value}"' in found[1] for key, value in labels.items()):
-                return float(found[2])
-        raise LookupError(name)
-
-    def wait_for(self, name: str, value: float, **labels: str) -> None:
-        """Return when a metric has a value."""
-        deadline = time.monotonic() + SECONDS
-        while (found := self.metric(name, **labels)) != value:
-            assert time.monotonic() < deadline, f"{name} is {found}, not {value}"
-            time.sleep(0.02)
 
     def stop(self) -> int:
         """Tell it to end, and its exit code."""

@@ -118,11 +118,13 @@ def test_clients_that_leave_die_or_do_not_read(start: Callable[..., Served], tmp
         found = {n: tokens for n, tokens in zip(asked, pool.map(ask, asked), strict=True) if tokens is not None}
         assert found == expected
         before = _resident(stubs)
-        wait_until(lambda: served.metric("medusa_requests_running") == 0, SECONDS)  # what nobody reads is complete too
+        wait_until(
+            lambda: served.metrics.read("medusa_requests_running") == 0, SECONDS
+        )  # what nobody reads is complete too
         assert _resident(stubs) - before < 50e6
     time.sleep(3 * FLUSH_SECONDS)
-    assert served.metric("medusa_requests_waiting") == 0
-    ended = {reason: served.metric("medusa_requests_ended_total", reason=reason) for reason in REASONS}
+    assert served.metrics.read("medusa_requests_waiting") == 0
+    ended = {reason: served.metrics.read("medusa_requests_ended_total", reason=reason) for reason in REASONS}
     assert sum(ended.values()) == 30 + 3 + 1, ended
     assert ended["length"] + ended["cancelled"] == 34, ended
     assert ended["length"] >= 21, ended
@@ -238,7 +240,9 @@ def test_a_server_that_is_told_to_stop(count: int, ends: str, start: Callable[..
     stubs, found = served.server.stubs(), dict[str, Any]()
     expected = served.offline(QUESTION, count) if ends == "answered" else "the server is stopping"
     threads = _ask_in_all_ways(served, count, found)
-    wait_until(lambda: served.metric("medusa_requests_running") + served.metric("medusa_requests_waiting") == 5)
+    wait_until(
+        lambda: served.metrics.read("medusa_requests_running") + served.metrics.read("medusa_requests_waiting") == 5
+    )
     served.server.process.terminate()
     for thread in threads:
         thread.join(SECONDS)
@@ -255,7 +259,7 @@ def test_a_stub_that_dies_ends_the_server(model: str, start: Callable[..., Serve
     stubs, found = served.server.stubs(), dict[str, Any]()
     (stub,) = [pid for pid in stubs if f"/{model}/1/" in Path(f"/proc/{pid}/cmdline").read_text()]
     threads = _ask_in_all_ways(served, 3900, found)
-    wait_until(lambda: served.metric("medusa_requests_running") > 0)
+    wait_until(lambda: served.metrics.read("medusa_requests_running") > 0)
     os.kill(stub, signal.SIGKILL)
     wait_until(lambda: served.server.process.poll() is not None)
     assert not served.server.is_ready()
@@ -270,7 +274,7 @@ def test_a_server_that_is_killed_leaves_nothing(start: Callable[..., Served]) ->
     served = start()
     stubs, found = served.server.stubs(), dict[str, Any]()
     threads = _ask_in_all_ways(served, 3900, found)
-    wait_until(lambda: served.metric("medusa_requests_running") > 0)
+    wait_until(lambda: served.metrics.read("medusa_requests_running") > 0)
     assert served.server.shared_memory()
     served.server.process.kill()
     served.server.process.wait()

@@ -182,39 +182,41 @@ def test_wrong_tensors_over_grpc(served: Served) -> None:
 
 
 def test_a_cancelled_grpc_stream_frees_its_slot(served: Served) -> None:
-    before = served.metric("medusa_requests_ended_total", reason="cancelled")
+    before = served.metrics.read("medusa_requests_ended_total", reason="cancelled")
     stream = Stream(served.address.grpc)
     for key in "abc":
         stream.ask(key, text_input=QUESTION, max_tokens=3900, stream=True)
     stream.next()
-    served.wait_for("medusa_requests_running", 3)  # one that has not arrived yet would not be cancelled but never start
+    served.metrics.wait_for(
+        "medusa_requests_running", 3
+    )  # one that has not arrived yet would not be cancelled but never start
     stream.close(cancel=True)
-    served.wait_for("medusa_requests_ended_total", before + 3, reason="cancelled")
-    served.wait_for("medusa_requests_running", 0)
+    served.metrics.wait_for("medusa_requests_ended_total", before + 3, reason="cancelled")
+    served.metrics.wait_for("medusa_requests_running", 0)
 
 
 def test_a_client_that_hangs_up_frees_its_slot(served: Served) -> None:
-    before = served.metric("medusa_requests_ended_total", reason="cancelled")
+    before = served.metrics.read("medusa_requests_ended_total", reason="cancelled")
     events = served.events(text_input=QUESTION, max_tokens=3900)
     next(events)
     events.close()
-    served.wait_for("medusa_requests_ended_total", before + 1, reason="cancelled")
-    served.wait_for("medusa_requests_running", 0)
+    served.metrics.wait_for("medusa_requests_ended_total", before + 1, reason="cancelled")
+    served.metrics.wait_for("medusa_requests_running", 0)
 
 
 def test_a_cancelled_unary_call_frees_its_slot(served: Served) -> None:
-    before = served.metric("medusa_requests_ended_total", reason="cancelled")
+    before = served.metrics.read("medusa_requests_ended_total", reason="cancelled")
     done = threading.Event()
     with grpc.InferenceServerClient(served.address.grpc) as client:
         inputs = tensors(text_input=QUESTION, max_tokens=3900)
         call = client.async_infer("medusa_unary", inputs, callback=lambda result, error: done.set())
         deadline = time.monotonic() + SECONDS
-        while not served.metric("medusa_requests_running"):
+        while not served.metrics.read("medusa_requests_running"):
             assert time.monotonic() < deadline
         call.cancel()
         assert done.wait(SECONDS)
-        served.wait_for("medusa_requests_ended_total", before + 1, reason="cancelled")
-    served.wait_for("medusa_requests_running", 0)
+        served.metrics.wait_for("medusa_requests_ended_total", before + 1, reason="cancelled")
+    served.metrics.wait_for("medusa_requests_running", 0)
 
 
 def test_a_full_queue_answers_busy(served: Served) -> None:
@@ -242,11 +244,11 @@ def test_a_time_limit(served: Served) -> None:
 def test_metrics(served: Served) -> None:
     names = ("medusa_time_to_first_token_seconds_count", "medusa_inter_token_seconds_count", "medusa_tokens_total")
     time.sleep(3 * FLUSH_SECONDS)  # what earlier requests left is handed on
-    before = [served.metric(name) for name in names]
+    before = [served.metrics.read(name) for name in names]
     served.generate(text_input=QUESTION, max_tokens=11)
     for name, old, grown in zip(names, before, (1, 10, 11), strict=True):
-        served.wait_for(name, old + grown)
-    assert served.metric("medusa_drafts_accepted_total") > 0
+        served.metrics.wait_for(name, old + grown)
+    assert served.metrics.read("medusa_drafts_accepted_total") > 0
 
 
 def test_the_server_says_what_it_serves(served: Served) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import queue
-import re
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from medusa_export.engines.triton_server import Address, TritonServer
 from medusa_export.heads.conversations import encode_chat, read_tokenizer
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
+from tests.integration.metrics import Metrics
 
 DTYPES = {str: "BYTES", int: "INT64", float: "FP32", bool: "BOOL", list: "BYTES"}
 TREE = Tree.from_choices([[0], [1], [0, 0], [0, 0, 0]])
@@ -50,6 +49,10 @@ class Served:
     @property
     def address(self) -> Address:
         return self.server.address
+
+    @property
+    def metrics(self) -> Metrics:
+        return Metrics(lambda: self.address.metrics)
 
     def offline(
         self, text: str, count: int, *, system: str = "", seed: int | None = None, temperature: float = 0.0
@@ -83,23 +86,6 @@ class Served:
             for line in response:
                 if line.startswith(b"data: "):
                     yield json.loads(line[6:])
-
-    def metric(self, name: str, **labels: str) -> float:
-        """A number of the metrics endpoint."""
-        with urllib.request.urlopen(self.address.metrics, timeout=SECONDS) as response:
-            text = response.read().decode()
-        for line in text.splitlines():
-            found = re.fullmatch(rf"{name}\{{(.*)\}} (\S+)", line)
-            if found and all(f'{key}="{value}"' in found[1] for key, value in labels.items()):
-                return float(found[2])
-        raise LookupError(name)
-
-    def wait_for(self, name: str, value: float, **labels: str) -> None:
-        """Return when a metric has a value."""
-        deadline = time.monotonic() + SECONDS
-        while (found := self.metric(name, **labels)) != value:
-            assert time.monotonic() < deadline, f"{name} is {found}, not {value}"
-            time.sleep(0.05)
 
 
 def tensors(**inputs: Any) -> list[Any]:

@@ -20,6 +20,14 @@ def engine(tiny_engine: Callable[..., Any]) -> Path:
     return path
 
 
+def test_an_engine_for_something_else(engine: Path, tmp_path: Path) -> None:
+    info = json.loads((engine / "engine.json").read_text())
+    (engine / "engine.json").write_text(json.dumps({**info, "backend": "tensorrt"}))
+    with pytest.raises(ConfigError, match="an engine for tensorrt"):
+        write_repository(engine, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
 def written_tree(path: Path, *choices: list[int]) -> Path:
     rows = [{"batch": batch, "medusa_choices": list(choices[:batch])} for batch in (1, 2)]
     path.write_text(json.dumps({"medusa_choices": list(choices), "crossover": rows}))

@@ -1,7 +1,7 @@
-"""A served engine under load: throughput, latencies and memory on a real tritonserver, every answer compared with the offline one.
+"""A served engine under load, tritonserver's or medusa-serve's: throughput, latencies, memory, every answer compared with the offline one.
 
-    python benchmarks/serving.py quickstart/out/engine --prompts examples/spec_bench_39.jsonl --json serving.json
-    python benchmarks/serving.py quickstart/out/engine --prompts examples/spec_bench_39.jsonl --streams 16 --minutes 10
+    python benchmarks/serving.py ENGINE --prompts examples/spec_bench_39.jsonl --json serving.json
+    python benchmarks/serving.py ENGINE --prompts examples/spec_bench_39.jsonl --server openai --streams 16 --minutes 10
 
 Server and clients share this machine, on its loopback. ``--cancel 0.3`` has three of ten clients give up at a random token.
 """
@@ -9,13 +9,11 @@ Server and clients share this machine, on its loopback. ``--cancel 0.3`` has thr
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import json
 import signal
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # this folder is no package
 
 from serving_client import Answer, Load, Question, run_load, summary
 from serving_memory import MemoryLog
+from serving_servers import SERVERS, Running
 
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
@@ -40,15 +39,12 @@ from medusa_export.engines.prompts import encode_prompts
 from medusa_export.engines.report import hardware, versions
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.tree_batch import TreeBatchDecoder
-from medusa_export.engines.triton import write_repository
-from medusa_export.engines.triton_server import Address, TritonServer
 from medusa_export.heads.conversations import load_prompts, read_tokenizer
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.tree import Tree, load_tree
 
 NONE, ENGINE = "none", "engine"  # besides files, what --tree may be
 NOISE_PROMPTS = 8
-EXIT_SECONDS = 1  # nothing is in flight then, but Triton 2.51 may hold on to a stream that was cancelled as it ended
 
 
 def main(
@@ -60,6 +56,7 @@ def main(
         typer.Option(help="none, engine (its own, at any number of requests), or a tree.json; may be given again."),
     ] = [NONE, ENGINE],  # noqa: B006
     requests: Annotated[int | None, typer.Option(help="Of each load. Default: 24, or two a stream.")] = None,
+    server: Annotated[str, typer.Option(help="triton, or openai: medusa-serve.")] = "triton",
     max_new_tokens: int = 64,
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
     max_batch: Annotated[int, typer.Option(help="Requests that the server decodes at once.")] = 32,
@@ -68,6 +65,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Serve an engine, ask it from many clients at once, and print what they saw."""
+    if server not in SERVERS:
+        raise typer.BadParameter(f"{server}; expected one of {', '.join(SERVERS)}", param_hint="--server")
     if minutes is not None:
         streams, tree = streams[:1], tree[:1]
     questions, judge = _offline(engine_dir, prompts, limit, max_new_tokens)
@@ -80,12 +79,11 @@ def main(
     ]  # fmt: skip
     if minutes is not None:
         loads = [replace(loads[0], requests=sys.maxsize, seconds=60 * minutes)]
-    rows, tools = [], {"tritonclient": importlib.metadata.version("tritonclient")}
+    rows, console, tools = [], Console(), dict[str, str]()
     for name in tree:
-        with _served(engine_dir, name, options) as server:
-            tools["tritonserver"] = _version(server)
-            rows += [{"tree": name, **_measure(server, questions, load, judge)} for load in loads]
-    console = Console()
+        with _served(server, engine_dir, name, options) as running:
+            tools |= running.versions
+            rows += [{"tree": name, **_measure(running, questions, load, judge)} for load in loads]
     console.print(_table(rows))
     for row in rows:
         for message in row["messages"]:
@@ -94,7 +92,7 @@ def main(
         console.print(_memory_line(rows[0]["memory"]))
     if json_file:
         arguments = {
-            "prompts": len(questions), "max_new_tokens": max_new_tokens, "cancel": cancel, **options.as_text(),
+            "server": server, "prompts": len(questions), "max_new_tokens": max_new_tokens, "cancel": cancel, **options.as_text(),
         }  # fmt: skip
         body = {"rows": rows, "arguments": arguments, "hardware": hardware(), "versions": versions() | tools}
         json_file.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
@@ -155,40 +153,32 @@ def _decode(engine: OnnxRuntimeEngine, input_ids: Sequence[int], max_tokens: int
 
 
 @contextmanager
-def _served(engine_dir: Path, tree: str, options: ServingOptions) -> Iterator[TritonServer]:
-    """A server of the repository that medusa-triton writes."""
+def _served(server: str, engine_dir: Path, tree: str, options: ServingOptions) -> Iterator[Running]:
+    """A server that uses a tree of ``--tree``."""
     with tempfile.TemporaryDirectory(prefix="medusa-serving-") as folder:
-        repository, file = Path(folder) / "repository", None
+        file = None
         if tree == NONE:
             file = Path(folder) / "tree.json"
             file.write_text(Tree(()).to_json())
         elif tree != ENGINE:
             load_tree(tree)
             file = Path(tree)
-        write_repository(engine_dir, repository, options=options, tree=file)
-        with (Path(folder) / "server.log").open("wb") as log:
-            server = TritonServer(repository, Address.free(), log, exit_seconds=EXIT_SECONDS)
-        try:
-            server.wait_ready()
-            yield server
-        finally:
-            server.stop()
+        with SERVERS[server](engine_dir, file, options, Path(folder)) as running:
+            yield running
 
 
-def _version(server: TritonServer) -> str:
-    with urllib.request.urlopen(f"{server.address.http}/v2") as response:
-        return str(json.load(response)["version"])
+def _measure(running: Running, questions: list[Question], load: Load, judge: Callable[[Answer], str]) -> dict[str, Any]:
+    async def ask(load: Load) -> tuple[list[Answer], float]:
+        async with running.connect() as client:
+            return await run_load(client, questions, load)
 
-
-def _measure(
-    server: TritonServer, questions: list[Question], load: Load, judge: Callable[[Answer], str]
-) -> dict[str, Any]:
-    warm_up = replace(load, requests=min(load.streams, 8), max_tokens=4, seconds=float("inf"), cancel=0)
-    asyncio.run(run_load(server.address.grpc, questions, warm_up))
-    with MemoryLog(server) as memory:
+    asyncio.run(ask(replace(load, requests=min(load.streams, 8), max_tokens=4, seconds=float("inf"), cancel=0)))
+    with MemoryLog(running.processes, lambda text: print(text, file=sys.stderr, flush=True)) as memory:
         cpu = time.process_time()
-        answers, seconds = asyncio.run(run_load(server.address.grpc, questions, load))
+        answers, seconds = asyncio.run(ask(load))
         cpu = time.process_time() - cpu
+    for answer in answers:
+        running.complete(answer)
     row = summary(answers, seconds, judge)
     return {"streams": load.streams, **row, "client_cores": round(cpu / seconds, 2), "memory": memory.summary()}
 

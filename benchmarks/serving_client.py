@@ -1,21 +1,19 @@
-"""Clients of the load test: streams of one gRPC channel, each answer with its times and what was wrong with it."""
+"""The load test, whatever the server: many streams, each answer with its times and what was wrong with it."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-MODEL = "medusa"
-REQUEST_SECONDS = 600.0
-KINDS = {"text_input": "BYTES", "system": "BYTES", "max_tokens": "INT64", "stream": "BOOL"}
-DTYPES: dict[str, Any] = {"BYTES": np.object_, "INT64": np.int64, "BOOL": np.bool_}
+IMPATIENT_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -83,84 +81,93 @@ class Load:
     seed: int = 0
 
 
-async def run_load(address: str, questions: list[Question], load: Load) -> tuple[list[Answer], float]:
-    """Put a load on a server. Returns every request's answer, in the order of their ends, and the seconds that it took."""
-    from tritonclient.grpc.aio import InferenceServerClient
+@dataclass(frozen=True)
+class Part:
+    """A response of a server.
 
+    Attributes:
+        tokens: new ones.
+        tokens_per_step: so far; 0 where this response does not say.
+        is_last: the answer is complete.
+    """
+
+    tokens: list[int]
+    text: str
+    tokens_per_step: float = 0.0
+    is_last: bool = False
+
+
+class NoAnswerError(Exception):
+    """What a request got instead of an answer.
+
+    Args:
+        status: of :class:`Answer`: "busy", "error" or "mixed up".
+    """
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Client(Protocol):
+    """Asks a server, for all streams at once."""
+
+    def parts(self, question: Question, request_id: str, max_tokens: int) -> AsyncGenerator[Part, None]:
+        """One answer's responses; closing it gives the request up.
+
+        Raises:
+            NoAnswerError: as it says.
+        """
+        ...
+
+
+async def run_load(client: Client, questions: list[Question], load: Load) -> tuple[list[Answer], float]:
+    """Put a load on a server. Returns every request's answer, in the order of their ends, and the seconds that it took."""
     numbers, draw, answers = count(), random.Random(load.seed), list[Answer]()
     start = time.perf_counter()
 
-    async def ask_on(client: Any) -> None:
+    async def ask_on() -> None:
         while (number := next(numbers)) < load.requests and time.perf_counter() - start < load.seconds:
             question = questions[number % len(questions)]
             patience = draw.randint(0, load.max_tokens) if draw.random() < load.cancel else None
             answers.append(await _ask(client, question, f"{number}", load.max_tokens, patience))
 
-    async with InferenceServerClient(address) as client:
-        await asyncio.gather(*(ask_on(client) for _ in range(load.streams)))
+    await asyncio.gather(*(ask_on() for _ in range(load.streams)))
     return answers, time.perf_counter() - start
 
 
-async def _ask(client: Any, question: Question, request_id: str, max_tokens: int, patience: int | None) -> Answer:
+async def _ask(client: Client, question: Question, request_id: str, max_tokens: int, patience: int | None) -> Answer:
     """One request; ``patience`` tokens are enough for a client that gives up."""
-
-    async def requests() -> AsyncIterator[dict[str, Any]]:
-        yield {
-            "model_name": MODEL, "inputs": _inputs(question, max_tokens), "request_id": request_id,
-            "enable_empty_final_response": True,
-        }  # fmt: skip
-
     answer = Answer(question, time.perf_counter())
-    stream = client.stream_infer(requests(), stream_timeout=REQUEST_SECONDS)
-    if patience == 0:
-        await asyncio.sleep(0.01)  # so that the server has the request
-    try:
-        while patience is None or len(answer.tokens) < patience:
-            if await _listen(stream, request_id, answer):
-                return answer
-        answer.status = "cancelled"
-        stream.cancel()
-    except StopAsyncIteration:
-        answer.message = "the stream ended before the answer"
-    except Exception as error:  # whatever the client library raises is what this request got
-        answer.status, answer.message = "error", f"{error}"
+    async with aclosing(client.parts(question, request_id, max_tokens)) as parts:
+        try:
+            if patience == 0:  # the server has the request, and hardly time to say anything
+                await asyncio.wait_for(_listen(parts, answer), IMPATIENT_SECONDS)
+            while answer.status != "ok" and (patience is None or len(answer.tokens) < patience):
+                await _listen(parts, answer)
+            if answer.status != "ok":
+                answer.status = "cancelled"
+        except asyncio.TimeoutError:
+            answer.status = "cancelled"
+        except StopAsyncIteration:
+            answer.message = "the stream ended before the answer"
+        except NoAnswerError as error:
+            answer.status, answer.message = error.status, f"{error}"
+        except Exception as error:  # whatever the client library raises is what this request got
+            answer.status, answer.message = "error", f"{error}"
     return answer
 
 
-async def _listen(stream: Any, request_id: str, answer: Answer) -> bool:
-    """Take one response; whether it was the last one."""
-    result, error = await anext(stream)
-    if error is not None:
-        answer.message = error.message()
-        answer.status = "busy" if "that wait" in answer.message else "error"
-        return True
-    response = result.get_response()
-    if response.id != request_id:
-        answer.status, answer.message = "mixed up", f"a response of request {response.id}"
-        return True
-    if response.outputs:
-        tokens = result.as_numpy("token_ids").tolist()
-        answer.pieces.append((time.perf_counter(), len(tokens)))
-        answer.tokens += tokens
-        answer.text += result.as_numpy("text_output")[0].decode()
-        answer.tokens_per_step = float(result.as_numpy("tokens_per_step")[0])
-    if response.parameters["triton_final_response"].bool_param:
+async def _listen(parts: AsyncGenerator[Part, None], answer: Answer) -> None:
+    """Take one response."""
+    part = await anext(parts)
+    if part.tokens:
+        answer.pieces.append((time.perf_counter(), len(part.tokens)))
+    answer.tokens += part.tokens
+    answer.text += part.text
+    answer.tokens_per_step = part.tokens_per_step or answer.tokens_per_step
+    if part.is_last:
         answer.status = "ok"
-        return True
-    return False
-
-
-def _inputs(question: Question, max_tokens: int) -> list[Any]:
-    from tritonclient.grpc.aio import InferInput
-
-    given = {"text_input": question.messages[-1]["content"].encode(), "max_tokens": max_tokens, "stream": True}
-    if len(question.messages) > 1:
-        given["system"] = question.messages[0]["content"].encode()
-    made: list[Any] = []
-    for name, value in given.items():
-        values = np.array([value], dtype=DTYPES[KINDS[name]])
-        made.append(InferInput(name, [1], KINDS[name]).set_data_from_numpy(values))
-    return made
 
 
 def summary(answers: list[Answer], seconds: float, explain: Callable[[Answer], str]) -> dict[str, Any]:

@@ -1,17 +1,16 @@
-"""Memory of a server and its stubs over time, from /proc."""
+"""Memory of a server's processes over time, from /proc."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-
-from medusa_export.engines.triton_server import TritonServer
 
 SECONDS = 1.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -21,11 +20,12 @@ class MemoryLog:
     """Notes resident memory every second while it is open.
 
     Args:
-        server: that runs.
+        processes: their ids now, by what they are.
+        say: is told every minute.
     """
 
-    def __init__(self, server: TritonServer) -> None:
-        self._server = server
+    def __init__(self, processes: Callable[[], dict[str, list[int]]], say: Callable[[str], None]) -> None:
+        self._processes, self._say = processes, say
         self._samples: list[tuple[float, dict[str, float]]] = []  # seconds, MB by process
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -58,17 +58,20 @@ class MemoryLog:
         return body
 
     def _work(self) -> None:
-        start = time.monotonic()
+        start, minutes = time.monotonic(), 0
         while True:
             self._samples.append((time.monotonic() - start, self._sample()))
+            seconds, found = self._samples[-1]
+            if int(seconds) // 60 > minutes:
+                minutes = int(seconds) // 60
+                self._say(f"minute {minutes}: {found['all']:.0f} MB")
             if self._done.wait(SECONDS):
                 return
 
     def _sample(self) -> dict[str, float]:
         """MB; pages that processes share count in each."""
-        server = _resident(self._server.process.pid)
-        stubs = sum(map(_resident, self._server.stubs()))
-        return {"server": server, "stubs": stubs, "all": server + stubs}
+        found = {name: sum(map(_resident, ids)) for name, ids in self._processes().items()}
+        return {**found, "all": sum(found.values())}
 
 
 def _resident(pid: int) -> float:

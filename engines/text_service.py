@@ -98,7 +98,10 @@ class TextService:
 
     def _encode(self, request: TextRequest) -> list[int]:
         if request.messages:
-            return encode_chat(self.tokenizer, request.messages)
+            try:
+                return encode_chat(self.tokenizer, request.messages)
+            except ConfigError as error:  # it names the engine's directory, which is no client's business
+                raise ConfigError("messages", error.got, error.expected, error.action) from error
         return [int(token) for token in self.tokenizer(request.prompt)["input_ids"]]
 
     def _check(self, request: TextRequest) -> None:

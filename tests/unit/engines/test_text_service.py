@@ -14,7 +14,7 @@ from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.text_service import Piece, TextRequest, TextService
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.conversations import encode_chat
-from medusa_export.heads.errors import TreeError
+from medusa_export.heads.errors import ConfigError, TreeError
 from medusa_export.heads.tree import Tree
 
 SECONDS = 60
@@ -70,3 +70,12 @@ def test_another_tree(serve: Callable[..., TextService], tmp_path: Path) -> None
     assert steps["engine's"] < steps["chain of one"] < 29, steps
     with pytest.raises(TreeError):
         serve(tree=tmp_path / "none.json")
+
+
+def test_a_template_that_refuses_is_not_located(serve: Callable[..., TextService]) -> None:
+    """Clients see this error, and where the engine lies is none of their business."""
+    service = serve()
+    service.tokenizer.chat_template = "{{ raise_exception('only one message') }}"
+    with pytest.raises(ConfigError, match="only one message") as refused:
+        ask(service, PLAIN)
+    assert str(service.tokenizer.name_or_path) not in str(refused.value)

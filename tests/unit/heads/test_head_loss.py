@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch.nn import functional
 
+from medusa_export.heads import head_loss
 from medusa_export.heads.head_loss import fused_cross_entropy
 
 ROWS, HIDDEN, VOCAB = 23, 8, 40
 
 
+@pytest.mark.parametrize("rows", [1, 5, ROWS])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_equals_the_loss_of_torch(share: float) -> None:
+def test_equals_the_loss_of_torch(share: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows are worked on at once."""
+    monkeypatch.setattr(head_loss, "CPU_VALUES", rows * VOCAB)
     chance = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, HIDDEN, generator=chance, requires_grad=True)
     weight = torch.randn(VOCAB, HIDDEN, generator=chance, requires_grad=True)

@@ -1,4 +1,4 @@
-"""A served engine under load, tritonserver's or medusa-serve's: throughput, latencies, memory, every answer compared with the offline one.
+"""A served engine under load (tritonserver, medusa-serve): throughput, latencies, memory, every answer compared with offline ones.
 
     python benchmarks/serving.py ENGINE --prompts examples/spec_bench_39.jsonl --json serving.json
     python benchmarks/serving.py ENGINE --prompts examples/spec_bench_39.jsonl --server openai --streams 16 --minutes 10

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.engines.lazy_memory import lazy_zeros
 from medusa_export.engines.onnxruntime import open_decoder, share
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.errors import ConfigError
@@ -76,7 +77,7 @@ class BatchDecoder(Slots):
         self._session = open_decoder(engine_dir, self.info, threads)
         info = self.info
         shape = (2 * info.num_hidden_layers, slots, info.num_key_value_heads, info.max_length, info.head_dim)
-        self._kv = np.empty(shape, dtype=np.float32)  # pages that no sequence reaches are never touched
+        self._kv = lazy_zeros(shape)
 
     def admit(self, input_ids: Sequence[int]) -> Array:
         """Run a prompt in the next free slot.  # [S] -> logits [vocab_size]

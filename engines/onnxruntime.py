@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.engines.lazy_memory import lazy_zeros
 from medusa_export.heads.engine_info import DECODER_FILE, EngineInfo, heads_file
 from medusa_export.heads.errors import ConfigError, missing_package
 from medusa_export.heads.tree import Tree
@@ -39,7 +40,7 @@ class OnnxRuntimeEngine:
         self._dir = engine_dir
         info = self.info
         shape = (info.num_hidden_layers, 2, 1, info.num_key_value_heads, info.max_length, info.head_dim)
-        self._kv = np.zeros(shape, dtype=np.float32)
+        self._kv = lazy_zeros(shape)
         self._rows = self._kv.reshape(
             -1, info.max_length, info.head_dim
         )  # [layers * 2 * kv_heads, max_length, head_dim]

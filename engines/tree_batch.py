@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.engines.batch import Slots
+from medusa_export.engines.lazy_memory import lazy_zeros
 from medusa_export.engines.onnxruntime import MASKED, open_decoder, open_heads, share
 from medusa_export.heads.accept import accept_drawn, accept_greedy
 from medusa_export.heads.engine_info import BATCH_DECODER_FILE, EngineInfo
@@ -192,7 +193,7 @@ class TreeBatchDecoder(Slots):
     def _cache(self, capacity: int) -> Array:
         info = self.info
         shape = (2 * info.num_hidden_layers, self.slots, info.num_key_value_heads, capacity, info.head_dim)
-        return np.zeros(shape, dtype=np.float32)
+        return lazy_zeros(shape)
 
 
 class _Block:

@@ -6,9 +6,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def train_fast(
         }
         caches = _Caches(model_dir, base, cache or work / "cache", _digest(weights), arguments.bf16, progress)
         caches.announce([*dataset, *held_out], say)
-        rows, held = caches.rows("training states", dataset), caches.rows("held-out states", held_out)
+        rows, held = caches.rows({"training states": dataset, "held-out states": held_out})
         module = _new_heads(base, shape, heads, model_dir).to(device())
         state = train_heads(
             module, rows, held, arguments, checkpoint=work / f"{_digest(wanted)}.safetensors",
@@ -135,16 +135,17 @@ class _Caches:
         tokens = sum(len(example.input_ids) for example in examples)
         say(f"hidden states of {tokens:,} tokens, {size / 1e6:,.0f} MB in {self.directory}")
 
-    def rows(self, stage: str, examples: Sequence[Example]) -> Rows:
+    def rows(self, stages: Mapping[str, Sequence[Example]]) -> list[Rows]:
+        """Of the examples of every stage; the model is loaded once, if at all, and given up in the end."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return build_cache(
-            self.directory,
-            lambda: load_reference(self.model_dir, dtype).to(device()),
-            examples,
-            key=f"{self.weights} {dtype}",
-            hidden_size=self.base.config.hidden_size,
-            progress=partial(self.progress, stage),
-        )
+        model = cache(lambda: load_reference(self.model_dir, dtype).to(device()))
+        return [
+            build_cache(
+                self.directory, model, examples, key=f"{self.weights} {dtype}", hidden_size=self.base.config.hidden_size,
+                progress=partial(self.progress, stage),
+            )
+            for stage, examples in stages.items()
+        ]  # fmt: skip
 
 
 def _new_heads(base: MedusaCheckpoint, shape: HeadShape, stored: Path | None, model_dir: Path) -> MedusaHeads:

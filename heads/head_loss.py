@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-
-CPU_VALUES = 1 << 20  # logits worked on at once: what stays in a core's cache; fresh memory costs more than the arithmetic
+CPU_VALUES = (
+    1 << 20
+)  # logits worked on at once: what stays in a core's cache; fresh memory costs more than the arithmetic
 
 
 class FusedCrossEntropy(torch.autograd.Function):

@@ -148,7 +148,7 @@ def _states(model: Any, part: Sequence[Example]) -> torch.Tensor:
             ids[row, : len(part[index].input_ids)] = torch.tensor(part[index].input_ids)
         device = next(model.parameters()).device
         with torch.inference_mode():
-            # No mask: causal attention does not look at the padding on the right, and is faster without one.
+            # No mask: causal attention does not look at the padding on the right.
             output = model.model(input_ids=ids.to(device), use_cache=False)
         states = output.last_hidden_state.to(torch.bfloat16).cpu()  # [B, S, D]
         for row, index in enumerate(batch):

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medusa_export.engines.base import TreeDecoder
 from medusa_export.engines.batch_trees import BatchTrees
+from medusa_export.engines.one_sequence import OneSequence
 from medusa_export.engines.scheduler import End, Meter, Scheduler, Ticket
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.stream_text import TextStream
@@ -69,8 +71,8 @@ class TextService:
         trees.require(info)
         self.options, self.tokenizer = options, read_tokenizer(engine_dir)
         self._encoding = threading.Lock()  # a tokenizer remembers how special tokens are read
-        slots = min(options.max_batch, cache_slots(info, options.kv_cache_mb))
-        decoder = TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
+        require_served(engine_dir, info, options)
+        decoder = SERVED[info.backend].open(engine_dir, info, options)
         self.max_length = decoder.max_length
         self.name = Path(str(info.source.get("checkpoint", engine_dir))).name
         self.scheduler = Scheduler(
@@ -143,6 +145,48 @@ class _TextListener:
         piece = Piece(self._text, self._token_ids, end)
         self._text, self._token_ids = "", []
         return piece
+
+
+def _many(engine_dir: Path, info: EngineInfo, options: ServingOptions) -> TreeDecoder:
+    slots = min(options.max_batch, cache_slots(info, options.kv_cache_mb))
+    return TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
+
+
+def _one(engine_dir: Path, info: EngineInfo, options: ServingOptions) -> TreeDecoder:
+    from medusa_export.engines.tensorrt import TensorRtEngine
+
+    return OneSequence(TensorRtEngine(engine_dir))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a server decodes with the engines of one backend.
+
+    Attributes:
+        open: the decoder of an engine directory.
+        unused: options that mean nothing to it.
+    """
+
+    open: Callable[[Path, EngineInfo, ServingOptions], TreeDecoder]
+    unused: tuple[str, ...] = ()
+
+
+SERVED = {
+    "onnxruntime": Backend(_many),
+    "tensorrt": Backend(_one, ("max_batch", "kv_cache_mb", "prefill_tokens", "threads")),
+}
+
+
+def require_served(engine_dir: Path, info: EngineInfo, options: ServingOptions) -> None:
+    """Raise ConfigError for an engine that this project's own servers do not decode with, or options that it has no use for."""
+    if info.backend not in SERVED:
+        got, expected = f"an engine for {info.backend}", f"one for {' or '.join(SERVED)}"
+        raise ConfigError(str(engine_dir), got, expected, "see medusa-triton for tensorrt-llm")
+    for name in SERVED[info.backend].unused:
+        if getattr(options, name) != getattr(ServingOptions(), name):
+            flag = f"--{name.replace('_', '-')}"
+            got = f"{getattr(options, name)} for an engine of {info.backend}, which answers one request after another"
+            raise ConfigError(flag, got, "no such flag", "leave it out")
 
 
 def cache_slots(info: EngineInfo, megabytes: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.engines.base import TreeDecoder
 from medusa_export.engines.batch import Slots
 from medusa_export.engines.lazy_memory import lazy_zeros
 from medusa_export.engines.onnxruntime import MASKED, open_decoder, open_heads, share
@@ -252,7 +253,7 @@ class _Block:
 
 
 def advance(
-    decoder: TreeBatchDecoder, tree: Tree, last: Sequence[int], samplers: Sequence[Sampler | None] | None = None
+    decoder: TreeDecoder, tree: Tree, last: Sequence[int], samplers: Sequence[Sampler | None] | None = None
 ) -> list[list[int]]:
     """One step of every active sequence: draft, verify, accept, keep.
 

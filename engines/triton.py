@@ -1,4 +1,4 @@
-"""Writes a Triton model repository for an ONNX Runtime engine, and checks one."""
+"""Writes a Triton model repository for an engine of ONNX Runtime or TensorRT, and checks one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.text_service import require_served
 from medusa_export.engines.triton_io import INPUTS, OUTPUTS
 from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
@@ -29,7 +30,7 @@ __all__ = ["TritonPythonModel"]
 README = """# {name}: {precision}
 
 Text in, text out, decoded with Medusa. Made from `{source}`; nothing outside this directory is needed but the package `medusa-export`
-in the server's Python environment, with numpy below 2, onnxruntime and transformers.
+in the server's Python environment, with {packages}.
 
     tritonserver --model-repository {directory} --disable-auto-complete-config --http-address 127.0.0.1 --grpc-address 127.0.0.1
     curl -s 127.0.0.1:8000/v2/models/{name}/generate_stream -d '{{"text_input": "Why is the sky blue?", "stream": true}}'
@@ -40,7 +41,7 @@ in the server's Python environment, with numpy below 2, onnxruntime and transfor
 | `{name}` | answers in pieces (`stream`) or whole: gRPC streaming, `/generate_stream`, `/generate` |
 | `{name}{unary}` | whole answers for calls that take one response: `/infer`, gRPC `ModelInfer` |
 
-Both share one engine, whose steps serve all requests at once.
+Both share one engine, {order}.
 
 | input | type | |
 |---|---|---|
@@ -50,6 +51,17 @@ Both share one engine, whose steps serve all requests at once.
 |---|---|
 {outputs}
 """
+
+README_WORDS = {
+    "onnxruntime": {
+        "packages": "numpy below 2, onnxruntime and transformers",
+        "order": "whose steps serve all requests at once",
+    },
+    "tensorrt": {
+        "packages": "numpy below 2, torch for CUDA, transformers, and the TensorRT package that built the engine",
+        "order": "which answers one request after another",
+    },
+}
 
 
 def write_repository(
@@ -75,7 +87,7 @@ def write_repository(
         raise ConfigError("--name", repr(name), "letters, digits, _ . and -", "choose another one")
     options = options or ServingOptions()
     info = EngineInfo.load(engine)
-    info.require_onnxruntime(engine)
+    require_served(engine, info, options)
     paths = list_files(engine, engine) | {TREE_FILE: tree or engine / TREE_FILE}
     BatchTrees.load(paths[TREE_FILE], unmeasured=options.tree_max_batch).require(info)
     read_tokenizer(engine)
@@ -182,7 +194,7 @@ def _readme(name: str, output: Path, info: EngineInfo) -> str:
         return port.data_type.removeprefix("TYPE_") + ("[]" if port.dims == (-1,) else "")
 
     return README.format(
-        name=name, unary=UNARY, directory=output.name, precision=info.precision,
+        name=name, unary=UNARY, directory=output.name, precision=info.precision, **README_WORDS[info.backend],
         source=Path(str(info.source.get("checkpoint", "a checkpoint"))).name,
         inputs="\n".join(f"| `{p.name}` | {type_of(p)} | {'' if p.is_optional else 'required'} |" for p in INPUTS),
         outputs="\n".join(f"| `{port.name}` | {type_of(port)} |" for port in OUTPUTS),

@@ -65,11 +65,11 @@ def serve_command(
     from medusa_export.engines.openai_serve import bind, run_front
     from medusa_export.engines.prometheus_meter import PrometheusMeter
     from medusa_export.engines.serving_options import ServingOptions
-    from medusa_export.engines.text_service import TextService
+    from medusa_export.engines.text_service import TextService, require_served
     from medusa_export.heads.engine_info import EngineInfo
 
     options, info = given_options(ServingOptions, given), EngineInfo.load(engine)
-    info.require_onnxruntime(engine)
+    require_served(engine, info, options)
     name = name or Path(str(info.source.get("checkpoint") or engine)).name
     front_options = FrontOptions(host, name, _key(api_key_env))
     with bind(host, port) as sock:

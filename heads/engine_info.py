@@ -69,12 +69,6 @@ class EngineInfo:
                 "tree", f"top-{tree.top_k}", f"at most top-{self.top_k} in this engine", "export with --tree"
             )
 
-    def require_onnxruntime(self, engine_dir: Path) -> None:
-        """Raise ConfigError for an engine that this project's own server cannot decode with."""
-        if self.backend != "onnxruntime":
-            action = "export with --engine onnxruntime; medusa-triton also serves tensorrt-llm"
-            raise ConfigError(str(engine_dir), f"an engine for {self.backend}", "one for onnxruntime", action)
-
     def save(self, engine_dir: Path) -> None:
         """Write engine.json."""
         (engine_dir / ENGINE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

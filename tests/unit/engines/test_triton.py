@@ -22,8 +22,8 @@ def engine(tiny_engine: Callable[..., Any]) -> Path:
 
 def test_an_engine_for_something_else(engine: Path, tmp_path: Path) -> None:
     info = json.loads((engine / "engine.json").read_text())
-    (engine / "engine.json").write_text(json.dumps({**info, "backend": "tensorrt"}))
-    with pytest.raises(ConfigError, match="an engine for tensorrt"):
+    (engine / "engine.json").write_text(json.dumps({**info, "backend": "tensorrt-llm"}))
+    with pytest.raises(ConfigError, match="an engine for tensorrt-llm"):
         write_repository(engine, tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
 

@@ -90,13 +90,13 @@ class TritonServer:
             raise
 
     def wait_ready(self, seconds: float = START_SECONDS) -> None:
-        """Return when all models are loaded.
+        """Return when all models are loaded, and metrics can be read.
 
         Raises:
             OutputError: the server ended, or took too long; its log says why.
         """
         deadline = time.monotonic() + seconds
-        while not self.is_ready():
+        while not (self.is_ready() and _is_fine(self.address.metrics)):  # the endpoint that it opens last
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 got = f"exit code {self.process.returncode}"
@@ -105,11 +105,7 @@ class TritonServer:
 
     def is_ready(self) -> bool:
         """Whether the server and all models say so."""
-        try:
-            with urllib.request.urlopen(f"{self.address.http}/v2/health/ready", timeout=5) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+        return _is_fine(f"{self.address.http}/v2/health/ready")
 
     def stubs(self) -> list[int]:
         """Process ids of the python backend's stubs."""
@@ -177,3 +173,12 @@ def _parent_and_name(process: Path) -> tuple[int, str]:
         return 0, ""
     state, parent = rest.split()[:2]
     return (0, "") if state == "Z" else (int(parent), name)
+
+
+def _is_fine(url: str) -> bool:
+    """Whether it is answered, with 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

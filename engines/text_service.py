@@ -72,7 +72,7 @@ class TextService:
         self.options, self.tokenizer = options, read_tokenizer(engine_dir)
         self._encoding = threading.Lock()  # a tokenizer remembers how special tokens are read
         require_served(engine_dir, info, options)
-        decoder = SERVED[info.backend].open(engine_dir, info, options)
+        decoder = SERVED[info.backend].open(engine_dir, options, trees)
         self.max_length = decoder.max_length
         self.name = Path(str(info.source.get("checkpoint", engine_dir))).name
         self.scheduler = Scheduler(
@@ -147,15 +147,19 @@ class _TextListener:
         return piece
 
 
-def _many(engine_dir: Path, info: EngineInfo, options: ServingOptions) -> TreeDecoder:
-    slots = min(options.max_batch, cache_slots(info, options.kv_cache_mb))
+def _many(engine_dir: Path, options: ServingOptions, trees: BatchTrees) -> TreeDecoder:
+    slots = min(options.max_batch, cache_slots(EngineInfo.load(engine_dir), options.kv_cache_mb))
     return TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
 
 
-def _one(engine_dir: Path, info: EngineInfo, options: ServingOptions) -> TreeDecoder:
+def _one(engine_dir: Path, options: ServingOptions, trees: BatchTrees) -> TreeDecoder:
     from medusa_export.engines.tensorrt import TensorRtEngine
 
-    return OneSequence(TensorRtEngine(engine_dir))
+    engine = TensorRtEngine(engine_dir)
+    engine.prepare(
+        trees(1)
+    )  # one that is too large for the engine is refused here, and nobody's first step waits for it
+    return OneSequence(engine)
 
 
 @dataclass(frozen=True)
@@ -163,11 +167,11 @@ class Backend:
     """How a server decodes with the engines of one backend.
 
     Attributes:
-        open: the decoder of an engine directory.
+        open: the decoder of an engine directory, for some trees.
         unused: options that mean nothing to it.
     """
 
-    open: Callable[[Path, EngineInfo, ServingOptions], TreeDecoder]
+    open: Callable[[Path, ServingOptions, BatchTrees], TreeDecoder]
     unused: tuple[str, ...] = ()
 
 

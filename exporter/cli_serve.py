@@ -8,19 +8,8 @@ from typing import Annotated
 
 import typer
 
+from medusa_export.exporter import serving_flags as flags
 from medusa_export.exporter.console import Verbose, command_app, main, stderr, stdout
-from medusa_export.exporter.serving_flags import (
-    GraceS,
-    KvCacheMb,
-    MaxTextBytes,
-    MaxTokens,
-    PrefillTokens,
-    Threads,
-    TimeoutS,
-    TreeFile,
-    TreeMaxBatch,
-    given_options,
-)  # fmt: skip
 from medusa_export.heads.errors import ConfigError
 
 serve_app = command_app()
@@ -42,18 +31,18 @@ def serve_command(
         int | None,
         typer.Option("--max-concurrent", "--max-batch", help="Requests decoded at once, at most. Default: 32."),
     ] = None,
-    kv_cache_mb: KvCacheMb = None,
+    kv_cache_mb: flags.KvCacheMb = None,
     max_queue: Annotated[
         int | None, typer.Option(help="Requests that wait, at most; others get 429. Default: 256.")
     ] = None,
-    max_tokens: MaxTokens = None,
-    timeout_s: TimeoutS = None,
-    max_text_bytes: MaxTextBytes = None,
-    tree: TreeFile = None,
-    tree_max_batch: TreeMaxBatch = None,
-    prefill_tokens: PrefillTokens = None,
-    threads: Threads = None,
-    grace_s: GraceS = None,
+    max_tokens: flags.MaxTokens = None,
+    timeout_s: flags.TimeoutS = None,
+    max_text_bytes: flags.MaxTextBytes = None,
+    tree: flags.TreeFile = None,
+    tree_max_batch: flags.TreeMaxBatch = None,
+    prefill_tokens: flags.PrefillTokens = None,
+    threads: flags.Threads = None,
+    grace_s: flags.GraceS = None,
     verbose: Verbose = False,
 ) -> None:
     """Serve an engine with OpenAI's protocol, until SIGTERM or Ctrl-C.
@@ -68,7 +57,7 @@ def serve_command(
     from medusa_export.engines.text_service import TextService, require_served
     from medusa_export.heads.engine_info import EngineInfo
 
-    options, info = given_options(ServingOptions, given), EngineInfo.load(engine)
+    options, info = flags.given_options(ServingOptions, given), EngineInfo.load(engine)
     require_served(engine, info, options)
     name = name or Path(str(info.source.get("checkpoint") or engine)).name
     front_options = FrontOptions(host, name, _key(api_key_env))

@@ -9,19 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from medusa_export.exporter import serving_flags as flags
 from medusa_export.exporter.console import Verbose, command_app, main, stdout
-from medusa_export.exporter.serving_flags import (
-    GraceS,
-    KvCacheMb,
-    MaxTextBytes,
-    MaxTokens,
-    PrefillTokens,
-    Threads,
-    TimeoutS,
-    TreeFile,
-    TreeMaxBatch,
-    given_options,
-)  # fmt: skip
 from medusa_export.heads.engine_info import ENGINE_FILE
 from medusa_export.heads.errors import ConfigError
 
@@ -49,7 +38,7 @@ def _write_onnxruntime(given: dict[str, Any]) -> None:
     from medusa_export.engines.serving_options import ServingOptions
     from medusa_export.engines.triton import write_repository
 
-    options = given_options(ServingOptions, given)
+    options = flags.given_options(ServingOptions, given)
     write_repository(given["engine"], given["output"], name=given["name"], options=options, tree=given["tree"])
 
 
@@ -69,7 +58,7 @@ def _write_trtllm(given: dict[str, Any]) -> None:
     from medusa_export.engines.triton_trtllm import write_trtllm_repository
     from medusa_export.engines.triton_trtllm_models import TrtllmServing
 
-    write_trtllm_repository(given["engine"], given["output"], given_options(TrtllmServing, given))
+    write_trtllm_repository(given["engine"], given["output"], flags.given_options(TrtllmServing, given))
 
 
 def _verify_trtllm(repository: Path) -> list[str]:
@@ -99,18 +88,18 @@ def triton_command(
     output: Annotated[Path | None, typer.Option(help="The model repository to write.")] = None,
     name: Annotated[str, typer.Option(help="The model's name on the server.")] = "medusa",
     max_batch: Annotated[int | None, typer.Option(help="Requests decoded at once, at most. Default: 32.")] = None,
-    kv_cache_mb: KvCacheMb = None,
+    kv_cache_mb: flags.KvCacheMb = None,
     max_queue: Annotated[
         int | None, typer.Option(help="Requests that wait, at most; others hear that it is busy. Default: 256.")
     ] = None,
-    max_tokens: MaxTokens = None,
-    timeout_s: TimeoutS = None,
-    max_text_bytes: MaxTextBytes = None,
-    tree: TreeFile = None,
-    tree_max_batch: TreeMaxBatch = None,
-    grace_s: GraceS = None,
-    prefill_tokens: PrefillTokens = None,
-    threads: Threads = None,
+    max_tokens: flags.MaxTokens = None,
+    timeout_s: flags.TimeoutS = None,
+    max_text_bytes: flags.MaxTextBytes = None,
+    tree: flags.TreeFile = None,
+    tree_max_batch: flags.TreeMaxBatch = None,
+    grace_s: flags.GraceS = None,
+    prefill_tokens: flags.PrefillTokens = None,
+    threads: flags.Threads = None,
     kv_fraction: Annotated[
         float | None, typer.Option(help="TensorRT-LLM: part of the free GPU memory for the cache. Default: 0.9.")
     ] = None,

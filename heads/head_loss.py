@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-CPU_VALUES = (
-    1 << 20
-)  # logits worked on at once: what stays in a core's cache; fresh memory costs more than the arithmetic
+# Logits worked on at once: what stays in a core's cache. Fresh memory costs more than the arithmetic.
+CPU_VALUES = 1 << 20
 
 
 class FusedCrossEntropy(torch.autograd.Function):

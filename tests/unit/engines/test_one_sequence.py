@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.conversations import encode_chat
 from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.tree import Tree
 
 SECONDS = 60
 QUESTIONS = ["w3 w4 w5", "w9 w8", "w20", "w7 w7 w7 w1"]
@@ -70,6 +72,16 @@ def test_a_server_answers_as_the_engine_alone(tensorrt: tuple[Path, TensorRtEngi
         yields.append(end.tokens_per_step)
     service.close()
     assert max(yields) > 1, "the tree was never used"
+
+
+def test_a_tree_that_is_too_large(tensorrt: tuple[Path, TensorRtEngine], tmp_path: Path) -> None:
+    path, engine = tensorrt
+    tree = tmp_path / "tree.json"
+    depth, width = engine.info.max_depth, engine.info.top_k
+    choices = [list(ranks) for size in range(1, depth + 1) for ranks in product(range(width), repeat=size)]
+    tree.write_text(Tree.from_choices(choices[: engine.max_nodes]).to_json())  # and the root
+    with pytest.raises(ConfigError, match=f"{engine.max_nodes + 1} nodes"):
+        TextService(path, ServingOptions(), tree=tree)
 
 
 def test_a_repository_of_a_tensorrt_engine(tensorrt: tuple[Path, TensorRtEngine], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def _servers() -> Iterator[list[Served]]:
 @pytest.fixture
 def served(_servers: list[Served], tiny_engine: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Served:
     if not _servers:
-        limits = ("--max-concurrent", 4, "--max-queue", 40, "--max-tokens", 5, "--max-text-bytes", MAX_TEXT)
+        limits = ("--max-concurrent", 4, "--max-queue", 40, "--max-tokens", 5, "--max-text-bytes", MAX_TEXT, "--grace-s", 60)
         folder = tmp_path_factory.mktemp("openai")
         _servers.append(Served(endless_engine(tiny_engine), folder, *limits, "--tree-max-batch", 2, has_key=True))
     assert _servers[0].process.poll() is None, _servers[0].log.read_text()
@@ -341,10 +341,10 @@ def bytes_served(
 ) -> Served:
     """Another server, without a key, of a model that reads single bytes."""
     if not _bytes_servers:
-        # So many layers that an answer of the whole context takes far longer than the grace time, and one of 20 tokens far less.
+        # So many layers that an answer of the whole context takes far longer than the grace time.
         engine = endless_engine(tiny_engine, vocab_size=260, num_hidden_layers=48)
         byte_tokenizer(engine)
-        flags = ("--grace-s", 2, "--max-concurrent", 2, "--timeout-s", 30, "--tree-max-batch", 0)
+        flags = ("--grace-s", 1, "--max-concurrent", 2, "--timeout-s", 30, "--tree-max-batch", 0)
         _bytes_servers.append(Served(engine, tmp_path_factory.mktemp("bytes"), *flags))
     return _bytes_servers[0]
 
@@ -387,13 +387,13 @@ def test_hosts_that_may_be_meant(bytes_served: Served) -> None:
 
 
 def test_sigterm_with_requests_in_flight(bytes_served: Served) -> None:
-    """What ends within the grace time ends well, and the others hear why not. The last test of the file: it ends the server."""
+    """Those decoded and those that wait hear why they end. The last test of this server: it ends it."""
     served = bytes_served
-    long = served.chat(QUESTION, max_tokens=3900, stream=True)
-    next(iter(long))
-    short = served.chat(QUESTION, max_tokens=20, stream=True)
-    next(iter(short))
-    served.metrics.wait_for("medusa_requests_waiting", 0)  # else the one that waits below may be this one, a moment ago
+    decoded = [served.chat(QUESTION, max_tokens=3900, stream=True) for _ in range(2)]
+    for chunks in decoded:
+        next(iter(chunks))  # which may come before a token
+    served.metrics.wait_for("medusa_requests_running", 2)
+    served.metrics.wait_for("medusa_requests_waiting", 0)  # else the one that waits below may be one of these
     waiting: list[Any] = []
 
     def wait() -> None:
@@ -406,13 +406,24 @@ def test_sigterm_with_requests_in_flight(bytes_served: Served) -> None:
     waiter.start()
     served.metrics.wait_for("medusa_requests_waiting", 1)
     served.process.send_signal(signal.SIGTERM)
-    assert streamed(short)[1] == "length"
-    with pytest.raises(openai.APIError, match="the server is stopping"):
-        list(long)
+    for chunks in decoded:
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(chunks)
     waiter.join(SECONDS)
     assert waiting == [(503, "server_stopping")]
     assert served.process.wait(SECONDS) == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{served.url}/models", trust_env=False)
-    assert served.out.read_text().splitlines()[-1].endswith("requests in flight, up to 2 s for them")
+    assert served.out.read_text().splitlines()[-1].endswith("stopping: 3 requests in flight, up to 1 s for them")
     assert served.log.read_text() == ""
+
+
+def test_sigterm_lets_answers_end(served: Served) -> None:
+    """What ends within the grace time ends well. The last test of this server: it ends it."""
+    decoded = [served.chat(QUESTION, max_tokens=500, stream=True) for _ in range(4)]
+    for chunks in decoded:
+        next(iter(chunks))
+    served.process.send_signal(signal.SIGTERM)
+    assert [streamed(chunks)[1] for chunks in decoded] == ["length"] * 4
+    assert served.process.wait(SECONDS) == 0
+    assert served.out.read_text().splitlines()[-1].endswith("stopping: 4 requests in flight, up to 60 s for them")

@@ -25,13 +25,14 @@ from tests.integration.metrics import Metrics
 DTYPES = {str: "BYTES", int: "INT64", float: "FP32", bool: "BOOL", list: "BYTES"}
 TREE = Tree.from_choices([[0], [1], [0, 0], [0, 0, 0]])
 CONTEXT = 4000
+MANY_LAYERS = 16  # so that a long answer takes seconds on any machine: tests of what happens meanwhile do not race with it
 SHARPNESS = 0.08
 SECONDS = 60.0
 
 
 def endless_engine(tiny_engine: Callable[..., Any], **config: Any) -> Path:
     """An engine whose answers only end where they are told to: long ones take seconds. Drawn ones differ from greedy ones."""
-    sizes = {"max_length": CONTEXT, "max_position_embeddings": CONTEXT, **config}
+    sizes = {"max_length": CONTEXT, "max_position_embeddings": CONTEXT, "num_hidden_layers": MANY_LAYERS, **config}
     path: Path = tiny_engine(drafts_well=True, sharpness=SHARPNESS, tree=TREE, **sizes).path
     body = json.loads((path / "engine.json").read_text())
     (path / "engine.json").write_text(json.dumps({**body, "eos_token_ids": []}))

@@ -39,7 +39,18 @@ def _servers() -> Iterator[list[Served]]:
 @pytest.fixture
 def served(_servers: list[Served], tiny_engine: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Served:
     if not _servers:
-        limits = ("--max-concurrent", 4, "--max-queue", 40, "--max-tokens", 5, "--max-text-bytes", MAX_TEXT, "--grace-s", 60)
+        limits = (
+            "--max-concurrent",
+            4,
+            "--max-queue",
+            40,
+            "--max-tokens",
+            5,
+            "--max-text-bytes",
+            MAX_TEXT,
+            "--grace-s",
+            60,
+        )
         folder = tmp_path_factory.mktemp("openai")
         _servers.append(Served(endless_engine(tiny_engine), folder, *limits, "--tree-max-batch", 2, has_key=True))
     assert _servers[0].process.poll() is None, _servers[0].log.read_text()

@@ -142,9 +142,11 @@ class _Block:
         self.engine, self.size = engine, size
         info, rows = engine.info, np.asarray(output_rows, dtype=np.int64)
         is_tree = size == tree.num_nodes
-        self._tail = np.where(tree.mask, np.float32(0), MASKED) if is_tree else np.float32(0)  # GQA itself is causal
+        self._is_tree = is_tree and size > 1  # otherwise nothing is masked: GQA itself is causal
+        self._tail = np.where(tree.mask, np.float32(0), MASKED)
         self._depths = tree.depths if is_tree else np.arange(size)
         self._bias = np.zeros(size * info.max_length, dtype=np.float32)
+        self._bias_address = self._bias.ctypes.data
         self.input_ids = np.zeros((1, size), dtype=np.int64)
         self.position_ids = np.zeros((1, size), dtype=np.int64)
         self._seqlens_k, self._total = np.zeros(1, dtype=np.int32), np.zeros((), dtype=np.int32)
@@ -178,10 +180,12 @@ class _Block:
         self.input_ids[0] = node_ids
         np.add(self._depths, past, out=self.position_ids[0])
         self._seqlens_k[0], self._total[()] = total - 1, total
-        bias = self._bias[: size * total].reshape(1, 1, size, total)
-        bias[..., :past] = 0
-        bias[..., past:] = self._tail
-        self._binding.bind_input("attention_bias", "cpu", 0, np.float32, bias.shape, bias.ctypes.data)
+        if self._is_tree:
+            bias = self._bias[: size * total].reshape(size, total)
+            bias[:, :past] = 0
+            bias[:, past:] = self._tail
+        shape = (1, 1, size, total)
+        self._binding.bind_input("attention_bias", "cpu", 0, np.float32, shape, self._bias_address)
         self.engine._run(self.engine._decoder, self._binding)
         return self.next_ids
 

@@ -60,6 +60,11 @@ class LinearWriter:
         bias = self._bias(modules)
         return out if bias is None else graph.node("Add", [out, graph.tensor(f"{name}.bias", bias)])
 
+    def takes_as_one(self, modules: Sequence[str]) -> bool:
+        """Whether a product of several modules is the same as theirs, side by side; of smoothed ones each has an input of its own."""
+        first, *others = (self.excluded(module) for module in modules)
+        return all(other == first for other in others) and (first or self.form not in SMOOTHED)
+
     def _bias(self, modules: Sequence[str]) -> torch.Tensor | None:
         names = [f"{module}.bias" for module in modules]
         if names[0] not in self.checkpoint.config.tensor_shapes():

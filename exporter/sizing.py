@@ -29,7 +29,7 @@ from medusa_export.exporter.gpus import (
 )
 from medusa_export.exporter.job import ExportArguments, Job
 from medusa_export.exporter.onnx_builder import ALIGNMENT, INLINE_BYTES
-from medusa_export.exporter.onnx_linear import BLOCKS, SMALL_BLOCKS
+from medusa_export.exporter.onnx_linear import BLOCKS, SMALL_BLOCKS, SMOOTHED
 from medusa_export.exporter.plan import TensorPlan, plan_ranks
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.sizing_portable import portable_decoder_bytes, portable_heads_bytes
@@ -378,10 +378,13 @@ def _layer_tensors(spec: ExportSpec, layer: int, form: str, stored: int) -> Iter
     """Norms and biases are float32."""
     config, shapes = spec.config, spec.config.linear_shapes()
     shapes[families.Q_PROJ] = (config.q_size + 2 * config.kv_size, config.hidden_size)
-    for name, module in _LINEARS.items():
+    excluded = {name: spec.is_excluded(f"transformer.layers.{layer}.{module}") for name, module in _LINEARS.items()}
+    gate, up = families.GATE_PROJ, families.UP_PROJ
+    if excluded[gate] == excluded[up] and (excluded[gate] or form not in SMOOTHED):  # one matrix, as q, k and v are
+        shapes[gate], shapes[up] = (2 * config.intermediate_size, config.hidden_size), (0, 0)
+    for name in _LINEARS:
         rows, width = shapes[name]
-        excluded = spec.is_excluded(f"transformer.layers.{layer}.{module}")
-        yield from _matrix("float" if excluded else form, rows, width, spec, stored)
+        yield from _matrix("float" if excluded[name] else form, rows, width, spec, stored)
         yield FLOAT32 * rows * config.has_bias(name)
     yield from [FLOAT32 * config.hidden_size] * 2
     yield from [FLOAT32 * config.head_dim * config.family.qk_norm] * 2

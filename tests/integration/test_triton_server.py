@@ -32,7 +32,7 @@ def _servers() -> Iterator[list[Served]]:
     found: list[Served] = []
     yield found
     for served in found:
-        assert served.server.stop() == 0
+        assert served.server.stop() == 0, served.log.read_text(errors="replace")[-2000:]
 
 
 @pytest.fixture

@@ -20,13 +20,12 @@ from medusa_export.heads.errors import ConfigError
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 QKV = [f"{ATTENTION}.{x}_proj" for x in "qkv"]
-# name in the graph: name in the rank file
+# name in the graph: names in the rank file of what it stacks
 PAIRS = {
-    f"{QKV[0]}+2": "attention.qkv",
-    f"{ATTENTION}.o_proj": "attention.dense",
-    f"{MLP}.gate_proj": "mlp.fc",
-    f"{MLP}.up_proj": "mlp.gate",
-    f"{MLP}.down_proj": "mlp.proj",
+    f"{QKV[0]}+2": ["attention.qkv"],
+    f"{ATTENTION}.o_proj": ["attention.dense"],
+    f"{MLP}.gate_proj+1": ["mlp.fc", "mlp.gate"],
+    f"{MLP}.down_proj": ["mlp.proj"],
 }
 
 
@@ -58,15 +57,28 @@ def test_fp8_is_the_rank_file(family: str, dtype: torch.dtype, make_case: Callab
     graph = initializers(tmp_path / "decoder.onnx")
     for layer in range(2):
         for ours, theirs in PAIRS.items():
-            name, expected = ours.replace("layers.0", f"layers.{layer}"), f"transformer.layers.{layer}.{theirs}"
+            name, expected = (
+                ours.replace("layers.0", f"layers.{layer}"),
+                [f"transformer.layers.{layer}.{x}" for x in theirs],
+            )
             weight = graph[f"{name}.weight"]
             assert weight.data_type == TensorProto.FLOAT8E4M3FN
             stored = np.frombuffer(weight.raw_data, dtype=np.uint8).reshape(weight.dims)  # [K, N]
-            assert np.array_equal(stored.T, rank[f"{expected}.weight"].view(torch.uint8).numpy()), name
+            codes = torch.cat([rank[f"{module}.weight"].view(torch.uint8) for module in expected])
+            assert np.array_equal(stored.T, codes.numpy()), name
             for scale, factor in (("weight_scale", "weights"), ("input_scale", "activation")):
-                assert (
-                    graph[f"{name}.{scale}"].raw_data == rank[f"{expected}.{factor}_scaling_factor"].numpy().tobytes()
-                )
+                factors = {rank[f"{module}.{factor}_scaling_factor"].numpy().tobytes() for module in expected}
+                assert factors == {graph[f"{name}.{scale}"].raw_data}
+
+
+def test_what_is_one_product(make_case: Callable[..., Any]) -> None:
+    """Modules that are excluded alike; smoothed ones have inputs of their own."""
+    checkpoint, pair = make_case().checkpoint, [f"{MLP}.gate_proj", f"{MLP}.up_proj"]
+    assert LinearWriter(checkpoint, "fp8").takes_as_one(pair)
+    assert not LinearWriter(checkpoint, "int4_awq").takes_as_one(pair)
+    for excluded, is_one in ((pair[:1], False), (pair[1:], False), (pair, True)):
+        assert LinearWriter(checkpoint, "int8", excluded=excluded.__contains__).takes_as_one(pair) == is_one
+        assert LinearWriter(checkpoint, "int8_row", excluded=excluded.__contains__).takes_as_one(pair) == is_one
 
 
 def test_fp8_without_scales(make_case: Callable[..., Any], tmp_path: Path) -> None:

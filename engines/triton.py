@@ -17,7 +17,7 @@ from medusa_export.heads.errors import ConfigError, MedusaExportError, missing_p
 from medusa_export.heads.hashing import list_files
 from medusa_export.heads.manifest import hash_files, output_directory, read_manifest, verify_manifest
 
-KIND = "onnxruntime"
+KIND = "python"  # the backend of Triton that runs it
 ENGINE = "engine"  # in the model's version directory
 UNARY = "_unary"
 VERSION = "1"

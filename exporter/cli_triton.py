@@ -19,22 +19,24 @@ triton_app = command_app()
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of engine directory.
+    """One kind of model repository.
 
     Attributes:
-        holds: whether a directory is of this kind.
+        engines: backends of the engines that it serves.
+        holds: whether a directory has such an engine.
         write: the repository, from the flags.
         verify: what is wrong with a repository whose manifest names this kind, one line each.
         flags: what it takes besides --engine, --output and --name; another kind's are refused.
     """
 
+    engines: str
     holds: Callable[[Path], bool]
     write: Callable[[dict[str, Any]], None]
     verify: Callable[[Path], list[str]]
     flags: tuple[str, ...]
 
 
-def _write_onnxruntime(given: dict[str, Any]) -> None:
+def _write_python(given: dict[str, Any]) -> None:
     from medusa_export.engines.serving_options import ServingOptions
     from medusa_export.engines.triton import write_repository
 
@@ -42,7 +44,7 @@ def _write_onnxruntime(given: dict[str, Any]) -> None:
     write_repository(given["engine"], given["output"], name=given["name"], options=options, tree=given["tree"])
 
 
-def _verify_onnxruntime(repository: Path) -> list[str]:
+def _verify_python(repository: Path) -> list[str]:
     from medusa_export.engines.triton import verify_repository
 
     return verify_repository(repository)
@@ -67,14 +69,14 @@ def _verify_trtllm(repository: Path) -> list[str]:
     return verify_trtllm_repository(repository)
 
 
-# What --engine may be; the first kind that a directory holds is its kind.
+# By the name in a repository's manifest; the first kind that has such an engine as --engine is its kind.
 KINDS: dict[str, Kind] = {
     "tensorrt-llm": Kind(
-        _is_trtllm, _write_trtllm, _verify_trtllm,
+        "tensorrt-llm", _is_trtllm, _write_trtllm, _verify_trtllm,
         ("max_queue", "max_text_bytes", "kv_fraction", "decoupled", "chunked_context"),
     ),
-    "onnxruntime": Kind(
-        lambda path: (path / ENGINE_FILE).is_file(), _write_onnxruntime, _verify_onnxruntime,
+    "python": Kind(
+        "onnxruntime or tensorrt", lambda path: (path / ENGINE_FILE).is_file(), _write_python, _verify_python,
         ("max_batch", "kv_cache_mb", "max_queue", "max_tokens", "timeout_s", "max_text_bytes", "tree_max_batch", "tree",
          "grace_s", "prefill_tokens", "threads"),
     ),
@@ -122,16 +124,14 @@ def triton_command(
     for flag in ("engine", "output"):
         if given[flag] is None:
             raise ConfigError(f"--{flag}", "nothing", "a directory", "see medusa-triton --help")
-    name_of_kind = next((name for name, kind in KINDS.items() if kind.holds(given["engine"])), None)
-    if name_of_kind is None:
-        raise ConfigError(
-            str(engine), "no engine directory", f"one of {', '.join(KINDS)}", "pass OUT/engine of an export"
-        )
-    kind = KINDS[name_of_kind]
+    kind = next((kind for kind in KINDS.values() if kind.holds(given["engine"])), None)
+    if kind is None:
+        expected = f"an engine of {', '.join(kind.engines for kind in KINDS.values())}"
+        raise ConfigError(str(engine), "no engine directory", expected, "pass OUT/engine of an export")
     for flag in sorted({flag for other in KINDS.values() for flag in other.flags} - set(kind.flags)):
         if given[flag] is not None:
             option = f"--{flag.replace('_', '-')}"
-            raise ConfigError(option, f"{given[flag]} for an engine of {name_of_kind}", "no such flag", "leave it out")
+            raise ConfigError(option, f"{given[flag]} for an engine of {kind.engines}", "no such flag", "leave it out")
     kind.write(given)
     stdout.print(f"wrote {output}", soft_wrap=True)
 

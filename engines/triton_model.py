@@ -24,6 +24,9 @@ ASKED_AT_ONCE = 16  # clients, whether they are still there
 CANCEL = "medusa_cancel"  # parameter of a request that ends another one, by its id
 TWIN = "medusa_twin"  # parameter of the twin's requests: errors between models lose their code, so it is put before the message
 CODED = " | "
+# Instead of a code: the message is the answer, as JSON. The stub of Triton 2.51 makes numpy arrays of a response's tensors without
+# holding Python's lock (InferRequest::Exec), and with several requests at once that ends it; of an error it reads a string alone.
+ANSWERED = "ANSWERED"
 ERRORS = {  # how a request can end without an answer: Triton's code, and what the client reads
     "cancelled": ("CANCELLED", "the request was cancelled"),
     "timeout": ("UNAVAILABLE", "the request took longer than its time limit"),
@@ -168,4 +171,7 @@ class _Open:
             "tokens_per_step": end.tokens_per_step if end else 0.0,
         }  # fmt: skip
         self._text, self._token_ids = "", []
-        self.sender.tensors(write_outputs(values), is_last=end is not None)
+        if self._is_coded:  # always whole
+            self.sender.error("UNKNOWN", f"{ANSWERED}{CODED}{json.dumps(values)}")
+        else:
+            self.sender.tensors(write_outputs(values), is_last=end is not None)

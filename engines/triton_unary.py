@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from medusa_export.engines.triton_guard import Guard
-from medusa_export.engines.triton_io import OUTPUTS
-from medusa_export.engines.triton_model import ASKED_AT_ONCE, CANCEL, CODED, POLL_SECONDS, TWIN
+from medusa_export.engines.triton_io import OUTPUTS, write_outputs
+from medusa_export.engines.triton_model import ANSWERED, ASKED_AT_ONCE, CANCEL, CODED, POLL_SECONDS, TWIN
 from medusa_export.engines.triton_sender import Sender
 
 logger = logging.getLogger(__name__)
@@ -52,17 +52,15 @@ class UnaryModel:
             done.set()
 
     def _ask(self, request: Any, request_id: str, sender: Sender) -> None:
-        """Hand on the other model's whole answer: the one response of a request that does not stream."""
+        """Hand on the other model's whole answer, which comes as an error's message: see ANSWERED."""
         inputs = [tensor for tensor in request.inputs() if tensor.name() != "stream"]
         parameters = json.loads(request.parameters() or "{}")
         asked = self._request(inputs, request_id, {**parameters, TWIN: True})
-        answers = [answer for answer in asked.exec(decoupled=True) if answer.has_error() or answer.output_tensors()]
-        if not answers[0].has_error():
-            tensors = answers[0].output_tensors()
-            sender.tensors({tensor.name(): tensor.as_numpy() for tensor in tensors}, is_last=True)
-            return
-        code, mark, message = answers[0].error().message().partition(CODED)
-        if mark:
+        (answer,) = [answer for answer in asked.exec(decoupled=True) if answer.has_error()]
+        code, mark, message = answer.error().message().partition(CODED)
+        if code == ANSWERED:
+            sender.tensors(write_outputs(json.loads(message)), is_last=True)
+        elif mark:
             sender.error(code, message)
         else:  # the server's own
             sender.error("INTERNAL", code)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -211,11 +212,14 @@ def _ask_in_all_ways(served: Served, count: int, found: dict[str, Any]) -> list[
 
     def events() -> Any:
         tokens: list[int] = []
-        for event in served.events(**question):
-            if "error" in event:
-                return event["error"]
-            ids = event["token_ids"]
-            tokens += ids if isinstance(ids, list) else [ids]
+        try:
+            for event in served.events(**question):
+                if "error" in event:
+                    return event["error"]
+                ids = event["token_ids"]
+                tokens += ids if isinstance(ids, list) else [ids]
+        except urllib.error.HTTPError as error:  # one that still waits has no stream yet
+            return json.loads(error.read())["error"]
         return tokens
 
     def stream() -> Any:

@@ -61,9 +61,8 @@ class LinearWriter:
         return out if bias is None else graph.node("Add", [out, graph.tensor(f"{name}.bias", bias)])
 
     def takes_as_one(self, modules: Sequence[str]) -> bool:
-        """Whether a product of several modules is the same as theirs, side by side; of smoothed ones each has an input of its own."""
-        first, *others = (self.excluded(module) for module in modules)
-        return all(other == first for other in others) and (first or self.form not in SMOOTHED)
+        """Whether a product of several modules is the same as theirs, side by side."""
+        return is_one_product(self.form, [self.excluded(module) for module in modules])
 
     def _bias(self, modules: Sequence[str]) -> torch.Tensor | None:
         names = [f"{module}.bias" for module in modules]
@@ -143,6 +142,15 @@ _FORMS: dict[str, Callable[[LinearWriter, GraphBuilder, str, Sequence[str], Sequ
     "int4_awq": LinearWriter._int4_awq,
 }
 SMOOTHED = ("int8_row", "int4_awq")
+
+
+def is_one_product(form: str, excluded: Sequence[bool]) -> bool:
+    """Whether linears with the same input are stored as one: of smoothed ones, each has an input of its own.
+
+    Args:
+        excluded: of each, whether it stays in float.
+    """
+    return len(set(excluded)) == 1 and (excluded[0] or form not in SMOOTHED)
 
 
 def _per_output(graph: GraphBuilder, name: str, stored: torch.Tensor, scales: torch.Tensor) -> str:

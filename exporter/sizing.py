@@ -29,7 +29,7 @@ from medusa_export.exporter.gpus import (
 )
 from medusa_export.exporter.job import ExportArguments, Job
 from medusa_export.exporter.onnx_builder import ALIGNMENT, INLINE_BYTES
-from medusa_export.exporter.onnx_linear import BLOCKS, SMALL_BLOCKS, SMOOTHED
+from medusa_export.exporter.onnx_linear import BLOCKS, SMALL_BLOCKS, is_one_product
 from medusa_export.exporter.plan import TensorPlan, plan_ranks
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.sizing_portable import portable_decoder_bytes, portable_heads_bytes
@@ -380,7 +380,7 @@ def _layer_tensors(spec: ExportSpec, layer: int, form: str, stored: int) -> Iter
     shapes[families.Q_PROJ] = (config.q_size + 2 * config.kv_size, config.hidden_size)
     excluded = {name: spec.is_excluded(f"transformer.layers.{layer}.{module}") for name, module in _LINEARS.items()}
     gate, up = families.GATE_PROJ, families.UP_PROJ
-    if excluded[gate] == excluded[up] and (excluded[gate] or form not in SMOOTHED):  # one matrix, as q, k and v are
+    if is_one_product(form, [excluded[gate], excluded[up]]):
         shapes[gate], shapes[up] = (2 * config.intermediate_size, config.hidden_size), (0, 0)
     for name in _LINEARS:
         rows, width = shapes[name]

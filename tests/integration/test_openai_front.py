@@ -22,6 +22,7 @@ from tests.integration.triton_fixture import CONTEXT, endless_engine
 MAX_TEXT = 20_000
 QUESTION = "w3 w4 w5"
 ENDED = "medusa_requests_ended_total"
+USE = ("--tree-max-batch", 2, "--grace-s", 60)
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +40,9 @@ def _servers() -> Iterator[list[Served]]:
 @pytest.fixture
 def served(_servers: list[Served], tiny_engine: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Served:
     if not _servers:
-        limits = (
-            "--max-concurrent",
-            4,
-            "--max-queue",
-            40,
-            "--max-tokens",
-            5,
-            "--max-text-bytes",
-            MAX_TEXT,
-            "--grace-s",
-            60,
-        )
+        limits = ("--max-concurrent", 4, "--max-queue", 40, "--max-tokens", 5, "--max-text-bytes", MAX_TEXT)
         folder = tmp_path_factory.mktemp("openai")
-        _servers.append(Served(endless_engine(tiny_engine), folder, *limits, "--tree-max-batch", 2, has_key=True))
+        _servers.append(Served(endless_engine(tiny_engine), folder, *limits, *USE, has_key=True))
     assert _servers[0].process.poll() is None, _servers[0].log.read_text()
     return _servers[0]
 

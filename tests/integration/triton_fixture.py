@@ -25,9 +25,7 @@ from tests.integration.metrics import Metrics
 DTYPES = {str: "BYTES", int: "INT64", float: "FP32", bool: "BOOL", list: "BYTES"}
 TREE = Tree.from_choices([[0], [1], [0, 0], [0, 0, 0]])
 CONTEXT = 4000
-MANY_LAYERS = (
-    16  # so that a long answer takes seconds on any machine: tests of what happens meanwhile do not race with it
-)
+MANY_LAYERS = 16  # a long answer takes seconds then: tests of what happens meanwhile do not race with it
 SHARPNESS = 0.08
 SECONDS = 60.0
 

@@ -28,11 +28,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from medusa_export.core.intervals import median_interval
 from medusa_export.engines.machine import hardware, versions
 from medusa_export.engines.prompts import encode_prompts
 from medusa_export.heads.conversations import load_prompts, read_tokenizer
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.intervals import median_interval
 
 WORKER = Path(__file__).with_name("peer_engines.py")
 PROMPTS = Path(__file__).resolve().parent.parent / "examples" / "spec_bench_39.jsonl"

@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.cost import wide_tree
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.heads.errors import ConfigError
 
 SIZES = (1, 2, 4, 8)
 RUNS = 15

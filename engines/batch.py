@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.lazy_memory import lazy_zeros
 from medusa_export.engines.onnxruntime import open_decoder, share
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError
 
 Array = npt.NDArray[Any]
 

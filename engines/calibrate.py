@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.base import AUTOREGRESSIVE, StepEngine
 from medusa_export.heads.acceptance import ABSENT, TOP_K, UNKNOWN, Answer, Ranks
-from medusa_export.heads.errors import ConfigError
 
 
 def calibrate(

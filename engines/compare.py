@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.parity import Scorer, first_divergence
 from medusa_export.engines.runner import PromptResult
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError
 
 CHUNK = 64  # tokens a run when a text is scored
 NORMAL_95, NORMAL_POWER_80 = 1.96, 0.84  # standard deviations: two-sided 5 %, and four times out of five

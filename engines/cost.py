@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from medusa_export.core.errors import ConfigError
+from medusa_export.core.intervals import median_interval
 from medusa_export.engines.base import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.machine import hardware, versions
 from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.accept import accept_greedy
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError
-from medusa_export.heads.intervals import median_interval
 from medusa_export.heads.tree import Choice, Tree
 
 SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.base import Step, StepEngine
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.tree import Tree
 
 Array = npt.NDArray[Any]

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.scheduler import End
 from medusa_export.engines.text_service import TextRequest
 from medusa_export.heads.chat_model import Sampling
-from medusa_export.heads.errors import ConfigError
 
 DONE = "data: [DONE]\n\n"
 

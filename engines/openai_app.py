@@ -5,6 +5,7 @@
 import logging
 from typing import Any
 
+from medusa_export.core.errors import MedusaExportError, missing_package
 from medusa_export.engines.openai_answers import CHAT_SHAPE, TEXT_SHAPE
 from medusa_export.engines.openai_errors import (
     END_MESSAGES,
@@ -18,7 +19,6 @@ from medusa_export.engines.openai_errors import (
 from medusa_export.engines.openai_fields import CHAT, COMPLETIONS
 from medusa_export.engines.openai_front import OpenAIFront
 from medusa_export.engines.prometheus_meter import PrometheusMeter
-from medusa_export.heads.errors import MedusaExportError, missing_package
 
 logger = logging.getLogger(__name__)
 

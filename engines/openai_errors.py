@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from medusa_export.core.errors import ConfigError, MedusaExportError
 from medusa_export.engines.scheduler import BusyError, ClosedError, End, PromptError
-from medusa_export.heads.errors import ConfigError, MedusaExportError
 
 
 class UnsupportedError(ConfigError):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.openai_errors import UnknownFieldError, UnsupportedError
-from medusa_export.heads.errors import ConfigError
 
 Reader = Callable[[str, Any], Any]  # name and JSON value -> value; raises ConfigError
 

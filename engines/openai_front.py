@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.async_answer import AsyncAnswer
 from medusa_export.engines.openai_answers import Shape, Writer, event, text_request
 from medusa_export.engines.openai_errors import (
@@ -28,7 +29,6 @@ from medusa_export.engines.openai_errors import (
 from medusa_export.engines.openai_fields import Endpoint, read_body
 from medusa_export.engines.scheduler import BusyError
 from medusa_export.engines.text_service import TextService
-from medusa_export.heads.errors import ConfigError
 
 if TYPE_CHECKING:
     from starlette.requests import Request

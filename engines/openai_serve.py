@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from medusa_export.core.errors import ConfigError, missing_package
 from medusa_export.engines.openai_app import build_app
 from medusa_export.engines.openai_front import OpenAIFront
 from medusa_export.engines.prometheus_meter import PrometheusMeter
-from medusa_export.heads.errors import ConfigError, missing_package
 
 MARGIN_SECONDS = 5.0  # for errors to reach clients once the grace time is over
 BACKLOG = 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from medusa_export.core.errors import missing_package
 from medusa_export.engines.scheduler import End, Meter
 from medusa_export.engines.triton_metrics import (
     ACCEPTED,
@@ -18,7 +19,6 @@ from medusa_export.engines.triton_metrics import (
     TOKENS,
     WAITING,
 )
-from medusa_export.heads.errors import missing_package
 
 
 class PrometheusMeter(Meter):

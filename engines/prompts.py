@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.conversations import Prompt, encode_chat
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError
 
 EncodedPrompt = tuple[str, str, list[int]]  # id, category, input_ids
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from medusa_export.core.errors import missing_package
 from medusa_export.engines.parity import Scorer
-from medusa_export.heads.errors import missing_package
 
 
 def compare_with_checkpoint(

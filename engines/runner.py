@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
@@ -17,7 +18,6 @@ from medusa_export.engines.trtllm import TrtllmEngine
 from medusa_export.engines.trtllm_session import TIMEOUT
 from medusa_export.heads.accept import Typical
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 
 MAY_BE_NOTHING = ("threads", "tree_max_batch", "grace_s")
 

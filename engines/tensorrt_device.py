@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from medusa_export.core.errors import ConfigError, MissingPackageError
 from medusa_export.engines.tensorrt_build import DECODER_ENGINE
 from medusa_export.engines.tensorrt_package import RTX, import_tensorrt, local_gpu
 from medusa_export.heads.config import read_json
-from medusa_export.heads.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
     import torch

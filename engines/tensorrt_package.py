@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from medusa_export.heads.errors import ConfigError, MissingPackageError, missing_package
+from medusa_export.core.errors import ConfigError, MissingPackageError, missing_package
 
 RTX, DATA_CENTRE = "tensorrt_rtx", "tensorrt"
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.base import TreeDecoder
 from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.engines.one_sequence import OneSequence
@@ -17,7 +18,6 @@ from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.conversations import encode_chat, is_text, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
-from medusa_export.heads.errors import ConfigError
 
 MAX_STOP_WORDS = 16
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.tensorrt_build import DECODER_ENGINE, GRAPHS, BuildRequest, Progress
 from medusa_export.engines.tensorrt_device import Buffers, CudaStream, Run
 from medusa_export.engines.torch_operators import Shared, dequantize, operators
-from medusa_export.heads.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.errors import missing_package
 from medusa_export.engines.tree_search import Search
 from medusa_export.heads.acceptance import Acceptance
-from medusa_export.heads.errors import missing_package
 from medusa_export.heads.tree import Choice, Tree
 
 LABELLED = 24  # nodes up to which every edge has its number

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medusa_export.heads.errors import ConfigError, OutputError
+from medusa_export.core.errors import ConfigError, OutputError
 
 VARIABLE = "MEDUSA_TRITON_ENV"  # where environments are kept, instead of the user's cache
 PINS = Path(__file__).with_name("triton_server.txt")

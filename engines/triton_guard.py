@@ -16,8 +16,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from medusa_export.core.errors import OutputError
 from medusa_export.engines.triton_health import Health, http_port
-from medusa_export.heads.errors import OutputError
 
 POLL_SECONDS = 0.25
 SHARED_MEMORY = Path("/dev/shm")

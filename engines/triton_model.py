@@ -9,6 +9,7 @@ from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.errors import MedusaExportError
 from medusa_export.engines.scheduler import BusyError, ClosedError, End, Ticket
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.text_service import Piece, TextRequest, TextService
@@ -17,7 +18,6 @@ from medusa_export.engines.triton_io import read_inputs, write_outputs
 from medusa_export.engines.triton_metrics import TritonMeter
 from medusa_export.engines.triton_sender import Sender
 from medusa_export.heads.chat_model import Sampling
-from medusa_export.heads.errors import MedusaExportError
 
 POLL_SECONDS = 0.02  # a step takes longer
 ASKED_AT_ONCE = 16  # clients, whether they are still there

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from medusa_export.heads.errors import ConfigError, TreeError
+from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.heads.tree import Tree
 from medusa_export.heads.trtllm_releases import FIRST, TrtllmRelease
 

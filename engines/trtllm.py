@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.engines.base import Generation
 from medusa_export.engines.trtllm_command import BASELINE, MEDUSA
 from medusa_export.engines.trtllm_llm_api import LlmApiSession, require_llm_api
 from medusa_export.engines.trtllm_session import TIMEOUT, NoAnswerError, Session
 from medusa_export.heads.config import read_json
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.heads.tree import Tree
 from medusa_export.heads.trtllm_releases import release_of_engine
 

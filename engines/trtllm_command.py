@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 
 TOOL = "trtllm-build"
 MEDUSA, BASELINE = "medusa", "baseline"  # the two engines of an engine directory

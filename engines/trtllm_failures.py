@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medusa_export.heads.errors import MedusaExportError
+from medusa_export.core.errors import MedusaExportError
 
 
 class BuildError(MedusaExportError):

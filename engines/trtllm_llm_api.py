@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.trtllm_session import TIMEOUT, NoAnswerError, StepTokens, drafts
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.trtllm_releases import release_of_engine
 
 FIRST = (0, 20)  # the oldest release in whose sources a tree was seen to reach an engine that is built already

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.console import Verbose, command_app, main, progress_bars, stderr, stdout
 from medusa_export.exporter.flags_file import read_flags
-from medusa_export.heads.errors import ConfigError
 
 if TYPE_CHECKING:
     from medusa_export.heads.training_data import Example

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.exporter.console import Verbose, command_app, main, progress_bars, stdout
-from medusa_export.heads.errors import ConfigError, OutputError
 
 tree_app = command_app()
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.threads import StopPoint
 from medusa_export.exporter.rebuild import Place, Rebuilt, layout, open_ranks, require_equal_scales, require_zeros
 from medusa_export.exporter.stored import Rows
 from medusa_export.exporter.torch_threads import run_torch
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import read_json
 from medusa_export.heads.model import MedusaCheckpoint
-from medusa_export.heads.threads import StopPoint
 
 ROUNDING = 1.001  # slack for the float32 arithmetic of the comparison itself
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medusa_export.heads.errors import MedusaExportError
+from medusa_export.core.errors import MedusaExportError
 
 stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.error_table import recorded
 from medusa_export.exporter.job import ExportArguments, Job
@@ -14,7 +15,6 @@ from medusa_export.exporter.parts import Progress, TreeChoice, part_names, write
 from medusa_export.exporter.tensorrt_dir import EngineBuilder
 from medusa_export.exporter.verify import verify_trtllm
 from medusa_export.heads.conversations import Prompt
-from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.manifest import (
     check_free_space,
     has_manifest,

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from medusa_export.heads.errors import ConfigError, missing_package
+from medusa_export.core.errors import ConfigError, missing_package
 
 
 def read_flags(context: typer.Context, path: Path | None) -> Path | None:

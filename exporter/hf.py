@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.plan import Kind, Slice, TensorPlan
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.shards import write_index
@@ -17,7 +18,6 @@ from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.tensor_maker import TensorMaker
 from medusa_export.heads import families
 from medusa_export.heads.config import read_json
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize.scales import Scales
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.errors import CheckpointError, ConfigError
 from medusa_export.exporter.load_config import config_problems
 from medusa_export.exporter.load_model import (
     BUILDER_QUANTIZES,
@@ -23,7 +24,6 @@ from medusa_export.exporter.load_model import (
 )
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import read_json
-from medusa_export.heads.errors import CheckpointError, ConfigError
 
 KV_SCALE = "kv_cache_scaling_factor"
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from onnx import TensorProto
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx_builder import MICROSOFT, GraphBuilder, silu
 from medusa_export.exporter.onnx_linear import LinearWriter, int8_matrix
 from medusa_export.heads import families
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.engine_info import DECODER_FILE
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 
 HEAD_DIM_MULTIPLE = 16

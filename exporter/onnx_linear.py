@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from onnx import TensorProto
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx_builder import GraphBuilder
 from medusa_export.heads.checkpoint import row_chunks
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize import codes
 from medusa_export.quantize.formats import FP8_MAX, INT8_MAX

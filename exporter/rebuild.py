@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.errors import CheckpointError
 from medusa_export.exporter.stored import Rows, StoredLinear, StoredVector
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import read_json
-from medusa_export.heads.errors import CheckpointError
 
 CHUNK_VALUES = 1 << 20  # as in the writer, for the same reason
 

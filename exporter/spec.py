@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.errors import ConfigError
 from medusa_export.quantize.formats import FORMATS, Format, KvCache, check_heads
 
 DTYPES = ("float16", "bfloat16")

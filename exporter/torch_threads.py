@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from medusa_export.heads import threads
-from medusa_export.heads.threads import StopPoint, run_all
+from medusa_export.core import threads
+from medusa_export.core.threads import StopPoint, run_all
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.conversations import is_text, json_object, numbered_lines
-from medusa_export.heads.errors import ConfigError
 
 Message = tuple[str, str]  # role, content
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from medusa_export.heads.errors import ConfigError, MedusaExportError
+from medusa_export.core.errors import ConfigError, MedusaExportError
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from os.path import lexists
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.errors import ConfigError
+from medusa_export.core.json_fields import Fields
+from medusa_export.core.regular_files import found_instead
 from medusa_export.heads import families
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.families import FAMILIES, Family
-from medusa_export.heads.fields import Fields
-from medusa_export.heads.files import found_instead
 from medusa_export.heads.rope import read_rope
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")

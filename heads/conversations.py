@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from medusa_export.heads.errors import ConfigError
-from medusa_export.heads.files import ENDLESS, found_instead
+from medusa_export.core.errors import ConfigError
+from medusa_export.core.regular_files import ENDLESS, found_instead
 from medusa_export.heads.special_tokens import encode_rendered
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.accept import accept_greedy
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.head_module import MedusaHeads
 from medusa_export.heads.hidden_cache import Rows, build_cache, cache_bytes
 from medusa_export.heads.manifest import hash_files, package_versions

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from medusa_export.heads.errors import OutputError
-from medusa_export.heads.threads import StopPoint, cpus, run_all
+from medusa_export.core.errors import OutputError
+from medusa_export.core.threads import StopPoint, cpus, run_all
 
 WORKERS = min(4, cpus())  # more would wait for the disk
 

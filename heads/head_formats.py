@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from medusa_export.core.errors import CheckpointError
+from medusa_export.core.regular_files import found_instead
 from medusa_export.heads import families
 from medusa_export.heads.checkpoint import LAYOUTS, TensorSource
 from medusa_export.heads.config import DecoderConfig, read_json
-from medusa_export.heads.errors import CheckpointError
-from medusa_export.heads.files import found_instead
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 BLOCK_WEIGHT = "medusa_heads.{}.{}.linear.weight"

@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-from medusa_export.heads.errors import OutputError
+from medusa_export.core.errors import OutputError
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from medusa_export.heads.errors import ConfigError, missing_package
+from medusa_export.core.errors import ConfigError, missing_package
 from medusa_export.heads.head_formats import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_LM_HEAD
 
 HEADS = "medusa_heads"

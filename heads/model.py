@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from medusa_export.core.errors import CheckpointError
 from medusa_export.heads import families
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.errors import CheckpointError
 from medusa_export.heads.head_formats import HEAD_FILES, MedusaHeads, holds_heads, open_heads
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from medusa_export.core.errors import ConfigError, missing_package
 from medusa_export.heads.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
-from medusa_export.heads.errors import ConfigError, missing_package
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI

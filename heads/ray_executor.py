@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.heads.chat_data import Conversation
 from medusa_export.heads.chat_model import ModelFactory, ModelUnavailableError
 from medusa_export.heads.distill import Executor, Outcome
-from medusa_export.heads.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.heads.local_executor import answer_all
 from medusa_export.heads.row_store import Maker
 

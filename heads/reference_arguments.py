@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from medusa_export.core.errors import ConfigError, missing_package
 from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.errors import ConfigError, missing_package
 from medusa_export.heads.medusa_model import (
     NO_LABEL,
     base_logits,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.head_module import write_heads, write_heads_config
 from medusa_export.heads.medusa_model import own_head_parameters, save_combined
 from medusa_export.heads.model import load_reference

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
-from medusa_export.heads.errors import ConfigError, OutputError
+from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.heads.reference_arguments import ReferenceArguments
 from medusa_export.heads.reference_model import Collator, MedusaTraining
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback
 
-from medusa_export.heads.errors import ConfigError, OutputError
+from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.heads.reference_arguments import ReferenceArguments, training_arguments
 from medusa_export.heads.reference_model import Built, Extension, MedusaTraining, build, check_examples
 from medusa_export.heads.reference_output import write_output

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from medusa_export.heads.fields import Fields
+from medusa_export.core.json_fields import Fields
 
 # The scalings that transformers and TensorRT-LLM share, and the numbers that each cannot do without.
 SCALINGS: dict[str, tuple[str, ...]] = {

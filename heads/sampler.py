@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 
 Logits = npt.NDArray[Any]  # [vocab_size]
 

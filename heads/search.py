@@ -15,7 +15,7 @@ from itertools import islice
 
 import numpy as np
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.tree import MAX_TOP_K, Choice, Tree
 
 Frequencies = Mapping[Choice, float]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.errors import missing_package
 from medusa_export.heads.acceptance import summary
-from medusa_export.heads.errors import missing_package
 from medusa_export.heads.head_metrics import head_ranks
 from medusa_export.heads.head_module import MedusaHeads
 from medusa_export.heads.hidden_cache import Rows

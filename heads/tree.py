@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.heads.errors import TreeError
-from medusa_export.heads.files import ABSENT, found_instead
+from medusa_export.core.errors import TreeError
+from medusa_export.core.regular_files import ABSENT, found_instead
 
 Choice = tuple[int, ...]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from medusa_export.heads.errors import OutputError
+from medusa_export.core.errors import OutputError
 from medusa_export.heads.hashing import FileEntry, WrittenFile, describe, list_files
 from medusa_export.heads.journal import Journal
 from medusa_export.heads.staging import Partial, sync

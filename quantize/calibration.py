@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.conversations import Prompt, encode_chat
-from medusa_export.heads.errors import ConfigError
 
 # ModelOpt's examples use 512 prompts; per-tensor maxima settle long before that, and every pass costs the same again.
 DEFAULT_PROMPTS = 32

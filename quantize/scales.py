@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from medusa_export.heads.errors import CheckpointError
+from medusa_export.core.errors import CheckpointError
 from medusa_export.quantize.formats import FP8_MAX
 
 SCALES_FILE = "scales.safetensors"

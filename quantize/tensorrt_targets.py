@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.quantize.formats import FORMATS, Format
 
 RTX_TARGETS = (80, 86, 89, 120, 121)  # TensorRT-RTX builds for these without a GPU

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.batch_trees import BatchTrees
-from medusa_export.heads.errors import ConfigError, TreeError
 from medusa_export.heads.tree import Tree
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from medusa_export.core.errors import ConfigError, MedusaExportError, TreeError
 from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.base import Generation
 from medusa_export.engines.bench import RunArguments, run
@@ -19,7 +20,6 @@ from medusa_export.engines.html_report import render
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.report import print_report
 from medusa_export.heads.conversations import load_prompts
-from medusa_export.heads.errors import ConfigError, MedusaExportError, TreeError
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

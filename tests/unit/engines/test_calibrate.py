@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.calibrate import calibrate, trace
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.heads.acceptance import ABSENT, Acceptance
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.tree import Tree
 from tests.unit.engines.test_base import EOS, PROMPT, ScriptedEngine, with_eos
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.exporter.onnx_heads import write_heads
 from medusa_export.heads.accept import accept_greedy
 from medusa_export.heads.decode import greedy, medusa_decode
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError, TreeError
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree, load_tree

@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from medusa_export.core.errors import CheckpointError, MedusaExportError
 from medusa_export.engines.openai_app import build_app
 from medusa_export.engines.openai_front import FrontOptions, OpenAIFront
 from medusa_export.engines.prometheus_meter import PrometheusMeter
 from medusa_export.engines.serving_options import ServingOptions
-from medusa_export.heads.errors import CheckpointError, MedusaExportError
 
 BODY = {"model": "m", "prompt": "hi"}
 

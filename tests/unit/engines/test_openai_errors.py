@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from medusa_export.core.errors import CheckpointError, ConfigError, MedusaExportError
 from medusa_export.engines.openai_errors import (
     END_MESSAGES,
     REFUSALS,
@@ -14,7 +15,6 @@ from medusa_export.engines.openai_errors import (
     require_answer,
 )
 from medusa_export.engines.scheduler import BusyError, ClosedError, End, PromptError
-from medusa_export.heads.errors import CheckpointError, ConfigError, MedusaExportError
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect, Request
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines import openai_front
 from medusa_export.engines.openai_answers import CHAT_SHAPE, TEXT_SHAPE
 from medusa_export.engines.openai_errors import (
@@ -27,7 +28,6 @@ from medusa_export.engines.openai_front import FrontOptions, OpenAIFront
 from medusa_export.engines.scheduler import BusyError, End
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.text_service import Piece, TextRequest
-from medusa_export.heads.errors import ConfigError
 
 JSON = {"content-type": "application/json", "host": "localhost"}
 BODY = json.dumps({"model": "m", "prompt": "hi", "stream": True}).encode()

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.runner import open_engine
 from medusa_export.engines.selfcheck import check_engine, tree_error
 from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.heads.decode import greedy, medusa_decode
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import Tree, load_tree
 

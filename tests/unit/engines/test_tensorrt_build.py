@@ -10,10 +10,10 @@ from types import ModuleType
 import pytest
 from onnx import TensorProto
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.tensorrt_build import BuildRequest, TensorRtBuilder, build_engine
 from medusa_export.engines.tensorrt_package import DATA_CENTRE, RTX, TensorRt, find_tensorrt, import_tensorrt
 from medusa_export.exporter.onnx_builder import GraphBuilder
-from medusa_export.heads.errors import ConfigError
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux and Windows on x86-64 only")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt import TensorRtEngine
@@ -17,7 +18,6 @@ from medusa_export.engines.tensorrt_build import DECODER_ENGINE
 from medusa_export.engines.torch_device import TorchDevice
 from medusa_export.exporter.onnx_builder import GraphBuilder
 from medusa_export.heads.decode import greedy, medusa_decode
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import load_tree
 

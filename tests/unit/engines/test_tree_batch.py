@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines import tree_batch
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.batch import BatchDecoder
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.tree_batch import TreeBatchDecoder, advance
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from medusa_export.core.errors import OutputError
 from medusa_export.engines import triton_guard, triton_health
 from medusa_export.engines.triton_guard import SHARED_MEMORY, Guard
 from medusa_export.engines.triton_health import Health, http_port, listening
-from medusa_export.heads.errors import OutputError
 
 
 class Endpoint(BaseHTTPRequestHandler):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.engines.triton_trtllm import (
     engine_facts,
     is_trtllm_engine,
@@ -22,7 +23,6 @@ from medusa_export.engines.triton_trtllm_files import deployment_files
 from medusa_export.engines.triton_trtllm_models import EngineFacts, TrtllmServing, engine_parameters, model_configs
 from medusa_export.engines.triton_trtllm_parameters import PARAMETERS, parameter_problems, parse_choices
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.tree import Tree, load_tree
 from medusa_export.heads.trtllm_releases import RELEASES, find_release
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.trtllm_build import (
     BUILD_FILE,
     TrtllmBuilder,
@@ -23,7 +24,6 @@ from medusa_export.engines.trtllm_build import (
 from medusa_export.engines.trtllm_command import BuildSize, build_command, plain_config
 from medusa_export.engines.trtllm_failures import FAILURES, BuildError, explain
 from medusa_export.engines.trtllm_scripts import docker_command, write_scripts
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.trtllm_releases import find_release
 
 RELEASE = find_release("1.2.1")

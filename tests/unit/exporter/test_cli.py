@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from medusa_export.core.errors import OutputError
 from medusa_export.engines.bench import RunArguments
 from medusa_export.exporter import cli
 from medusa_export.exporter.export import ExportArguments
-from medusa_export.heads.errors import OutputError
 from medusa_export.heads.tree import PRESETS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 

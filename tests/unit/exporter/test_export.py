@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from medusa_export.core import threads as heads_threads
+from medusa_export.core.errors import ConfigError, MedusaExportError, OutputError
 from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.selfcheck import check_engine
 from medusa_export.exporter import engine_kinds, job, parts, ranks
@@ -21,11 +23,9 @@ from medusa_export.exporter.export import ExportArguments, export
 from medusa_export.exporter.job import Job
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.verify import verify_export
-from medusa_export.heads import threads as heads_threads
 from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import EngineInfo
-from medusa_export.heads.errors import ConfigError, MedusaExportError, OutputError
 from medusa_export.heads.hashing import WrittenFile
 from medusa_export.heads.manifest import read_manifest
 from medusa_export.heads.staging import KEPT_BEFORE

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from medusa_export.core.errors import CheckpointError, ConfigError, OutputError
 from medusa_export.exporter.head_writer import LAYOUTS, write_heads
-from medusa_export.heads.errors import CheckpointError, ConfigError, OutputError
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 
 Tensors = dict[str, torch.Tensor]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.hf import plan_hf, require_hf, write_hf_configs, write_shard
 from medusa_export.exporter.shards import shards
 from medusa_export.exporter.trtllm import export_spec
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize import ptq

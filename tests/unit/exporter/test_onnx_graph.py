@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx_graph import require_supported, write_decoder
 from medusa_export.exporter.onnx_linear import LinearWriter, quantize_int8_blocks
 from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize.scales import dequantize_fp8, fp8_scale, fused_scale, quantize_fp8

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from medusa_export.core import threads as heads_threads
 from medusa_export.exporter import ranks
 from medusa_export.exporter.ranks import rank_names, write_ranks
-from medusa_export.heads import threads as heads_threads
 from medusa_export.heads.manifest import output_directory
 
 TP = 4

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.exporter import sizing
 from medusa_export.exporter.engine_dir import write_engine, write_onnx
 from medusa_export.exporter.gpus import (
@@ -34,7 +35,6 @@ from medusa_export.exporter.sizing import Machine, Request, Sizing, size_export
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm import export_spec
 from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree, load_tree
 from medusa_export.quantize.formats import FORMATS, KV_CACHE

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.acceptance import (
     ABSENT,
     Acceptance,
@@ -21,7 +22,6 @@ from medusa_export.heads.acceptance import (
     tokens_per_step,
     write_calibration,
 )
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.tree import Tree
 
 RANKS = np.array([[0, 0], [1, 3], [0, ABSENT], [ABSENT, 0], [0, -1], [-1, -1]])

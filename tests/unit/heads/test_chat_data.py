@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.chat_data import Conversation, read_conversations
-from medusa_export.heads.errors import ConfigError
 
 
 def _write(path: Path, *lines: object) -> Path:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from medusa_export.core.errors import CheckpointError
 from medusa_export.heads.checkpoint import TensorSource
-from medusa_export.heads.errors import CheckpointError
 
 
 def _tensors() -> dict[str, torch.Tensor]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.config import DecoderConfig, read_json
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.families import FAMILIES
 
 RAW: dict[str, Any] = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.conversations import Prompt, encode_chat, load_prompts, read_tokenizer
-from medusa_export.heads.errors import ConfigError
 
 ASK, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
 SYSTEM = {"role": "system", "content": "Be brief."}

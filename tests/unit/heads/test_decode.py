@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.heads.decode import greedy, head_logits, medusa_decode, verify_tree
-from medusa_export.heads.errors import ConfigError, TreeError
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.heads.tree import Tree, load_tree
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import OutputError
 from medusa_export.heads.chat_data import Conversation
 from medusa_export.heads.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
 from medusa_export.heads.distill import HOPELESS, Summary, distill
-from medusa_export.heads.errors import OutputError
 from medusa_export.heads.local_executor import local_executor
 from medusa_export.heads.openai_server import open_servers
 from medusa_export.heads.row_store import Maker

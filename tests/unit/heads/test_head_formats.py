@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from medusa_export.core.errors import CheckpointError
 from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.errors import CheckpointError
 from medusa_export.heads.head_formats import MedusaHeads, holds_heads, open_heads
 
 HEADS, LAYERS = 3, 2

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads import inputs as inputs_module
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.hashing import sha256
 from medusa_export.heads.inputs import InputFiles
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from medusa_export.core.errors import OutputError
 from medusa_export.heads import locking
-from medusa_export.heads.errors import OutputError
 from medusa_export.heads.locking import make_locked, require_idle
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.heads import hashing, staging
-from medusa_export.heads.errors import ConfigError, OutputError
 from medusa_export.heads.manifest import (
     check_free_space,
     hash_files,

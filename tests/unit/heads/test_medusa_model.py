@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from medusa_export.core.errors import ConfigError, MissingPackageError
 from medusa_export.heads import medusa_model
-from medusa_export.heads.errors import ConfigError, MissingPackageError
 from medusa_export.heads.medusa_model import (
     base_logits,
     convert,

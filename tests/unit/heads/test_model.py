@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medusa_export.heads.errors import CheckpointError, ConfigError
+from medusa_export.core.errors import CheckpointError, ConfigError
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]

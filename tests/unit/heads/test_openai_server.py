@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import ConfigError, MissingPackageError
 from medusa_export.heads.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
-from medusa_export.heads.errors import ConfigError, MissingPackageError
 from medusa_export.heads.openai_server import SET_ASIDE, OpenAIServers, open_servers
 
 Start = Callable[[], Any]

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import ConfigError, MissingPackageError
 from medusa_export.heads.chat_data import Conversation
 from medusa_export.heads.chat_model import ModelUnavailableError, Sampling
 from medusa_export.heads.distill import Summary, distill
-from medusa_export.heads.errors import ConfigError, MissingPackageError
 from medusa_export.heads.local_executor import local_executor
 from medusa_export.heads.openai_server import open_servers
 from medusa_export.heads.ray_executor import ray_executor

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medusa_export.heads.errors import ConfigError, MedusaExportError, OutputError
+from medusa_export.core.errors import ConfigError, MedusaExportError, OutputError
 from medusa_export.heads.medusa_model import medusa_loss
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.heads.reference_arguments import RAMPS, ReferenceArguments, training_arguments

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.rope import SCALINGS, read_rope
 
 GOOD: dict[str, dict[str, Any]] = {

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import OutputError
 from medusa_export.heads.chat_data import Conversation
 from medusa_export.heads.chat_model import Sampling
-from medusa_export.heads.errors import OutputError
 from medusa_export.heads.row_store import KEPT, Maker, open_rows
 
 MAKER = Maker("m", Sampling())

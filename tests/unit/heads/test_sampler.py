@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.sampler import Sampler
 
 LOGITS = np.array([0.3, -1.2, 2.0, 0.0, 1.1, -3.0], dtype=np.float32)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.search import Candidate, CostCurve, best, candidates, grow, independent
 from medusa_export.heads.tree import PRESETS, Choice, Tree
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.step_costs import cost_curve, load_costs, select
 
 

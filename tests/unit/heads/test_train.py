@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.acceptance import accuracies
-from medusa_export.heads.errors import ConfigError
 from medusa_export.heads.head_metrics import head_ranks
 from medusa_export.heads.head_module import MedusaHeads
 from medusa_export.heads.head_objective import BatchLoss, Objective, batches

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_export.heads.errors import TreeError
+from medusa_export.core.errors import TreeError
 from medusa_export.heads.tree import MAX_CHOICES, MAX_DEPTH, MAX_TOP_K, PRESETS, Choice, Tree, load_tree
 
 

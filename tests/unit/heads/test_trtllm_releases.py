@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.trtllm_releases import DEFAULT_RELEASE, RELEASES, find_release
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.errors import MissingPackageError, OutputError
 from medusa_export.heads import manifest
-from medusa_export.heads.errors import MissingPackageError, OutputError
 from medusa_export.heads.manifest import output_directory, read_manifest, verify_manifest
 from medusa_export.heads.staging import KEPT
 from medusa_export.heads.work import Work

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.quantize.formats import (
     FORMATS,
     KV_CACHE,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medusa_export.heads.errors import CheckpointError, ConfigError, MissingPackageError
+from medusa_export.core.errors import CheckpointError, ConfigError, MissingPackageError
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.ptq import calibrate

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from medusa_export.heads.errors import CheckpointError
+from medusa_export.core.errors import CheckpointError
 from medusa_export.quantize.scales import (
     FP8_MAX,
     Scales,

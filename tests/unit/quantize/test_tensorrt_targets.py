@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 from medusa_export.quantize.formats import FORMATS
 from medusa_export.quantize.tensorrt_targets import FORMS, RTX_TARGETS, TARGETS, parse_gpus, tensorrt_form
 

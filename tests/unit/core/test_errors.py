@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 
 
 def test_one_printable_line() -> None:

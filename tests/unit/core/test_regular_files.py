@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from medusa_export.heads.files import ABSENT, found_instead
+from medusa_export.core.regular_files import ABSENT, found_instead
 
 
 def test_files_and_links_to_files(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medusa_export.heads.intervals import bootstrap, median_interval
+from medusa_export.core.intervals import bootstrap, median_interval
 
 
 def test_the_bootstrap_covers_a_ratio_of_means() -> None:

@@ -11,8 +11,8 @@ from concurrent.futures import wait
 
 import pytest
 
-from medusa_export.heads import threads
-from medusa_export.heads.threads import Follower, cpus, run_all
+from medusa_export.core import threads
+from medusa_export.core.threads import Follower, cpus, run_all
 
 
 def test_results_come_in_the_order_of_the_items() -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from medusa_export.heads.errors import ConfigError
+from medusa_export.core.errors import ConfigError
 
 # What runtimes keep in 32 bits. Layers are fewer by far, and a list of every layer's tensors has to fit into memory.
 _LARGEST = {"num_hidden_layers": 1000}

@@ -1,0 +1,1 @@
+"""What knows nothing of Medusa: errors, threads, JSON, files."""

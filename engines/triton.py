@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.artifacts.hashing import list_files
+from medusa_export.core.artifacts.manifest import hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.engines.serving_options import ServingOptions
@@ -14,8 +16,6 @@ from medusa_export.engines.text_service import require_served
 from medusa_export.engines.triton_io import INPUTS, OUTPUTS
 from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
-from medusa_export.heads.hashing import list_files
-from medusa_export.heads.manifest import hash_files, output_directory, read_manifest, verify_manifest
 
 KIND = "python"  # the backend of Triton that runs it
 ENGINE = "engine"  # in the model's version directory

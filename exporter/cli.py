@@ -115,7 +115,7 @@ def export_command(
     arguments = _export_arguments(locals())
     output = arguments.output
     if dry_run:
-        from medusa_export.heads.manifest import check_free_space
+        from medusa_export.core.artifacts.manifest import check_free_space
 
         sizing = _print_plan(arguments)
         check_free_space(output, sizing.disk_reserve)
@@ -199,9 +199,9 @@ def verify_command(
 
     Exit code 1 when something is wrong.
     """
+    from medusa_export.core.artifacts.manifest import MANIFEST, read_manifest
     from medusa_export.exporter.error_table import error_table
     from medusa_export.exporter.verify import verify_export
-    from medusa_export.heads.manifest import MANIFEST, read_manifest
 
     problems = verify_export(out)
     if (out / MANIFEST).is_file() and not problems:

@@ -145,7 +145,7 @@ def verify_command(
 
     Exit code 1 when something is wrong.
     """
-    from medusa_export.heads.manifest import read_manifest
+    from medusa_export.core.artifacts.manifest import read_manifest
 
     kind = read_manifest(repository)["arguments"].get("kind")
     if kind not in KINDS:

@@ -7,6 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.artifacts.manifest import (
+    check_free_space,
+    has_manifest,
+    is_up_to_date,
+    leftovers_noted,
+    output_directory,
+    require_idle,
+)
+from medusa_export.core.artifacts.resumable import Work
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.error_table import recorded
@@ -15,15 +24,6 @@ from medusa_export.exporter.parts import Progress, TreeChoice, part_names, write
 from medusa_export.exporter.tensorrt_dir import EngineBuilder
 from medusa_export.exporter.verify import verify_trtllm
 from medusa_export.heads.conversations import Prompt
-from medusa_export.heads.manifest import (
-    check_free_space,
-    has_manifest,
-    is_up_to_date,
-    leftovers_noted,
-    output_directory,
-    require_idle,
-)
-from medusa_export.heads.work import Work
 from medusa_export.quantize.calibration import token_batches
 
 logger = logging.getLogger(__name__)

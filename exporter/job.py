@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.artifacts.input_files import InputFiles
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.regular_files import TOKENIZER_FILES
 from medusa_export.exporter.draft_vocab import DEFAULT_SIZE
@@ -22,7 +23,6 @@ from medusa_export.exporter.trtllm import export_spec, require_scales
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.conversations import Prompt, load_prompts, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE
-from medusa_export.heads.inputs import InputFiles
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.search import CostCurve, best, candidates
 from medusa_export.heads.step_costs import cost_curve, load_costs, select

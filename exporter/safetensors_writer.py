@@ -17,9 +17,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from medusa_export.core.artifacts.hashing import WrittenFile
 from medusa_export.core.errors import OutputError
 from medusa_export.core.threads import Follower
-from medusa_export.heads.hashing import WrittenFile
 
 ALIGNMENT = 8
 BACKLOG = 8  # chunks that wait for their hash

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.artifacts.manifest import MANIFEST, _refuse_occupied, is_up_to_date, read_manifest, require_idle
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.regular_files import TOKENIZER_FILES
 from medusa_export.exporter.engine_dir import onnx_form
@@ -38,7 +39,6 @@ from medusa_export.exporter.sizing_portable import portable_decoder_bytes, porta
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm_config import trtllm_config
 from medusa_export.heads import families
-from medusa_export.heads.manifest import MANIFEST, _refuse_occupied, is_up_to_date, read_manifest, require_idle
 from medusa_export.quantize.calibration import DEFAULT_MAX_LENGTH
 from medusa_export.quantize.tensorrt_targets import tensorrt_form
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.artifacts.manifest import MANIFEST, verify_manifest
 from medusa_export.core.errors import CheckpointError, ConfigError
 from medusa_export.exporter.comparison import Comparison, weight_problems
 from medusa_export.exporter.load_check import open_ranks, rank_problems
 from medusa_export.exporter.load_config import config_problems
 from medusa_export.heads.checkpoint import TensorSource, row_chunks
 from medusa_export.heads.config import read_json
-from medusa_export.heads.manifest import MANIFEST, verify_manifest
 from medusa_export.heads.model import MedusaCheckpoint
 
 POSITIVE = ("_scaling_factor", "_scaling_factor_2", "per_channel_scale")

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from medusa_export.core.artifacts.manifest import check_free_space
+from medusa_export.core.artifacts.staging import sync
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.manifest import check_free_space
-from medusa_export.heads.staging import sync
 from medusa_export.heads.training_data import Example, data_hash
 
 SHARD_EXAMPLES = 64

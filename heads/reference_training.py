@@ -15,12 +15,12 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback
 
+from medusa_export.core.artifacts.staging import publish
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.heads.reference_arguments import ReferenceArguments, training_arguments
 from medusa_export.heads.reference_model import Built, Extension, MedusaTraining, build, check_examples
 from medusa_export.heads.reference_output import write_output
 from medusa_export.heads.reference_trainer import MedusaTrainer, load_trained
-from medusa_export.heads.staging import publish
 from medusa_export.heads.training_data import Example, data_hash
 from medusa_export.heads.training_work import training_work, work_beside
 

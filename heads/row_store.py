@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medusa_export.core.artifacts.locking import make_locked
+from medusa_export.core.artifacts.staging import full_disk_named, sync
 from medusa_export.core.errors import OutputError
 from medusa_export.core.regular_files import ABSENT, found_instead
 from medusa_export.heads.chat_data import Conversation
 from medusa_export.heads.chat_model import Sampling
-from medusa_export.heads.locking import make_locked
-from medusa_export.heads.staging import full_disk_named, sync
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from medusa_export.core.artifacts.staging import sync
 from medusa_export.core.errors import OutputError
-from medusa_export.heads.staging import sync
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 

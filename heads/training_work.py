@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from medusa_export.core.artifacts import locking
 from medusa_export.core.errors import OutputError
-from medusa_export.heads import locking
 
 KEPT = "checkpoints are kept, and the same command continues"
 

@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from medusa_export.core.artifacts.hashing import sha256
+from medusa_export.core.artifacts.manifest import package_versions
+from medusa_export.core.artifacts.staging import sync
 from medusa_export.core.errors import MedusaExportError
 from medusa_export.core.user_cache import user_cache
-from medusa_export.heads.hashing import sha256
-from medusa_export.heads.manifest import package_versions
-from medusa_export.heads.staging import sync
 from medusa_export.quantize.formats import Format, KvCache
 from medusa_export.quantize.scales import SCALES_FILE, Scales
 

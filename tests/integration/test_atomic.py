@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
+from medusa_export.core.artifacts.manifest import output_directory
+from medusa_export.core.artifacts.staging import KEPT, KEPT_BEFORE
 from medusa_export.exporter.verify import verify_export
-from medusa_export.heads.manifest import output_directory
-from medusa_export.heads.staging import KEPT, KEPT_BEFORE
 
 PAGE = 4096
 
@@ -31,7 +31,8 @@ import json, os, resource, signal, sys, threading
 import onnx, torch, transformers.models.auto.tokenization_auto, transformers.models.llama.modeling_llama
 from medusa_export.engines import selfcheck
 from medusa_export.exporter import cli, export, ranks
-from medusa_export.heads import journal, staging
+from medusa_export.core.artifacts import journal
+from medusa_export.core.artifacts import staging
 
 def log_ranks(path):
     write = ranks.write_rank

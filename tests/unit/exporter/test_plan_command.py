@@ -380,7 +380,7 @@ class TestWeights:
             raise AssertionError(f"{name} was read")
 
         monkeypatch.setattr(TensorSource, "_take", read)
-        monkeypatch.setattr("medusa_export.heads.manifest.check_free_space", lambda *_: None)
+        monkeypatch.setattr("medusa_export.core.artifacts.manifest.check_free_space", lambda *_: None)
         found = real_size("70B")
         before = listing(found.root)
         flags = found.flags(quant="fp8", engine="onnxruntime", tp=8)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from medusa_export.core import threads as heads_threads
+from medusa_export.core.artifacts.manifest import output_directory
 from medusa_export.exporter import ranks
 from medusa_export.exporter.ranks import rank_names, write_ranks
-from medusa_export.heads.manifest import output_directory
 
 TP = 4
 

@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from medusa_export.core.artifacts.hashing import WORKERS, sha256
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.threads import StoppedError
-from medusa_export.heads.hashing import WORKERS, sha256
 
 
 class InputFiles:

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
+from medusa_export.core.artifacts import manifest
+from medusa_export.core.artifacts.manifest import output_directory, read_manifest, verify_manifest
+from medusa_export.core.artifacts.resumable import Work
+from medusa_export.core.artifacts.staging import KEPT
 from medusa_export.core.errors import MissingPackageError, OutputError
-from medusa_export.heads import manifest
-from medusa_export.heads.manifest import output_directory, read_manifest, verify_manifest
-from medusa_export.heads.staging import KEPT
-from medusa_export.heads.work import Work
 
 RUN: dict[str, Any] = {"inputs": {"model": "ab"}, "arguments": {"tp": 2, "quant": "fp8"}}
 FILES = {"one": "hello", "deep/two": "{}", "many": "directory"}
@@ -31,7 +31,7 @@ FILES = {"one": "hello", "deep/two": "{}", "many": "directory"}
 KILLED = """
 import sys, time
 from pathlib import Path
-from medusa_export.heads.manifest import output_directory
+from medusa_export.core.artifacts.manifest import output_directory
 
 def hang(path):
     path.write_text("half")

@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 
-from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.heads import hashing, staging
-from medusa_export.heads.manifest import (
+from medusa_export.core.artifacts import hashing, staging
+from medusa_export.core.artifacts.manifest import (
     check_free_space,
     hash_files,
     is_up_to_date,
@@ -29,6 +28,7 @@ from medusa_export.heads.manifest import (
     require_idle,
     verify_manifest,
 )
+from medusa_export.core.errors import ConfigError, OutputError
 
 INPUTS = {"model.safetensors": "ab" * 32}
 ARGUMENTS = {"format": "fp16", "tp": 1}
@@ -37,7 +37,7 @@ HELLO = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"  # sh
 SLOW_WRITER = """
 import sys, time
 from pathlib import Path
-from medusa_export.heads.manifest import output_directory
+from medusa_export.core.artifacts.manifest import output_directory
 with output_directory(Path(sys.argv[1]), inputs={}, arguments={}) as work:
     (work.path / "half").write_text("x")
     print("writing", flush=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from medusa_export.core.artifacts import locking
+from medusa_export.core.artifacts.locking import make_locked, require_idle
 from medusa_export.core.errors import OutputError
-from medusa_export.heads import locking
-from medusa_export.heads.locking import make_locked, require_idle
 
 
 @pytest.mark.parametrize("again", [False, True])

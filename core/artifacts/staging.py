@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from medusa_export.core.artifacts import locking
 from medusa_export.core.errors import MedusaExportError, OutputError
-from medusa_export.heads import locking
 
 KEPT = "finished parts are kept, and the same command continues"
 KEPT_BEFORE = "what an earlier run finished is kept"

@@ -15,12 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.artifacts import staging
+from medusa_export.core.artifacts.hashing import WORKERS, list_files, sha256, sha256_all
+from medusa_export.core.artifacts.resumable import Work
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.threads import StopPoint, run_all
-from medusa_export.heads import staging
 from medusa_export.heads.config import read_json
-from medusa_export.heads.hashing import WORKERS, list_files, sha256, sha256_all
-from medusa_export.heads.work import Work
 
 MANIFEST = "medusa.json"
 FORMAT_VERSION = 1

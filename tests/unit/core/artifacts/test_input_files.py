@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from medusa_export.core.artifacts import input_files as inputs_module
+from medusa_export.core.artifacts.hashing import sha256
+from medusa_export.core.artifacts.input_files import InputFiles
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads import inputs as inputs_module
-from medusa_export.heads.hashing import sha256
-from medusa_export.heads.inputs import InputFiles
 
 
 @pytest.fixture

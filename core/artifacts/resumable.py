@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from medusa_export.core.artifacts.hashing import FileEntry, WrittenFile, describe, list_files
+from medusa_export.core.artifacts.journal import Journal
+from medusa_export.core.artifacts.staging import Partial, sync
 from medusa_export.core.errors import OutputError
-from medusa_export.heads.hashing import FileEntry, WrittenFile, describe, list_files
-from medusa_export.heads.journal import Journal
-from medusa_export.heads.staging import Partial, sync
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ Files = dict[str, FileEntry]
 
 
 class Work:
-    """What :func:`~medusa_export.heads.manifest.output_directory` gives its body.
+    """What :func:`~medusa_export.core.artifacts.manifest.output_directory` gives its body.
 
     Args:
         partial: the locked directory, perhaps with what an interrupted run left.

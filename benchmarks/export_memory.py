@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.machine import hardware, versions
 from medusa_export.exporter.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.engine_dir import write_engine, write_onnx
@@ -47,7 +48,6 @@ from medusa_export.exporter.export import export
 from medusa_export.exporter.job import ExportArguments
 from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.families import EMBED_TOKENS
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.heads.tree import load_tree

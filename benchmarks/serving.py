@@ -33,6 +33,7 @@ from serving_memory import MemoryLog
 from serving_servers import SERVERS, Running
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
 from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.parity import explain, first_divergence, verdict
@@ -40,7 +41,6 @@ from medusa_export.engines.prompts import encode_prompts
 from medusa_export.engines.report import hardware, versions
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.tree_batch import TreeBatchDecoder
-from medusa_export.heads.conversations import load_prompts, read_tokenizer
 from medusa_export.heads.tree import Tree, load_tree
 
 NONE, ENGINE = "none", "engine"  # besides files, what --tree may be

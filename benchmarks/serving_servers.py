@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from serving_client import Answer, Client, NoAnswerError, Part, Question
 
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.triton import write_repository
 from medusa_export.engines.triton_server import Address, TritonServer
-from medusa_export.heads.conversations import read_tokenizer
 
 MODEL = "medusa"
 REQUEST_SECONDS = 600.0

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tensorrt_numbers import figures
 
 from medusa_export.core.errors import MedusaExportError
+from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
 from medusa_export.engines.machine import hardware, versions
 from medusa_export.engines.tensorrt_build import DECODER_ENGINE, HEADS_ENGINE, TensorRtBuilder
 from medusa_export.engines.tensorrt_package import RTX, import_tensorrt
 from medusa_export.engines.torch_device import NoTensorRt
 from medusa_export.exporter.job import DEFAULT_CALIB
 from medusa_export.exporter.tensorrt_dir import MAX_NODES, write_portable, write_tensorrt_engine
-from medusa_export.heads.conversations import load_prompts, read_tokenizer
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import PRESETS, Tree
 from medusa_export.quantize.calibration import token_batches

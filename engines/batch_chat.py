@@ -8,10 +8,10 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.scheduler import End, Scheduler
 from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.chat_model import Answer, Sampling
-from medusa_export.heads.conversations import encode_chat, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

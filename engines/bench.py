@@ -10,6 +10,7 @@ from typing import Any
 
 from medusa_export.core.artifacts.hashing import describe, list_files
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
 from medusa_export.engines.compare import compare_engines, require_comparable
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.prompts import EncodedPrompt, encode_prompts
@@ -23,7 +24,6 @@ from medusa_export.engines.trtllm_session import TIMEOUT
 from medusa_export.heads.accept import Typical
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.config import read_json
-from medusa_export.heads.conversations import load_prompts, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree, load_tree

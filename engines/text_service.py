@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.tokenizer import encode_chat, is_text, read_tokenizer
 from medusa_export.engines.base import TreeDecoder
 from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.engines.one_sequence import OneSequence
@@ -16,7 +17,6 @@ from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.stream_text import TextStream
 from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.chat_model import Sampling
-from medusa_export.heads.conversations import encode_chat, is_text, read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 
 MAX_STOP_WORDS = 16

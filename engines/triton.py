@@ -10,11 +10,11 @@ from typing import Any
 from medusa_export.core.artifacts.hashing import list_files
 from medusa_export.core.artifacts.manifest import hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.batch_trees import BatchTrees
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.text_service import require_served
 from medusa_export.engines.triton_io import INPUTS, OUTPUTS
-from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 
 KIND = "python"  # the backend of Triton that runs it

@@ -10,6 +10,7 @@ from typing import Any
 from medusa_export.core.artifacts.hashing import list_files
 from medusa_export.core.artifacts.manifest import hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines import stream_text, trtllm_bls, trtllm_postprocessing, trtllm_preprocessing
 from medusa_export.engines.triton import render
 from medusa_export.engines.triton_trtllm_files import deployment_files
@@ -29,7 +30,6 @@ from medusa_export.engines.trtllm_command import MEDUSA
 from medusa_export.engines.trtllm_scripts import BUILD_SCRIPT, PLAIN_CONFIG, RUN_SCRIPT
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE
 from medusa_export.heads.config import read_json
-from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import ENGINE_FILE, TREE_FILE, EngineInfo
 from medusa_export.heads.tree import load_tree
 from medusa_export.heads.trtllm_releases import release_of_engine

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medusa_export.core.artifacts.resumable import Work
+from medusa_export.core.text.tokenizer import Prompt
 from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.hf import plan_hf, write_hf_configs, write_shard
 from medusa_export.exporter.job import HEAD_FORMS, Job
@@ -16,7 +17,6 @@ from medusa_export.exporter.shards import shards
 from medusa_export.exporter.tensorrt_dir import EngineBuilder
 from medusa_export.exporter.trtllm import require_scales, write_config
 from medusa_export.exporter.trtllm_config import trtllm_config
-from medusa_export.heads.conversations import Prompt
 from medusa_export.quantize.cache import cached_scales
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import SCALES_FILE, Scales

@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 
 from medusa_export.core.errors import ConfigError, MedusaExportError, TreeError
+from medusa_export.core.text.tokenizer import load_prompts
 from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.base import Generation
 from medusa_export.engines.bench import RunArguments, run
 from medusa_export.engines.html_report import render
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.report import print_report
-from medusa_export.heads.conversations import load_prompts
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 
@@ -130,7 +130,7 @@ def test_what_the_tree_was_measured_on(made: Any, prompts: Path) -> None:
 
 
 def encoded(made: Any, question: str) -> list[int]:
-    from medusa_export.heads.conversations import encode_chat, read_tokenizer
+    from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 
     return encode_chat(read_tokenizer(made.path), [{"role": "user", "content": question}])
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.tokenizer import encode_chat
 from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.one_sequence import OneSequence
 from medusa_export.engines.onnx_device import OnnxDevice
@@ -21,7 +22,6 @@ from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.engines.text_service import Piece, TextRequest, TextService
 from medusa_export.engines.triton import verify_repository, write_repository
 from medusa_export.heads.chat_model import Sampling
-from medusa_export.heads.conversations import encode_chat
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

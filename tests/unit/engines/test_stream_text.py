@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.stream_text import TextStream
-from medusa_export.heads.conversations import read_tokenizer
 
 TEXTS = [
     "plain words, twice plain words",

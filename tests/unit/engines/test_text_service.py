@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
+from medusa_export.core.text.tokenizer import encode_chat
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.text_service import Piece, TextRequest, TextService
 from medusa_export.heads.chat_model import Sampling
-from medusa_export.heads.conversations import encode_chat
 from medusa_export.heads.tree import Tree
 
 SECONDS = 60

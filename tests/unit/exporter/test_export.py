@@ -18,6 +18,7 @@ from medusa_export.core.artifacts.hashing import WrittenFile
 from medusa_export.core.artifacts.manifest import read_manifest
 from medusa_export.core.artifacts.staging import KEPT_BEFORE
 from medusa_export.core.errors import ConfigError, MedusaExportError, OutputError
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.selfcheck import check_engine
 from medusa_export.exporter import engine_kinds, job, parts, ranks
@@ -27,7 +28,6 @@ from medusa_export.exporter.job import Job
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.verify import verify_export
 from medusa_export.heads.acceptance import Acceptance
-from medusa_export.heads.conversations import read_tokenizer
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.step_costs import load_costs
 from medusa_export.heads.tree import PRESETS, load_tree

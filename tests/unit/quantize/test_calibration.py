@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.conversations import Prompt, encode_chat, read_tokenizer
+from medusa_export.core.text.tokenizer import Prompt, encode_chat, read_tokenizer
 from medusa_export.quantize.calibration import token_batches
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.regular_files import ENDLESS, found_instead
-from medusa_export.heads.special_tokens import encode_rendered
+from medusa_export.core.text.special_tokens import encode_rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -263,7 +263,7 @@ def run_command(
 
     Exit code 1: an output differs by more than numerical noise, or --min-speedup is missed.
     """
-    from medusa_export.engines.bench import RunArguments, run
+    from medusa_export.engines.bench.run import RunArguments, run
 
     given = {**locals(), "sweep_batch": tuple(sweep_batch or ()), "sweep_length": tuple(sweep_length or ())}
     for path in (report, html, save_outputs):
@@ -274,7 +274,7 @@ def run_command(
     result["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     _print_report(result)
     if html is not None:
-        from medusa_export.engines.html_report import render
+        from medusa_export.engines.bench.html_report import render
 
         html.write_text(render(result), encoding="utf-8")
     if report is not None:
@@ -284,7 +284,7 @@ def run_command(
 
 
 def _print_report(result: dict[str, Any]) -> None:
-    from medusa_export.engines.report import print_report
+    from medusa_export.engines.bench.report import print_report
 
     print_report(result, stdout)
 

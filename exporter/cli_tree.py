@@ -97,8 +97,8 @@ def cost_command(
 
 def _steps(engine: Path, batches: list[int] | None, threads: int) -> Any:
     """EngineInfo, and what to measure: the engine's own steps, or those of every batch size."""
+    from medusa_export.engines.bench.runner import open_engine
     from medusa_export.engines.cost import OneSequence, SeveralSequences
-    from medusa_export.engines.runner import open_engine
     from medusa_export.engines.tree_batch import TreeBatchDecoder
 
     if not batches:
@@ -228,8 +228,8 @@ def _require_parent(path: Path) -> None:
 def _open(engine: Path, prompts: Path | None, limit: int | None, max_new_tokens: int, threads: int) -> Any:
     """The engine, and the prompts as it takes them."""
     from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
+    from medusa_export.engines.bench.runner import open_engine
     from medusa_export.engines.prompts import encode_prompts
-    from medusa_export.engines.runner import open_engine
 
     if max_new_tokens < 2:
         raise ConfigError("--max-new-tokens", f"{max_new_tokens}", "2 or more", "raise it")

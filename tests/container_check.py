@@ -45,7 +45,7 @@ def main() -> None:
 def _refuses(folder: Path) -> None:
     """An engine directory whose engines are not built gives one clear line here too."""
     from medusa_export.core.errors import ConfigError
-    from medusa_export.engines.runner import open_engine
+    from medusa_export.engines.bench.runner import open_engine
     from medusa_export.heads.engine_info import EngineInfo
 
     EngineInfo(

@@ -145,7 +145,7 @@ def test_the_files_of_each_backend_do_import_it() -> None:
         ("engines.onnxruntime", "try:\n  import onnxruntime\nexcept ImportError:\n  pass", "when it is imported"),
         ("quantize.ptq", "class A:\n  import modelopt.torch.quantization as mtq", "when it is imported"),
         ("quantize.ptq", "def f():\n  import modelopt.torch.quantization as mtq", None),
-        ("exporter.cli", "from medusa_export.engines.bench import run", None),
+        ("exporter.cli", "from medusa_export.engines.bench.run import run", None),
         ("exporter.plan", "from medusa_export.heads import families", None),
     ],
 )

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from medusa_export.core.errors import OutputError
-from medusa_export.engines.bench import RunArguments
+from medusa_export.engines.bench.run import RunArguments
 from medusa_export.exporter import cli
 from medusa_export.exporter.export import ExportArguments
 from medusa_export.heads.tree import PRESETS
@@ -571,7 +571,7 @@ class TestHelp:
             assert f"--{item.name.replace('_', '-')} " in text, item.name
 
     def test_defaults_are_those_of_the_functions(self, run: Run, inputs: Inputs, monkeypatch: Any) -> None:
-        seen = spy(monkeypatch, "medusa_export.engines.bench.run", {"failures": []})
+        seen = spy(monkeypatch, "medusa_export.engines.bench.run.run", {"failures": []})
         monkeypatch.setattr(cli, "_print_report", lambda result: None)
         assert run("run", "--engine", "e", "--prompts", "p").code == 0
         assert seen == [RunArguments(Path("e"), Path("p"))]

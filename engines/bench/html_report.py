@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from medusa_export.engines.report import QUANTILES, paired_line, sweep_rows
+from medusa_export.engines.bench.report import QUANTILES, paired_line, sweep_rows
 from medusa_export.engines.tree_picture import positions
 from medusa_export.heads.tree import Tree
 

@@ -16,10 +16,10 @@ from medusa_export.core.errors import ConfigError, MedusaExportError, TreeError
 from medusa_export.core.text.tokenizer import load_prompts
 from medusa_export.engines.auto_tree import choose_tree
 from medusa_export.engines.base import Generation
-from medusa_export.engines.bench import RunArguments, run
-from medusa_export.engines.html_report import render
+from medusa_export.engines.bench.html_report import render
+from medusa_export.engines.bench.report import print_report
+from medusa_export.engines.bench.run import RunArguments, run
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.report import print_report
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 
@@ -79,7 +79,7 @@ def test_min_speedup(made: Any, prompts: Path) -> None:
 
 
 def test_a_wrong_token_with_medusa_is_a_mismatch(made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medusa_export.engines import runner
+    from medusa_export.engines.bench import runner
 
     generate = runner.generate
 
@@ -142,7 +142,7 @@ def test_an_engine_of_another_checkpoint(made: Any, prompts: Path, tiny_engine: 
 
 
 def test_nan_is_not_the_checkpoint(made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medusa_export.engines import bench
+    from medusa_export.engines.bench import run as bench
 
     nan = float("nan")
     found = {
@@ -182,7 +182,7 @@ def test_drawn_outputs_are_compared_with_the_same_random_numbers(
     report = run(arguments(made, prompts, temperature=12.0))
     assert report["parity"]["exact"] == 4
     assert report["tokens_per_step"] > 1.2
-    from medusa_export.engines import runner
+    from medusa_export.engines.bench import runner
 
     class Unseeded(Sampler):
         """What a program does that forgets the seed."""

@@ -11,14 +11,14 @@ from typing import Any
 from medusa_export.core.artifacts.hashing import describe, list_files
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
-from medusa_export.engines.compare import compare_engines, require_comparable
+from medusa_export.engines.bench.compare import compare_engines, require_comparable
+from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
+from medusa_export.engines.bench.runner import RunResult, open_engine, run_prompts
+from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.reference import compare_with_checkpoint
-from medusa_export.engines.report import ALL_MODES, MODES, build_report, tokens_per_second
-from medusa_export.engines.runner import RunResult, open_engine, run_prompts
 from medusa_export.engines.selfcheck import bound_of
-from medusa_export.engines.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.engines.trtllm_session import TIMEOUT
 from medusa_export.heads.accept import Typical

@@ -1,0 +1,1 @@
+"""The runner: speed-up and parity of an engine, and the report."""

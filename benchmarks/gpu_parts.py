@@ -10,11 +10,11 @@ import torch
 from gpu_model import made_up_scales, random_model
 from gpu_setup import Setup, SkippedError, fitting_prompts, torch_device, write_graphs
 
-from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.bench.report import build_report
 from medusa_export.engines.bench.runner import run_prompts
 from medusa_export.engines.calibrate import calibrate
 from medusa_export.engines.cost import SIZES, OneSequence, measure_cost
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.engines.tensorrt_build import DECODER_ENGINE, TensorRtBuilder

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.intervals import bootstrap
-from medusa_export.engines.base import AUTOREGRESSIVE, StepEngine, generate
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, StepEngine, generate
 from medusa_export.heads.tree import Tree
 
 WARMUP_TOKENS = 16

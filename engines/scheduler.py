@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from medusa_export.core.errors import ConfigError, MedusaExportError
-from medusa_export.engines.base import TreeDecoder
-from medusa_export.engines.batch_trees import BatchTrees
+from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.generate import TreeDecoder
 from medusa_export.engines.tree_batch import PREFILL, ROOT, advance
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.sampler import Sampler

@@ -30,7 +30,7 @@ CAUSAL = Tree(())
 
 
 class TensorRtEngine:
-    """Batch 1. See :class:`medusa_export.engines.base.StepEngine` for the methods.
+    """Batch 1. See :class:`medusa_export.engines.decoding.generate.StepEngine` for the methods.
 
     Args:
         engine_dir: with engine.json, rank0.engine, heads.engine and their sidecars.

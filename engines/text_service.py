@@ -9,9 +9,9 @@ from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import encode_chat, is_text, read_tokenizer
-from medusa_export.engines.base import TreeDecoder
-from medusa_export.engines.batch_trees import BatchTrees
-from medusa_export.engines.one_sequence import OneSequence
+from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.generate import TreeDecoder
+from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.scheduler import End, Meter, Scheduler, Ticket
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.stream_text import TextStream

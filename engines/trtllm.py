@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
-from medusa_export.engines.base import Generation
+from medusa_export.engines.decoding.generate import Generation
 from medusa_export.engines.trtllm_command import BASELINE, MEDUSA
 from medusa_export.engines.trtllm_llm_api import LlmApiSession, require_llm_api
 from medusa_export.engines.trtllm_session import TIMEOUT, NoAnswerError, Session
@@ -35,7 +35,7 @@ class RunError(MedusaExportError):
 
 
 class TrtllmEngine:
-    """Batch 1, greedy. See :class:`medusa_export.engines.base.WholeEngine`.
+    """Batch 1, greedy. See :class:`medusa_export.engines.decoding.generate.WholeEngine`.
 
     Args:
         engine_dir: directory with engine.json, and in ``medusa`` and ``baseline`` what trtllm-build wrote.

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
 from medusa_export.engines.tensorrt import TensorRtEngine

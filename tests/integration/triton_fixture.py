@@ -15,7 +15,7 @@ import numpy as np
 from tritonclient import grpc
 
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
-from medusa_export.engines.base import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.triton_server import Address, TritonServer
 from medusa_export.heads.sampler import Sampler

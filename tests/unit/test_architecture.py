@@ -130,7 +130,11 @@ def test_the_files_of_each_backend_do_import_it() -> None:
             "imports medusa_export.quantize.scales.Scales",
         ),
         ("quantize.ptq", "import medusa_export.exporter.plan", "imports medusa_export.exporter.plan"),
-        ("exporter.plan", "def f():\n  from medusa_export.engines import base", "imports medusa_export.engines.base"),
+        (
+            "exporter.plan",
+            "def f():\n  from medusa_export.engines import base",
+            "imports medusa_export.engines.decoding.generate",
+        ),
         ("engines.base", "from medusa_export import exporter", "imports medusa_export.exporter"),
         (
             "engines.base",

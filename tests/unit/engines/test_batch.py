@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.batch import BatchDecoder
 from medusa_export.engines.batch_chat import BatchChatModel
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.chat_model import Sampling

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError, TreeError
-from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.exporter.onnx_heads import write_heads
 from medusa_export.heads.accept import accept_greedy

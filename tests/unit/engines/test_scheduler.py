@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.base import AUTOREGRESSIVE, generate
-from medusa_export.engines.batch_trees import BatchTrees
+from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.scheduler import BusyError, ClosedError, End, Meter, Scheduler
 from medusa_export.engines.tree_batch import TreeBatchDecoder

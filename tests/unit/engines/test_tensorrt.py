@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.bench.runner import open_engine
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.selfcheck import check_engine, tree_error
 from medusa_export.engines.tensorrt import TensorRtEngine

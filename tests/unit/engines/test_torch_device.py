@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.base import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.engines.tensorrt_build import DECODER_ENGINE

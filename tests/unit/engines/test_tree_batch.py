@@ -10,8 +10,8 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines import tree_batch
-from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.batch import BatchDecoder
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.tree_batch import TreeBatchDecoder, advance
 from medusa_export.heads.sampler import Sampler

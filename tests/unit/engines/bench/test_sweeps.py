@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.base import AUTOREGRESSIVE, generate
 from medusa_export.engines.bench import sweeps
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps, serve, stretched
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.tree import Tree

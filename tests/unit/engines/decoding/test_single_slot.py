@@ -13,8 +13,8 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import encode_chat
-from medusa_export.engines.base import AUTOREGRESSIVE, generate
-from medusa_export.engines.one_sequence import OneSequence
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
 from medusa_export.engines.serving_options import ServingOptions

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
-from medusa_export.engines.batch_trees import BatchTrees
+from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.heads.tree import Tree
 
 

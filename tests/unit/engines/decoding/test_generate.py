@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.base import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
 from medusa_export.heads.tree import Tree
 
 PROMPT = [1, 2, 3]

@@ -1,0 +1,1 @@
+"""The decoding loop: steps, trees and slots, for any backend."""

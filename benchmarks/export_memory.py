@@ -41,7 +41,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.machine import hardware, versions
+from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.exporter.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.engine_dir import write_engine, write_onnx
 from medusa_export.exporter.export import export

@@ -35,7 +35,7 @@ from gpu_parts import engine, ptq, shape, tensorrt_rtx  # noqa: E402
 from gpu_setup import Setup, SkippedError, bandwidth  # noqa: E402
 
 from medusa_export.core.errors import MedusaExportError  # noqa: E402
-from medusa_export.engines.machine import gpus, hardware, versions  # noqa: E402
+from medusa_export.engines.measure.machine import gpus, hardware, versions  # noqa: E402
 
 FORMS = ("none", "fp8")
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers.trainer_utils import EvalPrediction
 
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.machine import hardware, versions
+from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.head_formats import HEAD_FILES
 from medusa_export.heads.model import MedusaCheckpoint

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
+from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.prompts import encode_prompts
 from medusa_export.engines.tree_batch import TreeBatchDecoder
 
 PROMPTS = Path(__file__).resolve().parent.parent / "examples" / "spec_bench_39.jsonl"

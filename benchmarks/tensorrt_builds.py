@@ -26,7 +26,7 @@ from tensorrt_numbers import figures
 
 from medusa_export.core.errors import MedusaExportError
 from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
-from medusa_export.engines.machine import hardware, versions
+from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.tensorrt_build import DECODER_ENGINE, HEADS_ENGINE, TensorRtBuilder
 from medusa_export.engines.tensorrt_package import RTX, import_tensorrt
 from medusa_export.engines.torch_device import NoTensorRt

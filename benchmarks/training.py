@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.engines.machine import hardware, versions
+from medusa_export.engines.measure.machine import hardware, versions
 
 PROGRAM = Path(sys.executable).with_name("medusa-train")
 COMMON = ["--keep-truncated", "--bf16", "--max-length", "512"]

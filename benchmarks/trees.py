@@ -18,9 +18,9 @@ from rich.table import Table
 
 from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
 from medusa_export.engines.bench.runner import open_engine
-from medusa_export.engines.confirm import Measured, compare
-from medusa_export.engines.machine import hardware, versions
-from medusa_export.engines.prompts import encode_prompts
+from medusa_export.engines.measure.machine import hardware, versions
+from medusa_export.engines.measure.prompts import encode_prompts
+from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.engines.tree_search import search
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.engine_info import TREE_FILE

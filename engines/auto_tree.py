@@ -9,8 +9,8 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import Prompt, read_tokenizer
 from medusa_export.engines.calibrate import calibrate
 from medusa_export.engines.cost import PAST_LENGTH, SIZES, OneSequence, measure_cost, write_costs
+from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.prompts import encode_prompts
 from medusa_export.engines.tree_search import search, sentence, tree_json
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration
 from medusa_export.heads.engine_info import TREE_FILE

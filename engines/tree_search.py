@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medusa_export.engines.confirm import Measured, compare
 from medusa_export.engines.decoding.generate import StepEngine
+from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.search import Candidate, CostCurve, best, candidates
 from medusa_export.heads.tree import Tree

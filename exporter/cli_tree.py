@@ -229,7 +229,7 @@ def _open(engine: Path, prompts: Path | None, limit: int | None, max_new_tokens:
     """The engine, and the prompts as it takes them."""
     from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
     from medusa_export.engines.bench.runner import open_engine
-    from medusa_export.engines.prompts import encode_prompts
+    from medusa_export.engines.measure.prompts import encode_prompts
 
     if max_new_tokens < 2:
         raise ConfigError("--max-new-tokens", f"{max_new_tokens}", "2 or more", "raise it")

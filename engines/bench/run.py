@@ -15,8 +15,8 @@ from medusa_export.engines.bench.compare import compare_engines, require_compara
 from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
 from medusa_export.engines.bench.runner import RunResult, open_engine, run_prompts
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
+from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.reference import compare_with_checkpoint
 from medusa_export.engines.selfcheck import bound_of
 from medusa_export.engines.tree_batch import TreeBatchDecoder

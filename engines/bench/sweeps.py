@@ -9,8 +9,8 @@ from statistics import median
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.confirm import compare
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, StepEngine
+from medusa_export.engines.measure.side_by_side import compare
 from medusa_export.engines.tree_batch import TreeBatchDecoder, advance
 from medusa_export.heads.tree import Tree
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from medusa_export.engines import machine
 from medusa_export.engines.bench.report import build_report, print_report, speedup, tokens_per_step
 from medusa_export.engines.bench.runner import PromptResult, RunResult
 from medusa_export.engines.decoding.generate import Generation
-from medusa_export.engines.machine import hardware, versions
+from medusa_export.engines.measure import machine
+from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.parity import Divergence
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree

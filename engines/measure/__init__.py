@@ -1,0 +1,1 @@
+"""Measuring fairly: machines, prompts, paired comparisons."""

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.cost import wide_tree
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 
 SIZES = (1, 2, 4, 8)
 RUNS = 15

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
 from medusa_export.engines.measure.prompts import encode_prompts
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.tree_batch import TreeBatchDecoder
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 
 PROMPTS = Path(__file__).resolve().parent.parent / "examples" / "spec_bench_39.jsonl"
 TOKENS, CHUNKS = 24, (1, 2, 4, 8)

@@ -37,10 +37,10 @@ from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
 from medusa_export.engines.bench.report import hardware, versions
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.measure.prompts import encode_prompts
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.parity import explain, first_divergence, verdict
 from medusa_export.engines.serving_options import ServingOptions
-from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.tree import Tree, load_tree
 
 NONE, ENGINE = "none", "engine"  # besides files, what --tree may be

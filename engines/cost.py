@@ -17,7 +17,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import median_interval
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.measure.machine import hardware, versions
-from medusa_export.engines.tree_batch import TreeBatchDecoder
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.heads.accept import accept_greedy
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.tree import Choice, Tree

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.onnx_lift import lifted
-from medusa_export.engines.onnxruntime import _import_onnxruntime, _share_threads, session_options, share
+from medusa_export.engines.onnxruntime.engine import _import_onnxruntime, _share_threads, session_options, share
 from medusa_export.engines.tensorrt_build import GRAPHS
 from medusa_export.engines.tensorrt_device import Buffers, Run
 

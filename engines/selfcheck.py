@@ -11,7 +11,7 @@ import numpy as np
 
 from medusa_export.core.errors import MedusaExportError
 from medusa_export.engines.onnx_device import OnnxDevice
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.reference import compare_with_checkpoint
 from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.engines.tensorrt_build import check_sidecars

@@ -12,10 +12,10 @@ from medusa_export.core.text.tokenizer import encode_chat, is_text, read_tokeniz
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.generate import TreeDecoder
 from medusa_export.engines.decoding.single_slot import OneSequence
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.scheduler import End, Meter, Scheduler, Ticket
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.stream_text import TextStream
-from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 

@@ -99,7 +99,7 @@ def _steps(engine: Path, batches: list[int] | None, threads: int) -> Any:
     """EngineInfo, and what to measure: the engine's own steps, or those of every batch size."""
     from medusa_export.engines.bench.runner import open_engine
     from medusa_export.engines.cost import OneSequence, SeveralSequences
-    from medusa_export.engines.tree_batch import TreeBatchDecoder
+    from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 
     if not batches:
         opened = open_engine(engine, threads=threads)

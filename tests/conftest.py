@@ -321,7 +321,7 @@ def open_session() -> Callable[..., Any]:
     def start(path: Path, *, optimize: bool = True) -> Any:
         import onnxruntime
 
-        from medusa_export.engines.onnxruntime import _share_threads
+        from medusa_export.engines.onnxruntime.engine import _share_threads
 
         _share_threads(onnxruntime, 0)
         options = onnxruntime.SessionOptions()

@@ -16,10 +16,10 @@ from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, t
 from medusa_export.engines.bench.runner import RunResult, open_engine, run_prompts
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.reference import compare_with_checkpoint
 from medusa_export.engines.selfcheck import bound_of
-from medusa_export.engines.tree_batch import TreeBatchDecoder
 from medusa_export.engines.trtllm_session import TIMEOUT
 from medusa_export.heads.accept import Typical
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance

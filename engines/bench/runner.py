@@ -11,7 +11,7 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
 from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.engines.trtllm import TrtllmEngine

@@ -11,8 +11,8 @@ import pytest
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines import cost
 from medusa_export.engines.cost import OneSequence, SeveralSequences, measure_cost, wide_tree, write_costs
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeStep
-from medusa_export.engines.tree_batch import TreeBatchDecoder
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine, OnnxRuntimeStep
 from medusa_export.heads.step_costs import cost_curve, load_costs
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.reference import compare_with_checkpoint
 from medusa_export.heads.model import load_reference
 

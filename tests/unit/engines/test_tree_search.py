@@ -14,7 +14,7 @@ import pytest
 from medusa_export.engines.calibrate import calibrate
 from medusa_export.engines.measure import side_by_side as confirm_module
 from medusa_export.engines.measure.side_by_side import Measured, compare
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tree_picture import draw, positions
 from medusa_export.engines.tree_search import confirm, search, sentence, tree_json
 from medusa_export.heads.acceptance import Acceptance, Answer

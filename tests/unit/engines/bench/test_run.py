@@ -19,7 +19,7 @@ from medusa_export.engines.bench.html_report import render
 from medusa_export.engines.bench.report import print_report
 from medusa_export.engines.bench.run import RunArguments, run
 from medusa_export.engines.decoding.generate import Generation
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

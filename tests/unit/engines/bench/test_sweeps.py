@@ -11,8 +11,8 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.bench import sweeps
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps, serve, stretched
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.tree_batch import TreeBatchDecoder
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.heads.tree import Tree
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13]]

@@ -16,7 +16,7 @@ from medusa_export.core.text.tokenizer import encode_chat
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.onnx_device import OnnxDevice
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving_options import ServingOptions
 from medusa_export.engines.tensorrt import TensorRtEngine
 from medusa_export.engines.text_service import Piece, TextRequest, TextService

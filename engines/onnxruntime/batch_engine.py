@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.engines.batch import Slots
 from medusa_export.engines.decoding.generate import TreeDecoder
-from medusa_export.engines.lazy_memory import lazy_zeros
-from medusa_export.engines.onnxruntime import MASKED, open_decoder, open_heads, share
+from medusa_export.engines.onnxruntime.engine import MASKED, open_decoder, open_heads, share
+from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
+from medusa_export.engines.onnxruntime.slots import Slots
 from medusa_export.heads.accept import accept_drawn, accept_greedy
 from medusa_export.heads.engine_info import BATCH_DECODER_FILE, EngineInfo
 from medusa_export.heads.sampler import Sampler

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medusa_export.engines.lazy_memory import lazy_zeros
+from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 
 HUGE = 2 << 20  # bytes of a huge page, with which numpy's own arrays would fill up
 

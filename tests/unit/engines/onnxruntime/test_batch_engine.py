@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines import tree_batch
-from medusa_export.engines.batch import BatchDecoder
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
-from medusa_export.engines.onnxruntime import OnnxRuntimeEngine
-from medusa_export.engines.tree_batch import TreeBatchDecoder, advance
+from medusa_export.engines.onnxruntime import batch_engine as tree_batch
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder, advance
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.slots import BatchDecoder
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.lazy_memory import lazy_zeros
-from medusa_export.engines.onnxruntime import open_decoder, share
+from medusa_export.engines.onnxruntime.engine import open_decoder, share
+from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 from medusa_export.heads.engine_info import EngineInfo
 
 Array = npt.NDArray[Any]

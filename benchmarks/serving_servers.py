@@ -19,7 +19,7 @@ import numpy as np
 from serving_client import Answer, Client, NoAnswerError, Part, Question
 
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.triton import write_repository
 from medusa_export.engines.triton_server import Address, TritonServer
 

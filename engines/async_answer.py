@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from medusa_export.engines.scheduler import End, Ticket
-from medusa_export.engines.text_service import Piece, TextRequest, TextService
+from medusa_export.engines.serving.scheduler import End, Ticket
+from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 
 
 class AsyncAnswer:
@@ -29,7 +29,7 @@ class AsyncAnswer:
         """Queue the request.
 
         Raises:
-            MedusaExportError: as :meth:`~medusa_export.engines.text_service.TextService.submit`.
+            MedusaExportError: as :meth:`~medusa_export.engines.serving.text_service.TextService.submit`.
         """
         await asyncio.shield(self._loop.run_in_executor(self._executor, self._submit))
 

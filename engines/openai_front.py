@@ -27,8 +27,8 @@ from medusa_export.engines.openai_errors import (
     require_answer,
 )
 from medusa_export.engines.openai_fields import Endpoint, read_body
-from medusa_export.engines.scheduler import BusyError
-from medusa_export.engines.text_service import TextService
+from medusa_export.engines.serving.scheduler import BusyError
+from medusa_export.engines.serving.text_service import TextService
 
 if TYPE_CHECKING:
     from starlette.requests import Request

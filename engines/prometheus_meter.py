@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medusa_export.core.errors import missing_package
-from medusa_export.engines.scheduler import End, Meter
+from medusa_export.engines.serving.scheduler import End, Meter
 from medusa_export.engines.triton_metrics import (
     ACCEPTED,
     BETWEEN,

@@ -12,8 +12,8 @@ from medusa_export.core.artifacts.manifest import hash_files, output_directory, 
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.engines.serving_options import ServingOptions
-from medusa_export.engines.text_service import require_served
+from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.text_service import require_served
 from medusa_export.engines.triton_io import INPUTS, OUTPUTS
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 

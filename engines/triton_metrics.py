@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from medusa_export.engines.scheduler import End, Meter
+from medusa_export.engines.serving.scheduler import End, Meter
 
 SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 FLUSH_SECONDS = 0.1

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import MedusaExportError
-from medusa_export.engines.scheduler import BusyError, ClosedError, End, Ticket
-from medusa_export.engines.serving_options import ServingOptions
-from medusa_export.engines.text_service import Piece, TextRequest, TextService
+from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.scheduler import BusyError, ClosedError, End, Ticket
+from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 from medusa_export.engines.triton_guard import Guard
 from medusa_export.engines.triton_io import read_inputs, write_outputs
 from medusa_export.engines.triton_metrics import TritonMeter

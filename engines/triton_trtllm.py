@@ -11,7 +11,8 @@ from medusa_export.core.artifacts.hashing import list_files
 from medusa_export.core.artifacts.manifest import hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines import stream_text, trtllm_bls, trtllm_postprocessing, trtllm_preprocessing
+from medusa_export.engines import trtllm_bls, trtllm_postprocessing, trtllm_preprocessing
+from medusa_export.engines.serving import text_stream as stream_text
 from medusa_export.engines.triton import render
 from medusa_export.engines.triton_trtllm_files import deployment_files
 from medusa_export.engines.triton_trtllm_models import (
@@ -184,7 +185,7 @@ def _tokenizer_files(engine_dir: Path) -> list[Path]:
 def _source(module: Any) -> str:
     """A module's text, as it stands alone in a model's folder."""
     text = Path(module.__file__).read_text(encoding="utf-8")
-    return text.replace("from medusa_export.engines.stream_text import", "from lib.stream_text import")
+    return text.replace("from medusa_export.engines.serving.text_stream import", "from lib.stream_text import")
 
 
 def _parse(path: Path) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from medusa_export.engines.stream_text import TextStream
+from medusa_export.engines.serving.text_stream import TextStream
 
 COUNTERS = ("total_accepted_draft_tokens", "total_draft_tokens")
 ENGINE, PREPROCESSING = "tensorrt_llm", "preprocessing"

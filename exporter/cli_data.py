@@ -124,7 +124,7 @@ def _factory(given: dict[str, Any]) -> ModelFactory:
 
         options = {name: given[name] for name in ("timeout", "retries") if given[name] is not None}
         return partial(open_servers, given["server"], model=given["model"], **options)
-    from medusa_export.engines.batch_chat import open_chat_model
+    from medusa_export.engines.serving.local_chat import open_chat_model
 
     path, max_batch = Path(given["model"]), given["max_batch"] or 16
     return partial(open_chat_model, path, max_batch=max_batch, max_length=given["max_length"])

@@ -53,8 +53,8 @@ def serve_command(
     from medusa_export.engines.openai_front import FrontOptions, OpenAIFront
     from medusa_export.engines.openai_serve import bind, run_front
     from medusa_export.engines.prometheus_meter import PrometheusMeter
-    from medusa_export.engines.serving_options import ServingOptions
-    from medusa_export.engines.text_service import TextService, require_served
+    from medusa_export.engines.serving.options import ServingOptions
+    from medusa_export.engines.serving.text_service import TextService, require_served
     from medusa_export.heads.engine_info import EngineInfo
 
     options, info = flags.given_options(ServingOptions, given), EngineInfo.load(engine)

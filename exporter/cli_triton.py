@@ -37,7 +37,7 @@ class Kind:
 
 
 def _write_python(given: dict[str, Any]) -> None:
-    from medusa_export.engines.serving_options import ServingOptions
+    from medusa_export.engines.serving.options import ServingOptions
     from medusa_export.engines.triton import write_repository
 
     options = flags.given_options(ServingOptions, given)

@@ -23,7 +23,7 @@ import pytest
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
-from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.triton import write_repository
 from medusa_export.engines.triton_metrics import FLUSH_SECONDS, REASONS
 from medusa_export.engines.triton_server import Address, TritonServer

@@ -13,7 +13,7 @@ from medusa_export.core.errors import CheckpointError, MedusaExportError
 from medusa_export.engines.openai_app import build_app
 from medusa_export.engines.openai_front import FrontOptions, OpenAIFront
 from medusa_export.engines.prometheus_meter import PrometheusMeter
-from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.serving.options import ServingOptions
 
 BODY = {"model": "m", "prompt": "hi"}
 

@@ -14,7 +14,7 @@ from medusa_export.engines.openai_errors import (
     refusal_of,
     require_answer,
 )
-from medusa_export.engines.scheduler import BusyError, ClosedError, End, PromptError
+from medusa_export.engines.serving.scheduler import BusyError, ClosedError, End, PromptError
 
 
 @pytest.mark.parametrize(

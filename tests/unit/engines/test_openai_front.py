@@ -25,9 +25,9 @@ from medusa_export.engines.openai_errors import (
 )
 from medusa_export.engines.openai_fields import CHAT, COMPLETIONS
 from medusa_export.engines.openai_front import FrontOptions, OpenAIFront
-from medusa_export.engines.scheduler import BusyError, End
-from medusa_export.engines.serving_options import ServingOptions
-from medusa_export.engines.text_service import Piece, TextRequest
+from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.scheduler import BusyError, End
+from medusa_export.engines.serving.text_service import Piece, TextRequest
 
 JSON = {"content-type": "application/json", "host": "localhost"}
 BODY = json.dumps({"model": "m", "prompt": "hi", "stream": True}).encode()

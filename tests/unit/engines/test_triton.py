@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
-from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.triton import verify_repository, write_repository
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.exporter.cli_serve import serve_command, serve_main
 from medusa_export.exporter.cli_triton import triton_command
 

@@ -17,9 +17,9 @@ from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 from medusa_export.engines.tensorrt import TensorRtEngine
-from medusa_export.engines.text_service import Piece, TextRequest, TextService
 from medusa_export.engines.triton import verify_repository, write_repository
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.sampler import Sampler

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.stream_text import TextStream
+from medusa_export.engines.serving.text_stream import TextStream
 
 TEXTS = [
     "plain words, twice plain words",

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.serving_options import ServingOptions
+from medusa_export.engines.serving.options import ServingOptions
 
 OTHERS = ServingOptions(
     max_batch=3, kv_cache_mb=77, max_queue=5, max_tokens=9, timeout_s=1.5, max_text_bytes=1000, tree_max_batch=0, threads=2,

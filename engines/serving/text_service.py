@@ -13,9 +13,9 @@ from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.generate import TreeDecoder
 from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
-from medusa_export.engines.scheduler import End, Meter, Scheduler, Ticket
-from medusa_export.engines.serving_options import ServingOptions
-from medusa_export.engines.stream_text import TextStream
+from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.scheduler import End, Meter, Scheduler, Ticket
+from medusa_export.engines.serving.text_stream import TextStream
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 
@@ -59,7 +59,7 @@ class TextService:
 
     Args:
         engine_dir: with its tokenizer and tree.
-        meter: see :class:`~medusa_export.engines.scheduler.Scheduler`.
+        meter: see :class:`~medusa_export.engines.serving.scheduler.Scheduler`.
         tree: tree.json to use instead of the engine's.
     """
 
@@ -95,7 +95,7 @@ class TextService:
         return self.scheduler.submit(input_ids, request.sampling, listener, timeout_s=timeout_s)
 
     def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
-        """See :meth:`~medusa_export.engines.scheduler.Scheduler.close`."""
+        """See :meth:`~medusa_export.engines.serving.scheduler.Scheduler.close`."""
         self.scheduler.close(drain=drain, timeout_s=timeout_s)
 
     def _encode(self, request: TextRequest) -> list[int]:

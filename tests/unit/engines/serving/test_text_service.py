@@ -12,8 +12,8 @@ import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.core.text.tokenizer import encode_chat
-from medusa_export.engines.serving_options import ServingOptions
-from medusa_export.engines.text_service import Piece, TextRequest, TextService
+from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.tree import Tree
 

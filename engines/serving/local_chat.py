@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
-from medusa_export.engines.scheduler import End, Scheduler
+from medusa_export.engines.serving.scheduler import End, Scheduler
 from medusa_export.heads.chat_model import Answer, Sampling
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""From decoding to answers for many clients: scheduling, text, metrics."""

@@ -50,9 +50,9 @@ def serve_command(
     Example: [bold]medusa-serve --engine out/engine --port 8000[/]
     """
     given = dict(locals())
-    from medusa_export.engines.openai_front import FrontOptions, OpenAIFront
-    from medusa_export.engines.openai_serve import bind, run_front
-    from medusa_export.engines.prometheus_meter import PrometheusMeter
+    from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
+    from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
+    from medusa_export.engines.serving.openai.server import bind, run_front
     from medusa_export.engines.serving.options import ServingOptions
     from medusa_export.engines.serving.text_service import TextService, require_served
     from medusa_export.heads.engine_info import EngineInfo

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from medusa_export.engines.openai_errors import REFUSALS, UNFINISHED
-from medusa_export.engines.openai_fields import CHAT, COMPLETIONS
+from medusa_export.engines.serving.openai.errors import REFUSALS, UNFINISHED
+from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS
 from tests.integration.openai_fixture import Served
 from tests.integration.triton_fixture import endless_engine
 

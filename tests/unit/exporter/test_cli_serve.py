@@ -25,7 +25,9 @@ def engine(tiny_engine: Callable[..., Any]) -> Path:
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     monkeypatch.setattr("sys.argv", ["medusa-serve", *map(str, arguments)])
-    monkeypatch.setattr("medusa_export.engines.openai_serve.run_front", lambda *_, **__: pytest.fail("it serves"))
+    monkeypatch.setattr(
+        "medusa_export.engines.serving.openai.server.run_front", lambda *_, **__: pytest.fail("it serves")
+    )
     with pytest.raises(SystemExit) as stopped:
         serve_main()
     assert stopped.value.code == 2
@@ -86,7 +88,7 @@ def test_a_warning_where_anybody_may_ask(
     monkeypatch.setenv("SERVE_KEY", "sesame")
     served = []
     monkeypatch.setattr(
-        "medusa_export.engines.openai_serve.run_front", lambda front, *_, **__: served.append(front.options)
+        "medusa_export.engines.serving.openai.server.run_front", lambda front, *_, **__: served.append(front.options)
     )
     for flags, warns in (
         ((), False),

@@ -13,9 +13,9 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines import openai_front
-from medusa_export.engines.openai_answers import CHAT_SHAPE, TEXT_SHAPE
-from medusa_export.engines.openai_errors import (
+from medusa_export.engines.serving.openai import front as openai_front
+from medusa_export.engines.serving.openai.answers import CHAT_SHAPE, TEXT_SHAPE
+from medusa_export.engines.serving.openai.errors import (
     BodySizeError,
     HostRefusedError,
     KeyRefusedError,
@@ -23,8 +23,8 @@ from medusa_export.engines.openai_errors import (
     SlowBodyError,
     UnfinishedError,
 )
-from medusa_export.engines.openai_fields import CHAT, COMPLETIONS
-from medusa_export.engines.openai_front import FrontOptions, OpenAIFront
+from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS
+from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.scheduler import BusyError, End
 from medusa_export.engines.serving.text_service import Piece, TextRequest

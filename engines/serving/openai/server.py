@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from medusa_export.core.errors import ConfigError, missing_package
-from medusa_export.engines.openai_app import build_app
-from medusa_export.engines.openai_front import OpenAIFront
-from medusa_export.engines.prometheus_meter import PrometheusMeter
+from medusa_export.engines.serving.openai.app import build_app
+from medusa_export.engines.serving.openai.front import OpenAIFront
+from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 
 MARGIN_SECONDS = 5.0  # for errors to reach clients once the grace time is over
 BACKLOG = 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medusa_export.core.errors import CheckpointError, ConfigError, MedusaExportError
-from medusa_export.engines.openai_errors import (
+from medusa_export.engines.serving.openai.errors import (
     END_MESSAGES,
     REFUSALS,
     UnfinishedError,

@@ -8,8 +8,8 @@ from typing import Any, get_type_hints
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.openai_errors import UnknownFieldError, UnsupportedError
-from medusa_export.engines.openai_fields import CHAT, COMPLETIONS, Endpoint, read_body
+from medusa_export.engines.serving.openai.errors import UnknownFieldError, UnsupportedError
+from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS, Endpoint, read_body
 
 BODIES: dict[str, tuple[Endpoint, dict[str, Any]]] = {
     "chat": (CHAT, {"model": "m", "messages": [{"role": "user", "content": "hi"}]}),

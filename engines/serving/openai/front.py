@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.async_answer import AsyncAnswer
-from medusa_export.engines.openai_answers import Shape, Writer, event, text_request
-from medusa_export.engines.openai_errors import (
+from medusa_export.engines.serving.openai.answers import Shape, Writer, event, text_request
+from medusa_export.engines.serving.openai.async_answer import AsyncAnswer
+from medusa_export.engines.serving.openai.errors import (
     BodySizeError,
     HostRefusedError,
     KeyRefusedError,
@@ -26,7 +26,7 @@ from medusa_export.engines.openai_errors import (
     body_of,
     require_answer,
 )
-from medusa_export.engines.openai_fields import Endpoint, read_body
+from medusa_export.engines.serving.openai.fields import Endpoint, read_body
 from medusa_export.engines.serving.scheduler import BusyError
 from medusa_export.engines.serving.text_service import TextService
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.openai_errors import UnknownFieldError, UnsupportedError
+from medusa_export.engines.serving.openai.errors import UnknownFieldError, UnsupportedError
 
 Reader = Callable[[str, Any], Any]  # name and JSON value -> value; raises ConfigError
 

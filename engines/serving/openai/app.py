@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 from medusa_export.core.errors import MedusaExportError, missing_package
-from medusa_export.engines.openai_answers import CHAT_SHAPE, TEXT_SHAPE
-from medusa_export.engines.openai_errors import (
+from medusa_export.engines.serving.openai.answers import CHAT_SHAPE, TEXT_SHAPE
+from medusa_export.engines.serving.openai.errors import (
     END_MESSAGES,
     INTERNAL,
     Refusal,
@@ -16,9 +16,9 @@ from medusa_export.engines.openai_errors import (
     error_body,
     refusal_of,
 )
-from medusa_export.engines.openai_fields import CHAT, COMPLETIONS
-from medusa_export.engines.openai_front import OpenAIFront
-from medusa_export.engines.prometheus_meter import PrometheusMeter
+from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS
+from medusa_export.engines.serving.openai.front import OpenAIFront
+from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 
 logger = logging.getLogger(__name__)
 

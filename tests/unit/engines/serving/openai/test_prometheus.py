@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from medusa_export.engines.prometheus_meter import PrometheusMeter
+from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 from medusa_export.engines.serving.scheduler import End
 from medusa_export.engines.triton_metrics import ENDED, FAMILIES, REASONS
 

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from medusa_export.core.errors import CheckpointError, MedusaExportError
-from medusa_export.engines.openai_app import build_app
-from medusa_export.engines.openai_front import FrontOptions, OpenAIFront
-from medusa_export.engines.prometheus_meter import PrometheusMeter
+from medusa_export.engines.serving.openai.app import build_app
+from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
+from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 from medusa_export.engines.serving.options import ServingOptions
 
 BODY = {"model": "m", "prompt": "hi"}

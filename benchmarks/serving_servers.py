@@ -20,7 +20,7 @@ from serving_client import Answer, Client, NoAnswerError, Part, Question
 
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.triton import write_repository
+from medusa_export.engines.serving.triton.repository import write_repository
 from medusa_export.engines.triton_server import Address, TritonServer
 
 MODEL = "medusa"

@@ -13,7 +13,7 @@ from medusa_export.core.errors import ConfigError, MedusaExportError, missing_pa
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines import trtllm_bls, trtllm_postprocessing, trtllm_preprocessing
 from medusa_export.engines.serving import text_stream as stream_text
-from medusa_export.engines.triton import render
+from medusa_export.engines.serving.triton.repository import render
 from medusa_export.engines.triton_trtllm_files import deployment_files
 from medusa_export.engines.triton_trtllm_models import (
     BLS,

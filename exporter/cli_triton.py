@@ -38,14 +38,14 @@ class Kind:
 
 def _write_python(given: dict[str, Any]) -> None:
     from medusa_export.engines.serving.options import ServingOptions
-    from medusa_export.engines.triton import write_repository
+    from medusa_export.engines.serving.triton.repository import write_repository
 
     options = flags.given_options(ServingOptions, given)
     write_repository(given["engine"], given["output"], name=given["name"], options=options, tree=given["tree"])
 
 
 def _verify_python(repository: Path) -> list[str]:
-    from medusa_export.engines.triton import verify_repository
+    from medusa_export.engines.serving.triton.repository import verify_repository
 
     return verify_repository(repository)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from medusa_export.core.errors import missing_package
 from medusa_export.engines.serving.scheduler import End, Meter
-from medusa_export.engines.triton_metrics import (
+from medusa_export.engines.serving.triton.metrics import (
     ACCEPTED,
     BETWEEN,
     ENDED,

@@ -19,8 +19,8 @@ from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
+from medusa_export.engines.serving.triton.repository import verify_repository, write_repository
 from medusa_export.engines.tensorrt import TensorRtEngine
-from medusa_export.engines.triton import verify_repository, write_repository
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree

@@ -6,7 +6,7 @@ import re
 
 from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 from medusa_export.engines.serving.scheduler import End
-from medusa_export.engines.triton_metrics import ENDED, FAMILIES, REASONS
+from medusa_export.engines.serving.triton.metrics import ENDED, FAMILIES, REASONS
 
 
 def test_counts() -> None:

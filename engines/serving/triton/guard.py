@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medusa_export.core.errors import OutputError
-from medusa_export.engines.triton_health import Health, http_port
+from medusa_export.engines.serving.triton.health import Health, http_port
 
 POLL_SECONDS = 0.25
 SHARED_MEMORY = Path("/dev/shm")

@@ -11,7 +11,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.triton import verify_repository, write_repository
+from medusa_export.engines.serving.triton.repository import verify_repository, write_repository
 
 
 @pytest.fixture

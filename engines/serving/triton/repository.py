@@ -14,7 +14,7 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import require_served
-from medusa_export.engines.triton_io import INPUTS, OUTPUTS
+from medusa_export.engines.serving.triton.tensors import INPUTS, OUTPUTS
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
 
 KIND = "python"  # the backend of Triton that runs it
@@ -185,8 +185,8 @@ def _parameters(values: dict[str, str]) -> dict[str, dict[str, str]]:
 
 def _code(model: str, name: str) -> str:
     if model == name:
-        return MODEL_CODE.format(module="medusa_export.engines.triton_model", name="MedusaModel")
-    return MODEL_CODE.format(module="medusa_export.engines.triton_unary", name="UnaryModel")
+        return MODEL_CODE.format(module="medusa_export.engines.serving.triton.model", name="MedusaModel")
+    return MODEL_CODE.format(module="medusa_export.engines.serving.triton.unary", name="UnaryModel")
 
 
 def _readme(name: str, output: Path, info: EngineInfo) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from medusa_export.engines.triton_guard import Guard
-from medusa_export.engines.triton_io import OUTPUTS, write_outputs
-from medusa_export.engines.triton_model import ANSWERED, ASKED_AT_ONCE, CANCEL, CODED, POLL_SECONDS, TWIN
-from medusa_export.engines.triton_sender import Sender
+from medusa_export.engines.serving.triton.guard import Guard
+from medusa_export.engines.serving.triton.model import ANSWERED, ASKED_AT_ONCE, CANCEL, CODED, POLL_SECONDS, TWIN
+from medusa_export.engines.serving.triton.sender import Sender
+from medusa_export.engines.serving.triton.tensors import OUTPUTS, write_outputs
 
 logger = logging.getLogger(__name__)
 

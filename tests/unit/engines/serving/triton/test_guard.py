@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from medusa_export.core.errors import OutputError
-from medusa_export.engines import triton_guard, triton_health
-from medusa_export.engines.triton_guard import SHARED_MEMORY, Guard
-from medusa_export.engines.triton_health import Health, http_port, listening
+from medusa_export.engines.serving.triton import guard as triton_guard
+from medusa_export.engines.serving.triton import health as triton_health
+from medusa_export.engines.serving.triton.guard import SHARED_MEMORY, Guard
+from medusa_export.engines.serving.triton.health import Health, http_port, listening
 
 
 class Endpoint(BaseHTTPRequestHandler):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.triton_io import INPUTS, OUTPUTS, read_inputs, write_outputs
+from medusa_export.engines.serving.triton.tensors import INPUTS, OUTPUTS, read_inputs, write_outputs
 
 
 def text(*values: bytes) -> Any:

@@ -26,7 +26,7 @@ from tritonclient.utils import InferenceServerException
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.triton.metrics import FLUSH_SECONDS, REASONS
 from medusa_export.engines.serving.triton.repository import write_repository
-from medusa_export.engines.triton_server import Address, TritonServer
+from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
 from tests.integration.triton_fixture import SECONDS, Served, Stream, endless_engine, tensors
 
 QUESTION = "w3 w4 w5"

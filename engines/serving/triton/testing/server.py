@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from medusa_export.core.errors import OutputError
-from medusa_export.engines.triton_environment import backends, layered, server_program, server_variables
+from medusa_export.engines.serving.triton.testing.environment import backends, layered, server_program, server_variables
 
 START_SECONDS, EXIT_SECONDS, POLL_SECONDS = 120.0, 30, 0.1
 SHARED_MEMORY = Path("/dev/shm")

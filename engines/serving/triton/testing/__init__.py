@@ -1,0 +1,1 @@
+"""A real tritonserver on this machine, for tests and benchmarks."""

@@ -51,20 +51,20 @@ def _verify_python(repository: Path) -> list[str]:
 
 
 def _is_trtllm(path: Path) -> bool:
-    from medusa_export.engines.triton_trtllm import is_trtllm_engine
+    from medusa_export.engines.serving.triton_trtllm.repository import is_trtllm_engine
 
     return is_trtllm_engine(path)
 
 
 def _write_trtllm(given: dict[str, Any]) -> None:
-    from medusa_export.engines.triton_trtllm import write_trtllm_repository
-    from medusa_export.engines.triton_trtllm_models import TrtllmServing
+    from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing
+    from medusa_export.engines.serving.triton_trtllm.repository import write_trtllm_repository
 
     write_trtllm_repository(given["engine"], given["output"], flags.given_options(TrtllmServing, given))
 
 
 def _verify_trtllm(repository: Path) -> list[str]:
-    from medusa_export.engines.triton_trtllm import verify_trtllm_repository
+    from medusa_export.engines.serving.triton_trtllm.repository import verify_trtllm_repository
 
     return verify_trtllm_repository(repository)
 

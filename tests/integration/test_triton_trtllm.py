@@ -17,8 +17,8 @@ from tritonclient.utils import InferenceServerException
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.serving.triton.repository import render
 from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
-from medusa_export.engines.triton_trtllm import engine_facts, write_trtllm_repository
-from medusa_export.engines.triton_trtllm_models import TrtllmServing, model_configs
+from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing, model_configs
+from medusa_export.engines.serving.triton_trtllm.repository import engine_facts, write_trtllm_repository
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree
 

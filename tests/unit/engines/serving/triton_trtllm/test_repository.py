@@ -13,15 +13,20 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.engines.triton_trtllm import (
+from medusa_export.engines.serving.triton_trtllm.configs import (
+    EngineFacts,
+    TrtllmServing,
+    engine_parameters,
+    model_configs,
+)
+from medusa_export.engines.serving.triton_trtllm.deployment import deployment_files
+from medusa_export.engines.serving.triton_trtllm.parameters import PARAMETERS, parameter_problems, parse_choices
+from medusa_export.engines.serving.triton_trtllm.repository import (
     engine_facts,
     is_trtllm_engine,
     verify_trtllm_repository,
     write_trtllm_repository,
 )
-from medusa_export.engines.triton_trtllm_files import deployment_files
-from medusa_export.engines.triton_trtllm_models import EngineFacts, TrtllmServing, engine_parameters, model_configs
-from medusa_export.engines.triton_trtllm_parameters import PARAMETERS, parameter_problems, parse_choices
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree, load_tree
 from medusa_export.heads.trtllm_releases import RELEASES, find_release

@@ -11,11 +11,12 @@ from medusa_export.core.artifacts.hashing import list_files
 from medusa_export.core.artifacts.manifest import hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines import trtllm_bls, trtllm_postprocessing, trtllm_preprocessing
 from medusa_export.engines.serving import text_stream as stream_text
 from medusa_export.engines.serving.triton.repository import render
-from medusa_export.engines.triton_trtllm_files import deployment_files
-from medusa_export.engines.triton_trtllm_models import (
+from medusa_export.engines.serving.triton_trtllm import model_bls as trtllm_bls
+from medusa_export.engines.serving.triton_trtllm import model_postprocessing as trtllm_postprocessing
+from medusa_export.engines.serving.triton_trtllm import model_preprocessing as trtllm_preprocessing
+from medusa_export.engines.serving.triton_trtllm.configs import (
     BLS,
     ENGINE,
     ENSEMBLE,
@@ -25,7 +26,8 @@ from medusa_export.engines.triton_trtllm_models import (
     TrtllmServing,
     model_configs,
 )
-from medusa_export.engines.triton_trtllm_parameters import parameter_problems
+from medusa_export.engines.serving.triton_trtllm.deployment import deployment_files
+from medusa_export.engines.serving.triton_trtllm.parameters import parameter_problems
 from medusa_export.engines.trtllm_build import BUILD_FILE
 from medusa_export.engines.trtllm_command import MEDUSA
 from medusa_export.engines.trtllm_scripts import BUILD_SCRIPT, PLAIN_CONFIG, RUN_SCRIPT

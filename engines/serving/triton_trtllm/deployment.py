@@ -6,7 +6,7 @@ launch_triton_server.py of TensorRT-LLM's triton_backend.
 
 from __future__ import annotations
 
-from medusa_export.engines.triton_trtllm_models import BLS, ENGINE, ENSEMBLE, MOUNT, EngineFacts, TrtllmServing
+from medusa_export.engines.serving.triton_trtllm.configs import BLS, ENGINE, ENSEMBLE, MOUNT, EngineFacts, TrtllmServing
 
 LAUNCH = r"""#!/usr/bin/env bash
 # Starts Triton on this repository, in {container}.

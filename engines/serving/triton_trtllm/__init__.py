@@ -1,0 +1,1 @@
+"""Model repositories for Triton's TensorRT-LLM backend."""

@@ -13,7 +13,7 @@ from gpu_model import largest_inputs, weight_maxima
 
 from medusa_export.core.text.tokenizer import Prompt, encode_chat, load_prompts, read_tokenizer
 from medusa_export.engines.measure.prompts import EncodedPrompt
-from medusa_export.engines.tensorrt_package import local_gpu
+from medusa_export.engines.tensorrt.library import local_gpu
 from medusa_export.engines.torch_device import FP8_SM, TorchDevice
 from medusa_export.exporter.draft_vocab import DEFAULT_SIZE, most_frequent_tokens
 from medusa_export.exporter.tensorrt_dir import write_portable, write_tensorrt_engine

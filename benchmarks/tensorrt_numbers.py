@@ -16,7 +16,7 @@ import torch
 
 from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.selfcheck import tree_error
-from medusa_export.engines.tensorrt import TensorRtEngine
+from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.torch_device import read_tensor
 from medusa_export.engines.torch_operators import dequantize
 from medusa_export.exporter.stored import rounded_inputs

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.onnx_lift import lifted
 from medusa_export.engines.onnxruntime.engine import _import_onnxruntime, _share_threads, session_options, share
-from medusa_export.engines.tensorrt_build import GRAPHS
-from medusa_export.engines.tensorrt_device import Buffers, Run
+from medusa_export.engines.tensorrt.build import GRAPHS
+from medusa_export.engines.tensorrt.device import Buffers, Run
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ AS_WRITTEN = {"session.disable_quant_qdq": "1"}  # every rounding where the grap
 
 
 class OnnxDevice:
-    """See :class:`~medusa_export.engines.tensorrt_device.Device`.
+    """See :class:`~medusa_export.engines.tensorrt.device.Device`.
 
     Args:
         onnx_dir: the portable graphs.
@@ -46,7 +46,7 @@ class OnnxDevice:
 
 
 class OnnxGraph:
-    """See :class:`~medusa_export.engines.tensorrt_device.Graph`."""
+    """See :class:`~medusa_export.engines.tensorrt.device.Graph`."""
 
     def __init__(self, path: Path) -> None:
         ort = _import_onnxruntime()

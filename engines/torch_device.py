@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.tensorrt_build import DECODER_ENGINE, GRAPHS, BuildRequest, Progress
-from medusa_export.engines.tensorrt_device import Buffers, CudaStream, Run
+from medusa_export.engines.tensorrt.build import DECODER_ENGINE, GRAPHS, BuildRequest, Progress
+from medusa_export.engines.tensorrt.device import Buffers, CudaStream, Run
 from medusa_export.engines.torch_operators import Shared, dequantize, operators
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class NoTensorRt:
         """Nothing is needed."""
 
     def build(self, onnx_dir: Path, out: Path, progress: Progress, **request: Any) -> None:
-        """See :meth:`~medusa_export.engines.tensorrt_build.TensorRtBuilder.build`."""
+        """See :meth:`~medusa_export.engines.tensorrt.build.TensorRtBuilder.build`."""
         shapes = BuildRequest(**request).profiles
         profiles = [
             {"name": name, "shapes": {"output_rows": [[n] for n in sizes["R"]]}} for name, sizes in shapes.items()
@@ -43,7 +43,7 @@ class NoTensorRt:
 
 
 class TorchDevice:
-    """See :class:`~medusa_export.engines.tensorrt_device.Device`.
+    """See :class:`~medusa_export.engines.tensorrt.device.Device`.
 
     Args:
         onnx_dir: the portable graphs.
@@ -89,7 +89,7 @@ class _Node:
 
 
 class TorchGraph:
-    """See :class:`~medusa_export.engines.tensorrt_device.Graph`.
+    """See :class:`~medusa_export.engines.tensorrt.device.Graph`.
 
     Attributes:
         fp8_products, dequantized: products by the device's FP8 kernel, and those of FP8 weights that are not.

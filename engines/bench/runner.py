@@ -13,7 +13,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
-from medusa_export.engines.tensorrt import TensorRtEngine
+from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.trtllm import TrtllmEngine
 from medusa_export.engines.trtllm_session import TIMEOUT
 from medusa_export.heads.accept import Typical

@@ -153,7 +153,7 @@ def _many(engine_dir: Path, options: ServingOptions, trees: BatchTrees) -> TreeD
 
 
 def _one(engine_dir: Path, options: ServingOptions, trees: BatchTrees) -> TreeDecoder:
-    from medusa_export.engines.tensorrt import TensorRtEngine
+    from medusa_export.engines.tensorrt.engine import TensorRtEngine
 
     engine = TensorRtEngine(engine_dir)
     engine.prepare(

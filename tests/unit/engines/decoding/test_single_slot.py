@@ -20,7 +20,7 @@ from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 from medusa_export.engines.serving.triton.repository import verify_repository, write_repository
-from medusa_export.engines.tensorrt import TensorRtEngine
+from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
@@ -37,7 +37,7 @@ def tensorrt(
     written = portable()
     tiny_tokenizer(written.engine_dir)
     device = OnnxDevice(written.onnx_dir)
-    monkeypatch.setattr("medusa_export.engines.tensorrt.CudaDevice", lambda _: device)
+    monkeypatch.setattr("medusa_export.engines.tensorrt.engine.CudaDevice", lambda _: device)
     return written.engine_dir, TensorRtEngine(written.engine_dir)
 
 

@@ -1,6 +1,6 @@
 """TensorRT engines on the GPU of this machine, with torch's CUDA tensors as buffers and runs of fixed shapes as CUDA graphs.
 
-Not run yet: no machine with a GPU was at hand. What is above it, engines/tensorrt.py, is tested on engines/onnx_device.py, which
+Not run yet: no machine with a GPU was at hand. What is above it, engines/tensorrt/engine.py, is tested on engines/onnx_device.py, which
 takes the same buffers. Source of the calls: NVIDIA's TensorRT-RTX documentation, "Python API" and "Working with RTX CUDA Graphs".
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
-from medusa_export.engines.tensorrt_build import DECODER_ENGINE
-from medusa_export.engines.tensorrt_package import RTX, import_tensorrt, local_gpu
+from medusa_export.engines.tensorrt.build import DECODER_ENGINE
+from medusa_export.engines.tensorrt.library import RTX, import_tensorrt, local_gpu
 from medusa_export.heads.config import read_json
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from medusa_export.engines import tensorrt_device
-from medusa_export.engines.tensorrt_device import CudaStream
+from medusa_export.engines.tensorrt import device as tensorrt_device
+from medusa_export.engines.tensorrt.device import CudaStream
 
 
 @pytest.fixture

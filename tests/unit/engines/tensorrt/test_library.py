@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
-from medusa_export.engines.tensorrt_package import DATA_CENTRE, RTX, find_tensorrt
+from medusa_export.engines.tensorrt.library import DATA_CENTRE, RTX, find_tensorrt
 
 
 def stand_in(name: str) -> ModuleType:

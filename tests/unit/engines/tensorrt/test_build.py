@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.tensorrt_build import BuildRequest, TensorRtBuilder, build_engine
-from medusa_export.engines.tensorrt_package import DATA_CENTRE, RTX, TensorRt, find_tensorrt, import_tensorrt
+from medusa_export.engines.tensorrt.build import BuildRequest, TensorRtBuilder, build_engine
+from medusa_export.engines.tensorrt.library import DATA_CENTRE, RTX, TensorRt, find_tensorrt, import_tensorrt
 from medusa_export.exporter.onnx_builder import GraphBuilder
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux and Windows on x86-64 only")
@@ -32,7 +32,7 @@ def data_centre(monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorrt_rtx_bindings
 
     monkeypatch.setitem(sys.modules, DATA_CENTRE, tensorrt_rtx_bindings)
-    monkeypatch.setattr("medusa_export.engines.tensorrt_build.local_gpu", lambda: 90)
+    monkeypatch.setattr("medusa_export.engines.tensorrt.build.local_gpu", lambda: 90)
 
 
 @pytest.mark.usefixtures("data_centre")

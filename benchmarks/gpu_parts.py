@@ -15,12 +15,12 @@ from medusa_export.engines.bench.runner import run_prompts
 from medusa_export.engines.calibrate import calibrate
 from medusa_export.engines.cost import SIZES, OneSequence, measure_cost
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
-from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE, TensorRtBuilder
 from medusa_export.engines.tensorrt.device import CudaDevice
+from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
+from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt, TorchDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.tensorrt.library import RTX, import_tensorrt, local_gpu
-from medusa_export.engines.torch_device import NoTensorRt, TorchDevice
 from medusa_export.engines.tree_search import search
 from medusa_export.heads.acceptance import Acceptance, calibration
 from medusa_export.heads.model import load_reference

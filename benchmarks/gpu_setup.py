@@ -13,8 +13,8 @@ from gpu_model import largest_inputs, weight_maxima
 
 from medusa_export.core.text.tokenizer import Prompt, encode_chat, load_prompts, read_tokenizer
 from medusa_export.engines.measure.prompts import EncodedPrompt
+from medusa_export.engines.tensorrt.emulation.torch_device import FP8_SM, TorchDevice
 from medusa_export.engines.tensorrt.library import local_gpu
-from medusa_export.engines.torch_device import FP8_SM, TorchDevice
 from medusa_export.exporter.draft_vocab import DEFAULT_SIZE, most_frequent_tokens
 from medusa_export.exporter.tensorrt_dir import write_portable, write_tensorrt_engine
 from medusa_export.heads.engine_info import EngineInfo

@@ -28,8 +28,8 @@ from medusa_export.core.errors import MedusaExportError
 from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE, HEADS_ENGINE, TensorRtBuilder
+from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt
 from medusa_export.engines.tensorrt.library import RTX, import_tensorrt
-from medusa_export.engines.torch_device import NoTensorRt
 from medusa_export.exporter.job import DEFAULT_CALIB
 from medusa_export.exporter.tensorrt_dir import MAX_NODES, write_portable, write_tensorrt_engine
 from medusa_export.heads.model import MedusaCheckpoint

@@ -1,6 +1,6 @@
 """TensorRT engines on the GPU of this machine, with torch's CUDA tensors as buffers and runs of fixed shapes as CUDA graphs.
 
-Not run yet: no machine with a GPU was at hand. What is above it, engines/tensorrt/engine.py, is tested on engines/onnx_device.py, which
+Not run yet: no machine with a GPU was at hand. What is above it, engines/tensorrt/engine.py, is tested on engines/tensorrt/emulation/onnx_device.py, which
 takes the same buffers. Source of the calls: NVIDIA's TensorRT-RTX documentation, "Python API" and "Working with RTX CUDA Graphs".
 """
 

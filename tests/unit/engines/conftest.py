@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from medusa_export.engines.torch_device import NoTensorRt
+from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt
 from medusa_export.exporter.tensorrt_dir import write_portable, write_tensorrt_engine
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import load_tree

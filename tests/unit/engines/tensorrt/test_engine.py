@@ -12,8 +12,8 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.bench.runner import open_engine
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
-from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.selfcheck import check_engine, tree_error
+from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.heads.decode import greedy, medusa_decode
 from medusa_export.heads.model import load_reference

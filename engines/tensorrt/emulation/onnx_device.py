@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.onnx_lift import lifted
 from medusa_export.engines.onnxruntime.engine import _import_onnxruntime, _share_threads, session_options, share
 from medusa_export.engines.tensorrt.build import GRAPHS
 from medusa_export.engines.tensorrt.device import Buffers, Run
+from medusa_export.engines.tensorrt.emulation.onnx_lift import lifted
 
 if TYPE_CHECKING:
     import torch

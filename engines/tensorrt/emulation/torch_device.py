@@ -17,7 +17,7 @@ import numpy as np
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE, GRAPHS, BuildRequest, Progress
 from medusa_export.engines.tensorrt.device import Buffers, CudaStream, Run
-from medusa_export.engines.torch_operators import Shared, dequantize, operators
+from medusa_export.engines.tensorrt.emulation.torch_operators import Shared, dequantize, operators
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,10 @@ class TorchGraph:
         unknown = {node.kind for node in nodes} - self._operators.keys()
         if unknown:
             raise ConfigError(
-                str(path), f"operators {sorted(unknown)}", "those of engines/torch_operators.py", "take another --quant"
+                str(path),
+                f"operators {sorted(unknown)}",
+                "those of engines/tensorrt/emulation/torch_operators.py",
+                "take another --quant",
             )
         made = {name: node for node in nodes for name in node.outputs}
         nodes = [self._scaled(node, made) if node.kind == "MatMul" else node for node in nodes]

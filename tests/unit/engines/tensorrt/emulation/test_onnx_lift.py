@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_export.engines.onnx_device import OnnxGraph
-from medusa_export.engines.onnx_lift import lifted
+from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxGraph
+from medusa_export.engines.tensorrt.emulation.onnx_lift import lifted
 from medusa_export.exporter.onnx_builder import GraphBuilder
 from medusa_export.exporter.onnx_portable_linear import ONNX_DTYPE, PortableLinear
 from medusa_export.heads.model import MedusaCheckpoint

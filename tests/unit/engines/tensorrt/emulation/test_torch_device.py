@@ -12,10 +12,10 @@ import torch
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
-from medusa_export.engines.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE
+from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
+from medusa_export.engines.tensorrt.emulation.torch_device import TorchDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
-from medusa_export.engines.torch_device import TorchDevice
 from medusa_export.exporter.onnx_builder import GraphBuilder
 from medusa_export.heads.decode import greedy, medusa_decode
 from medusa_export.heads.model import load_reference

@@ -1,0 +1,1 @@
+"""Other runtimes in TensorRT's place, where there is no GPU."""

@@ -28,9 +28,9 @@ from medusa_export.engines.serving.triton_trtllm.configs import (
 )
 from medusa_export.engines.serving.triton_trtllm.deployment import deployment_files
 from medusa_export.engines.serving.triton_trtllm.parameters import parameter_problems
-from medusa_export.engines.trtllm_build import BUILD_FILE
-from medusa_export.engines.trtllm_command import MEDUSA
-from medusa_export.engines.trtllm_scripts import BUILD_SCRIPT, PLAIN_CONFIG, RUN_SCRIPT
+from medusa_export.engines.trtllm.build import BUILD_FILE
+from medusa_export.engines.trtllm.command import MEDUSA
+from medusa_export.engines.trtllm.scripts import BUILD_SCRIPT, PLAIN_CONFIG, RUN_SCRIPT
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE
 from medusa_export.heads.config import read_json
 from medusa_export.heads.engine_info import ENGINE_FILE, TREE_FILE, EngineInfo

@@ -12,7 +12,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.selfcheck import check_engine
-from medusa_export.engines.trtllm_build import TrtllmBuilder, next_steps
+from medusa_export.engines.trtllm.build import TrtllmBuilder, next_steps
 from medusa_export.exporter.export import export
 from medusa_export.exporter.job import ExportArguments
 from medusa_export.exporter.verify import verify_export
@@ -97,6 +97,6 @@ def test_refusals(flags: dict[str, Any], message: str, run: Export, tmp_path: Pa
 
 
 def test_another_release_is_installed(run: Export, standin_trtllm_build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_export.engines.trtllm_build.importlib.metadata.version", lambda name: "1.1.0")
+    monkeypatch.setattr("medusa_export.engines.trtllm.build.importlib.metadata.version", lambda name: "1.1.0")
     with pytest.raises(ConfigError, match=r"got TensorRT-LLM 1\.1\.0; expected 1\.2\.1"):
         run()

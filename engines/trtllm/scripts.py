@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medusa_export.engines import trtllm_session
-from medusa_export.engines.trtllm_command import BASELINE, MEDUSA, TOOL, BuildSize, build_command, plain_config
+from medusa_export.engines.trtllm import session as trtllm_session
+from medusa_export.engines.trtllm.command import BASELINE, MEDUSA, TOOL, BuildSize, build_command, plain_config
 from medusa_export.heads.trtllm_releases import TrtllmRelease
 
 BUILD_SCRIPT, RUN_SCRIPT = "build.sh", "run.py"

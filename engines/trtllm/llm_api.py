@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.trtllm_session import TIMEOUT, NoAnswerError, StepTokens, drafts
+from medusa_export.engines.trtllm.session import TIMEOUT, NoAnswerError, StepTokens, drafts
 from medusa_export.heads.trtllm_releases import release_of_engine
 
 FIRST = (0, 20)  # the oldest release in whose sources a tree was seen to reach an engine that is built already
@@ -35,7 +35,7 @@ def require_llm_api(version: object, where: str) -> None:
 
 
 class LlmApiSession:
-    """See :class:`~medusa_export.engines.trtllm_session.Session`."""
+    """See :class:`~medusa_export.engines.trtllm.session.Session`."""
 
     def __init__(
         self, engine_dir: Path, medusa_choices: list[list[int]] | None, max_tokens: int, *, timeout: float = TIMEOUT
@@ -59,7 +59,7 @@ class LlmApiSession:
     def stream(
         self, input_ids: Sequence[int], max_new_tokens: int, end_ids: Sequence[int] = ()
     ) -> Iterator[StepTokens]:
-        """The tokens of each step. See :meth:`~medusa_export.engines.trtllm_session.Session.stream`."""
+        """The tokens of each step. See :meth:`~medusa_export.engines.trtllm.session.Session.stream`."""
         sampling = self._sampling(max_new_tokens, end_ids, return_perf_metrics=True)
         seen, start = 0, time.perf_counter()
         for part in self._parts(input_ids, sampling, streaming=True):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.trtllm_build import (
+from medusa_export.engines.trtllm.build import (
     BUILD_FILE,
     TrtllmBuilder,
     build_engines,
@@ -21,9 +21,9 @@ from medusa_export.engines.trtllm_build import (
     next_steps,
     run_build,
 )
-from medusa_export.engines.trtllm_command import BuildSize, build_command, plain_config
-from medusa_export.engines.trtllm_failures import FAILURES, BuildError, explain
-from medusa_export.engines.trtllm_scripts import docker_command, write_scripts
+from medusa_export.engines.trtllm.command import BuildSize, build_command, plain_config
+from medusa_export.engines.trtllm.failures import FAILURES, BuildError, explain
+from medusa_export.engines.trtllm.scripts import docker_command, write_scripts
 from medusa_export.heads.trtllm_releases import find_release
 
 RELEASE = find_release("1.2.1")
@@ -157,7 +157,7 @@ def test_not_what_was_asked_for(
 def test_no_medusa_mode_is_found(
     checkpoint: Path, engine_dir: Path, standin_trtllm_build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa_export.engines.trtllm_build.MEDUSA_MODE", 32)
+    monkeypatch.setattr("medusa_export.engines.trtllm.build.MEDUSA_MODE", 32)
     with pytest.raises(BuildError, match="speculative_decoding_mode 4; expected 32"):
         build(checkpoint, engine_dir)
 
@@ -239,7 +239,7 @@ def test_the_log_is_kept(
 
 def test_an_interrupt_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of its workers either, one of which does not listen."""
-    monkeypatch.setattr("medusa_export.engines.trtllm_build.TERM_SECONDS", 0.3)
+    monkeypatch.setattr("medusa_export.engines.trtllm.build.TERM_SECONDS", 0.3)
     pids = tmp_path / "pids"
     worker = f"trap '' TERM; echo $$ >> {pids}; while :; do sleep 0.05; done"
     script = f'sh -c "{worker.replace("$", chr(92) + "$")}" & echo $$ >> {pids}; echo "Weights loaded"; wait'

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.engines.decoding.generate import Generation
-from medusa_export.engines.trtllm_command import BASELINE, MEDUSA
-from medusa_export.engines.trtllm_llm_api import LlmApiSession, require_llm_api
-from medusa_export.engines.trtllm_session import TIMEOUT, NoAnswerError, Session
+from medusa_export.engines.trtllm.command import BASELINE, MEDUSA
+from medusa_export.engines.trtllm.llm_api import LlmApiSession, require_llm_api
+from medusa_export.engines.trtllm.session import TIMEOUT, NoAnswerError, Session
 from medusa_export.heads.config import read_json
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree

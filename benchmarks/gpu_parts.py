@@ -12,8 +12,6 @@ from gpu_setup import Setup, SkippedError, fitting_prompts, torch_device, write_
 
 from medusa_export.engines.bench.report import build_report
 from medusa_export.engines.bench.runner import run_prompts
-from medusa_export.engines.calibrate import calibrate
-from medusa_export.engines.cost import SIZES, OneSequence, measure_cost
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE, TensorRtBuilder
 from medusa_export.engines.tensorrt.device import CudaDevice
@@ -21,7 +19,9 @@ from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt, TorchDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.tensorrt.library import RTX, import_tensorrt, local_gpu
-from medusa_export.engines.tree_search import search
+from medusa_export.engines.tuning.acceptance import calibrate
+from medusa_export.engines.tuning.cost import SIZES, OneSequence, measure_cost
+from medusa_export.engines.tuning.search import search
 from medusa_export.heads.acceptance import Acceptance, calibration
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.step_costs import cost_curve

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.cost import wide_tree
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.tuning.cost import wide_tree
 
 SIZES = (1, 2, 4, 8)
 RUNS = 15

@@ -21,7 +21,7 @@ from medusa_export.engines.bench.runner import open_engine
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.measure.side_by_side import Measured, compare
-from medusa_export.engines.tree_search import search
+from medusa_export.engines.tuning.search import search
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.search import Candidate

@@ -75,7 +75,7 @@ def cost_command(
 
     Example: [bold]medusa-tree cost --engine out/engine[/]
     """
-    from medusa_export.engines.cost import PAST_LENGTH, measure_cost, write_costs
+    from medusa_export.engines.tuning.cost import PAST_LENGTH, measure_cost, write_costs
 
     _require_parent(output)
     info, measured = _steps(engine, batch, threads)
@@ -98,8 +98,8 @@ def cost_command(
 def _steps(engine: Path, batches: list[int] | None, threads: int) -> Any:
     """EngineInfo, and what to measure: the engine's own steps, or those of every batch size."""
     from medusa_export.engines.bench.runner import open_engine
-    from medusa_export.engines.cost import OneSequence, SeveralSequences
     from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
+    from medusa_export.engines.tuning.cost import OneSequence, SeveralSequences
 
     if not batches:
         opened = open_engine(engine, threads=threads)
@@ -140,9 +140,9 @@ def search_command(
 
     Example: [bold]medusa-tree search --engine out/engine --prompts chats.jsonl --confirm 3 --picture tree.svg[/]
     """
-    from medusa_export.engines.tree_picture import draw
-    from medusa_export.engines.tree_search import confirm as run_trees
-    from medusa_export.engines.tree_search import search, sentence, tree_json
+    from medusa_export.engines.tuning.picture import draw
+    from medusa_export.engines.tuning.search import confirm as run_trees
+    from medusa_export.engines.tuning.search import search, sentence, tree_json
     from medusa_export.heads.acceptance import Acceptance
     from medusa_export.heads.step_costs import cost_curve, load_costs, select
 
@@ -179,7 +179,7 @@ def search_command(
 
 def _count(opened: Any, encoded: Any, max_new_tokens: int, progress: Any) -> Any:
     """Acceptance of the engine's heads on the prompts."""
-    from medusa_export.engines.calibrate import calibrate
+    from medusa_export.engines.tuning.acceptance import calibrate
     from medusa_export.heads.acceptance import Acceptance
 
     done = iter(range(1, len(encoded) + 1))
@@ -191,7 +191,7 @@ def _count(opened: Any, encoded: Any, max_new_tokens: int, progress: Any) -> Any
 
 
 def _measure_cost(opened: Any, max_nodes: int, past_length: int | None, progress: Any) -> dict[str, Any]:
-    from medusa_export.engines.cost import PAST_LENGTH, OneSequence, measure_cost
+    from medusa_export.engines.tuning.cost import PAST_LENGTH, OneSequence, measure_cost
 
     return measure_cost(
         OneSequence(opened), max_nodes=max_nodes, past_length=past_length or PAST_LENGTH,
@@ -242,7 +242,7 @@ def _open(engine: Path, prompts: Path | None, limit: int | None, max_new_tokens:
 def _calibrate(
     opened: Any, encoded: Any, max_new_tokens: int, progress: Any, output: Path, source: dict[str, Any]
 ) -> Any:
-    from medusa_export.engines.calibrate import calibrate
+    from medusa_export.engines.tuning.acceptance import calibrate
     from medusa_export.heads.acceptance import write_calibration
 
     done = iter(range(1, len(encoded) + 1))
@@ -255,7 +255,7 @@ def _calibrate(
 
 def _crossover(counted: Any, curves: list[dict[str, Any]], max_draft_len: int) -> list[dict[str, Any]]:
     """The best tree's size and its speed-up by batch and past length."""
-    from medusa_export.engines.tree_search import search
+    from medusa_export.engines.tuning.search import search
     from medusa_export.heads.step_costs import cost_curve
 
     rows = []

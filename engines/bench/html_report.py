@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from medusa_export.engines.bench.report import QUANTILES, paired_line, sweep_rows
-from medusa_export.engines.tree_picture import positions
+from medusa_export.engines.tuning.picture import positions
 from medusa_export.heads.tree import Tree
 
 TEMPLATE = "report.html.jinja"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.text.tokenizer import load_prompts
-from medusa_export.engines.auto_tree import choose_tree
+from medusa_export.engines.tuning.auto import choose_tree
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "trees.py"
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines import cost
-from medusa_export.engines.cost import OneSequence, SeveralSequences, measure_cost, wide_tree, write_costs
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine, OnnxRuntimeStep
+from medusa_export.engines.tuning import cost
+from medusa_export.engines.tuning.cost import OneSequence, SeveralSequences, measure_cost, wide_tree, write_costs
 from medusa_export.heads.step_costs import cost_curve, load_costs
 
 

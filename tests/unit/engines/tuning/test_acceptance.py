@@ -11,9 +11,9 @@ import pytest
 from tests.unit.engines.test_base import EOS, PROMPT, ScriptedEngine, with_eos
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.calibrate import calibrate, trace
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.tuning.acceptance import calibrate, trace
 from medusa_export.heads.acceptance import ABSENT, Acceptance
 from medusa_export.heads.tree import Tree
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import Prompt, read_tokenizer
-from medusa_export.engines.calibrate import calibrate
-from medusa_export.engines.cost import PAST_LENGTH, SIZES, OneSequence, measure_cost, write_costs
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.tree_search import search, sentence, tree_json
+from medusa_export.engines.tuning.acceptance import calibrate
+from medusa_export.engines.tuning.cost import PAST_LENGTH, SIZES, OneSequence, measure_cost, write_costs
+from medusa_export.engines.tuning.search import search, sentence, tree_json
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration
 from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.step_costs import COST_FILE, cost_curve

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_export.engines.calibrate import calibrate
 from medusa_export.engines.measure import side_by_side as confirm_module
 from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.tree_picture import draw, positions
-from medusa_export.engines.tree_search import confirm, search, sentence, tree_json
+from medusa_export.engines.tuning.acceptance import calibrate
+from medusa_export.engines.tuning.picture import draw, positions
+from medusa_export.engines.tuning.search import confirm, search, sentence, tree_json
 from medusa_export.heads.acceptance import Acceptance, Answer
 from medusa_export.heads.search import CostCurve
 from medusa_export.heads.tree import Tree, load_tree
@@ -90,7 +90,7 @@ def test_what_runs_fastest_is_taken(counted: Acceptance, monkeypatch: pytest.Mon
                 for tree, speed in zip(trees, speeds, strict=True)
             ]
 
-        monkeypatch.setattr("medusa_export.engines.tree_search.compare", fake)
+        monkeypatch.setattr("medusa_export.engines.tuning.search.compare", fake)
         return confirm(predicted, counted, None, [[1]], max_new_tokens=4)  # type: ignore[arg-type]
 
     order = sorted(predicted.sizes[1:], key=lambda item: -item.speedup)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import missing_package
-from medusa_export.engines.tree_search import Search
+from medusa_export.engines.tuning.search import Search
 from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.tree import Choice, Tree
 

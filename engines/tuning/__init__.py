@@ -1,0 +1,1 @@
+"""Acceptance and costs measured on an engine, and the tree that follows from them."""

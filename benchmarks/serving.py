@@ -39,8 +39,8 @@ from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, 
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.parity import explain, first_divergence, verdict
 from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.verify.parity import explain, first_divergence, verdict
 from medusa_export.heads.tree import Tree, load_tree
 
 NONE, ENGINE = "none", "engine"  # besides files, what --tree may be

@@ -120,10 +120,10 @@ def export_command(
         sizing = _print_plan(arguments)
         check_free_space(output, sizing.disk_reserve)
         return
-    from medusa_export.engines.selfcheck import check_engine
     from medusa_export.engines.tensorrt.build import TensorRtBuilder
     from medusa_export.engines.trtllm.build import TrtllmBuilder, next_steps
     from medusa_export.engines.tuning.auto import choose_tree
+    from medusa_export.engines.verify.selfcheck import check_engine
     from medusa_export.exporter.export import export
 
     builder = TrtllmBuilder() if arguments.engine == "tensorrt-llm" else TensorRtBuilder()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.bench.runner import PromptResult
-from medusa_export.engines.parity import Scorer, first_divergence
+from medusa_export.engines.verify.parity import Scorer, first_divergence
 from medusa_export.heads.engine_info import EngineInfo
 
 CHUNK = 64  # tokens a run when a text is scored

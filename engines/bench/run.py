@@ -18,9 +18,9 @@ from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, requir
 from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.reference import compare_with_checkpoint
-from medusa_export.engines.selfcheck import bound_of
 from medusa_export.engines.trtllm.session import TIMEOUT
+from medusa_export.engines.verify.reference import compare_with_checkpoint
+from medusa_export.engines.verify.selfcheck import bound_of
 from medusa_export.heads.accept import Typical
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.config import read_json

@@ -12,10 +12,10 @@ from typing import Any
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.trtllm.engine import TrtllmEngine
 from medusa_export.engines.trtllm.session import TIMEOUT
+from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
 from medusa_export.heads.accept import Typical
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.sampler import Sampler

@@ -29,7 +29,7 @@ PAGE = 4096
 SERVER = """
 import json, os, resource, signal, sys, threading
 import onnx, torch, transformers.models.auto.tokenization_auto, transformers.models.llama.modeling_llama
-from medusa_export.engines import selfcheck
+from medusa_export.engines.verify import selfcheck
 from medusa_export.exporter import cli, export, ranks
 from medusa_export.core.artifacts import journal
 from medusa_export.core.artifacts import staging

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from medusa_export.engines.bench.runner import RunResult, run_prompts
 from medusa_export.engines.onnxruntime import engine as engine_module
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine, OnnxRuntimeStep
-from medusa_export.engines.selfcheck import CHECK_TREE, check_engine
+from medusa_export.engines.verify.selfcheck import CHECK_TREE, check_engine
 from medusa_export.exporter import onnx_graph
 from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.exporter.verify import verify_trtllm

@@ -19,8 +19,8 @@ from medusa_export.core.artifacts.manifest import read_manifest
 from medusa_export.core.artifacts.staging import KEPT_BEFORE
 from medusa_export.core.errors import ConfigError, MedusaExportError, OutputError
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.selfcheck import check_engine
 from medusa_export.engines.tuning.auto import choose_tree
+from medusa_export.engines.verify.selfcheck import check_engine
 from medusa_export.exporter import engine_kinds, job, parts, ranks
 from medusa_export.exporter import export as export_module
 from medusa_export.exporter.export import ExportArguments, export

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from medusa_export.engines.selfcheck import check_engine
 from medusa_export.engines.tensorrt.build import TensorRtBuilder
+from medusa_export.engines.verify.selfcheck import check_engine
 from medusa_export.exporter.tensorrt_dir import write_portable, write_tensorrt_engine
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.selfcheck import check_engine
 from medusa_export.engines.trtllm.build import TrtllmBuilder, next_steps
+from medusa_export.engines.verify.selfcheck import check_engine
 from medusa_export.exporter.export import export
 from medusa_export.exporter.job import ExportArguments
 from medusa_export.exporter.verify import verify_export

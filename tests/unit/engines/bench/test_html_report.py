@@ -12,7 +12,7 @@ import pytest
 from tests.unit.engines.test_report import SAME, prompt, report
 
 from medusa_export.engines.bench.html_report import render, verdict
-from medusa_export.engines.parity import Divergence
+from medusa_export.engines.verify.parity import Divergence
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

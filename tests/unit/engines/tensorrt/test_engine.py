@@ -12,9 +12,9 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.bench.runner import open_engine
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
-from medusa_export.engines.selfcheck import check_engine, tree_error
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
+from medusa_export.engines.verify.selfcheck import check_engine, tree_error
 from medusa_export.heads.decode import greedy, medusa_decode
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import Tree, load_tree
@@ -158,7 +158,7 @@ def test_without_a_gpu_there_is_one_line(made: Callable[..., Any]) -> None:
 
 def test_the_check_of_an_export_runs_the_graphs(made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, out = made()
-    monkeypatch.setattr("medusa_export.engines.selfcheck.check_sidecars", lambda engine_dir: [])
+    monkeypatch.setattr("medusa_export.engines.verify.selfcheck.check_sidecars", lambda engine_dir: [])
     texts = [PROMPT, [3, 50, 9, 22, 4, 4]]
     assert check_engine(out / "engine", out / "model", texts) == []
     data = out / "onnx" / "decoder.onnx.data"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from medusa_export.core.errors import missing_package
-from medusa_export.engines.parity import Scorer
+from medusa_export.engines.verify.parity import Scorer
 
 
 def compare_with_checkpoint(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from medusa_export.engines.decoding.generate import Generation
-from medusa_export.engines.parity import Divergence, explain, first_divergence, logit_noise, verdict
+from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
 
 VOCAB = 6
 PROMPT = [4, 5, 4]

@@ -1,0 +1,1 @@
+"""Parity with the checkpoint, and self-checks of an engine."""

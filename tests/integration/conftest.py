@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from medusa_export.exporter import cli
+from medusa_export.exporter.cli import export as cli
 
 Listing = dict[str, tuple[int, int] | None]
 

@@ -141,7 +141,7 @@ def test_the_files_of_each_backend_do_import_it() -> None:
             "from importlib import import_module as m\nimport_module('tensorrt_llm')",
             "belongs in engines.trtllm_session",
         ),
-        ("engines.bench", "from medusa_export.exporter.cli import run_main", "imports the commands"),
+        ("engines.bench", "from medusa_export.exporter.cli.export import run_main", "imports the commands"),
         ("exporter.export", "from medusa_export.exporter import cli", "imports the commands"),
         ("heads.tree", "from . import errors", "relative import"),
         ("heads.tree", "from heads import errors", "without medusa_export"),
@@ -190,7 +190,10 @@ def test_engines_need_no_torch() -> None:
     engines = [name for name in IMPORTABLE if name.startswith("medusa_export.engines")]
     assert len(engines) > 5
     heads = [f"medusa_export.heads.{name}" for name in WITHOUT_TORCH]
-    assert run(BLOCKED, *engines, *heads, "medusa_export.exporter.cli", "medusa_export.quantize.formats") == "imported"
+    assert (
+        run(BLOCKED, *engines, *heads, "medusa_export.exporter.cli.export", "medusa_export.quantize.formats")
+        == "imported"
+    )
 
 
 # What is in a container of TensorRT-LLM, of all that this project uses; see ``make container-check`` for the real packages.
@@ -214,7 +217,7 @@ def test_engines_in_a_container_of_tensorrt_llm() -> None:
     engines = [name for name in IMPORTABLE if name.startswith("medusa_export.engines")]
     assert run(ONLY, *engines) == "imported"
     with pytest.raises(AssertionError, match="not in the container"):
-        run(ONLY, "medusa_export.exporter.cli")
+        run(ONLY, "medusa_export.exporter.cli.export")
 
 
 def test_the_blocker_blocks() -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.console import Verbose, command_app, main, stderr, stdout
+from medusa_export.exporter.cli.console import Verbose, command_app, main, stderr, stdout
 from medusa_export.heads.chat_data import Conversation, read_conversations
 from medusa_export.heads.chat_model import ModelFactory, Sampling
 from medusa_export.heads.distill import Executor, Summary, distill

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.exporter import cli_data
+from medusa_export.exporter.cli import data as cli_data
 from medusa_export.heads.decode import greedy
 from medusa_export.heads.model import load_reference
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter import serving_flags as flags
-from medusa_export.exporter.console import Verbose, command_app, main, stdout
+from medusa_export.exporter.cli import serving_flags as flags
+from medusa_export.exporter.cli.console import Verbose, command_app, main, stdout
 from medusa_export.heads.engine_info import ENGINE_FILE
 
 triton_app = command_app()

@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.console import Verbose, command_app, main, progress_bars, stderr, stdout
-from medusa_export.exporter.flags_file import read_flags
+from medusa_export.exporter.cli.console import Verbose, command_app, main, progress_bars, stderr, stdout
+from medusa_export.exporter.cli.flags_file import read_flags
 
 if TYPE_CHECKING:
     from medusa_export.heads.training_data import Example

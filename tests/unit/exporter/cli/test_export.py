@@ -21,7 +21,7 @@ import torch
 
 from medusa_export.core.errors import OutputError
 from medusa_export.engines.bench.run import RunArguments
-from medusa_export.exporter import cli
+from medusa_export.exporter.cli import export as cli
 from medusa_export.exporter.export import ExportArguments
 from medusa_export.heads.tree import PRESETS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter import serving_flags as flags
-from medusa_export.exporter.console import Verbose, command_app, main, stderr, stdout
+from medusa_export.exporter.cli import serving_flags as flags
+from medusa_export.exporter.cli.console import Verbose, command_app, main, stderr, stdout
 
 serve_app = command_app()
 

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.exporter.console import Verbose, command_app, main, progress_bars, stdout
+from medusa_export.exporter.cli.console import Verbose, command_app, main, progress_bars, stdout
 
 tree_app = command_app()
 

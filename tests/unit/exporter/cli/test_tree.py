@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.exporter import cli_tree
+from medusa_export.exporter.cli import tree as cli_tree
 from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.tree import load_tree
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.exporter.cli_serve import serve_command, serve_main
-from medusa_export.exporter.cli_triton import triton_command
+from medusa_export.exporter.cli.serve import serve_command, serve_main
+from medusa_export.exporter.cli.triton import triton_command
 
 
 @pytest.fixture

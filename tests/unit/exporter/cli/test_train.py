@@ -16,7 +16,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from medusa_export.exporter import cli_train
+from medusa_export.exporter.cli import train as cli_train
 from medusa_export.heads.model import MedusaCheckpoint
 
 BIN = Path(sys.executable).parent

@@ -11,10 +11,10 @@ import torch
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.draft_vocab import most_frequent_tokens
-from medusa_export.exporter.engine_dir import onnx_form, write_engine, write_onnx
+from medusa_export.exporter.engine_dirs.onnxruntime import onnx_form, write_engine, write_onnx
+from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder, write_portable, write_tensorrt_engine
+from medusa_export.exporter.engine_dirs.trtllm import require_sizes, write_trtllm_engine
 from medusa_export.exporter.onnx_graph import require_context, require_supported
-from medusa_export.exporter.tensorrt_dir import EngineBuilder, write_portable, write_tensorrt_engine
-from medusa_export.exporter.trtllm_engine import require_sizes, write_trtllm_engine
 from medusa_export.quantize.scales import Scales
 
 if TYPE_CHECKING:

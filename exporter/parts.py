@@ -9,12 +9,12 @@ from pathlib import Path
 from medusa_export.core.artifacts.resumable import Work
 from medusa_export.core.text.tokenizer import Prompt
 from medusa_export.exporter.comparison import Comparison
+from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
 from medusa_export.exporter.hf import plan_hf, write_hf_configs, write_shard
 from medusa_export.exporter.job import HEAD_FORMS, Job
 from medusa_export.exporter.plan import TensorPlan
 from medusa_export.exporter.ranks import rank_names, write_ranks
 from medusa_export.exporter.shards import shards
-from medusa_export.exporter.tensorrt_dir import EngineBuilder
 from medusa_export.exporter.trtllm import require_scales, write_config
 from medusa_export.exporter.trtllm_config import trtllm_config
 from medusa_export.quantize.cache import cached_scales

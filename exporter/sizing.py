@@ -18,7 +18,7 @@ import torch
 from medusa_export.core.artifacts.manifest import MANIFEST, _refuse_occupied, is_up_to_date, read_manifest, require_idle
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.regular_files import TOKENIZER_FILES
-from medusa_export.exporter.engine_dir import onnx_form
+from medusa_export.exporter.engine_dirs.onnxruntime import onnx_form
 from medusa_export.exporter.export import SMALL_MODEL
 from medusa_export.exporter.gpus import (
     GPUS,

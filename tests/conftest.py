@@ -289,7 +289,7 @@ def tiny_engine(
         heads: dict[str, Any] | None = None,
         **config: Any,
     ) -> TinyEngine:
-        from medusa_export.exporter.engine_dir import write_engine
+        from medusa_export.exporter.engine_dirs.onnxruntime import write_engine
         from medusa_export.heads.model import MedusaCheckpoint
         from medusa_export.heads.tree import load_tree
         from medusa_export.quantize.formats import get_format

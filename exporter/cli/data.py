@@ -110,7 +110,7 @@ def _engine(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if given["server"] or (Path(model) / ENGINE_FILE).is_file():
         yield given
         return
-    from medusa_export.exporter.engine_dir import write_base_engine
+    from medusa_export.exporter.engine_dirs.onnxruntime import write_base_engine
 
     with tempfile.TemporaryDirectory(prefix="medusa-data-") as folder:
         write_base_engine(Path(folder) / "engine", Path(model), max_length=given["max_length"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt
-from medusa_export.exporter.tensorrt_dir import write_portable, write_tensorrt_engine
+from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import load_tree
 from medusa_export.quantize.formats import get_format

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter import sizing
-from medusa_export.exporter.engine_dir import write_engine, write_onnx
+from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
 from medusa_export.exporter.gpus import (
     GPUS,
     MAX_BATCH,

@@ -10,7 +10,7 @@ import torch
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.exporter.engine_files import save_engine_files
+from medusa_export.exporter.engine_dirs.common import save_engine_files
 from medusa_export.exporter.onnx_batch import write_batch_decoder
 from medusa_export.exporter.onnx_graph import require_supported, write_decoder
 from medusa_export.exporter.onnx_heads import write_heads

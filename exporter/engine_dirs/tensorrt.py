@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from medusa_export.exporter.engine_dir import MIN_TOP_K, Excluded
-from medusa_export.exporter.engine_files import save_engine_files
+from medusa_export.exporter.engine_dirs.common import save_engine_files
+from medusa_export.exporter.engine_dirs.onnxruntime import MIN_TOP_K, Excluded
 from medusa_export.exporter.onnx_portable import write_portable_decoder
 from medusa_export.exporter.onnx_portable_heads import write_portable_heads
 from medusa_export.exporter.onnx_portable_linear import PortableLinear

@@ -1,0 +1,1 @@
+"""Engine directories, one file for each kind of engine."""

@@ -42,10 +42,10 @@ from safetensors.torch import save_file
 
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.machine import hardware, versions
-from medusa_export.exporter.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
 from medusa_export.exporter.export import export
-from medusa_export.exporter.job import ExportArguments
+from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
+from medusa_export.exporter.job.job import ExportArguments
 from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.families import EMBED_TOKENS

@@ -15,8 +15,8 @@ from medusa_export.core.text.tokenizer import Prompt, encode_chat, load_prompts,
 from medusa_export.engines.measure.prompts import EncodedPrompt
 from medusa_export.engines.tensorrt.emulation.torch_device import FP8_SM, TorchDevice
 from medusa_export.engines.tensorrt.library import local_gpu
-from medusa_export.exporter.draft_vocab import DEFAULT_SIZE, most_frequent_tokens
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
+from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE, most_frequent_tokens
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import PRESETS, Tree

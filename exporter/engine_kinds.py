@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.draft_vocab import most_frequent_tokens
 from medusa_export.exporter.engine_dirs.onnxruntime import onnx_form, write_engine, write_onnx
 from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder, write_portable, write_tensorrt_engine
 from medusa_export.exporter.engine_dirs.trtllm import require_sizes, write_trtllm_engine
+from medusa_export.exporter.job.draft_vocab import most_frequent_tokens
 from medusa_export.exporter.onnx_graph import require_context, require_supported
 from medusa_export.quantize.scales import Scales
 
 if TYPE_CHECKING:
-    from medusa_export.exporter.job import Job
+    from medusa_export.exporter.job.job import Job
 
 GPU_TREE, CPU_TREE = "medusa-63", "cpu-3"
 Progress = Callable[[str, int, int], None]

@@ -11,7 +11,7 @@ from medusa_export.core.text.tokenizer import Prompt
 from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
 from medusa_export.exporter.hf import plan_hf, write_hf_configs, write_shard
-from medusa_export.exporter.job import HEAD_FORMS, Job
+from medusa_export.exporter.job.job import HEAD_FORMS, Job
 from medusa_export.exporter.plan import TensorPlan
 from medusa_export.exporter.ranks import rank_names, write_ranks
 from medusa_export.exporter.shards import shards

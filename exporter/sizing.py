@@ -30,7 +30,7 @@ from medusa_export.exporter.gpus import (
     fit,
     rank_memory,
 )
-from medusa_export.exporter.job import ExportArguments, Job
+from medusa_export.exporter.job.job import ExportArguments, Job
 from medusa_export.exporter.onnx_builder import ALIGNMENT, INLINE_BYTES
 from medusa_export.exporter.onnx_linear import BLOCKS, SMALL_BLOCKS, is_one_product
 from medusa_export.exporter.plan import TensorPlan, plan_ranks

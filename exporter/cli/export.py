@@ -137,7 +137,7 @@ def export_command(
 
 def _export_arguments(given: dict[str, Any]) -> Any:
     """ExportArguments from the values of the flags."""
-    from medusa_export.exporter.job import ExportArguments
+    from medusa_export.exporter.job.job import ExportArguments
 
     ckpt = given["ckpt"]
     if ckpt is None:

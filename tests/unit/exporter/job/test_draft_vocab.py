@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medusa_export.core.text.tokenizer import Prompt, read_tokenizer
-from medusa_export.exporter.draft_vocab import most_frequent_tokens
+from medusa_export.exporter.job.draft_vocab import most_frequent_tokens
 
 SPECIAL = 5  # ids 0 .. 4 of the tiny tokenizer; word w{i} is id i + 5
 EOS = 2

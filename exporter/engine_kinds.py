@@ -14,7 +14,7 @@ from medusa_export.exporter.engine_dirs.onnxruntime import onnx_form, write_engi
 from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder, write_portable, write_tensorrt_engine
 from medusa_export.exporter.engine_dirs.trtllm import require_sizes, write_trtllm_engine
 from medusa_export.exporter.job.draft_vocab import most_frequent_tokens
-from medusa_export.exporter.onnx_graph import require_context, require_supported
+from medusa_export.exporter.onnx.decoder import require_context, require_supported
 from medusa_export.quantize.scales import Scales
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from onnx import TensorProto
 
-from medusa_export.exporter.onnx_builder import GraphBuilder
-from medusa_export.exporter.onnx_graph import rotary_caches
+from medusa_export.exporter.onnx.builder import GraphBuilder
+from medusa_export.exporter.onnx.decoder import rotary_caches
 from medusa_export.exporter.onnx_portable_linear import ONNX_DTYPE, PortableLinear
 from medusa_export.heads import families
 from medusa_export.heads.config import DecoderConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from onnx import TensorProto
 
-from medusa_export.exporter.onnx_builder import ExternalData, GraphBuilder
+from medusa_export.exporter.onnx.builder import ExternalData, GraphBuilder
 from medusa_export.exporter.onnx_portable_linear import ONNX_DTYPE, OPSETS
 from medusa_export.heads import families
 from medusa_export.heads.engine_info import HEADS_DATA, HEADS_FILE

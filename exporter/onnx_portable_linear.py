@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.onnx_builder import GraphBuilder
-from medusa_export.exporter.onnx_linear import SMALL_BLOCKS, _block
+from medusa_export.exporter.onnx.builder import GraphBuilder
+from medusa_export.exporter.onnx.linear import SMALL_BLOCKS, _block
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize import codes
 from medusa_export.quantize.formats import FP4_MAX, FP8_MAX, INT4_MAX, INT8_MAX

@@ -31,8 +31,8 @@ from medusa_export.exporter.gpus import (
     rank_memory,
 )
 from medusa_export.exporter.job.job import ExportArguments, Job
-from medusa_export.exporter.onnx_builder import ALIGNMENT, INLINE_BYTES
-from medusa_export.exporter.onnx_linear import BLOCKS, SMALL_BLOCKS, is_one_product
+from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
+from medusa_export.exporter.onnx.linear import BLOCKS, SMALL_BLOCKS, is_one_product
 from medusa_export.exporter.plan import TensorPlan, plan_ranks
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.sizing_portable import portable_decoder_bytes, portable_heads_bytes

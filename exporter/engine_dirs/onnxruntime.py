@@ -11,10 +11,10 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.exporter.engine_dirs.common import save_engine_files
-from medusa_export.exporter.onnx_batch import write_batch_decoder
-from medusa_export.exporter.onnx_graph import require_supported, write_decoder
-from medusa_export.exporter.onnx_heads import write_heads
-from medusa_export.exporter.onnx_linear import LinearWriter
+from medusa_export.exporter.onnx.batch_decoder import write_batch_decoder
+from medusa_export.exporter.onnx.decoder import require_supported, write_decoder
+from medusa_export.exporter.onnx.heads import write_heads
+from medusa_export.exporter.onnx.linear import LinearWriter
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize.formats import FORMATS, Format

@@ -21,7 +21,7 @@ from medusa_export.engines.bench.runner import RunResult, run_prompts
 from medusa_export.engines.onnxruntime import engine as engine_module
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine, OnnxRuntimeStep
 from medusa_export.engines.verify.selfcheck import CHECK_TREE, check_engine
-from medusa_export.exporter import onnx_graph
+from medusa_export.exporter.onnx import decoder as onnx_graph
 from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.exporter.verify import verify_trtllm
 from medusa_export.heads import families

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_export.exporter.onnx_builder import GraphBuilder
+from medusa_export.exporter.onnx.builder import GraphBuilder
 from medusa_export.exporter.onnx_portable_linear import _FORMS, ONNX_DTYPE, PortableLinear
 
 GROUP = 32

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from medusa_export.core.errors import CheckpointError, ConfigError
-from medusa_export.exporter import onnx_linear
+from medusa_export.exporter.onnx import linear as onnx_linear
 from medusa_export.exporter.rebuild import rebuild_hf
 from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.heads.model import MedusaCheckpoint, load_reference

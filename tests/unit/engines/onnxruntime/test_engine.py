@@ -13,7 +13,7 @@ import torch
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.exporter.onnx_heads import write_heads
+from medusa_export.exporter.onnx.heads import write_heads
 from medusa_export.heads.accept import accept_greedy
 from medusa_export.heads.decode import greedy, medusa_decode
 from medusa_export.heads.engine_info import EngineInfo

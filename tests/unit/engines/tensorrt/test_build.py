@@ -13,7 +13,7 @@ from onnx import TensorProto
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.tensorrt.build import BuildRequest, TensorRtBuilder, build_engine
 from medusa_export.engines.tensorrt.library import DATA_CENTRE, RTX, TensorRt, find_tensorrt, import_tensorrt
-from medusa_export.exporter.onnx_builder import GraphBuilder
+from medusa_export.exporter.onnx.builder import GraphBuilder
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux and Windows on x86-64 only")
 

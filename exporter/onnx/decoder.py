@@ -15,8 +15,8 @@ import torch
 from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.onnx_builder import MICROSOFT, GraphBuilder, silu
-from medusa_export.exporter.onnx_linear import LinearWriter, int8_matrix
+from medusa_export.exporter.onnx.builder import MICROSOFT, GraphBuilder, silu
+from medusa_export.exporter.onnx.linear import LinearWriter, int8_matrix
 from medusa_export.heads import families
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.engine_info import DECODER_FILE

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from medusa_export.exporter.onnx_builder import MICROSOFT, GraphBuilder
+from medusa_export.exporter.onnx.builder import MICROSOFT, GraphBuilder
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.engine_info import BATCH_DECODER_FILE, DECODER_FILE
 

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.onnx_builder import GraphBuilder
+from medusa_export.exporter.onnx.builder import GraphBuilder
 from medusa_export.heads.checkpoint import row_chunks
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize import codes

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from medusa_export.exporter.onnx_builder import ALIGNMENT, ExternalData, GraphBuilder
+from medusa_export.exporter.onnx.builder import ALIGNMENT, ExternalData, GraphBuilder
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32, torch.int64,

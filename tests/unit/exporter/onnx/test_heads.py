@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.onnx_heads import write_heads
+from medusa_export.exporter.onnx.heads import write_heads
 from medusa_export.heads.decode import head_logits
 from medusa_export.heads.engine_info import HEADS_DATA, heads_file
 from medusa_export.heads.model import MedusaCheckpoint

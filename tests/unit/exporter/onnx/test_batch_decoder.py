@@ -11,9 +11,9 @@ import onnx
 import pytest
 import torch
 
-from medusa_export.exporter.onnx_batch import write_batch_decoder
-from medusa_export.exporter.onnx_graph import write_decoder
-from medusa_export.exporter.onnx_linear import LinearWriter
+from medusa_export.exporter.onnx.batch_decoder import write_batch_decoder
+from medusa_export.exporter.onnx.decoder import write_decoder
+from medusa_export.exporter.onnx.linear import LinearWriter
 from medusa_export.heads.engine_info import BATCH_DECODER_FILE, DECODER_FILE
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import Tree

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.onnx_graph import require_supported, write_decoder
-from medusa_export.exporter.onnx_linear import LinearWriter, quantize_int8_blocks
+from medusa_export.exporter.onnx.decoder import require_supported, write_decoder
+from medusa_export.exporter.onnx.linear import LinearWriter, quantize_int8_blocks
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import Tree

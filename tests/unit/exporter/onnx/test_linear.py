@@ -14,9 +14,9 @@ from onnx import TensorProto
 from safetensors.torch import load_file
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.onnx_builder import ExternalData, GraphBuilder
-from medusa_export.exporter.onnx_graph import write_decoder
-from medusa_export.exporter.onnx_linear import LinearWriter, quantize_int8_blocks
+from medusa_export.exporter.onnx.builder import ExternalData, GraphBuilder
+from medusa_export.exporter.onnx.decoder import write_decoder
+from medusa_export.exporter.onnx.linear import LinearWriter, quantize_int8_blocks
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 QKV = [f"{ATTENTION}.{x}_proj" for x in "qkv"]

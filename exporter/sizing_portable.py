@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
 from medusa_export.exporter.onnx.linear import SMALL_BLOCKS
-from medusa_export.exporter.onnx_portable_linear import FP4_BLOCK
+from medusa_export.exporter.onnx.portable.linear import FP4_BLOCK
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.heads import families
 

@@ -10,9 +10,9 @@ import torch
 
 from medusa_export.exporter.engine_dirs.common import save_engine_files
 from medusa_export.exporter.engine_dirs.onnxruntime import MIN_TOP_K, Excluded
-from medusa_export.exporter.onnx_portable import write_portable_decoder
-from medusa_export.exporter.onnx_portable_heads import write_portable_heads
-from medusa_export.exporter.onnx_portable_linear import PortableLinear
+from medusa_export.exporter.onnx.portable.decoder import write_portable_decoder
+from medusa_export.exporter.onnx.portable.heads import write_portable_heads
+from medusa_export.exporter.onnx.portable.linear import PortableLinear
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize.formats import Format

@@ -13,7 +13,7 @@ import torch
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxGraph
 from medusa_export.engines.tensorrt.emulation.onnx_lift import lifted
 from medusa_export.exporter.onnx.builder import GraphBuilder
-from medusa_export.exporter.onnx_portable_linear import ONNX_DTYPE, PortableLinear
+from medusa_export.exporter.onnx.portable.linear import ONNX_DTYPE, PortableLinear
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize.scales import Scales
 

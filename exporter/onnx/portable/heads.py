@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto
 
 from medusa_export.exporter.onnx.builder import ExternalData, GraphBuilder
-from medusa_export.exporter.onnx_portable_linear import ONNX_DTYPE, OPSETS
+from medusa_export.exporter.onnx.portable.linear import ONNX_DTYPE, OPSETS
 from medusa_export.heads import families
 from medusa_export.heads.engine_info import HEADS_DATA, HEADS_FILE
 from medusa_export.heads.model import MedusaCheckpoint

@@ -11,9 +11,9 @@ import onnx
 import pytest
 import torch
 
-from medusa_export.exporter.onnx_portable import write_portable_decoder
-from medusa_export.exporter.onnx_portable_heads import write_portable_heads
-from medusa_export.exporter.onnx_portable_linear import PortableLinear
+from medusa_export.exporter.onnx.portable.decoder import write_portable_decoder
+from medusa_export.exporter.onnx.portable.heads import write_portable_heads
+from medusa_export.exporter.onnx.portable.linear import PortableLinear
 from medusa_export.heads.decode import head_logits, verify_tree
 from medusa_export.heads.model import load_reference
 from medusa_export.heads.tree import Tree

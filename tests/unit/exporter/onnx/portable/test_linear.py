@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medusa_export.exporter.onnx.builder import GraphBuilder
-from medusa_export.exporter.onnx_portable_linear import _FORMS, ONNX_DTYPE, PortableLinear
+from medusa_export.exporter.onnx.portable.linear import _FORMS, ONNX_DTYPE, PortableLinear
 
 GROUP = 32
 QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]

@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from medusa_export.exporter.onnx.builder import GraphBuilder
 from medusa_export.exporter.onnx.decoder import rotary_caches
-from medusa_export.exporter.onnx_portable_linear import ONNX_DTYPE, PortableLinear
+from medusa_export.exporter.onnx.portable.linear import ONNX_DTYPE, PortableLinear
 from medusa_export.heads import families
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.engine_info import DECODER_FILE

@@ -1,0 +1,1 @@
+"""ONNX graphs of standard operators alone, for TensorRT and TensorRT-RTX."""

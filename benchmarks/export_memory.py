@@ -43,9 +43,9 @@ from safetensors.torch import save_file
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
-from medusa_export.exporter.export import export
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.job.job import ExportArguments
+from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.families import EMBED_TOKENS
@@ -58,7 +58,7 @@ MB = 1e6
 TREE, SPREAD, AMAX = "cpu-3", 0.02, 1.0  # AMAX covers every weight that a normal distribution of SPREAD yields
 LAYERS_A_SHARD = 2
 PRELOAD = [
-    "medusa_export.exporter.export",
+    "medusa_export.exporter.pipeline.export",
     "medusa_export.exporter.engine_dirs.onnxruntime",
     "transformers.models.llama",
 ]

@@ -19,7 +19,6 @@ from medusa_export.core.artifacts.manifest import MANIFEST, _refuse_occupied, is
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.regular_files import TOKENIZER_FILES
 from medusa_export.exporter.engine_dirs.onnxruntime import onnx_form
-from medusa_export.exporter.export import SMALL_MODEL
 from medusa_export.exporter.gpus import (
     GPUS,
     MAX_BATCH,
@@ -33,6 +32,7 @@ from medusa_export.exporter.gpus import (
 from medusa_export.exporter.job.job import ExportArguments, Job
 from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
 from medusa_export.exporter.onnx.linear import BLOCKS, SMALL_BLOCKS, is_one_product
+from medusa_export.exporter.pipeline.export import SMALL_MODEL
 from medusa_export.exporter.plan import TensorPlan, plan_ranks
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.sizing_portable import portable_decoder_bytes, portable_heads_bytes

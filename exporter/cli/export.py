@@ -124,7 +124,7 @@ def export_command(
     from medusa_export.engines.trtllm.build import TrtllmBuilder, next_steps
     from medusa_export.engines.tuning.auto import choose_tree
     from medusa_export.engines.verify.selfcheck import check_engine
-    from medusa_export.exporter.export import export
+    from medusa_export.exporter.pipeline.export import export
 
     builder = TrtllmBuilder() if arguments.engine == "tensorrt-llm" else TensorRtBuilder()
     with progress_bars() as progress:

@@ -15,9 +15,9 @@ from medusa_export.core.artifacts.input_files import InputFiles
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.regular_files import TOKENIZER_FILES
 from medusa_export.core.text.tokenizer import Prompt, load_prompts, read_tokenizer
-from medusa_export.exporter.engine_kinds import CPU_TREE, GPU_TREE, EngineKind, engine_kind
 from medusa_export.exporter.hf import require_hf
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
+from medusa_export.exporter.pipeline.engine_writers import CPU_TREE, GPU_TREE, EngineKind, engine_kind
 from medusa_export.exporter.releases import release_warnings
 from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm import export_spec, require_scales

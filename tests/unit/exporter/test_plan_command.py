@@ -211,7 +211,9 @@ class TestFlags:
     def test_those_of_the_export(self, inputs: Inputs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every flag of an export means the same to its plan; two calls that differ in all of them tell."""
         seen: list[Any] = []
-        monkeypatch.setattr("medusa_export.exporter.export.export", lambda arguments, *_: seen.append(arguments))
+        monkeypatch.setattr(
+            "medusa_export.exporter.pipeline.export.export", lambda arguments, *_: seen.append(arguments)
+        )
         monkeypatch.setattr(sizing, "plan_export", lambda arguments, **_: seen.append(arguments))
         monkeypatch.setattr(sizing_report, "print_sizing", lambda *_: None)
         values: dict[str, object] = {

@@ -22,7 +22,7 @@ import torch
 from medusa_export.core.errors import OutputError
 from medusa_export.engines.bench.run import RunArguments
 from medusa_export.exporter.cli import export as cli
-from medusa_export.exporter.export import ExportArguments
+from medusa_export.exporter.pipeline.export import ExportArguments
 from medusa_export.heads.tree import PRESETS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 
@@ -144,7 +144,7 @@ class TestExport:
     def test_every_flag_reaches_the_export(
         self, run: Run, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        seen = spy(monkeypatch, "medusa_export.exporter.export.export", True)
+        seen = spy(monkeypatch, "medusa_export.exporter.pipeline.export.export", True)
         expected = ExportArguments(
             inputs.model, tmp_path / "o", "fp8", inputs.heads, "fp8", True, "bfloat16", 4, "cpu-4", tmp_path / "calib",
             5, "none", 99, 100, tmp_path / "scales", 64, ("*mlp.proj*", "*attention.dense*"), "1.0", 2, "hf",
@@ -473,7 +473,7 @@ def test_an_error_of_the_program_is_not_hidden(run: Run, inputs: Inputs, monkeyp
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("medusa_export.exporter.export.export", broken)
+    monkeypatch.setattr("medusa_export.exporter.pipeline.export.export", broken)
     monkeypatch.setattr(sys, "argv", ["medusa-export", *inputs.flags()])
     with pytest.raises(ZeroDivisionError):
         cli.export_main()
@@ -494,7 +494,7 @@ def test_a_signal_whatever_a_library_makes_of_it(
                 raise
             raise disguise(*"abcd") from error
 
-    monkeypatch.setattr("medusa_export.exporter.export.export", interrupted)
+    monkeypatch.setattr("medusa_export.exporter.pipeline.export.export", interrupted)
     line = one_line(run("export", *inputs.flags()), 128 + number)
     assert line == f"error: stopped by {number.name}; nothing half-written is left"
 
@@ -506,7 +506,7 @@ def test_an_ignored_signal_stays_ignored(run: Run, inputs: Inputs, monkeypatch: 
         os.kill(os.getpid(), signal.SIGINT)
         return True
 
-    monkeypatch.setattr("medusa_export.exporter.export.export", interrupted)
+    monkeypatch.setattr("medusa_export.exporter.pipeline.export.export", interrupted)
     assert run("export", *inputs.flags()).code == 0
 
 

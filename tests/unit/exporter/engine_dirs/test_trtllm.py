@@ -13,8 +13,8 @@ import pytest
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.trtllm.build import TrtllmBuilder, next_steps
 from medusa_export.engines.verify.selfcheck import check_engine
-from medusa_export.exporter.export import export
 from medusa_export.exporter.job.job import ExportArguments
+from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.verify import verify_export
 from medusa_export.heads.engine_info import EngineInfo
 

@@ -22,7 +22,7 @@ from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
 from medusa_export.exporter.error_table import recorded
 from medusa_export.exporter.job.job import ExportArguments, Job
-from medusa_export.exporter.parts import Progress, TreeChoice, part_names, write_parts
+from medusa_export.exporter.pipeline.parts import Progress, TreeChoice, part_names, write_parts
 from medusa_export.exporter.verify import verify_trtllm
 from medusa_export.quantize.calibration import token_batches
 
@@ -67,7 +67,7 @@ def export(
             models too large to load beside it) and some texts. Passed in, because this package does not know the engines.
         progress: called with (stage, done, total).
         notice: gets a line for the user, when an interrupted run is continued.
-        choose_tree: measures the tree of a written engine, see :func:`~medusa_export.exporter.parts.write_parts`; passed in for the
+        choose_tree: measures the tree of a written engine, see :func:`~medusa_export.exporter.pipeline.parts.write_parts`; passed in for the
             same reason.
         builder: builds engines for GPUs; passed in for the same reason.
 

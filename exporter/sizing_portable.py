@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
 from medusa_export.exporter.onnx.linear import SMALL_BLOCKS
 from medusa_export.exporter.onnx.portable.linear import FP4_BLOCK
-from medusa_export.exporter.spec import ExportSpec
+from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.heads import families
 
 HALF = 2  # bytes of what is not quantized, and of scales

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.exporter.plan import Kind, TensorPlan
-from medusa_export.exporter.spec import ExportSpec
+from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.plan.trtllm_layout import Kind, TensorPlan
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize import codes
 from medusa_export.quantize.formats import INT8_MAX

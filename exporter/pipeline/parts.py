@@ -12,11 +12,11 @@ from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
 from medusa_export.exporter.hf import plan_hf, write_hf_configs, write_shard
 from medusa_export.exporter.job.job import HEAD_FORMS, Job
-from medusa_export.exporter.plan import TensorPlan
+from medusa_export.exporter.plan.trtllm_config import trtllm_config
+from medusa_export.exporter.plan.trtllm_layout import TensorPlan
 from medusa_export.exporter.ranks import rank_names, write_ranks
 from medusa_export.exporter.shards import shards
 from medusa_export.exporter.trtllm import require_scales, write_config
-from medusa_export.exporter.trtllm_config import trtllm_config
 from medusa_export.quantize.cache import cached_scales
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import SCALES_FILE, Scales

@@ -129,7 +129,11 @@ def test_the_files_of_each_backend_do_import_it() -> None:
             "from medusa_export.quantize.scales import Scales",
             "imports medusa_export.quantize.scales.Scales",
         ),
-        ("quantize.ptq", "import medusa_export.exporter.plan", "imports medusa_export.exporter.plan"),
+        (
+            "quantize.ptq",
+            "import medusa_export.exporter.plan.trtllm_layout",
+            "imports medusa_export.exporter.plan.trtllm_layout",
+        ),
         (
             "exporter.plan",
             "def f():\n  from medusa_export.engines import base",

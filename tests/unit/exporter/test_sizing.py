@@ -30,9 +30,9 @@ from medusa_export.exporter.gpus import (
     why_unsupported,
 )
 from medusa_export.exporter.load_model import required_tensors
-from medusa_export.exporter.plan import plan_ranks
+from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.plan.trtllm_layout import plan_ranks
 from medusa_export.exporter.sizing import Machine, Request, Sizing, size_export
-from medusa_export.exporter.spec import ExportSpec
 from medusa_export.exporter.trtllm import export_spec
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.model import MedusaCheckpoint
@@ -370,7 +370,7 @@ class TestProperties:
 
 def test_agrees_with_the_specification() -> None:
     """The bytes of what TensorRT-LLM's loader asks for, read from config.json by the verifier."""
-    from medusa_export.exporter.trtllm_config import trtllm_config
+    from medusa_export.exporter.plan.trtllm_config import trtllm_config
 
     spec = make_spec(LLAMA_70B, fmt="fp8", kv_cache="fp8", tp=8)
     need = required_tensors(trtllm_config(spec))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.releases import release_warnings
+from medusa_export.exporter.plan.trtllm_compat import release_warnings
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.trtllm_releases import find_release
 

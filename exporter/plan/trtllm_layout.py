@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from medusa_export.exporter.spec import ExportSpec
+from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.heads import families
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}

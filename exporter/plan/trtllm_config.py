@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from medusa_export.exporter.spec import ExportSpec
+from medusa_export.exporter.plan.spec import ExportSpec
 
 
 def trtllm_config(spec: ExportSpec) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Which tensor goes where: pure plans, made from names and shapes alone."""

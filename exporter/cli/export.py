@@ -148,8 +148,8 @@ def _export_arguments(given: dict[str, Any]) -> Any:
 
 
 def _print_plan(arguments: Any, **options: Any) -> Any:
-    from medusa_export.exporter.sizing import plan_export
-    from medusa_export.exporter.sizing_report import print_sizing
+    from medusa_export.exporter.sizing.estimate import plan_export
+    from medusa_export.exporter.sizing.report import print_sizing
 
     sizing = plan_export(arguments, **options)
     print_sizing(sizing, stdout)

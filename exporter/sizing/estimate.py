@@ -19,7 +19,15 @@ from medusa_export.core.artifacts.manifest import MANIFEST, _refuse_occupied, is
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.regular_files import TOKENIZER_FILES
 from medusa_export.exporter.engine_dirs.onnxruntime import onnx_form
-from medusa_export.exporter.gpus import (
+from medusa_export.exporter.job.job import ExportArguments, Job
+from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
+from medusa_export.exporter.onnx.linear import BLOCKS, SMALL_BLOCKS, is_one_product
+from medusa_export.exporter.pipeline.export import SMALL_MODEL
+from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.plan.trtllm_config import trtllm_config
+from medusa_export.exporter.plan.trtllm_layout import TensorPlan, plan_ranks
+from medusa_export.exporter.safetensors_writer import SafetensorsWriter
+from medusa_export.exporter.sizing.gpus import (
     GPUS,
     MAX_BATCH,
     Fit,
@@ -29,15 +37,7 @@ from medusa_export.exporter.gpus import (
     fit,
     rank_memory,
 )
-from medusa_export.exporter.job.job import ExportArguments, Job
-from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
-from medusa_export.exporter.onnx.linear import BLOCKS, SMALL_BLOCKS, is_one_product
-from medusa_export.exporter.pipeline.export import SMALL_MODEL
-from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.exporter.plan.trtllm_config import trtllm_config
-from medusa_export.exporter.plan.trtllm_layout import TensorPlan, plan_ranks
-from medusa_export.exporter.safetensors_writer import SafetensorsWriter
-from medusa_export.exporter.sizing_portable import portable_decoder_bytes, portable_heads_bytes
+from medusa_export.exporter.sizing.portable import portable_decoder_bytes, portable_heads_bytes
 from medusa_export.heads import families
 from medusa_export.quantize.calibration import DEFAULT_MAX_LENGTH
 from medusa_export.quantize.tensorrt_targets import tensorrt_form

@@ -15,9 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter import sizing
 from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
-from medusa_export.exporter.gpus import (
+from medusa_export.exporter.load_model import required_tensors
+from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.plan.trtllm_layout import plan_ranks
+from medusa_export.exporter.sizing import estimate as sizing
+from medusa_export.exporter.sizing.estimate import Machine, Request, Sizing, size_export
+from medusa_export.exporter.sizing.gpus import (
     GPUS,
     MAX_BATCH,
     activation_bytes,
@@ -29,10 +33,6 @@ from medusa_export.exporter.gpus import (
     rank_memory,
     why_unsupported,
 )
-from medusa_export.exporter.load_model import required_tensors
-from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.exporter.plan.trtllm_layout import plan_ranks
-from medusa_export.exporter.sizing import Machine, Request, Sizing, size_export
 from medusa_export.exporter.trtllm import export_spec
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.model import MedusaCheckpoint

@@ -1,0 +1,1 @@
+"""Disk, memory and GPUs that an export will take, from headers alone."""

@@ -19,7 +19,7 @@ from medusa_export.engines.tensorrt.emulation.torch_device import read_tensor
 from medusa_export.engines.tensorrt.emulation.torch_operators import dequantize
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.verify.selfcheck import tree_error
-from medusa_export.exporter.stored import rounded_inputs
+from medusa_export.exporter.verify.dequantize import rounded_inputs
 from medusa_export.heads.engine_info import DECODER_FILE
 from medusa_export.heads.model import load_reference
 

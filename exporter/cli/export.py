@@ -200,8 +200,8 @@ def verify_command(
     Exit code 1 when something is wrong.
     """
     from medusa_export.core.artifacts.manifest import MANIFEST, read_manifest
-    from medusa_export.exporter.error_table import error_table
-    from medusa_export.exporter.verify import verify_export
+    from medusa_export.exporter.verify.checkpoint import verify_export
+    from medusa_export.exporter.verify.error_table import error_table
 
     problems = verify_export(out)
     if (out / MANIFEST).is_file() and not problems:

@@ -18,12 +18,12 @@ from medusa_export.core.artifacts.manifest import (
 from medusa_export.core.artifacts.resumable import Work
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.text.tokenizer import Prompt
-from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
-from medusa_export.exporter.error_table import recorded
 from medusa_export.exporter.job.job import ExportArguments, Job
 from medusa_export.exporter.pipeline.parts import Progress, TreeChoice, part_names, write_parts
-from medusa_export.exporter.verify import verify_trtllm
+from medusa_export.exporter.verify.checkpoint import verify_trtllm
+from medusa_export.exporter.verify.comparison import Comparison
+from medusa_export.exporter.verify.error_table import recorded
 from medusa_export.quantize.calibration import token_batches
 
 logger = logging.getLogger(__name__)

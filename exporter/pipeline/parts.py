@@ -8,7 +8,6 @@ from pathlib import Path
 
 from medusa_export.core.artifacts.resumable import Work
 from medusa_export.core.text.tokenizer import Prompt
-from medusa_export.exporter.comparison import Comparison
 from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
 from medusa_export.exporter.hf import plan_hf, write_hf_configs, write_shard
 from medusa_export.exporter.job.job import HEAD_FORMS, Job
@@ -17,6 +16,7 @@ from medusa_export.exporter.plan.trtllm_layout import TensorPlan
 from medusa_export.exporter.ranks import rank_names, write_ranks
 from medusa_export.exporter.shards import shards
 from medusa_export.exporter.trtllm import require_scales, write_config
+from medusa_export.exporter.verify.comparison import Comparison
 from medusa_export.quantize.cache import cached_scales
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import SCALES_FILE, Scales

@@ -21,7 +21,7 @@ import torch
 
 from medusa_export.core.artifacts.manifest import output_directory
 from medusa_export.core.artifacts.staging import KEPT, KEPT_BEFORE
-from medusa_export.exporter.verify import verify_export
+from medusa_export.exporter.verify.checkpoint import verify_export
 
 PAGE = 4096
 

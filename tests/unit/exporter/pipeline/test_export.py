@@ -29,7 +29,7 @@ from medusa_export.exporter.pipeline import export as export_module
 from medusa_export.exporter.pipeline import parts
 from medusa_export.exporter.pipeline.export import ExportArguments, export
 from medusa_export.exporter.safetensors_writer import SafetensorsWriter
-from medusa_export.exporter.verify import verify_export
+from medusa_export.exporter.verify.checkpoint import verify_export
 from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.step_costs import load_costs

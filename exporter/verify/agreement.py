@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from medusa_export.exporter.rebuild import InputForm, input_forms, rebuild_hf
-from medusa_export.exporter.stored import rounded_inputs
+from medusa_export.exporter.verify.dequantize import rounded_inputs
+from medusa_export.exporter.verify.rebuild import InputForm, input_forms, rebuild_hf
 from medusa_export.heads.config import read_json
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 

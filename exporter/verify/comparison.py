@@ -12,9 +12,16 @@ from typing import Any
 import torch
 
 from medusa_export.core.threads import StopPoint
-from medusa_export.exporter.rebuild import Place, Rebuilt, layout, open_ranks, require_equal_scales, require_zeros
-from medusa_export.exporter.stored import Rows
 from medusa_export.exporter.torch_threads import run_torch
+from medusa_export.exporter.verify.dequantize import Rows
+from medusa_export.exporter.verify.rebuild import (
+    Place,
+    Rebuilt,
+    layout,
+    open_ranks,
+    require_equal_scales,
+    require_zeros,
+)
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import read_json
 from medusa_export.heads.model import MedusaCheckpoint

@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from medusa_export.exporter.comparison import WeightError, compare_ranks
-from medusa_export.exporter.error_table import error_table, recorded
+from medusa_export.exporter.verify.comparison import WeightError, compare_ranks
+from medusa_export.exporter.verify.error_table import error_table, recorded
 
 
 def test_errors_of_every_quantized_tensor(make_case: Callable[..., Any], tmp_path: Path) -> None:

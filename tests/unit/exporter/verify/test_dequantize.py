@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medusa_export.exporter.stored import StoredLinear, rounded_inputs
+from medusa_export.exporter.verify.dequantize import StoredLinear, rounded_inputs
 from medusa_export.heads.checkpoint import TensorSource
 
 

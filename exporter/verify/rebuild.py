@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.exporter.stored import Rows, StoredLinear, StoredVector
+from medusa_export.exporter.verify.dequantize import Rows, StoredLinear, StoredVector
 from medusa_export.heads.checkpoint import TensorSource
 from medusa_export.heads.config import read_json
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from medusa_export.exporter.comparison import WeightError
+from medusa_export.exporter.verify.comparison import WeightError
 
 Recorded = dict[str, dict[str, float]]
 COLUMNS = {

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_export.core.artifacts.manifest import output_directory
-from medusa_export.exporter.verify import verify_export, verify_trtllm
+from medusa_export.exporter.verify.checkpoint import verify_export, verify_trtllm
 
 Tensors = dict[str, torch.Tensor]
 L0 = "transformer.layers.0."

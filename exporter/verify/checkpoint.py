@@ -13,9 +13,9 @@ import torch
 
 from medusa_export.core.artifacts.manifest import MANIFEST, verify_manifest
 from medusa_export.core.errors import CheckpointError, ConfigError
-from medusa_export.exporter.load_check import open_ranks, rank_problems
-from medusa_export.exporter.load_config import config_problems
 from medusa_export.exporter.verify.comparison import Comparison, weight_problems
+from medusa_export.exporter.verify.trtllm_loader.check import open_ranks, rank_problems
+from medusa_export.exporter.verify.trtllm_loader.config import config_problems
 from medusa_export.heads.checkpoint import TensorSource, row_chunks
 from medusa_export.heads.config import read_json
 from medusa_export.heads.model import MedusaCheckpoint

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medusa_export.exporter.load_check import load_problems
+from medusa_export.exporter.verify.trtllm_loader.check import load_problems
 from medusa_export.heads.model import load_reference
 from medusa_export.quantize import ptq
 from medusa_export.quantize.formats import KV_CACHE, get_format

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
-from medusa_export.exporter.load_model import required_tensors
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_layout import plan_ranks
 from medusa_export.exporter.sizing import estimate as sizing
@@ -34,6 +33,7 @@ from medusa_export.exporter.sizing.gpus import (
     why_unsupported,
 )
 from medusa_export.exporter.trtllm import export_spec
+from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree, load_tree

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import CheckpointError, ConfigError
-from medusa_export.exporter.load_config import config_problems
-from medusa_export.exporter.load_model import (
+from medusa_export.exporter.verify.trtllm_loader.config import config_problems
+from medusa_export.exporter.verify.trtllm_loader.modules import (
     BUILDER_QUANTIZES,
     WEIGHT_ONLY,
     Needs,

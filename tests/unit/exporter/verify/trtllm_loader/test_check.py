@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medusa_export.exporter.load_check import load_problems
-from medusa_export.exporter.load_config import config_problems
-from medusa_export.exporter.load_model import required_tensors
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
 from medusa_export.exporter.plan.trtllm_layout import plan_ranks
+from medusa_export.exporter.verify.trtllm_loader.check import load_problems
+from medusa_export.exporter.verify.trtllm_loader.config import config_problems
+from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 

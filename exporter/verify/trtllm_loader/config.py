@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from medusa_export.exporter.load_model import (
+from medusa_export.exporter.verify.trtllm_loader.modules import (
     ALGOS,
     BUILDER_QUANTIZES,
     KV_ALGOS,

@@ -46,7 +46,7 @@ from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_o
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.job.job import ExportArguments
 from medusa_export.exporter.pipeline.export import export
-from medusa_export.exporter.trtllm import write_trtllm
+from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.families import EMBED_TOKENS
 from medusa_export.heads.model import MedusaCheckpoint, load_reference

@@ -15,12 +15,12 @@ from medusa_export.core.artifacts.input_files import InputFiles
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.regular_files import TOKENIZER_FILES
 from medusa_export.core.text.tokenizer import Prompt, load_prompts, read_tokenizer
-from medusa_export.exporter.hf import require_hf
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.pipeline.engine_writers import CPU_TREE, GPU_TREE, EngineKind, engine_kind
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_compat import release_warnings
-from medusa_export.exporter.trtllm import export_spec, require_scales
+from medusa_export.exporter.write.huggingface import require_hf
+from medusa_export.exporter.write.trtllm import export_spec, require_scales
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.engine_info import TREE_FILE
 from medusa_export.heads.model import MedusaCheckpoint

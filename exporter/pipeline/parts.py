@@ -9,14 +9,14 @@ from pathlib import Path
 from medusa_export.core.artifacts.resumable import Work
 from medusa_export.core.text.tokenizer import Prompt
 from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
-from medusa_export.exporter.hf import plan_hf, write_hf_configs, write_shard
 from medusa_export.exporter.job.job import HEAD_FORMS, Job
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
 from medusa_export.exporter.plan.trtllm_layout import TensorPlan
-from medusa_export.exporter.ranks import rank_names, write_ranks
-from medusa_export.exporter.shards import shards
-from medusa_export.exporter.trtllm import require_scales, write_config
 from medusa_export.exporter.verify.comparison import Comparison
+from medusa_export.exporter.write.huggingface import plan_hf, write_hf_configs, write_shard
+from medusa_export.exporter.write.ranks import rank_names, write_ranks
+from medusa_export.exporter.write.shards import shards
+from medusa_export.exporter.write.trtllm import require_scales, write_config
 from medusa_export.quantize.cache import cached_scales
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import SCALES_FILE, Scales
@@ -70,7 +70,7 @@ def write_parts(
 
 
 def _write_heads(job: Job, work: Work) -> None:
-    from medusa_export.exporter.head_writer import write_heads
+    from medusa_export.exporter.write.heads import write_heads
 
     layout = HEAD_FORMS[job.arguments.format]
     logger.info("writing the heads as %s", layout)

@@ -26,7 +26,6 @@ from medusa_export.exporter.pipeline.export import SMALL_MODEL
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
 from medusa_export.exporter.plan.trtllm_layout import TensorPlan, plan_ranks
-from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.sizing.gpus import (
     GPUS,
     MAX_BATCH,
@@ -38,6 +37,7 @@ from medusa_export.exporter.sizing.gpus import (
     rank_memory,
 )
 from medusa_export.exporter.sizing.portable import portable_decoder_bytes, portable_heads_bytes
+from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.heads import families
 from medusa_export.quantize.calibration import DEFAULT_MAX_LENGTH
 from medusa_export.quantize.tensorrt_targets import tensorrt_form

@@ -30,7 +30,7 @@ SERVER = """
 import json, os, resource, signal, sys, threading
 import onnx, torch, transformers.models.auto.tokenization_auto, transformers.models.llama.modeling_llama
 from medusa_export.engines.verify import selfcheck
-from medusa_export.exporter import ranks
+from medusa_export.exporter.write import ranks
 from medusa_export.exporter.pipeline import export
 from medusa_export.exporter.cli import export as cli
 from medusa_export.core.artifacts import journal

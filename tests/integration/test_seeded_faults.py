@@ -22,8 +22,8 @@ from medusa_export.engines.onnxruntime import engine as engine_module
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine, OnnxRuntimeStep
 from medusa_export.engines.verify.selfcheck import CHECK_TREE, check_engine
 from medusa_export.exporter.onnx import decoder as onnx_graph
-from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.exporter.verify.checkpoint import verify_trtllm
+from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads import families
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree

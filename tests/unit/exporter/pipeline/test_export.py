@@ -21,15 +21,15 @@ from medusa_export.core.errors import ConfigError, MedusaExportError, OutputErro
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.tuning.auto import choose_tree
 from medusa_export.engines.verify.selfcheck import check_engine
-from medusa_export.exporter import ranks
 from medusa_export.exporter.job import job
 from medusa_export.exporter.job.job import Job
 from medusa_export.exporter.pipeline import engine_writers as engine_kinds
 from medusa_export.exporter.pipeline import export as export_module
 from medusa_export.exporter.pipeline import parts
 from medusa_export.exporter.pipeline.export import ExportArguments, export
-from medusa_export.exporter.safetensors_writer import SafetensorsWriter
 from medusa_export.exporter.verify.checkpoint import verify_export
+from medusa_export.exporter.write import ranks
+from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.step_costs import load_costs

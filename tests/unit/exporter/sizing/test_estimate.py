@@ -32,8 +32,8 @@ from medusa_export.exporter.sizing.gpus import (
     rank_memory,
     why_unsupported,
 )
-from medusa_export.exporter.trtllm import export_spec
 from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
+from medusa_export.exporter.write.trtllm import export_spec
 from medusa_export.heads.config import DecoderConfig
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree, load_tree

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from medusa_export.core.errors import CheckpointError, ConfigError, OutputError, TreeError
-from medusa_export.exporter.trtllm import write_trtllm
 from medusa_export.exporter.verify.checkpoint import verify_trtllm
 from medusa_export.exporter.verify.rebuild import rebuild_hf
+from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize.formats import FORMATS, get_format
 from medusa_export.quantize.scales import Scales

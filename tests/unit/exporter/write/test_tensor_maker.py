@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.exporter import tensor_maker
 from medusa_export.exporter.verify import rebuild
 from medusa_export.exporter.verify.checkpoint import verify_trtllm
+from medusa_export.exporter.write import tensor_maker
 from medusa_export.quantize.formats import FORMATS
 
 WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 512, "head_dim": 128, "num_hidden_layers": 1}

@@ -13,9 +13,9 @@ from typing import Any
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_layout import Kind, Slice, TensorPlan
-from medusa_export.exporter.safetensors_writer import SafetensorsWriter
-from medusa_export.exporter.shards import write_index
-from medusa_export.exporter.tensor_maker import TensorMaker
+from medusa_export.exporter.write.safetensors import SafetensorsWriter
+from medusa_export.exporter.write.shards import write_index
+from medusa_export.exporter.write.tensor_maker import TensorMaker
 from medusa_export.heads import families
 from medusa_export.heads.config import read_json
 from medusa_export.heads.model import MedusaCheckpoint

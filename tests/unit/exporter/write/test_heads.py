@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from medusa_export.core.errors import CheckpointError, ConfigError, OutputError
-from medusa_export.exporter.head_writer import LAYOUTS, write_heads
+from medusa_export.exporter.write.heads import LAYOUTS, write_heads
 from medusa_export.heads.model import MedusaCheckpoint, load_reference
 
 Tensors = dict[str, torch.Tensor]
@@ -268,7 +268,7 @@ class TestV2:
     def test_one_value_is_enough(
         self, row: int, chunk: int, opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("medusa_export.exporter.head_writer.CHUNK_VALUES", chunk)
+        monkeypatch.setattr("medusa_export.exporter.write.heads.CHUNK_VALUES", chunk)
 
         def edit(weight: torch.Tensor) -> torch.Tensor:
             weight[row, 63] += 1
@@ -390,7 +390,7 @@ class TestRefusals:
             write_heads(tmp_path / "file/out", opened(1, 1), "medusa-v1")
 
     def test_a_dtype_without_a_name(self, opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("medusa_export.exporter.head_writer.DTYPE_NAMES", {torch.float32: "F32"})
+        monkeypatch.setattr("medusa_export.exporter.write.heads.DTYPE_NAMES", {torch.float32: "F32"})
         with pytest.raises(CheckpointError, match=r"0\.0\.linear\.weight: got dtype float16; expected one of float32"):
             write_heads(tmp_path / "out", opened(1, 1), "medusa-v1")
         assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from medusa_export.core.errors import OutputError
-from medusa_export.exporter.safetensors_writer import SafetensorsWriter
+from medusa_export.exporter.write.safetensors import SafetensorsWriter
 
 
 @dataclass(frozen=True)

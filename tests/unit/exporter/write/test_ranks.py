@@ -13,8 +13,8 @@ import torch
 
 from medusa_export.core import threads as heads_threads
 from medusa_export.core.artifacts.manifest import output_directory
-from medusa_export.exporter import ranks
-from medusa_export.exporter.ranks import rank_names, write_ranks
+from medusa_export.exporter.write import ranks
+from medusa_export.exporter.write.ranks import rank_names, write_ranks
 
 TP = 4
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_export.exporter.shards import INDEX, shards, write_index
+from medusa_export.exporter.write.shards import INDEX, shards, write_index
 
 
 @dataclass(frozen=True)

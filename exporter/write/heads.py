@@ -19,8 +19,8 @@ import torch
 
 from medusa_export.core.errors import CheckpointError, ConfigError, OutputError
 from medusa_export.core.regular_files import TOKENIZER_FILES, found_instead
-from medusa_export.exporter.safetensors_writer import DTYPE_NAMES, SafetensorsWriter
-from medusa_export.exporter.shards import SHARD_BYTES, shards, write_index
+from medusa_export.exporter.write.safetensors import DTYPE_NAMES, SafetensorsWriter
+from medusa_export.exporter.write.shards import SHARD_BYTES, shards, write_index
 from medusa_export.heads import families
 from medusa_export.heads.checkpoint import CHUNK_VALUES
 from medusa_export.heads.head_formats import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_FILES, HEAD_LM_HEAD, holds_heads

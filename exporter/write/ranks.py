@@ -10,8 +10,8 @@ from medusa_export.core.artifacts.resumable import Work
 from medusa_export.core.threads import StopPoint
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.torch_threads import run_torch
-from medusa_export.exporter.trtllm import write_rank
 from medusa_export.exporter.verify.comparison import Comparison
+from medusa_export.exporter.write.trtllm import write_rank
 from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.quantize.scales import Scales
 

@@ -1,0 +1,1 @@
+"""Checkpoints, written while the source streams by."""

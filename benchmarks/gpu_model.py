@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.quantize.scales import Scales
 
 HEADS = 4

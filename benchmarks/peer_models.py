@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 
 REQUIREMENTS = Path(__file__).with_name("peers-requirements.txt")
 SECONDS = 3600  # for one tool

@@ -26,9 +26,9 @@ from transformers.trainer_utils import EvalPrediction
 
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.machine import hardware, versions
-from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.head_formats import HEAD_FILES
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.head_layouts import HEAD_FILES
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.reference_arguments import ReferenceArguments
 from medusa_export.heads.reference_model import Collator, build
 from medusa_export.heads.reference_trainer import metrics

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.accept import accept_greedy
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
 
 
@@ -24,7 +24,7 @@ def greedy(model: Any, input_ids: Sequence[int], *, max_new_tokens: int, eos_tok
     """Autoregressive decoding, a token a step, with transformers' own KV cache.
 
     Args:
-        model: a transformers causal LM, see :func:`medusa_export.heads.model.load_reference`.
+        model: a transformers causal LM, see :func:`medusa_export.heads.checkpoint.medusa_checkpoint.load_reference`.
         input_ids: the prompt.  # [S]
 
     Returns:

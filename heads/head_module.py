@@ -11,8 +11,8 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional
 
-from medusa_export.heads.head_formats import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_FILES, HEAD_LM_HEAD
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.head_layouts import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_FILES, HEAD_LM_HEAD
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 
 
 class MedusaHeads(nn.Module):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from medusa_export.core.errors import ConfigError, missing_package
-from medusa_export.heads.head_formats import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_LM_HEAD
+from medusa_export.heads.checkpoint.head_layouts import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_LM_HEAD
 
 HEADS = "medusa_heads"
 NO_LABEL = -100

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from medusa_export.core.errors import ConfigError, missing_package
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.medusa_model import (
     NO_LABEL,
     base_logits,
@@ -20,7 +21,6 @@ from medusa_export.heads.medusa_model import (
     medusa_loss,
     own_head_parameters,
 )
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.heads.reference_arguments import RAMPS, ReferenceArguments
 from medusa_export.heads.training_data import Example
 

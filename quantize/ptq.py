@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 
 from medusa_export.core.errors import CheckpointError, ConfigError, missing_package
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.quantize.formats import Format, KvCache, check_heads, get_kv_cache
 from medusa_export.quantize.scales import Scales
 

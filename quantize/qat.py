@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.reference_arguments import ReferenceArguments
 from medusa_export.heads.reference_training import ReferenceReport, train_reference
 from medusa_export.heads.training_data import Example

@@ -20,7 +20,7 @@ from medusa_export.core.artifacts.hashing import WORKERS, list_files, sha256, sh
 from medusa_export.core.artifacts.resumable import Work
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.threads import StopPoint, run_all
-from medusa_export.heads.config import read_json
+from medusa_export.heads.checkpoint.decoder_config import read_json
 
 MANIFEST = "medusa.json"
 FORMAT_VERSION = 1

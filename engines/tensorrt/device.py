@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from medusa_export.core.errors import ConfigError, MissingPackageError
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE
 from medusa_export.engines.tensorrt.library import RTX, import_tensorrt, local_gpu
-from medusa_export.heads.config import read_json
+from medusa_export.heads.checkpoint.decoder_config import read_json
 
 if TYPE_CHECKING:
     import torch

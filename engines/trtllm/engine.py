@@ -19,7 +19,7 @@ from medusa_export.engines.decoding.generate import Generation
 from medusa_export.engines.trtllm.command import BASELINE, MEDUSA
 from medusa_export.engines.trtllm.llm_api import LlmApiSession, require_llm_api
 from medusa_export.engines.trtllm.session import TIMEOUT, NoAnswerError, Session
-from medusa_export.heads.config import read_json
+from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree
 from medusa_export.heads.trtllm_releases import release_of_engine

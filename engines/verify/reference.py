@@ -33,7 +33,7 @@ def compare_with_checkpoint(
     try:
         import torch
 
-        from medusa_export.heads.model import load_reference
+        from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
     except ImportError as error:
         raise missing_package("torch", "modelopt") from error
 

@@ -159,7 +159,7 @@ def _fields(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 def _examples(given: Mapping[str, Any]) -> tuple[Sequence[Example], Sequence[Example]]:
     """Conversations to train on and to measure on."""
     from medusa_export.core.text.tokenizer import read_tokenizer
-    from medusa_export.heads.config import DecoderConfig
+    from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
     from medusa_export.heads.training_data import load_examples, read_rows, split
 
     if not 0 < given["held_out"] < 1:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
-from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
 
 

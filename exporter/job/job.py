@@ -22,8 +22,8 @@ from medusa_export.exporter.plan.trtllm_compat import release_warnings
 from medusa_export.exporter.write.huggingface import require_hf
 from medusa_export.exporter.write.trtllm import export_spec, require_scales
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.engine_info import TREE_FILE
-from medusa_export.heads.model import MedusaCheckpoint
 from medusa_export.heads.search import CostCurve, best, candidates
 from medusa_export.heads.step_costs import cost_curve, load_costs, select
 from medusa_export.heads.tree import PRESETS, Tree, load_tree

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto
 
 from medusa_export.exporter.onnx.builder import MICROSOFT, GraphBuilder
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.engine_info import BATCH_DECODER_FILE, DECODER_FILE
 
 CACHE = "past_key_values."

@@ -17,10 +17,10 @@ from onnx import TensorProto
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.builder import MICROSOFT, GraphBuilder, silu
 from medusa_export.exporter.onnx.linear import LinearWriter, int8_matrix
-from medusa_export.heads import families
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint import families
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.engine_info import DECODER_FILE
-from medusa_export.heads.model import MedusaCheckpoint
 
 HEAD_DIM_MULTIPLE = 16
 

@@ -13,9 +13,9 @@ from onnx import TensorProto
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.builder import ExternalData, GraphBuilder, silu
 from medusa_export.exporter.onnx.linear import int8_matrix
-from medusa_export.heads import families
+from medusa_export.heads.checkpoint import families
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.engine_info import HEADS_DATA, heads_file
-from medusa_export.heads.model import MedusaCheckpoint
 
 
 def write_heads(

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.quantize.formats import FORMATS, Format, KvCache, check_heads
 
 DTYPES = ("float16", "bfloat16")

@@ -6,7 +6,7 @@ Sources: TensorRT-LLM issue 7208 and pull request 7320 (Medusa built a Llama con
 from __future__ import annotations
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.trtllm_releases import TrtllmRelease
 
 QWEN_CONFIG = (1, 2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.heads import families
+from medusa_export.heads.checkpoint import families
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
 

@@ -9,7 +9,7 @@ from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
 from medusa_export.exporter.onnx.linear import SMALL_BLOCKS
 from medusa_export.exporter.onnx.portable.linear import FP4_BLOCK
 from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.heads import families
+from medusa_export.heads.checkpoint import families
 
 HALF = 2  # bytes of what is not quantized, and of scales
 FUSED = {families.Q_PROJ: "attention.qkv", families.O_PROJ: "attention.dense"} | {

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from medusa_export.exporter.verify.dequantize import rounded_inputs
 from medusa_export.exporter.verify.rebuild import InputForm, input_forms, rebuild_hf
-from medusa_export.heads.config import read_json
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
+from medusa_export.heads.checkpoint.decoder_config import read_json
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from medusa_export.core.errors import CheckpointError, ConfigError
 from medusa_export.exporter.verify.comparison import Comparison, weight_problems
 from medusa_export.exporter.verify.trtllm_loader.check import open_ranks, rank_problems
 from medusa_export.exporter.verify.trtllm_loader.config import config_problems
-from medusa_export.heads.checkpoint import TensorSource, row_chunks
-from medusa_export.heads.config import read_json
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.decoder_config import read_json
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.checkpoint.tensor_source import TensorSource, row_chunks
 
 POSITIVE = ("_scaling_factor", "_scaling_factor_2", "per_channel_scale")
 

@@ -22,9 +22,9 @@ from medusa_export.exporter.verify.rebuild import (
     require_equal_scales,
     require_zeros,
 )
-from medusa_export.heads.checkpoint import TensorSource
-from medusa_export.heads.config import read_json
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.decoder_config import read_json
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 ROUNDING = 1.001  # slack for the float32 arithmetic of the comparison itself
 

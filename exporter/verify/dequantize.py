@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from medusa_export.heads.checkpoint import TensorSource
+from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 # float8_e4m3fn and float16: 4 and 5 bits of exponent, biases of 7 and 15; one has NaN where the other has a number
 FP8_IN_FLOAT16, FP8_EXPONENT, FP8_NAN = 0xBFFF - 0x10000, 2.0 ** (15 - 7), 0x7F

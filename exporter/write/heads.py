@@ -1,4 +1,4 @@
-"""Medusa heads written in any layout, whichever one they were read from; see ``heads/head_formats.py`` for what each is.
+"""Medusa heads written in any layout, whichever one they were read from; see ``heads/checkpoint/head_layouts.py`` for what each is.
 
 Sources: FasterDecoding/Medusa's ``medusa_model.py``, vLLM's ``models/medusa.py``, and ModelOpt's ``speculative`` plugins.
 """
@@ -21,10 +21,10 @@ from medusa_export.core.errors import CheckpointError, ConfigError, OutputError
 from medusa_export.core.regular_files import TOKENIZER_FILES, found_instead
 from medusa_export.exporter.write.safetensors import DTYPE_NAMES, SafetensorsWriter
 from medusa_export.exporter.write.shards import SHARD_BYTES, shards, write_index
-from medusa_export.heads import families
-from medusa_export.heads.checkpoint import CHUNK_VALUES
-from medusa_export.heads.head_formats import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_FILES, HEAD_LM_HEAD, holds_heads
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint import families
+from medusa_export.heads.checkpoint.head_layouts import BLOCK_BIAS, BLOCK_WEIGHT, HEAD_FILES, HEAD_LM_HEAD, holds_heads
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.checkpoint.tensor_source import CHUNK_VALUES
 
 WEIGHTS = "model.safetensors"
 

@@ -16,9 +16,9 @@ from medusa_export.exporter.plan.trtllm_layout import Kind, Slice, TensorPlan
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.exporter.write.shards import write_index
 from medusa_export.exporter.write.tensor_maker import TensorMaker
-from medusa_export.heads import families
-from medusa_export.heads.config import read_json
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint import families
+from medusa_export.heads.checkpoint.decoder_config import read_json
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.quantize.scales import Scales
 
 # Storage -> suffix, kind, dtype (None is the checkpoint's), shape from (out, in, group). Smoothed formats are not here:

@@ -12,7 +12,7 @@ from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.torch_threads import run_torch
 from medusa_export.exporter.verify.comparison import Comparison
 from medusa_export.exporter.write.trtllm import write_rank
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.quantize.scales import Scales
 
 Progress = Callable[[int, int], None]

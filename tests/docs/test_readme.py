@@ -16,7 +16,7 @@ import pytest
 from medusa_export.exporter.job.job import FORMS
 from medusa_export.exporter.sizing.gpus import GPUS
 from medusa_export.exporter.verify.error_table import COLUMNS
-from medusa_export.heads.families import FAMILIES
+from medusa_export.heads.checkpoint.families import FAMILIES
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -24,8 +24,8 @@ from medusa_export.engines.verify.selfcheck import CHECK_TREE, check_engine
 from medusa_export.exporter.onnx import decoder as onnx_graph
 from medusa_export.exporter.verify.checkpoint import verify_trtllm
 from medusa_export.exporter.write.trtllm import write_trtllm
-from medusa_export.heads import families
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint import families
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize.formats import get_format
 

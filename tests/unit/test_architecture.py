@@ -226,4 +226,4 @@ def test_engines_in_a_container_of_tensorrt_llm() -> None:
 
 def test_the_blocker_blocks() -> None:
     with pytest.raises(AssertionError, match="torch is blocked"):
-        run(BLOCKED, "medusa_export.heads.model")
+        run(BLOCKED, "medusa_export.heads.checkpoint.medusa_checkpoint")

@@ -18,10 +18,10 @@ from onnx import TensorProto
 from medusa_export.exporter.onnx.builder import GraphBuilder
 from medusa_export.exporter.onnx.decoder import rotary_caches
 from medusa_export.exporter.onnx.portable.linear import ONNX_DTYPE, PortableLinear
-from medusa_export.heads import families
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint import families
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.engine_info import DECODER_FILE
-from medusa_export.heads.model import MedusaCheckpoint
 
 
 def write_portable_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: PortableLinear, *, max_length: int) -> None:

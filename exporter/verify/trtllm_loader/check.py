@@ -22,8 +22,8 @@ from medusa_export.exporter.verify.trtllm_loader.modules import (
     module_needs,
     required_tensors,
 )
-from medusa_export.heads.checkpoint import TensorSource
-from medusa_export.heads.config import read_json
+from medusa_export.heads.checkpoint.decoder_config import read_json
+from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 KV_SCALE = "kv_cache_scaling_factor"
 

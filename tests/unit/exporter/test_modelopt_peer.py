@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from medusa_export.exporter.verify.trtllm_loader.check import load_problems
-from medusa_export.heads.model import load_reference
+from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.quantize import ptq
 from medusa_export.quantize.formats import KV_CACHE, get_format
 

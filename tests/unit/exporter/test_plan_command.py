@@ -23,8 +23,8 @@ from medusa_export.exporter.cli import export as cli
 from medusa_export.exporter.job.job import ExportArguments
 from medusa_export.exporter.sizing import estimate as sizing
 from medusa_export.exporter.sizing import report as sizing_report
-from medusa_export.heads.checkpoint import TensorSource
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from medusa_export.core.errors import ConfigError, TreeError
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.decode import greedy, head_logits, medusa_decode, verify_tree
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.heads.tree import Tree, load_tree
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]

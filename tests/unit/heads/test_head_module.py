@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.head_module import MedusaHeads
-from medusa_export.heads.model import MedusaCheckpoint
 
 
 @pytest.mark.parametrize("own_lm_head", [False, True])

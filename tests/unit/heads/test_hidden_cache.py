@@ -11,8 +11,8 @@ import torch
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads import hidden_cache
+from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.hidden_cache import NO_LABEL, build_cache, cache_bytes
-from medusa_export.heads.model import load_reference
 from medusa_export.heads.training_data import Example
 
 EXAMPLES = [

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
 from medusa_export.heads import medusa_model
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.medusa_model import (
     base_logits,
     convert,
@@ -26,7 +27,6 @@ from medusa_export.heads.medusa_model import (
     own_head_parameters,
     save_combined,
 )
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
 
 Writer = Callable[..., Path]
 WEIGHTS = [1.0, 0.8]

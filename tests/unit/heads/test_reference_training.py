@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_export.core.errors import ConfigError, MedusaExportError, OutputError
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.medusa_model import medusa_loss
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
 from medusa_export.heads.reference_arguments import RAMPS, ReferenceArguments, training_arguments
 from medusa_export.heads.reference_model import Collator, build
 from medusa_export.heads.reference_training import last_checkpoint, stages, train_reference

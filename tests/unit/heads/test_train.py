@@ -12,12 +12,12 @@ import torch
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.acceptance import accuracies
+from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.head_metrics import head_ranks
 from medusa_export.heads.head_module import MedusaHeads
 from medusa_export.heads.head_objective import BatchLoss, Objective, batches
 from medusa_export.heads.hidden_cache import Rows, build_cache
 from medusa_export.heads.medusa_model import convert, decoder_states, load_heads, medusa_loss
-from medusa_export.heads.model import load_reference
 from medusa_export.heads.reference_model import Collator
 from medusa_export.heads.train import TrainArguments, train_heads
 from medusa_export.heads.training_data import Example

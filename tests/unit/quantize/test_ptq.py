@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_export.core.errors import CheckpointError, ConfigError, MissingPackageError
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.ptq import calibrate
 

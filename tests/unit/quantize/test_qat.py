@@ -16,7 +16,7 @@ from medusa_export.core.errors import CheckpointError, ConfigError
 from medusa_export.exporter.onnx import linear as onnx_linear
 from medusa_export.exporter.verify.rebuild import rebuild_hf
 from medusa_export.exporter.write.trtllm import write_trtllm
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.reference_arguments import ReferenceArguments
 from medusa_export.heads.reference_model import build
 from medusa_export.heads.reference_output import write_output

@@ -14,7 +14,7 @@ import torch
 
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.verify.reference import compare_with_checkpoint
-from medusa_export.heads.model import load_reference
+from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 
 TEXTS = [([1, 20, 7], [7, 11, 12, 23, 3]), ([9], [40, 41]), ([1, 2, 3, 4], [60])]
 POSITIONS = 8

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from medusa_export.exporter.cli import train as cli_train
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 
 BIN = Path(sys.executable).parent
 REPORT = {"acceptance.json", "training.json", "training.svg", "logs"}

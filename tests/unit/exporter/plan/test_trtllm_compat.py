@@ -6,7 +6,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.plan.trtllm_compat import release_warnings
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.trtllm_releases import find_release
 
 BASE = {

@@ -18,7 +18,7 @@ from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
 from medusa_export.exporter.plan.trtllm_layout import Kind, Slice, TensorPlan, needed_scales, plan_rank, plan_ranks
 from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.quantize.formats import FORMATS, KV_CACHE, get_format
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "trtllm_llama_fp8.json"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.exporter.verify.agreement import logits_agree
 from medusa_export.exporter.verify.rebuild import input_forms
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import Scales

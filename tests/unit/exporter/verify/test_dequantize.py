@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from medusa_export.exporter.verify.dequantize import StoredLinear, rounded_inputs
-from medusa_export.heads.checkpoint import TensorSource
+from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 
 def linear(path: Path, algo: str, **tensors: torch.Tensor) -> StoredLinear:

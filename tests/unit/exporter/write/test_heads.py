@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.core.errors import CheckpointError, ConfigError, OutputError
 from medusa_export.exporter.write.heads import LAYOUTS, write_heads
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 
 Tensors = dict[str, torch.Tensor]
 Opened = Callable[..., MedusaCheckpoint]

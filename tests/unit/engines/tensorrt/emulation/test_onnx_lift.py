@@ -14,7 +14,7 @@ from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxGraph
 from medusa_export.engines.tensorrt.emulation.onnx_lift import lifted
 from medusa_export.exporter.onnx.builder import GraphBuilder
 from medusa_export.exporter.onnx.portable.linear import ONNX_DTYPE, PortableLinear
-from medusa_export.heads.model import MedusaCheckpoint
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.quantize.scales import Scales
 
 MODULE = "model.layers.0.mlp.down_proj"

@@ -18,7 +18,7 @@ from medusa_export.exporter.plan.trtllm_layout import plan_ranks
 from medusa_export.exporter.verify.trtllm_loader.check import load_problems
 from medusa_export.exporter.verify.trtllm_loader.config import config_problems
 from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
-from medusa_export.heads.config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 
 Tensors = dict[str, torch.Tensor]

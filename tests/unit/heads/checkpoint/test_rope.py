@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.rope import SCALINGS, read_rope
+from medusa_export.heads.checkpoint.rope import SCALINGS, read_rope
 
 GOOD: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.0},

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.heads.checkpoint import TensorSource
+from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 
 def _tensors() -> dict[str, torch.Tensor]:

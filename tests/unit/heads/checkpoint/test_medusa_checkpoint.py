@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_export.core.errors import CheckpointError, ConfigError
-from medusa_export.heads.model import MedusaCheckpoint, load_reference
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.heads import families
-from medusa_export.heads.checkpoint import TensorSource
-from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.head_formats import HEAD_FILES, MedusaHeads, holds_heads, open_heads
+from medusa_export.heads.checkpoint import families
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.head_layouts import HEAD_FILES, MedusaHeads, holds_heads, open_heads
+from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

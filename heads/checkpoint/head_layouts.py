@@ -22,9 +22,9 @@ import torch
 
 from medusa_export.core.errors import CheckpointError
 from medusa_export.core.regular_files import found_instead
-from medusa_export.heads import families
-from medusa_export.heads.checkpoint import LAYOUTS, TensorSource
-from medusa_export.heads.config import DecoderConfig, read_json
+from medusa_export.heads.checkpoint import families
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig, read_json
+from medusa_export.heads.checkpoint.tensor_source import LAYOUTS, TensorSource
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 BLOCK_WEIGHT = "medusa_heads.{}.{}.linear.weight"

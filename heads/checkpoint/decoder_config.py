@@ -13,9 +13,9 @@ from typing import Any
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_fields import Fields
 from medusa_export.core.regular_files import found_instead
-from medusa_export.heads import families
-from medusa_export.heads.families import FAMILIES, Family
-from medusa_export.heads.rope import read_rope
+from medusa_export.heads.checkpoint import families
+from medusa_export.heads.checkpoint.families import FAMILIES, Family
+from medusa_export.heads.checkpoint.rope import read_rope
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 

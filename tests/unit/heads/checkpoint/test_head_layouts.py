@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.heads.config import DecoderConfig
-from medusa_export.heads.head_formats import MedusaHeads, holds_heads, open_heads
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.head_layouts import MedusaHeads, holds_heads, open_heads
 
 HEADS, LAYERS = 3, 2
 Tensors = dict[str, torch.Tensor]

@@ -18,7 +18,7 @@ from medusa_export.engines.tensorrt.library import local_gpu
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE, most_frequent_tokens
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.tree import PRESETS, Tree
 from medusa_export.quantize.calibration import token_batches
 from medusa_export.quantize.formats import get_format

@@ -32,7 +32,7 @@ from medusa_export.core.intervals import median_interval
 from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.measure.prompts import encode_prompts
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 
 WORKER = Path(__file__).with_name("peer_engines.py")
 PROMPTS = Path(__file__).resolve().parent.parent / "examples" / "spec_bench_39.jsonl"

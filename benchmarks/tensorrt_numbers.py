@@ -21,7 +21,7 @@ from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.verify.selfcheck import tree_error
 from medusa_export.exporter.verify.dequantize import rounded_inputs
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.engine_info import DECODER_FILE
+from medusa_export.heads.contract.engine_info import DECODER_FILE
 
 QKV = ("q_proj", "k_proj", "v_proj")
 # As TensorRT-LLM rounds inputs, by form; see rounded_inputs.

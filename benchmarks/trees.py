@@ -23,7 +23,7 @@ from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.engines.tuning.search import search
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
-from medusa_export.heads.engine_info import TREE_FILE
+from medusa_export.heads.contract.engine_info import TREE_FILE
 from medusa_export.heads.search import Candidate
 from medusa_export.heads.step_costs import COST_FILE, cost_curve, load_costs
 from medusa_export.heads.tree import Tree, load_tree

@@ -46,7 +46,7 @@ def _refuses(folder: Path) -> None:
     """An engine directory whose engines are not built gives one clear line here too."""
     from medusa_export.core.errors import ConfigError
     from medusa_export.engines.bench.runner import open_engine
-    from medusa_export.heads.engine_info import EngineInfo
+    from medusa_export.heads.contract.engine_info import EngineInfo
 
     EngineInfo(
         backend="tensorrt-llm", form="fp8", precision="FP8", max_length=512, max_depth=2, top_k=16, num_hidden_layers=1,

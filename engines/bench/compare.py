@@ -18,7 +18,7 @@ import numpy.typing as npt
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.bench.runner import PromptResult
 from medusa_export.engines.verify.parity import Scorer, first_divergence
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 
 CHUNK = 64  # tokens a run when a text is scored
 NORMAL_95, NORMAL_POWER_80 = 1.96, 0.84  # standard deviations: two-sided 5 %, and four times out of five

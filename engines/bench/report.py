@@ -12,7 +12,7 @@ import numpy as np
 from medusa_export.core.intervals import bootstrap
 from medusa_export.engines.bench.runner import PromptResult, RunResult
 from medusa_export.engines.measure.machine import device_name, hardware, versions
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree
 
 if TYPE_CHECKING:

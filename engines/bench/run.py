@@ -24,7 +24,7 @@ from medusa_export.engines.verify.selfcheck import bound_of
 from medusa_export.heads.accept import Typical
 from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.checkpoint.decoder_config import read_json
-from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree, load_tree
 

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 
 PACKAGES = ("medusa-export", "onnxruntime", "numpy", "transformers", "torch", "tensorrt_llm", "tensorrt")
 GPU_BACKENDS = ("tensorrt", "tensorrt-llm")

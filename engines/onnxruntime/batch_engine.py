@@ -18,7 +18,7 @@ from medusa_export.engines.onnxruntime.engine import MASKED, open_decoder, open_
 from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 from medusa_export.engines.onnxruntime.slots import Slots
 from medusa_export.heads.accept import accept_drawn, accept_greedy
-from medusa_export.heads.engine_info import BATCH_DECODER_FILE, EngineInfo
+from medusa_export.heads.contract.engine_info import BATCH_DECODER_FILE, EngineInfo
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

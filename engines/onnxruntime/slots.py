@@ -17,7 +17,7 @@ import numpy.typing as npt
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.onnxruntime.engine import open_decoder, share
 from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 
 Array = npt.NDArray[Any]
 

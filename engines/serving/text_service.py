@@ -17,7 +17,7 @@ from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.scheduler import End, Meter, Scheduler, Ticket
 from medusa_export.engines.serving.text_stream import TextStream
 from medusa_export.heads.chat_model import Sampling
-from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 
 MAX_STOP_WORDS = 16
 

@@ -22,7 +22,7 @@ from medusa_export.core.threads import StopPoint, run_all
 from medusa_export.core.user_cache import user_cache
 from medusa_export.engines.tensorrt.library import RTX, TensorRt, find_tensorrt, local_gpu
 from medusa_export.heads.checkpoint.decoder_config import read_json
-from medusa_export.heads.engine_info import DECODER_FILE, HEADS_FILE
+from medusa_export.heads.contract.engine_info import DECODER_FILE, HEADS_FILE
 
 logger = logging.getLogger(__name__)
 

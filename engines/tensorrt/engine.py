@@ -19,7 +19,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE, HEADS_ENGINE
 from medusa_export.engines.tensorrt.device import CudaDevice, Device
 from medusa_export.heads.checkpoint.decoder_config import read_json
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree
 
 if TYPE_CHECKING:

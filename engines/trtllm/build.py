@@ -23,8 +23,8 @@ from medusa_export.engines.trtllm.command import BASELINE, MEDUSA, TOOL, BuildSi
 from medusa_export.engines.trtllm.failures import BuildError, explain
 from medusa_export.engines.trtllm.scripts import BUILD_SCRIPT, docker_command, write_scripts
 from medusa_export.heads.checkpoint.decoder_config import read_json
-from medusa_export.heads.engine_info import ENGINE_FILE
-from medusa_export.heads.trtllm_releases import TrtllmRelease, release_of_engine
+from medusa_export.heads.contract.engine_info import ENGINE_FILE
+from medusa_export.heads.contract.trtllm_releases import TrtllmRelease, release_of_engine
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from medusa_export.engines.trtllm.command import BASELINE, MEDUSA
 from medusa_export.engines.trtllm.llm_api import LlmApiSession, require_llm_api
 from medusa_export.engines.trtllm.session import TIMEOUT, NoAnswerError, Session
 from medusa_export.heads.checkpoint.decoder_config import read_json
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
+from medusa_export.heads.contract.trtllm_releases import release_of_engine
 from medusa_export.heads.tree import Tree
-from medusa_export.heads.trtllm_releases import release_of_engine
 
 BACKEND = "tensorrt-llm"
 Choices = tuple[tuple[int, ...], ...]

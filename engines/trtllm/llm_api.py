@@ -18,7 +18,7 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.trtllm.session import TIMEOUT, NoAnswerError, StepTokens, drafts
-from medusa_export.heads.trtllm_releases import release_of_engine
+from medusa_export.heads.contract.trtllm_releases import release_of_engine
 
 FIRST = (0, 20)  # the oldest release in whose sources a tree was seen to reach an engine that is built already
 OWN_MODULE = (1, 0)  # from here on the plain LLM is PyTorch's, which has no Medusa

@@ -10,7 +10,7 @@ from typing import Any
 
 from medusa_export.engines.trtllm import session as trtllm_session
 from medusa_export.engines.trtllm.command import BASELINE, MEDUSA, TOOL, BuildSize, build_command, plain_config
-from medusa_export.heads.trtllm_releases import TrtllmRelease
+from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
 
 BUILD_SCRIPT, RUN_SCRIPT = "build.sh", "run.py"
 PLAIN_CONFIG = "baseline_config.json"

@@ -16,8 +16,8 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.cli.console import Verbose, command_app, main, stderr, stdout
 from medusa_export.heads.chat_data import Conversation, read_conversations
 from medusa_export.heads.chat_model import ModelFactory, Sampling
+from medusa_export.heads.contract.engine_info import ENGINE_FILE
 from medusa_export.heads.distill import Executor, Summary, distill
-from medusa_export.heads.engine_info import ENGINE_FILE
 from medusa_export.heads.row_store import Maker
 
 data_app = command_app()

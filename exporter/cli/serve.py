@@ -55,7 +55,7 @@ def serve_command(
     from medusa_export.engines.serving.openai.server import bind, run_front
     from medusa_export.engines.serving.options import ServingOptions
     from medusa_export.engines.serving.text_service import TextService, require_served
-    from medusa_export.heads.engine_info import EngineInfo
+    from medusa_export.heads.contract.engine_info import EngineInfo
 
     options, info = flags.given_options(ServingOptions, given), EngineInfo.load(engine)
     require_served(engine, info, options)

@@ -12,7 +12,7 @@ import typer
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.cli import serving_flags as flags
 from medusa_export.exporter.cli.console import Verbose, command_app, main, stdout
-from medusa_export.heads.engine_info import ENGINE_FILE
+from medusa_export.heads.contract.engine_info import ENGINE_FILE
 
 triton_app = command_app()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.tree import Tree
 
 
@@ -17,7 +17,7 @@ def save_engine_files(
     """Write them into ``out``.
 
     Args:
-        own: the fields of :class:`~medusa_export.heads.engine_info.EngineInfo` that do not follow from the checkpoint.
+        own: the fields of :class:`~medusa_export.heads.contract.engine_info.EngineInfo` that do not follow from the checkpoint.
     """
     config = checkpoint.config
     EngineInfo(

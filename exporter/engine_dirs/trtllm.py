@@ -11,8 +11,8 @@ from medusa_export.exporter.engine_dirs.common import save_engine_files
 from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
 from medusa_export.heads.tree import MAX_TOP_K, Tree
-from medusa_export.heads.trtllm_releases import TrtllmRelease
 
 
 def write_trtllm_engine(

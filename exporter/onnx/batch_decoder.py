@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from medusa_export.exporter.onnx.builder import MICROSOFT, GraphBuilder
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-from medusa_export.heads.engine_info import BATCH_DECODER_FILE, DECODER_FILE
+from medusa_export.heads.contract.engine_info import BATCH_DECODER_FILE, DECODER_FILE
 
 CACHE = "past_key_values."
 

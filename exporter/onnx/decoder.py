@@ -20,7 +20,7 @@ from medusa_export.exporter.onnx.linear import LinearWriter, int8_matrix
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.engine_info import DECODER_FILE
+from medusa_export.heads.contract.engine_info import DECODER_FILE
 
 HEAD_DIM_MULTIPLE = 16
 

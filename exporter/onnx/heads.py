@@ -15,7 +15,7 @@ from medusa_export.exporter.onnx.builder import ExternalData, GraphBuilder, silu
 from medusa_export.exporter.onnx.linear import int8_matrix
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.engine_info import HEADS_DATA, heads_file
+from medusa_export.heads.contract.engine_info import HEADS_DATA, heads_file
 
 
 def write_heads(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-from medusa_export.heads.trtllm_releases import TrtllmRelease
+from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
 
 QWEN_CONFIG = (1, 2)
 

@@ -19,7 +19,7 @@ from medusa_export.engines.serving.triton.repository import render
 from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
 from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing, model_configs
 from medusa_export.engines.serving.triton_trtllm.repository import engine_facts, write_trtllm_repository
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree
 
 STANDIN = Path(__file__).parents[1] / "standins" / "tensorrt_llm_model.py"

@@ -15,7 +15,7 @@ from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import require_served
 from medusa_export.engines.serving.triton.tensors import INPUTS, OUTPUTS
-from medusa_export.heads.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 
 KIND = "python"  # the backend of Triton that runs it
 ENGINE = "engine"  # in the model's version directory

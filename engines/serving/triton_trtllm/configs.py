@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
 from medusa_export.heads.tree import Tree
-from medusa_export.heads.trtllm_releases import TrtllmRelease
 
 Config = dict[str, Any]
 MOUNT = "/models"  # where the repository lies in the container

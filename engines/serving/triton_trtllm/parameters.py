@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from medusa_export.core.errors import ConfigError, TreeError
+from medusa_export.heads.contract.trtllm_releases import FIRST, TrtllmRelease
 from medusa_export.heads.tree import Tree
-from medusa_export.heads.trtllm_releases import FIRST, TrtllmRelease
 
 
 @dataclass(frozen=True)

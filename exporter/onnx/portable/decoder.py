@@ -21,7 +21,7 @@ from medusa_export.exporter.onnx.portable.linear import ONNX_DTYPE, PortableLine
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.engine_info import DECODER_FILE
+from medusa_export.heads.contract.engine_info import DECODER_FILE
 
 
 def write_portable_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: PortableLinear, *, max_length: int) -> None:

@@ -11,7 +11,7 @@ from medusa_export.exporter.onnx.builder import ExternalData, GraphBuilder
 from medusa_export.exporter.onnx.portable.linear import ONNX_DTYPE, OPSETS
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.engine_info import HEADS_DATA, HEADS_FILE
+from medusa_export.heads.contract.engine_info import HEADS_DATA, HEADS_FILE
 
 
 def write_portable_heads(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from medusa_export.exporter.cli.triton import triton_main
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree
 
 

@@ -16,7 +16,7 @@ from medusa_export.engines.decoding.generate import Generation
 from medusa_export.engines.measure import machine
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.verify.parity import Divergence
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.tree import Tree
 
 INFO = EngineInfo(

@@ -16,8 +16,8 @@ from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.exporter.onnx.heads import write_heads
 from medusa_export.heads.accept import accept_greedy
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
+from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.decode import greedy, medusa_decode
-from medusa_export.heads.engine_info import EngineInfo
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree, load_tree
 

@@ -24,7 +24,7 @@ from medusa_export.engines.trtllm.build import (
 from medusa_export.engines.trtllm.command import BuildSize, build_command, plain_config
 from medusa_export.engines.trtllm.failures import FAILURES, BuildError, explain
 from medusa_export.engines.trtllm.scripts import docker_command, write_scripts
-from medusa_export.heads.trtllm_releases import find_release
+from medusa_export.heads.contract.trtllm_releases import find_release
 
 RELEASE = find_release("1.2.1")
 SIZE = BuildSize(max_batch_size=4, max_seq_len=2048)

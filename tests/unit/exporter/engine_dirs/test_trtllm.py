@@ -16,7 +16,7 @@ from medusa_export.engines.verify.selfcheck import check_engine
 from medusa_export.exporter.job.job import ExportArguments
 from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.verify.checkpoint import verify_export
-from medusa_export.heads.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 
 Export = Callable[..., Path]
 

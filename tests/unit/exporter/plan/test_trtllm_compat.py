@@ -7,7 +7,7 @@ import pytest
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.plan.trtllm_compat import release_warnings
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-from medusa_export.heads.trtllm_releases import find_release
+from medusa_export.heads.contract.trtllm_releases import find_release
 
 BASE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 97,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.trtllm_releases import DEFAULT_RELEASE, RELEASES, find_release
+from medusa_export.heads.contract.trtllm_releases import DEFAULT_RELEASE, RELEASES, find_release
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What an exporter and an engine agree on."""

@@ -12,7 +12,7 @@ import typer
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.onnxruntime.slots import BatchDecoder
 from medusa_export.exporter.engine_dirs.onnxruntime import write_base_engine
-from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.sampler import Sampler
 
 MARK = "THE-USERS-WORDS"

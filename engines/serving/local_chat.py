@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.serving.scheduler import End, Scheduler
-from medusa_export.heads.chat_model import Answer, Sampling
+from medusa_export.heads.data.chat_model import Answer, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def open_chat_model(model: Path, *, max_batch: int, max_length: int | None) -> BatchChatModel:
-    """The engine of a directory as a :class:`medusa_export.heads.chat_model.ChatModel`.
+    """The engine of a directory as a :class:`medusa_export.heads.data.chat_model.ChatModel`.
 
     Args:
         model: an engine directory, with its tokenizer.

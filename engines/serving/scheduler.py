@@ -14,7 +14,7 @@ from medusa_export.core.errors import ConfigError, MedusaExportError
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.generate import TreeDecoder
 from medusa_export.engines.onnxruntime.batch_engine import PREFILL, ROOT, advance
-from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

@@ -16,8 +16,8 @@ from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.scheduler import End, Meter, Scheduler, Ticket
 from medusa_export.engines.serving.text_stream import TextStream
-from medusa_export.heads.chat_model import Sampling
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.data.chat_model import Sampling
 
 MAX_STOP_WORDS = 16
 

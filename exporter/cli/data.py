@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.cli.console import Verbose, command_app, main, stderr, stdout
-from medusa_export.heads.chat_data import Conversation, read_conversations
-from medusa_export.heads.chat_model import ModelFactory, Sampling
 from medusa_export.heads.contract.engine_info import ENGINE_FILE
-from medusa_export.heads.distill import Executor, Summary, distill
-from medusa_export.heads.row_store import Maker
+from medusa_export.heads.data.chat_model import ModelFactory, Sampling
+from medusa_export.heads.data.conversations import Conversation, read_conversations
+from medusa_export.heads.data.distill import Executor, Summary, distill
+from medusa_export.heads.data.row_store import Maker
 
 data_app = command_app()
 
@@ -120,7 +120,7 @@ def _engine(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _factory(given: dict[str, Any]) -> ModelFactory:
     """What opens the model, here or in another process."""
     if given["server"]:
-        from medusa_export.heads.openai_server import open_servers
+        from medusa_export.heads.data.openai_client import open_servers
 
         options = {name: given[name] for name in ("timeout", "retries") if given[name] is not None}
         return partial(open_servers, given["server"], model=given["model"], **options)
@@ -136,12 +136,12 @@ def _executor(factory: ModelFactory, sampling: Sampling, given: dict[str, Any]) 
     model = factory()
     maker = Maker(model.name, sampling)
     if given["executor"] == "local":
-        from medusa_export.heads.local_executor import local_executor
+        from medusa_export.heads.data.local_executor import local_executor
 
         return maker, local_executor(model, maker, concurrency)
     import asyncio
 
-    from medusa_export.heads.ray_executor import ray_executor
+    from medusa_export.heads.data.ray_executor import ray_executor
 
     asyncio.run(model.close())
     return maker, ray_executor(factory, maker, workers=given["workers"] or 2, concurrency=concurrency)

@@ -12,7 +12,7 @@ from typing import Any
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.serving.scheduler import End
 from medusa_export.engines.serving.text_service import TextRequest
-from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.data.chat_model import Sampling
 
 DONE = "data: [DONE]\n\n"
 

@@ -17,7 +17,7 @@ from medusa_export.engines.serving.triton.guard import Guard
 from medusa_export.engines.serving.triton.metrics import TritonMeter
 from medusa_export.engines.serving.triton.sender import Sender
 from medusa_export.engines.serving.triton.tensors import read_inputs, write_outputs
-from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.data.chat_model import Sampling
 
 POLL_SECONDS = 0.02  # a step takes longer
 ASKED_AT_ONCE = 16  # clients, whether they are still there

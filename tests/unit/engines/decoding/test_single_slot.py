@@ -21,7 +21,7 @@ from medusa_export.engines.serving.text_service import Piece, TextRequest, TextS
 from medusa_export.engines.serving.triton.repository import verify_repository, write_repository
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
-from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

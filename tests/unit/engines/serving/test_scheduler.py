@@ -16,7 +16,7 @@ from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.scheduler import BusyError, ClosedError, End, Meter, Scheduler
-from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.sampler import Sampler
 from medusa_export.heads.tree import Tree
 

@@ -14,7 +14,7 @@ from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.core.text.tokenizer import encode_chat
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
-from medusa_export.heads.chat_model import Sampling
+from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.tree import Tree
 
 SECONDS = 60

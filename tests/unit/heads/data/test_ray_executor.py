@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
-from medusa_export.heads.chat_data import Conversation
-from medusa_export.heads.chat_model import ModelUnavailableError, Sampling
-from medusa_export.heads.distill import Summary, distill
-from medusa_export.heads.local_executor import local_executor
-from medusa_export.heads.openai_server import open_servers
-from medusa_export.heads.ray_executor import ray_executor
-from medusa_export.heads.row_store import Maker
+from medusa_export.heads.data.chat_model import ModelUnavailableError, Sampling
+from medusa_export.heads.data.conversations import Conversation
+from medusa_export.heads.data.distill import Summary, distill
+from medusa_export.heads.data.local_executor import local_executor
+from medusa_export.heads.data.openai_client import open_servers
+from medusa_export.heads.data.ray_executor import ray_executor
+from medusa_export.heads.data.row_store import Maker
 
 Start = Callable[[], Any]
 MAKER = Maker("tiny", Sampling())
@@ -92,5 +92,5 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ray_is_loaded_late() -> None:
-    code = "import sys, medusa_export.heads.ray_executor; print({'ray', 'openai'} & sys.modules.keys())"
+    code = "import sys, medusa_export.heads.data.ray_executor; print({'ray', 'openai'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
-from medusa_export.heads.chat_data import Conversation
-from medusa_export.heads.chat_model import ChatModel
-from medusa_export.heads.distill import Executor, Outcome, converse
-from medusa_export.heads.row_store import Maker
+from medusa_export.heads.data.chat_model import ChatModel
+from medusa_export.heads.data.conversations import Conversation
+from medusa_export.heads.data.distill import Executor, Outcome, converse
+from medusa_export.heads.data.row_store import Maker
 
 
 def local_executor(model: ChatModel, maker: Maker, concurrency: int) -> Executor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from medusa_export.core.errors import ConfigError, missing_package
-from medusa_export.heads.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
+from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI
@@ -79,7 +79,7 @@ def open_servers(
 
 
 class OpenAIServers:
-    """A :class:`~medusa_export.heads.chat_model.ChatModel`: each request goes to the server with the fewest of them.
+    """A :class:`~medusa_export.heads.data.chat_model.ChatModel`: each request goes to the server with the fewest of them.
 
     Args:
         name: of the model, as the servers know it.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.chat_data import Conversation, read_conversations
+from medusa_export.heads.data.conversations import Conversation, read_conversations
 
 
 def _write(path: Path, *lines: object) -> Path:

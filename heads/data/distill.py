@@ -10,9 +10,9 @@ from typing import Any
 
 from medusa_export.core.errors import MedusaExportError, OutputError
 from medusa_export.core.text.tokenizer import is_text
-from medusa_export.heads.chat_data import Conversation
-from medusa_export.heads.chat_model import AnswerError, ChatModel, ModelUnavailableError
-from medusa_export.heads.row_store import Maker, Row, RowStore, open_rows
+from medusa_export.heads.data.chat_model import AnswerError, ChatModel, ModelUnavailableError
+from medusa_export.heads.data.conversations import Conversation
+from medusa_export.heads.data.row_store import Maker, Row, RowStore, open_rows
 
 HOPELESS = 20  # conversations that fail before any succeeds, and the run ends
 

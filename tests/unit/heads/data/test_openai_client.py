@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
-from medusa_export.heads.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
-from medusa_export.heads.openai_server import SET_ASIDE, OpenAIServers, open_servers
+from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
+from medusa_export.heads.data.openai_client import SET_ASIDE, OpenAIServers, open_servers
 
 Start = Callable[[], Any]
 HI = [{"role": "user", "content": "Hi"}]
@@ -220,7 +220,7 @@ def test_options_out_of_range(options: dict[str, Any], fake_server: Start) -> No
 
 
 def test_openai_is_loaded_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import sys, medusa_export.heads.openai_server; print({'openai', 'httpx'} & sys.modules.keys())"
+    code = "import sys, medusa_export.heads.data.openai_client; print({'openai', 'httpx'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(MissingPackageError, match=r"medusa-export\[data\]"):

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import OutputError
-from medusa_export.heads.chat_data import Conversation
-from medusa_export.heads.chat_model import Sampling
-from medusa_export.heads.row_store import KEPT, Maker, open_rows
+from medusa_export.heads.data.chat_model import Sampling
+from medusa_export.heads.data.conversations import Conversation
+from medusa_export.heads.data.row_store import KEPT, Maker, open_rows
 
 MAKER = Maker("m", Sampling())
 CHATS = [Conversation(f"id{i}", "s", "", (f"turn {i}",)) for i in range(4)]
@@ -115,7 +115,9 @@ def test_every_length_of_a_torn_line(out: Path) -> None:
 def test_a_kill_between_the_rename_and_the_end(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fill(out, [_row(chat) for chat in CHATS])
     with monkeypatch.context() as patch:
-        patch.setattr("medusa_export.heads.row_store.shutil.rmtree", lambda path: (_ for _ in ()).throw(SystemExit(9)))
+        patch.setattr(
+            "medusa_export.heads.data.row_store.shutil.rmtree", lambda path: (_ for _ in ()).throw(SystemExit(9))
+        )
         with pytest.raises(SystemExit), open_rows(out, CHATS, MAKER) as store:
             store.publish(CHATS)
     before = out.read_bytes()

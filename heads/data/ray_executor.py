@@ -13,11 +13,11 @@ from dataclasses import asdict
 from typing import Any
 
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
-from medusa_export.heads.chat_data import Conversation
-from medusa_export.heads.chat_model import ModelFactory, ModelUnavailableError
-from medusa_export.heads.distill import Executor, Outcome
-from medusa_export.heads.local_executor import answer_all
-from medusa_export.heads.row_store import Maker
+from medusa_export.heads.data.chat_model import ModelFactory, ModelUnavailableError
+from medusa_export.heads.data.conversations import Conversation
+from medusa_export.heads.data.distill import Executor, Outcome
+from medusa_export.heads.data.local_executor import answer_all
+from medusa_export.heads.data.row_store import Maker
 
 logger = logging.getLogger(__name__)
 

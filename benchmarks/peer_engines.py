@@ -37,7 +37,7 @@ class Ours:
     def __init__(self, model: Path, threads: int, max_length: int) -> None:
         from medusa_export.engines.decoding.generate import AUTOREGRESSIVE
         from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-        from medusa_export.heads.accept import accept_greedy
+        from medusa_export.heads.decoding.accept import accept_greedy
 
         self._engine, self._tree, self._accept = (
             OnnxRuntimeEngine(model, threads=threads),

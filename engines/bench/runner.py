@@ -16,9 +16,9 @@ from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.trtllm.engine import TrtllmEngine
 from medusa_export.engines.trtllm.session import TIMEOUT
 from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
-from medusa_export.heads.accept import Typical
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.accept import Typical
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.tree import Tree
 
 WARMUP_TOKENS = 16

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.accept import Typical, accept_drawn, accept_greedy, accept_typical
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.accept import Typical, accept_drawn, accept_greedy, accept_typical
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.tree import Tree
 
 AUTOREGRESSIVE = Tree(())

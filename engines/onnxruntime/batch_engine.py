@@ -17,9 +17,9 @@ from medusa_export.engines.decoding.generate import TreeDecoder
 from medusa_export.engines.onnxruntime.engine import MASKED, open_decoder, open_heads, share
 from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 from medusa_export.engines.onnxruntime.slots import Slots
-from medusa_export.heads.accept import accept_drawn, accept_greedy
 from medusa_export.heads.contract.engine_info import BATCH_DECODER_FILE, EngineInfo
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.accept import accept_drawn, accept_greedy
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.tree import Tree
 
 Array = npt.NDArray[Any]

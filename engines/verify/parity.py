@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.engines.decoding.generate import Generation
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.sampling import Sampler
 
 
 class Scorer(Protocol):

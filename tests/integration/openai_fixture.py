@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.sampling import Sampler
 from tests.integration.metrics import Metrics
 
 PROGRAM = Path(sys.executable).with_name("medusa-serve")

@@ -18,7 +18,7 @@ from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.tree import Tree
 from tests.integration.metrics import Metrics
 

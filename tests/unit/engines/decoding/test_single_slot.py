@@ -22,7 +22,7 @@ from medusa_export.engines.serving.triton.repository import verify_repository, w
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.heads.data.chat_model import Sampling
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.tree import Tree
 
 SECONDS = 60

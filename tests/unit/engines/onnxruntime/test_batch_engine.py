@@ -14,7 +14,7 @@ from medusa_export.engines.onnxruntime import batch_engine as tree_batch
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder, advance
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.onnxruntime.slots import BatchDecoder
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.tree import Tree
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13], [20, 21]]

@@ -14,11 +14,11 @@ from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.exporter.onnx.heads import write_heads
-from medusa_export.heads.accept import accept_greedy
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.decode import greedy, medusa_decode
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.accept import accept_greedy
+from medusa_export.heads.decoding.reference import greedy, medusa_decode
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.tree import Tree, load_tree
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [

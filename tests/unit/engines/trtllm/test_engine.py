@@ -19,7 +19,7 @@ from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.trtllm import session as trtllm_session
 from medusa_export.engines.trtllm.engine import RunError
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.tree import Tree
 
 TREE = Tree.from_choices([[0], [1], [0, 0]])

@@ -14,7 +14,7 @@ import torch
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.exporter.cli import data as cli_data
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.decode import greedy
+from medusa_export.heads.decoding.reference import greedy
 
 PROMPTS = [{"prompt": "w1 w2"}, {"messages": [{"role": "user", "content": "w3"}]}, {"prompt": "w4 w5 w6"}]
 

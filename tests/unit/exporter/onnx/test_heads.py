@@ -15,7 +15,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.heads import write_heads
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import HEADS_DATA, heads_file
-from medusa_export.heads.decode import head_logits
+from medusa_export.heads.decoding.reference import head_logits
 
 TOP_K = 5
 

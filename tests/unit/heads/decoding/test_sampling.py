@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.sampler import Sampler
+from medusa_export.heads.decoding.sampling import Sampler
 
 LOGITS = np.array([0.3, -1.2, 2.0, 0.0, 1.1, -3.0], dtype=np.float32)
 CRITICAL = 20.5  # of chi-square with 5 degrees of freedom, at 0.001

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from medusa_export.heads.accept import Typical, accept_drawn, accept_greedy, accept_typical
+from medusa_export.heads.decoding.accept import Typical, accept_drawn, accept_greedy, accept_typical
 from medusa_export.heads.tree import Choice, Tree, load_tree
 
 Ids = npt.NDArray[np.int64]

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.accept import accept_greedy
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.decoding.accept import accept_greedy
 from medusa_export.heads.tree import Tree
 
 

@@ -32,7 +32,7 @@ from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.reference_arguments import ReferenceArguments
 from medusa_export.heads.reference_model import Collator, build
 from medusa_export.heads.reference_trainer import metrics
-from medusa_export.heads.training_data import Example, load_examples, read_rows
+from medusa_export.heads.training.dataset import Example, load_examples, read_rows
 from medusa_export.quantize.qat import QatArguments, Quantizers, train_qat
 
 CALIBRATION_TEXTS = 8

@@ -18,13 +18,13 @@ from medusa_export.core.artifacts.manifest import hash_files, package_versions
 from medusa_export.core.artifacts.staging import publish
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
-from medusa_export.heads.head_module import MedusaHeads
-from medusa_export.heads.hidden_cache import Rows, build_cache, cache_bytes
 from medusa_export.heads.train import TrainArguments, train_heads
 from medusa_export.heads.train_state import TrainState
-from medusa_export.heads.training_data import Example, data_hash
-from medusa_export.heads.training_report import LOGS, measure, write_report, write_tensorboard
-from medusa_export.heads.training_work import training_work
+from medusa_export.heads.training.dataset import Example, data_hash
+from medusa_export.heads.training.head_module import MedusaHeads
+from medusa_export.heads.training.hidden_states import Rows, build_cache, cache_bytes
+from medusa_export.heads.training.report import LOGS, measure, write_report, write_tensorboard
+from medusa_export.heads.training.workdir import training_work
 
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]

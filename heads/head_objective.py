@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from medusa_export.heads.head_loss import fused_cross_entropy
-from medusa_export.heads.head_module import MedusaHeads
-from medusa_export.heads.hidden_cache import NO_LABEL, Rows
+from medusa_export.heads.training.head_module import MedusaHeads
+from medusa_export.heads.training.hidden_states import NO_LABEL, Rows
 
 HEAD_DECAY = 0.8  # loss weight of head h is HEAD_DECAY ** h (arXiv 2401.10774, 2.2.1)
 CHUNK_ROWS = 256  # rows whose logits exist at once; fewer make slower products

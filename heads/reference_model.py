@@ -22,7 +22,7 @@ from medusa_export.heads.medusa_model import (
     own_head_parameters,
 )
 from medusa_export.heads.reference_arguments import RAMPS, ReferenceArguments
-from medusa_export.heads.training_data import Example
+from medusa_export.heads.training.dataset import Example
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_ALPHA = 2  # times the rank

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.artifacts.manifest import package_versions
-from medusa_export.heads.head_module import MedusaHeads
-from medusa_export.heads.hidden_cache import build_cache
 from medusa_export.heads.medusa_model import own_head_parameters
-from medusa_export.heads.training_data import Example, data_hash
-from medusa_export.heads.training_report import measure, write_report
+from medusa_export.heads.training.dataset import Example, data_hash
+from medusa_export.heads.training.head_module import MedusaHeads
+from medusa_export.heads.training.hidden_states import build_cache
+from medusa_export.heads.training.report import measure, write_report
 
 
 class ReferenceReporter:

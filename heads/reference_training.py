@@ -21,8 +21,8 @@ from medusa_export.heads.reference_arguments import ReferenceArguments, training
 from medusa_export.heads.reference_model import Built, Extension, MedusaTraining, build, check_examples
 from medusa_export.heads.reference_output import write_output
 from medusa_export.heads.reference_trainer import MedusaTrainer, load_trained
-from medusa_export.heads.training_data import Example, data_hash
-from medusa_export.heads.training_work import training_work, work_beside
+from medusa_export.heads.training.dataset import Example, data_hash
+from medusa_export.heads.training.workdir import training_work, work_beside
 
 logger = logging.getLogger(__name__)
 

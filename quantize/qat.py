@@ -20,7 +20,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.reference_arguments import ReferenceArguments
 from medusa_export.heads.reference_training import ReferenceReport, train_reference
-from medusa_export.heads.training_data import Example
+from medusa_export.heads.training.dataset import Example
 from medusa_export.quantize.formats import FORMATS, Format, get_format
 from medusa_export.quantize.ptq import HEADS, import_quantization, insert_quantizers, read_scales, recipe
 from medusa_export.quantize.scales import SCALES_FILE

@@ -15,7 +15,7 @@ from medusa_export.exporter.cli.console import Verbose, command_app, main, progr
 from medusa_export.exporter.cli.flags_file import read_flags
 
 if TYPE_CHECKING:
-    from medusa_export.heads.training_data import Example
+    from medusa_export.heads.training.dataset import Example
 
 train_app = command_app()
 
@@ -160,7 +160,7 @@ def _examples(given: Mapping[str, Any]) -> tuple[Sequence[Example], Sequence[Exa
     """Conversations to train on and to measure on."""
     from medusa_export.core.text.tokenizer import read_tokenizer
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-    from medusa_export.heads.training_data import load_examples, read_rows, split
+    from medusa_export.heads.training.dataset import load_examples, read_rows, split
 
     if not 0 < given["held_out"] < 1:
         raise ConfigError("--held-out", f"{given['held_out']}", "a share above 0 and below 1", "change it")
@@ -217,7 +217,7 @@ def _train_with_model(given: Mapping[str, Any], dataset: Sequence[Example], held
 
 
 def _print_accuracy(found: Mapping[str, Any]) -> None:
-    from medusa_export.heads.training_report import SHOWN
+    from medusa_export.heads.training.report import SHOWN
 
     table = Table(title=f"Held-out accuracy, {found['positions']} positions")
     for name in ("head", "predicts", *(f"top {k}" for k in SHOWN)):

@@ -19,7 +19,7 @@ from medusa_export.heads.medusa_model import medusa_loss
 from medusa_export.heads.reference_arguments import RAMPS, ReferenceArguments, training_arguments
 from medusa_export.heads.reference_model import Collator, build
 from medusa_export.heads.reference_training import last_checkpoint, stages, train_reference
-from medusa_export.heads.training_data import Example
+from medusa_export.heads.training.dataset import Example
 
 Writer = Callable[..., Path]
 QUICK = ReferenceArguments(heads=2, max_steps=4, batch_size=4, checkpoint_every=2, log_every=1, report_to=(), warmup=0)

@@ -13,14 +13,14 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.acceptance import accuracies
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.head_metrics import head_ranks
-from medusa_export.heads.head_module import MedusaHeads
 from medusa_export.heads.head_objective import BatchLoss, Objective, batches
-from medusa_export.heads.hidden_cache import Rows, build_cache
 from medusa_export.heads.medusa_model import convert, decoder_states, load_heads, medusa_loss
 from medusa_export.heads.reference_model import Collator
 from medusa_export.heads.train import TrainArguments, train_heads
-from medusa_export.heads.training_data import Example
+from medusa_export.heads.training.dataset import Example
+from medusa_export.heads.training.head_module import MedusaHeads
+from medusa_export.heads.training.hidden_states import Rows, build_cache
+from medusa_export.heads.training.metrics import head_ranks
 
 VOCAB, HIDDEN = 30, 16
 ARGUMENTS = TrainArguments(epochs=6, lr=0.02, batch_rows=64, checkpoint_every=3, log_every=1)

@@ -12,7 +12,7 @@ from typing import Any
 
 from medusa_export.heads.reference_arguments import ReferenceArguments
 from medusa_export.heads.reference_training import train_reference
-from medusa_export.heads.training_data import Example
+from medusa_export.heads.training.dataset import Example
 
 COMMON = {"base": "joint", "heads": 2, "lora_rank": 4, "log_every": 1, "report_to": (), "max_steps": 9}
 

@@ -20,7 +20,7 @@ from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, l
 from medusa_export.heads.reference_arguments import ReferenceArguments
 from medusa_export.heads.reference_model import build
 from medusa_export.heads.reference_output import write_output
-from medusa_export.heads.training_data import Example
+from medusa_export.heads.training.dataset import Example
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize import codes, qat
 from medusa_export.quantize.formats import FORMATS

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.head_module import MedusaHeads
+from medusa_export.heads.training.head_module import MedusaHeads
 
 
 @pytest.mark.parametrize("own_lm_head", [False, True])

@@ -11,7 +11,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
-from medusa_export.heads.training_data import Example, data_hash, encode, load_examples, read_rows, split, usable
+from medusa_export.heads.training.dataset import Example, data_hash, encode, load_examples, read_rows, split, usable
 
 EOS = (2,)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from medusa_export.core.errors import missing_package
 from medusa_export.heads.acceptance import summary
-from medusa_export.heads.head_metrics import head_ranks
-from medusa_export.heads.head_module import MedusaHeads
-from medusa_export.heads.hidden_cache import Rows
+from medusa_export.heads.training.head_module import MedusaHeads
+from medusa_export.heads.training.hidden_states import Rows
+from medusa_export.heads.training.metrics import head_ranks
 
 ACCEPTANCE, REPORT, PLOT, LOGS = "acceptance.json", "training.json", "training.svg", "logs"
 SHOWN = (1, 2, 3, 5, 10)

@@ -20,7 +20,7 @@ import torch
 from medusa_export.core.artifacts.manifest import check_free_space
 from medusa_export.core.artifacts.staging import sync
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.training_data import Example, data_hash
+from medusa_export.heads.training.dataset import Example, data_hash
 
 SHARD_EXAMPLES = 64
 BATCH_TOKENS = 2048

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads import hidden_cache
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.hidden_cache import NO_LABEL, build_cache, cache_bytes
-from medusa_export.heads.training_data import Example
+from medusa_export.heads.training import hidden_states as hidden_cache
+from medusa_export.heads.training.dataset import Example
+from medusa_export.heads.training.hidden_states import NO_LABEL, build_cache, cache_bytes
 
 EXAMPLES = [
     Example([5, 6, 7, 8, 9], [False, False, True, True, True]),

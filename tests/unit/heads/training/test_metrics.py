@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from medusa_export.heads.head_metrics import head_ranks
-from medusa_export.heads.head_module import MedusaHeads
-from medusa_export.heads.hidden_cache import Rows
+from medusa_export.heads.training.head_module import MedusaHeads
+from medusa_export.heads.training.hidden_states import Rows
+from medusa_export.heads.training.metrics import head_ranks
 
 
 def test_ranks_count_the_better_tokens() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from medusa_export.heads.acceptance import ABSENT, UNKNOWN, Ranks
-from medusa_export.heads.head_module import MedusaHeads
-from medusa_export.heads.hidden_cache import NO_LABEL, Rows
+from medusa_export.heads.training.head_module import MedusaHeads
+from medusa_export.heads.training.hidden_states import NO_LABEL, Rows
 
 CHUNK_ROWS = 128
 

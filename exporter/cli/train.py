@@ -183,8 +183,8 @@ def _examples(given: Mapping[str, Any]) -> tuple[Sequence[Example], Sequence[Exa
 
 
 def _train_fast(given: Mapping[str, Any], dataset: Sequence[Example], held_out: Sequence[Example]) -> Any:
-    from medusa_export.heads.fast_training import HeadShape, train_fast
-    from medusa_export.heads.train import TrainArguments
+    from medusa_export.heads.training.cached.run import HeadShape, train_fast
+    from medusa_export.heads.training.cached.trainer import TrainArguments
 
     return train_fast(
         given["ckpt"], dataset, held_out, given["output"], TrainArguments(**_fields(given, _FAST)),

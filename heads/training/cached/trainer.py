@@ -12,8 +12,8 @@ import torch
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.acceptance import accuracies, mean_accuracy
-from medusa_export.heads.head_objective import BatchLoss, Objective, batches
-from medusa_export.heads.train_state import TrainState, load_state, save_state
+from medusa_export.heads.training.cached.objective import BatchLoss, Objective, batches
+from medusa_export.heads.training.cached.state import TrainState, load_state, save_state
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows
 from medusa_export.heads.training.metrics import head_ranks

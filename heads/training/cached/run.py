@@ -18,8 +18,8 @@ from medusa_export.core.artifacts.manifest import hash_files, package_versions
 from medusa_export.core.artifacts.staging import publish
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
-from medusa_export.heads.train import TrainArguments, train_heads
-from medusa_export.heads.train_state import TrainState
+from medusa_export.heads.training.cached.state import TrainState
+from medusa_export.heads.training.cached.trainer import TrainArguments, train_heads
 from medusa_export.heads.training.dataset import Example, data_hash
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows, build_cache, cache_bytes

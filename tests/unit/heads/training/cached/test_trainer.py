@@ -13,10 +13,10 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.acceptance import accuracies
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.head_objective import BatchLoss, Objective, batches
 from medusa_export.heads.medusa_model import convert, decoder_states, load_heads, medusa_loss
 from medusa_export.heads.reference_model import Collator
-from medusa_export.heads.train import TrainArguments, train_heads
+from medusa_export.heads.training.cached.objective import BatchLoss, Objective, batches
+from medusa_export.heads.training.cached.trainer import TrainArguments, train_heads
 from medusa_export.heads.training.dataset import Example
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows, build_cache
@@ -89,7 +89,7 @@ def test_the_loss_is_the_references(tiny_checkpoint: Callable[..., Any], tmp_pat
 def test_chunks_and_blocks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for chunk in (7, 256):
-        monkeypatch.setattr("medusa_export.heads.head_objective.CHUNK_ROWS", chunk)
+        monkeypatch.setattr("medusa_export.heads.training.cached.objective.CHUNK_ROWS", chunk)
         rows, heads = predictable_rows(), new_heads()
         objective = Objective.over(rows.labels(2), VOCAB, vocab=0, distill=0.3, dtype=torch.float32)
         found.append(BatchLoss(heads, rows, objective).backward(torch.arange(100)))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from medusa_export.heads import head_loss
-from medusa_export.heads.head_loss import fused_cross_entropy
+from medusa_export.heads.training.cached import loss as head_loss
+from medusa_export.heads.training.cached.loss import fused_cross_entropy
 
 ROWS, HIDDEN, VOCAB = 23, 8, 40
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from medusa_export.heads.head_loss import fused_cross_entropy
+from medusa_export.heads.training.cached.loss import fused_cross_entropy
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import NO_LABEL, Rows
 

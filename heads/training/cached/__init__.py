@@ -1,0 +1,1 @@
+"""Training on hidden states that were computed once."""

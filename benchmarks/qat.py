@@ -29,10 +29,10 @@ from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.head_layouts import HEAD_FILES
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.reference_arguments import ReferenceArguments
-from medusa_export.heads.reference_model import Collator, build
-from medusa_export.heads.reference_trainer import metrics
 from medusa_export.heads.training.dataset import Example, load_examples, read_rows
+from medusa_export.heads.training.full.arguments import ReferenceArguments
+from medusa_export.heads.training.full.model import Collator, build
+from medusa_export.heads.training.full.trainer import metrics
 from medusa_export.quantize.qat import QatArguments, Quantizers, train_qat
 
 CALIBRATION_TEXTS = 8

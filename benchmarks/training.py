@@ -33,7 +33,7 @@ COMMON = ["--keep-truncated", "--bf16", "--max-length", "512"]
 _IMPORTS = "medusa_export.exporter.cli.train, transformers.modeling_utils, matplotlib.figure, torch.utils.tensorboard"
 _CACHED_IMPORTS = f"medusa_export.heads.training.cached.run, {_IMPORTS}"
 _REFERENCE_IMPORTS = (
-    f"medusa_export.heads.reference_report, medusa_export.quantize.qat, modelopt.torch.speculative, {_IMPORTS}"
+    f"medusa_export.heads.training.full.report, medusa_export.quantize.qat, modelopt.torch.speculative, {_IMPORTS}"
 )
 
 

@@ -18,9 +18,9 @@ import torch
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-from medusa_export.heads.reference_arguments import ReferenceArguments
-from medusa_export.heads.reference_training import ReferenceReport, train_reference
 from medusa_export.heads.training.dataset import Example
+from medusa_export.heads.training.full.arguments import ReferenceArguments
+from medusa_export.heads.training.full.run import ReferenceReport, train_reference
 from medusa_export.quantize.formats import FORMATS, Format, get_format
 from medusa_export.quantize.ptq import HEADS, import_quantization, insert_quantizers, read_scales, recipe
 from medusa_export.quantize.scales import SCALES_FILE
@@ -123,7 +123,7 @@ def train_qat(
 
     Args:
         batches: token ids to calibrate the inputs with, one sequence each; none: the first examples.
-        options: further arguments of :func:`~medusa_export.heads.reference_training.train_reference`.
+        options: further arguments of :func:`~medusa_export.heads.training.full.run.train_reference`.
 
     Returns:
         metrics are those of the quantized model.

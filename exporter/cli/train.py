@@ -196,9 +196,9 @@ def _train_fast(given: Mapping[str, Any], dataset: Sequence[Example], held_out: 
 
 def _train_with_model(given: Mapping[str, Any], dataset: Sequence[Example], held_out: Sequence[Example]) -> Any:
     """Through the Trainer; None in processes other than the first."""
-    from medusa_export.heads.reference_arguments import ReferenceArguments
-    from medusa_export.heads.reference_report import ReferenceReporter
-    from medusa_export.heads.reference_training import train_reference
+    from medusa_export.heads.training.full.arguments import ReferenceArguments
+    from medusa_export.heads.training.full.report import ReferenceReporter
+    from medusa_export.heads.training.full.run import train_reference
     from medusa_export.quantize.qat import QatArguments, train_qat
 
     fields = _fields(given, _JOINT if given["joint"] else _REFERENCE)

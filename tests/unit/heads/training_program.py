@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from medusa_export.heads.reference_arguments import ReferenceArguments
-from medusa_export.heads.reference_training import train_reference
 from medusa_export.heads.training.dataset import Example
+from medusa_export.heads.training.full.arguments import ReferenceArguments
+from medusa_export.heads.training.full.run import train_reference
 
 COMMON = {"base": "joint", "heads": 2, "lora_rank": 4, "log_every": 1, "report_to": (), "max_steps": 9}
 

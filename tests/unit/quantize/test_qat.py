@@ -17,10 +17,10 @@ from medusa_export.exporter.onnx import linear as onnx_linear
 from medusa_export.exporter.verify.rebuild import rebuild_hf
 from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
-from medusa_export.heads.reference_arguments import ReferenceArguments
-from medusa_export.heads.reference_model import build
-from medusa_export.heads.reference_output import write_output
 from medusa_export.heads.training.dataset import Example
+from medusa_export.heads.training.full.arguments import ReferenceArguments
+from medusa_export.heads.training.full.model import build
+from medusa_export.heads.training.full.output import write_output
 from medusa_export.heads.tree import Tree
 from medusa_export.quantize import codes, qat
 from medusa_export.quantize.formats import FORMATS

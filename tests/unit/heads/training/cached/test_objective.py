@@ -15,11 +15,17 @@ import pytest
 import torch
 
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.medusa_model import convert, decoder_states, head_targets, load_heads, medusa_loss
-from medusa_export.heads.reference_arguments import ReferenceArguments
-from medusa_export.heads.reference_model import Collator
 from medusa_export.heads.training.cached.objective import HEAD_DECAY, BatchLoss, Objective
 from medusa_export.heads.training.dataset import Example
+from medusa_export.heads.training.full.arguments import ReferenceArguments
+from medusa_export.heads.training.full.model import Collator
+from medusa_export.heads.training.full.modelopt_medusa import (
+    convert,
+    decoder_states,
+    head_targets,
+    load_heads,
+    medusa_loss,
+)
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows, build_cache
 

@@ -13,11 +13,11 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.acceptance import accuracies
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.medusa_model import convert, decoder_states, load_heads, medusa_loss
-from medusa_export.heads.reference_model import Collator
 from medusa_export.heads.training.cached.objective import BatchLoss, Objective, batches
 from medusa_export.heads.training.cached.trainer import TrainArguments, train_heads
 from medusa_export.heads.training.dataset import Example
+from medusa_export.heads.training.full.model import Collator
+from medusa_export.heads.training.full.modelopt_medusa import convert, decoder_states, load_heads, medusa_loss
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows, build_cache
 from medusa_export.heads.training.metrics import head_ranks

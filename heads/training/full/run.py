@@ -17,11 +17,11 @@ from transformers import EarlyStoppingCallback
 
 from medusa_export.core.artifacts.staging import publish
 from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.heads.reference_arguments import ReferenceArguments, training_arguments
-from medusa_export.heads.reference_model import Built, Extension, MedusaTraining, build, check_examples
-from medusa_export.heads.reference_output import write_output
-from medusa_export.heads.reference_trainer import MedusaTrainer, load_trained
 from medusa_export.heads.training.dataset import Example, data_hash
+from medusa_export.heads.training.full.arguments import ReferenceArguments, training_arguments
+from medusa_export.heads.training.full.model import Built, Extension, MedusaTraining, build, check_examples
+from medusa_export.heads.training.full.output import write_output
+from medusa_export.heads.training.full.trainer import MedusaTrainer, load_trained
 from medusa_export.heads.training.workdir import training_work, work_beside
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
-from medusa_export.heads import medusa_model
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
-from medusa_export.heads.medusa_model import (
+from medusa_export.heads.training.full import modelopt_medusa as medusa_model
+from medusa_export.heads.training.full.modelopt_medusa import (
     base_logits,
     convert,
     head_parameters,

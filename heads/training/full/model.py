@@ -13,7 +13,9 @@ from torch import nn
 from medusa_export.core.errors import ConfigError, missing_package
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
-from medusa_export.heads.medusa_model import (
+from medusa_export.heads.training.dataset import Example
+from medusa_export.heads.training.full.arguments import RAMPS, ReferenceArguments
+from medusa_export.heads.training.full.modelopt_medusa import (
     NO_LABEL,
     base_logits,
     convert,
@@ -21,8 +23,6 @@ from medusa_export.heads.medusa_model import (
     medusa_loss,
     own_head_parameters,
 )
-from medusa_export.heads.reference_arguments import RAMPS, ReferenceArguments
-from medusa_export.heads.training.dataset import Example
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_ALPHA = 2  # times the rank
@@ -102,7 +102,7 @@ class MedusaTraining(nn.Module):
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Loss, and the statistics of :class:`~medusa_export.heads.medusa_model.MedusaLoss`.  # [B, S] each
+        """Loss, and the statistics of :class:`~medusa_export.heads.training.full.modelopt_medusa.MedusaLoss`.  # [B, S] each
 
         Args:
             num_items_in_batch: answer tokens in all micro-batches of the step and all processes.

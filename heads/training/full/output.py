@@ -11,8 +11,8 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.medusa_model import own_head_parameters, save_combined
-from medusa_export.heads.reference_arguments import ReferenceArguments
+from medusa_export.heads.training.full.arguments import ReferenceArguments
+from medusa_export.heads.training.full.modelopt_medusa import own_head_parameters, save_combined
 from medusa_export.heads.training.head_module import write_heads, write_heads_config
 
 # What a directory needs beside weights and config.json to be used; tokenizers differ in their files.

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.core.errors import ConfigError, MedusaExportError, OutputError
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
-from medusa_export.heads.medusa_model import medusa_loss
-from medusa_export.heads.reference_arguments import RAMPS, ReferenceArguments, training_arguments
-from medusa_export.heads.reference_model import Collator, build
-from medusa_export.heads.reference_training import last_checkpoint, stages, train_reference
 from medusa_export.heads.training.dataset import Example
+from medusa_export.heads.training.full.arguments import RAMPS, ReferenceArguments, training_arguments
+from medusa_export.heads.training.full.model import Collator, build
+from medusa_export.heads.training.full.modelopt_medusa import medusa_loss
+from medusa_export.heads.training.full.run import last_checkpoint, stages, train_reference
 
 Writer = Callable[..., Path]
 QUICK = ReferenceArguments(heads=2, max_steps=4, batch_size=4, checkpoint_every=2, log_every=1, report_to=(), warmup=0)
@@ -172,7 +172,7 @@ def test_accumulated_gradients_are_those_of_one_batch(exact_dir: Path, tmp_path:
 
 
 def test_learning_rates(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medusa_export.heads.reference_trainer import MedusaTrainer
+    from medusa_export.heads.training.full.trainer import MedusaTrainer
 
     groups: list[tuple[int, float]] = []
     original = MedusaTrainer.create_optimizer

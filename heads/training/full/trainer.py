@@ -13,8 +13,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.heads.reference_arguments import ReferenceArguments
-from medusa_export.heads.reference_model import Collator, MedusaTraining
+from medusa_export.heads.training.full.arguments import ReferenceArguments
+from medusa_export.heads.training.full.model import Collator, MedusaTraining
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.artifacts.manifest import package_versions
-from medusa_export.heads.medusa_model import own_head_parameters
 from medusa_export.heads.training.dataset import Example, data_hash
+from medusa_export.heads.training.full.modelopt_medusa import own_head_parameters
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import build_cache
 from medusa_export.heads.training.report import measure, write_report

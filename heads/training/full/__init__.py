@@ -1,0 +1,1 @@
+"""Training with the whole model in the loop: joint, FSDP, quantization-aware."""

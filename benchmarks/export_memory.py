@@ -50,7 +50,7 @@ from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.families import EMBED_TOKENS
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
-from medusa_export.heads.tree import load_tree
+from medusa_export.heads.trees.tree import load_tree
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.scales import Scales
 

@@ -22,9 +22,9 @@ from medusa_export.engines.tensorrt.library import RTX, import_tensorrt, local_g
 from medusa_export.engines.tuning.acceptance import calibrate
 from medusa_export.engines.tuning.cost import SIZES, OneSequence, measure_cost
 from medusa_export.engines.tuning.search import search
-from medusa_export.heads.acceptance import Acceptance, calibration
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.step_costs import cost_curve
+from medusa_export.heads.trees.acceptance import Acceptance, calibration
+from medusa_export.heads.trees.step_costs import cost_curve
 
 TREE_PROMPTS, TREE_TOKENS = 13, 96  # the last prompts choose the tree; the others are run
 PTQ_TEXTS, PTQ_TOKENS = 4, 64

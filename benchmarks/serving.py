@@ -41,7 +41,7 @@ from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.verify.parity import explain, first_divergence, verdict
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.tree import Tree, load_tree
 
 NONE, ENGINE = "none", "engine"  # besides files, what --tree may be
 NOISE_PROMPTS = 8

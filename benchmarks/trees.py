@@ -22,11 +22,11 @@ from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.engines.tuning.search import search
-from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.contract.engine_info import TREE_FILE
-from medusa_export.heads.search import Candidate
-from medusa_export.heads.step_costs import COST_FILE, cost_curve, load_costs
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.trees.search import Candidate
+from medusa_export.heads.trees.step_costs import COST_FILE, cost_curve, load_costs
+from medusa_export.heads.trees.tree import Tree, load_tree
 
 FIXED = "medusa-63"
 

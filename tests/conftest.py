@@ -291,7 +291,7 @@ def tiny_engine(
     ) -> TinyEngine:
         from medusa_export.exporter.engine_dirs.onnxruntime import write_engine
         from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-        from medusa_export.heads.tree import load_tree
+        from medusa_export.heads.trees.tree import load_tree
         from medusa_export.quantize.formats import get_format
         from medusa_export.quantize.scales import Scales
 

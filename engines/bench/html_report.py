@@ -9,7 +9,7 @@ from typing import Any
 
 from medusa_export.engines.bench.report import QUANTILES, paired_line, sweep_rows
 from medusa_export.engines.tuning.picture import positions
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 TEMPLATE = "report.html.jinja"
 SHOWN_TOP = (1, 2, 3, 5, 10)

@@ -13,7 +13,7 @@ from medusa_export.core.intervals import bootstrap
 from medusa_export.engines.bench.runner import PromptResult, RunResult
 from medusa_export.engines.measure.machine import device_name, hardware, versions
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 if TYPE_CHECKING:
     from rich.console import Console

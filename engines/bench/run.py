@@ -21,12 +21,12 @@ from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.trtllm.session import TIMEOUT
 from medusa_export.engines.verify.reference import compare_with_checkpoint
 from medusa_export.engines.verify.selfcheck import bound_of
-from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.trees.tree import Tree, load_tree
 
 SHOWN_TOKENS = 24  # of a text before and after a divergence
 REFERENCE_PROMPTS = 8  # prompts on which the engine is compared with the checkpoint

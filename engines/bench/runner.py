@@ -19,7 +19,7 @@ from medusa_export.engines.verify.parity import Divergence, explain, first_diver
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 WARMUP_TOKENS = 16
 NOISE_PROMPTS = 4  # prompts on which the logit noise is measured

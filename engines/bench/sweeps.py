@@ -12,7 +12,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.measure.side_by_side import compare
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder, advance
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 Progress = Callable[[int, int], None]
 

@@ -10,7 +10,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE
 from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.tree import Tree, load_tree
 
 
 @dataclass(frozen=True)

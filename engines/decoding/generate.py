@@ -14,7 +14,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.decoding.accept import Typical, accept_drawn, accept_greedy, accept_typical
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 AUTOREGRESSIVE = Tree(())
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import Step, StepEngine
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 Array = npt.NDArray[Any]
 

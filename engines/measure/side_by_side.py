@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medusa_export.core.intervals import bootstrap
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, StepEngine, generate
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 WARMUP_TOKENS = 16
 

@@ -20,7 +20,7 @@ from medusa_export.engines.onnxruntime.slots import Slots
 from medusa_export.heads.contract.engine_info import BATCH_DECODER_FILE, EngineInfo
 from medusa_export.heads.decoding.accept import accept_drawn, accept_greedy
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 Array = npt.NDArray[Any]
 

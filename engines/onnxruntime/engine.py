@@ -18,7 +18,7 @@ import numpy.typing as npt
 from medusa_export.core.errors import ConfigError, missing_package
 from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 from medusa_export.heads.contract.engine_info import DECODER_FILE, EngineInfo, heads_file
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 MASKED = np.float32(-1e30)
 Array = npt.NDArray[Any]

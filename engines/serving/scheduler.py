@@ -16,7 +16,7 @@ from medusa_export.engines.decoding.generate import TreeDecoder
 from medusa_export.engines.onnxruntime.batch_engine import PREFILL, ROOT, advance
 from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 PREFILL_TOKENS = 128  # of prompts that are read between two steps of the others
 

@@ -20,7 +20,7 @@ from medusa_export.engines.tensorrt.build import DECODER_ENGINE, HEADS_ENGINE
 from medusa_export.engines.tensorrt.device import CudaDevice, Device
 from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 if TYPE_CHECKING:
     import torch  # noqa: F401

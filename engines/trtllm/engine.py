@@ -22,7 +22,7 @@ from medusa_export.engines.trtllm.session import TIMEOUT, NoAnswerError, Session
 from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.contract.trtllm_releases import release_of_engine
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 BACKEND = "tensorrt-llm"
 Choices = tuple[tuple[int, ...], ...]

@@ -8,7 +8,7 @@ import numpy as np
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, StepEngine
-from medusa_export.heads.acceptance import ABSENT, TOP_K, UNKNOWN, Answer, Ranks
+from medusa_export.heads.trees.acceptance import ABSENT, TOP_K, UNKNOWN, Answer, Ranks
 
 
 def calibrate(
@@ -36,7 +36,7 @@ def calibrate(
 
 
 def trace(engine: StepEngine, input_ids: Sequence[int], *, max_new_tokens: int) -> Ranks:
-    """One answer's ranks, see :class:`~medusa_export.heads.acceptance.Answer`.  # [T, max_depth]"""
+    """One answer's ranks, see :class:`~medusa_export.heads.trees.acceptance.Answer`.  # [T, max_depth]"""
     step, ends = engine.prepare(AUTOREGRESSIVE), set(engine.info.eos_token_ids)
     tokens, drafts = [engine.prefill(input_ids)], []
     while len(tokens) < max_new_tokens and tokens[-1] not in ends and engine.length < engine.info.max_length:

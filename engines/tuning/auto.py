@@ -12,9 +12,9 @@ from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import calibrate
 from medusa_export.engines.tuning.cost import PAST_LENGTH, SIZES, OneSequence, measure_cost, write_costs
 from medusa_export.engines.tuning.search import search, sentence, tree_json
-from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration
 from medusa_export.heads.contract.engine_info import TREE_FILE
-from medusa_export.heads.step_costs import COST_FILE, cost_curve
+from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration
+from medusa_export.heads.trees.step_costs import COST_FILE, cost_curve
 
 MAX_PROMPTS, NEW_TOKENS, ROUNDS = 64, 96, 5
 

@@ -20,7 +20,7 @@ from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.decoding.accept import accept_greedy
-from medusa_export.heads.tree import Choice, Tree
+from medusa_export.heads.trees.tree import Choice, Tree
 
 SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)
 PAST_LENGTH = 256

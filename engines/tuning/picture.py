@@ -8,8 +8,8 @@ from typing import Any
 
 from medusa_export.core.errors import missing_package
 from medusa_export.engines.tuning.search import Search
-from medusa_export.heads.acceptance import Acceptance
-from medusa_export.heads.tree import Choice, Tree
+from medusa_export.heads.trees.acceptance import Acceptance
+from medusa_export.heads.trees.tree import Choice, Tree
 
 LABELLED = 24  # nodes up to which every edge has its number
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from medusa_export.engines.decoding.generate import StepEngine
 from medusa_export.engines.measure.side_by_side import Measured, compare
-from medusa_export.heads.acceptance import Acceptance
-from medusa_export.heads.search import Candidate, CostCurve, best, candidates
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.acceptance import Acceptance
+from medusa_export.heads.trees.search import Candidate, CostCurve, best, candidates
+from medusa_export.heads.trees.tree import Tree
 
 MAX_DRAFT_LEN = 63
 CONFIRMED = 3

@@ -16,7 +16,7 @@ from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.verify.reference import compare_with_checkpoint
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.tree import Tree, load_tree
 
 
 @dataclass(frozen=True)

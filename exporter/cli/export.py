@@ -15,7 +15,7 @@ import typer
 
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.exporter.cli.console import Verbose, command_app, main, progress_bars, stderr, stdout
-from medusa_export.heads.tree import PRESETS
+from medusa_export.heads.trees.tree import PRESETS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 from medusa_export.quantize.tensorrt_targets import TARGETS, named
 

@@ -143,8 +143,8 @@ def search_command(
     from medusa_export.engines.tuning.picture import draw
     from medusa_export.engines.tuning.search import confirm as run_trees
     from medusa_export.engines.tuning.search import search, sentence, tree_json
-    from medusa_export.heads.acceptance import Acceptance
-    from medusa_export.heads.step_costs import cost_curve, load_costs, select
+    from medusa_export.heads.trees.acceptance import Acceptance
+    from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
 
     given = dict(locals())
     _check_search(given)
@@ -180,7 +180,7 @@ def search_command(
 def _count(opened: Any, encoded: Any, max_new_tokens: int, progress: Any) -> Any:
     """Acceptance of the engine's heads on the prompts."""
     from medusa_export.engines.tuning.acceptance import calibrate
-    from medusa_export.heads.acceptance import Acceptance
+    from medusa_export.heads.trees.acceptance import Acceptance
 
     done = iter(range(1, len(encoded) + 1))
     answers = calibrate(
@@ -243,7 +243,7 @@ def _calibrate(
     opened: Any, encoded: Any, max_new_tokens: int, progress: Any, output: Path, source: dict[str, Any]
 ) -> Any:
     from medusa_export.engines.tuning.acceptance import calibrate
-    from medusa_export.heads.acceptance import write_calibration
+    from medusa_export.heads.trees.acceptance import write_calibration
 
     done = iter(range(1, len(encoded) + 1))
     answers = calibrate(
@@ -256,7 +256,7 @@ def _calibrate(
 def _crossover(counted: Any, curves: list[dict[str, Any]], max_draft_len: int) -> list[dict[str, Any]]:
     """The best tree's size and its speed-up by batch and past length."""
     from medusa_export.engines.tuning.search import search
-    from medusa_export.heads.step_costs import cost_curve
+    from medusa_export.heads.trees.step_costs import cost_curve
 
     rows = []
     for curve in curves:

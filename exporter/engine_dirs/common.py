@@ -8,7 +8,7 @@ from typing import Any
 
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 
 def save_engine_files(

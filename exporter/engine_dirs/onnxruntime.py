@@ -16,7 +16,7 @@ from medusa_export.exporter.onnx.decoder import require_supported, write_decoder
 from medusa_export.exporter.onnx.heads import write_heads
 from medusa_export.exporter.onnx.linear import LinearWriter
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.formats import FORMATS, Format
 from medusa_export.quantize.scales import Scales
 

@@ -14,7 +14,7 @@ from medusa_export.exporter.onnx.portable.decoder import write_portable_decoder
 from medusa_export.exporter.onnx.portable.heads import write_portable_heads
 from medusa_export.exporter.onnx.portable.linear import PortableLinear
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.formats import Format
 from medusa_export.quantize.scales import Scales
 from medusa_export.quantize.tensorrt_targets import tensorrt_form

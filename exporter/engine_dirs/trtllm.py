@@ -12,7 +12,7 @@ from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
-from medusa_export.heads.tree import MAX_TOP_K, Tree
+from medusa_export.heads.trees.tree import MAX_TOP_K, Tree
 
 
 def write_trtllm_engine(

@@ -21,13 +21,13 @@ from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_compat import release_warnings
 from medusa_export.exporter.write.huggingface import require_hf
 from medusa_export.exporter.write.trtllm import export_spec, require_scales
-from medusa_export.heads.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import TREE_FILE
 from medusa_export.heads.contract.trtllm_releases import DEFAULT_RELEASE, find_release
-from medusa_export.heads.search import CostCurve, best, candidates
-from medusa_export.heads.step_costs import cost_curve, load_costs, select
-from medusa_export.heads.tree import PRESETS, Tree, load_tree
+from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.trees.search import CostCurve, best, candidates
+from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
+from medusa_export.heads.trees.tree import PRESETS, Tree, load_tree
 from medusa_export.quantize.cache import calibration_key
 from medusa_export.quantize.calibration import DEFAULT_PROMPTS, token_batches
 from medusa_export.quantize.formats import get_format, get_kv_cache, needs_calibration

@@ -14,7 +14,7 @@ from medusa_export.exporter.plan.trtllm_layout import needed_scales, plan_rank
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.exporter.write.tensor_maker import TensorMaker
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.formats import Format, get_kv_cache
 from medusa_export.quantize.scales import Scales
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import read_json
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 ENGINE_FILE = "engine.json"
 DECODER_FILE = "decoder.onnx"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 
 def accept_greedy(

@@ -17,7 +17,7 @@ from torch.nn import functional
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.decoding.accept import accept_greedy
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 
 def greedy(model: Any, input_ids: Sequence[int], *, max_new_tokens: int, eos_token_ids: Sequence[int]) -> list[int]:

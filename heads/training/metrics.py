@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from medusa_export.heads.acceptance import ABSENT, UNKNOWN, Ranks
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import NO_LABEL, Rows
+from medusa_export.heads.trees.acceptance import ABSENT, UNKNOWN, Ranks
 
 CHUNK_ROWS = 128
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import missing_package
-from medusa_export.heads.acceptance import summary
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows
 from medusa_export.heads.training.metrics import head_ranks
+from medusa_export.heads.trees.acceptance import summary
 
 ACCEPTANCE, REPORT, PLOT, LOGS = "acceptance.json", "training.json", "training.svg", "logs"
 SHOWN = (1, 2, 3, 5, 10)

@@ -26,7 +26,7 @@ from medusa_export.exporter.verify.checkpoint import verify_trtllm
 from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.formats import get_format
 
 TEXTS = [[token % 24 for token in range(5, 45)], [token * 7 % 24 for token in range(30)]]

@@ -20,7 +20,7 @@ from medusa_export.engines.serving.triton.testing.server import Address, TritonS
 from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing, model_configs
 from medusa_export.engines.serving.triton_trtllm.repository import engine_facts, write_trtllm_repository
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 STANDIN = Path(__file__).parents[1] / "standins" / "tensorrt_llm_model.py"
 SERVING = TrtllmServing(max_text_bytes=2000)

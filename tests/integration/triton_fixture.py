@@ -19,7 +19,7 @@ from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from tests.integration.metrics import Metrics
 
 DTYPES = {str: "BYTES", int: "INT64", float: "FP32", bool: "BOOL", list: "BYTES"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 Config = dict[str, Any]
 MOUNT = "/models"  # where the repository lies in the container

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.heads.contract.trtllm_releases import FIRST, TrtllmRelease
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 
 @dataclass(frozen=True)

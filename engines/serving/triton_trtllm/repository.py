@@ -31,11 +31,11 @@ from medusa_export.engines.serving.triton_trtllm.parameters import parameter_pro
 from medusa_export.engines.trtllm.build import BUILD_FILE
 from medusa_export.engines.trtllm.command import MEDUSA
 from medusa_export.engines.trtllm.scripts import BUILD_SCRIPT, PLAIN_CONFIG, RUN_SCRIPT
-from medusa_export.heads.acceptance import ACCEPTANCE_FILE
 from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import ENGINE_FILE, TREE_FILE, EngineInfo
 from medusa_export.heads.contract.trtllm_releases import release_of_engine
-from medusa_export.heads.tree import load_tree
+from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE
+from medusa_export.heads.trees.tree import load_tree
 
 KIND, VERSION, BACKEND = "tensorrt-llm", "1", "tensorrt-llm"
 TOKENIZER = "tokenizer"

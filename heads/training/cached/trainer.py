@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.acceptance import accuracies, mean_accuracy
 from medusa_export.heads.training.cached.objective import BatchLoss, Objective, batches
 from medusa_export.heads.training.cached.state import TrainState, load_state, save_state
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows
 from medusa_export.heads.training.metrics import head_ranks
+from medusa_export.heads.trees.acceptance import accuracies, mean_accuracy
 
 EVALUATED_ROWS = 4096
 

@@ -12,7 +12,7 @@ import pytest
 from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.tree import load_tree
+from medusa_export.heads.trees.tree import load_tree
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.scales import Scales
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.scales import Scales
 

@@ -10,7 +10,7 @@ import pytest
 
 from medusa_export.exporter.cli.triton import triton_main
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from medusa_export.engines.bench.report import paired_line
 from medusa_export.engines.bench.runner import PromptResult, run_prompts
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 
 class Told:

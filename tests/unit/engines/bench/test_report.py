@@ -17,7 +17,7 @@ from medusa_export.engines.measure import machine
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.verify.parity import Divergence
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 INFO = EngineInfo(
     backend="onnxruntime", form="float", precision="float32 for the test", max_length=64, max_depth=3, top_k=4,

@@ -21,7 +21,7 @@ from medusa_export.engines.decoding.generate import Generation
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.auto import choose_tree
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 QUESTIONS = ["w1 w2 w3", "w50 w4", "w7 w7 w9 w8 w20", "w33"]
 

@@ -13,7 +13,7 @@ from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, requir
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13]]
 TREE = Tree.from_choices([[0], [1], [0, 0]])

@@ -10,7 +10,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 
 def written(path: Path, **body: Any) -> Path:

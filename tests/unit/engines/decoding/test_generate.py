@@ -11,7 +11,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 PROMPT = [1, 2, 3]
 TRUTH = list(range(100, 160))  # what the scripted model says, token after token

@@ -23,7 +23,7 @@ from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 SECONDS = 60
 QUESTIONS = ["w3 w4 w5", "w9 w8", "w20", "w7 w7 w7 w1"]

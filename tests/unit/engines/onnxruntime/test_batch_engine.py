@@ -15,7 +15,7 @@ from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder, adv
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.onnxruntime.slots import BatchDecoder
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13], [20, 21]]
 LIMITS = [14, 5, 20, 9, 17]  # so that sequences end at different times

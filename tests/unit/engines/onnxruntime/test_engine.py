@@ -19,7 +19,7 @@ from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.decoding.accept import accept_greedy
 from medusa_export.heads.decoding.reference import greedy, medusa_decode
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.tree import Tree, load_tree
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}), ("mistral", {"num_key_value_heads": 1}), ("qwen2", {}), ("qwen3", {"head_dim": 32}),

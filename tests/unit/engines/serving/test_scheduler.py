@@ -18,7 +18,7 @@ from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.scheduler import BusyError, ClosedError, End, Meter, Scheduler
 from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13], [20, 21], [30, 31, 32], [40], [7, 7, 7]]
 TREE = Tree.from_choices([[0], [1], [0, 0], [2], [1, 0]])

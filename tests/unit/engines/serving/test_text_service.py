@@ -15,7 +15,7 @@ from medusa_export.core.text.tokenizer import encode_chat
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 from medusa_export.heads.data.chat_model import Sampling
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 SECONDS = 60
 PLAIN, SPELLING = "w3 w4 w5", "w3 </s> <user> w5"  # the second one spells special tokens

@@ -17,7 +17,7 @@ from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.verify.selfcheck import check_engine, tree_error
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.decoding.reference import greedy, medusa_decode
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.tree import Tree, load_tree
 
 PROMPT = [1, 40, 7, 7, 61, 12, 90, 3, 55, 28]
 

@@ -20,7 +20,7 @@ from medusa_export.engines.trtllm import session as trtllm_session
 from medusa_export.engines.trtllm.engine import RunError
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.decoding.sampling import Sampler
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 TREE = Tree.from_choices([[0], [1], [0, 0]])
 END, VOCAB = 2, 32  # of the stand-in

@@ -14,8 +14,8 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import calibrate, trace
-from medusa_export.heads.acceptance import ABSENT, Acceptance
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.acceptance import ABSENT, Acceptance
+from medusa_export.heads.trees.tree import Tree
 
 
 def scripted(ranks: tuple[int, ...], *, eos_at: int | None = None, max_length: int = 1000) -> ScriptedEngine:

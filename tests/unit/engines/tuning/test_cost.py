@@ -13,7 +13,7 @@ from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine, OnnxRuntimeStep
 from medusa_export.engines.tuning import cost
 from medusa_export.engines.tuning.cost import OneSequence, SeveralSequences, measure_cost, wide_tree, write_costs
-from medusa_export.heads.step_costs import cost_curve, load_costs
+from medusa_export.heads.trees.step_costs import cost_curve, load_costs
 
 
 @pytest.fixture

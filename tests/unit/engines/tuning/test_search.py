@@ -17,9 +17,9 @@ from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import calibrate
 from medusa_export.engines.tuning.picture import draw, positions
 from medusa_export.engines.tuning.search import confirm, search, sentence, tree_json
-from medusa_export.heads.acceptance import Acceptance, Answer
-from medusa_export.heads.search import CostCurve
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.acceptance import Acceptance, Answer
+from medusa_export.heads.trees.search import CostCurve
+from medusa_export.heads.trees.tree import Tree, load_tree
 
 FLAT = CostCurve({1: 10.0, 64: 10.0})
 STEEP = CostCurve({1: 10.0, 2: 20.0, 64: 640.0})

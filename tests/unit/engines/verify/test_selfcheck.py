@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.verify.selfcheck import BOUNDS, MEASURED, TENSORRT_BOUNDS, check_engine, tree_error
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.tree import Tree, load_tree
 from medusa_export.quantize import tensorrt_targets
 from medusa_export.quantize.formats import FORMATS
 

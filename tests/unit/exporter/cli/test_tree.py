@@ -12,8 +12,8 @@ import pytest
 
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.exporter.cli import tree as cli_tree
-from medusa_export.heads.acceptance import Acceptance
-from medusa_export.heads.tree import load_tree
+from medusa_export.heads.trees.acceptance import Acceptance
+from medusa_export.heads.trees.tree import load_tree
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

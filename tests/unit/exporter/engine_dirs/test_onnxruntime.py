@@ -18,7 +18,7 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.exporter.engine_dirs.onnxruntime import MIN_TOP_K, onnx_form, write_engine, write_onnx
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.tree import Tree, load_tree
 from medusa_export.quantize.formats import FORMATS, get_format
 
 HEADS = {"heads-1.onnx", "heads-2.onnx", "heads-3.onnx", "heads.onnx.data"}

@@ -15,7 +15,7 @@ from medusa_export.engines.tensorrt.build import TensorRtBuilder
 from medusa_export.engines.verify.selfcheck import check_engine
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.tensorrt_targets import FORMS, parse_gpus
 

@@ -16,7 +16,7 @@ from medusa_export.exporter.onnx.decoder import write_decoder
 from medusa_export.exporter.onnx.linear import LinearWriter
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.contract.engine_info import BATCH_DECODER_FILE, DECODER_FILE
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 TEXTS = [[1, 40, 7, 7, 61, 12, 90, 3], [55, 28, 9]]
 TREE = Tree.from_choices([[0], [1], [0, 0], [1, 0]])

@@ -15,7 +15,7 @@ from medusa_export.exporter.onnx.decoder import require_supported, write_decoder
 from medusa_export.exporter.onnx.linear import LinearWriter, quantize_int8_blocks
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.scales import dequantize_fp8, fp8_scale, fused_scale, quantize_fp8
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]

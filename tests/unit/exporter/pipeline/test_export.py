@@ -30,10 +30,10 @@ from medusa_export.exporter.pipeline.export import ExportArguments, export
 from medusa_export.exporter.verify.checkpoint import verify_export
 from medusa_export.exporter.write import ranks
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
-from medusa_export.heads.acceptance import Acceptance
 from medusa_export.heads.contract.engine_info import EngineInfo
-from medusa_export.heads.step_costs import load_costs
-from medusa_export.heads.tree import PRESETS, load_tree
+from medusa_export.heads.trees.acceptance import Acceptance
+from medusa_export.heads.trees.step_costs import load_costs
+from medusa_export.heads.trees.tree import PRESETS, load_tree
 from medusa_export.quantize import ptq
 from medusa_export.quantize.scales import SCALES_FILE, Scales
 

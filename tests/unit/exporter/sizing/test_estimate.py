@@ -36,7 +36,7 @@ from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
 from medusa_export.exporter.write.trtllm import export_spec
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.tree import Tree, load_tree
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 
 LLAMA_8B = {

@@ -17,7 +17,7 @@ from medusa_export.exporter.write.huggingface import plan_hf, require_hf, write_
 from medusa_export.exporter.write.shards import shards
 from medusa_export.exporter.write.trtllm import export_spec
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize import ptq
 from medusa_export.quantize.formats import KV_CACHE, get_format
 from medusa_export.quantize.scales import Scales

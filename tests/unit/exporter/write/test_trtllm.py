@@ -15,7 +15,7 @@ from medusa_export.core.errors import CheckpointError, ConfigError, OutputError,
 from medusa_export.exporter.verify.checkpoint import verify_trtllm
 from medusa_export.exporter.verify.rebuild import rebuild_hf
 from medusa_export.exporter.write.trtllm import write_trtllm
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.formats import FORMATS, get_format
 from medusa_export.quantize.scales import Scales
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from medusa_export.heads.decoding.accept import Typical, accept_drawn, accept_greedy, accept_typical
-from medusa_export.heads.tree import Choice, Tree, load_tree
+from medusa_export.heads.trees.tree import Choice, Tree, load_tree
 
 Ids = npt.NDArray[np.int64]
 VOCAB = 6  # few tokens, so that drafts are often right

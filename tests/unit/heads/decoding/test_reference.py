@@ -15,7 +15,7 @@ from torch.nn import functional
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.decoding.reference import greedy, head_logits, medusa_decode, verify_tree
-from medusa_export.heads.tree import Tree, load_tree
+from medusa_export.heads.trees.tree import Tree, load_tree
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 PROMPT = [1, 40, 7, 7, 61, 12, 90, 3]

@@ -19,7 +19,7 @@ from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.exporter.onnx.builder import GraphBuilder
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.decoding.reference import greedy, medusa_decode
-from medusa_export.heads.tree import load_tree
+from medusa_export.heads.trees.tree import load_tree
 
 PROMPT = [1, 40, 7, 7, 61, 12, 90, 3, 55, 28]
 SIZES = {"hidden_size": 128, "intermediate_size": 256}

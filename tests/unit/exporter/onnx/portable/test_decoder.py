@@ -16,7 +16,7 @@ from medusa_export.exporter.onnx.portable.heads import write_portable_heads
 from medusa_export.exporter.onnx.portable.linear import PortableLinear
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.decoding.reference import head_logits, verify_tree
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 # The largest error of a logit (standard deviation 1.7) or a hidden value (1.0) that was seen is 6e-6 in float32 and 0.047 in float16,
 # over the families; other processors sum in another order, hence some room.

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.acceptance import accuracies
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.training.cached.objective import BatchLoss, Objective, batches
 from medusa_export.heads.training.cached.trainer import TrainArguments, train_heads
@@ -21,6 +20,7 @@ from medusa_export.heads.training.full.modelopt_medusa import convert, decoder_s
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows, build_cache
 from medusa_export.heads.training.metrics import head_ranks
+from medusa_export.heads.trees.acceptance import accuracies
 
 VOCAB, HIDDEN = 30, 16
 ARGUMENTS = TrainArguments(epochs=6, lr=0.02, batch_rows=64, checkpoint_every=3, log_every=1)

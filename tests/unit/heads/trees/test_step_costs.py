@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.step_costs import cost_curve, load_costs, select
+from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
 
 
 def test_costs_written_by_hand(tmp_path: Path) -> None:

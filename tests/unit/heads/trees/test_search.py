@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.search import Candidate, CostCurve, best, candidates, grow, independent
-from medusa_export.heads.tree import PRESETS, Choice, Tree
+from medusa_export.heads.trees.search import Candidate, CostCurve, best, candidates, grow, independent
+from medusa_export.heads.trees.tree import PRESETS, Choice, Tree
 
 RANKS, HEADS = 3, 3
 FLAT = CostCurve({1: 2.0, 64: 2.0})

@@ -16,7 +16,7 @@ from itertools import islice
 import numpy as np
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.tree import MAX_TOP_K, Choice, Tree
+from medusa_export.heads.trees.tree import MAX_TOP_K, Choice, Tree
 
 Frequencies = Mapping[Choice, float]
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_export.core.errors import TreeError
-from medusa_export.heads.tree import MAX_CHOICES, MAX_DEPTH, MAX_TOP_K, PRESETS, Choice, Tree, load_tree
+from medusa_export.heads.trees.tree import MAX_CHOICES, MAX_DEPTH, MAX_TOP_K, PRESETS, Choice, Tree, load_tree
 
 
 @st.composite

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.acceptance import (
+from medusa_export.heads.trees.acceptance import (
     ABSENT,
     Acceptance,
     Answer,
@@ -22,7 +22,7 @@ from medusa_export.heads.acceptance import (
     tokens_per_step,
     write_calibration,
 )
-from medusa_export.heads.tree import Tree
+from medusa_export.heads.trees.tree import Tree
 
 RANKS = np.array([[0, 0], [1, 3], [0, ABSENT], [ABSENT, 0], [0, -1], [-1, -1]])
 ANSWERS = np.zeros(6, dtype=np.int64)

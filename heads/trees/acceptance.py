@@ -18,8 +18,8 @@ import numpy.typing as npt
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import bootstrap
 from medusa_export.heads.checkpoint.decoder_config import read_json
-from medusa_export.heads.search import grow
-from medusa_export.heads.tree import Choice, Tree
+from medusa_export.heads.trees.search import grow
+from medusa_export.heads.trees.tree import Choice, Tree
 
 ACCEPTANCE_FILE = "acceptance.json"
 TOP_K = 10

@@ -8,7 +8,7 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import read_json
-from medusa_export.heads.search import CostCurve
+from medusa_export.heads.trees.search import CostCurve
 
 COST_FILE = "cost.json"
 

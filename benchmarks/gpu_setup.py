@@ -20,7 +20,7 @@ from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE, most_frequent_t
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import PRESETS, Tree
-from medusa_export.quantize.calibration import token_batches
+from medusa_export.quantize.calibration_data import token_batches
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.scales import Scales
 

@@ -34,7 +34,7 @@ from medusa_export.exporter.engine_dirs.tensorrt import MAX_NODES, write_portabl
 from medusa_export.exporter.job.job import DEFAULT_CALIB
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.trees.tree import PRESETS, Tree
-from medusa_export.quantize.calibration import token_batches
+from medusa_export.quantize.calibration_data import token_batches
 from medusa_export.quantize.formats import FORMATS, Format, get_format
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import Scales

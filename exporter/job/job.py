@@ -28,10 +28,10 @@ from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.trees.search import CostCurve, best, candidates
 from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
 from medusa_export.heads.trees.tree import PRESETS, Tree, load_tree
-from medusa_export.quantize.cache import calibration_key
-from medusa_export.quantize.calibration import DEFAULT_PROMPTS, token_batches
+from medusa_export.quantize.calibration_data import DEFAULT_PROMPTS, token_batches
 from medusa_export.quantize.formats import get_format, get_kv_cache, needs_calibration
 from medusa_export.quantize.scales import SCALES_FILE, Scales
+from medusa_export.quantize.scales_cache import calibration_key
 from medusa_export.quantize.tensorrt_targets import parse_gpus
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from medusa_export.exporter.pipeline.parts import Progress, TreeChoice, part_nam
 from medusa_export.exporter.verify.checkpoint import verify_trtllm
 from medusa_export.exporter.verify.comparison import Comparison
 from medusa_export.exporter.verify.error_table import recorded
-from medusa_export.quantize.calibration import token_batches
+from medusa_export.quantize.calibration_data import token_batches
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from medusa_export.exporter.write.huggingface import plan_hf, write_hf_configs, 
 from medusa_export.exporter.write.ranks import rank_names, write_ranks
 from medusa_export.exporter.write.shards import shards
 from medusa_export.exporter.write.trtllm import require_scales, write_config
-from medusa_export.quantize.cache import cached_scales
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import SCALES_FILE, Scales
+from medusa_export.quantize.scales_cache import cached_scales
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from medusa_export.exporter.sizing.gpus import (
 from medusa_export.exporter.sizing.portable import portable_decoder_bytes, portable_heads_bytes
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.heads.checkpoint import families
-from medusa_export.quantize.calibration import DEFAULT_MAX_LENGTH
+from medusa_export.quantize.calibration_data import DEFAULT_MAX_LENGTH
 from medusa_export.quantize.tensorrt_targets import tensorrt_form
 
 logger = logging.getLogger(__name__)

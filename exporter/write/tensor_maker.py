@@ -11,7 +11,7 @@ from medusa_export.core.errors import CheckpointError
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_layout import Kind, TensorPlan
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.quantize import codes
+from medusa_export.quantize import numerics as codes
 from medusa_export.quantize.formats import INT8_MAX
 from medusa_export.quantize.scales import FP8_MAX, Scales, code_scale, fused_amax, quantize_fp8
 

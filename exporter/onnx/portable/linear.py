@@ -12,7 +12,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.builder import GraphBuilder
 from medusa_export.exporter.onnx.linear import SMALL_BLOCKS, _block
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.quantize import codes
+from medusa_export.quantize import numerics as codes
 from medusa_export.quantize.formats import FP4_MAX, FP8_MAX, INT4_MAX, INT8_MAX
 from medusa_export.quantize.scales import Scales, code_scale, fused_amax, quantize_fp8
 

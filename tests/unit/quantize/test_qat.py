@@ -22,7 +22,8 @@ from medusa_export.heads.training.full.arguments import ReferenceArguments
 from medusa_export.heads.training.full.model import build
 from medusa_export.heads.training.full.output import write_output
 from medusa_export.heads.trees.tree import Tree
-from medusa_export.quantize import codes, qat
+from medusa_export.quantize import numerics as codes
+from medusa_export.quantize import qat
 from medusa_export.quantize.formats import FORMATS
 from medusa_export.quantize.qat import ROUNDINGS, QatArguments, Quantizers, effective_weight, train_qat
 from medusa_export.quantize.scales import SCALES_FILE, Scales

@@ -10,10 +10,10 @@ from typing import Any
 import platformdirs
 import pytest
 
-from medusa_export.quantize import cache
-from medusa_export.quantize.cache import cache_directory, cached_scales, calibration_key
+from medusa_export.quantize import scales_cache as cache
 from medusa_export.quantize.formats import get_format, get_kv_cache
 from medusa_export.quantize.scales import Scales
+from medusa_export.quantize.scales_cache import cache_directory, cached_scales, calibration_key
 
 GIVEN: dict[str, Any] = {
     "files": {"base/model.safetensors": "ab", "config": "cd"},

@@ -7,7 +7,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import Prompt, encode_chat, read_tokenizer
-from medusa_export.quantize.calibration import token_batches
+from medusa_export.quantize.calibration_data import token_batches
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -42,14 +42,16 @@ from safetensors.torch import save_file
 
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.machine import hardware, versions
+from medusa_export.engines.tensorrt.build import TensorRtBuilder
 from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
+from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
-from medusa_export.exporter.job.job import ExportArguments
 from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.families import EMBED_TOKENS
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
+from medusa_export.heads.contract.engine_tools import EngineTools
 from medusa_export.heads.trees.tree import load_tree
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.scales import Scales
@@ -72,7 +74,7 @@ def _export(quant: str, tp: int = 1) -> Case:
         arguments = ExportArguments(
             source / "model", out, quant, source / "heads", engine="none", tree=TREE, tp=tp, scales=scales
         )
-        return export(arguments, lambda *_: [])
+        return export(arguments, EngineTools(lambda *_: [], lambda *_: "", TensorRtBuilder()))  # no engine is written
 
     return run
 

@@ -12,7 +12,8 @@ from gpu_setup import Setup, SkippedError, fitting_prompts, torch_device, write_
 
 from medusa_export.engines.bench.report import build_report
 from medusa_export.engines.bench.runner import run_prompts
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE, TensorRtBuilder
 from medusa_export.engines.tensorrt.device import CudaDevice
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice

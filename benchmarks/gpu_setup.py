@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from gpu_model import largest_inputs, weight_maxima
 
-from medusa_export.core.text.tokenizer import Prompt, encode_chat, load_prompts, read_tokenizer
+from medusa_export.core.text.prompts import Prompt, load_prompts
+from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.measure.prompts import EncodedPrompt
 from medusa_export.engines.tensorrt.emulation.torch_device import FP8_SM, TorchDevice
 from medusa_export.engines.tensorrt.library import local_gpu

@@ -35,7 +35,7 @@ class Ours:
     """This project's engine, through the steps that its decode loop takes."""
 
     def __init__(self, model: Path, threads: int, max_length: int) -> None:
-        from medusa_export.engines.decoding.generate import AUTOREGRESSIVE
+        from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
         from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
         from medusa_export.heads.decoding.accept import accept_greedy
 

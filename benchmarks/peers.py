@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_export.core.intervals import median_interval
-from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
+from medusa_export.core.text.prompts import load_prompts
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.heads.contract.engine_info import EngineInfo

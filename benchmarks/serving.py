@@ -33,9 +33,11 @@ from serving_memory import MemoryLog
 from serving_servers import SERVERS, Running
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
-from medusa_export.engines.bench.report import hardware, versions
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
+from medusa_export.core.text.prompts import load_prompts
+from medusa_export.core.text.tokenizer import read_tokenizer
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
+from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine

@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tensorrt_numbers import figures
 
 from medusa_export.core.errors import MedusaExportError
-from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
+from medusa_export.core.text.prompts import load_prompts
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE, HEADS_ENGINE, TensorRtBuilder
 from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt
 from medusa_export.engines.tensorrt.library import RTX, import_tensorrt
 from medusa_export.exporter.engine_dirs.tensorrt import MAX_NODES, write_portable, write_tensorrt_engine
-from medusa_export.exporter.job.job import DEFAULT_CALIB
+from medusa_export.exporter.job.arguments import DEFAULT_CALIB
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.trees.tree import PRESETS, Tree
 from medusa_export.quantize.calibration_data import token_batches

@@ -16,8 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
-from medusa_export.engines.bench.runner import open_engine
+from medusa_export.core.text.prompts import load_prompts
+from medusa_export.core.text.tokenizer import read_tokenizer
+from medusa_export.engines.backends import open_engine
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.measure.side_by_side import Measured, compare

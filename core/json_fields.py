@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.regular_files import found_instead
 
 # What runtimes keep in 32 bits. Layers are fewer by far, and a list of every layer's tensors has to fit into memory.
 _LARGEST = {"num_hidden_layers": 1000}
@@ -65,3 +68,23 @@ class Fields:
     def _get(self, key: str, default: Any) -> Any:
         value = self.raw.get(key)
         return default if value is None else value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ConfigError: missing, unreadable, not UTF-8, not JSON or not an object.
+    """
+    kind = found_instead(path)
+    if kind is not None:
+        raise ConfigError(str(path), kind, "a Hugging Face directory with it", "check the path")
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(
+            str(path), f"unreadable JSON ({error})", "a JSON object", "download the file again"
+        ) from error
+    if not isinstance(body, dict):
+        raise ConfigError(str(path), f"a JSON {type(body).__name__}", "a JSON object", "download the file again")
+    return body

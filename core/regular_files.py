@@ -1,4 +1,4 @@
-"""What may be read as a file, since a FIFO would wait for a writer forever, and a device may never end; and a tokenizer's files."""
+"""What may be read as a file, since a FIFO would wait for a writer forever, and a device may never end."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from pathlib import Path
 ABSENT = "no such file or directory"
 ENDLESS = ("a FIFO", "a socket", "a device")  # what must not even be opened
 
-# what save_pretrained of a tokenizer may write, and the defaults of generation
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),

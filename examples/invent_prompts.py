@@ -12,8 +12,7 @@ import typer
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.onnxruntime.slots import BatchDecoder
 from medusa_export.exporter.engine_dirs.onnxruntime import write_base_engine
-from medusa_export.heads.data.chat_model import Sampling
-from medusa_export.heads.decoding.sampling import Sampler
+from medusa_export.heads.decoding.sampling import Sampler, Sampling
 
 MARK = "THE-USERS-WORDS"
 MIN_CHARACTERS = 20

@@ -7,6 +7,9 @@ Sources: TensorRT-LLM's ``preprocess_perlayer_weights`` (what the loader takes) 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+import numpy as np
 import torch
 
 from medusa_export.quantize.formats import FP4_MAX, FP8_MAX, INT4_MAX, INT8_MAX
@@ -77,3 +80,42 @@ def _grouped(weight: torch.Tensor, size: int) -> torch.Tensor:
 def _filled(scales: torch.Tensor) -> torch.Tensor:
     """Zeros have no scale; 1 stores them as zeros and cannot divide by zero."""
     return torch.where(scales == 0, 1.0, scales)
+
+
+def fp8_scale(amax: float) -> float:
+    """The FP8 scale of a tensor whose largest magnitude is ``amax``, rounded to the float32 that files hold."""
+    return code_scale(amax, FP8_MAX)
+
+
+def code_scale(amax: float, bound: float) -> float:
+    """What one unit of a code is worth when ``bound`` is the code of ``amax``; in the float32 that files hold."""
+    return float(np.float32(amax) / np.float32(bound))
+
+
+def fused_amax(amax: Mapping[str, float], modules: Iterable[str]) -> float:
+    """The largest magnitude of linears that are stored as one tensor (q, k and v), or that the builder fuses."""
+    return max(amax[name] for name in modules)
+
+
+def fused_scale(amax: Mapping[str, float], modules: Iterable[str]) -> float:
+    """One FP8 scale for fused linears."""
+    return fp8_scale(fused_amax(amax, modules))
+
+
+def quantize_fp8(weight: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """``weight / scale`` in float8_e4m3fn; computed in float32 and saturating on every torch release.
+
+    Args:
+        weight: any floating dtype.  # [out, in]
+        scale: float32 value above 0, or one a row.  # [out, 1]
+
+    Returns:
+        float8_e4m3fn.  # [out, in]
+    """
+    scaled = weight.to(torch.float32) / scale
+    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def dequantize_fp8(weight: torch.Tensor, scale: float) -> torch.Tensor:
+    """The float32 weight that a stored FP8 weight stands for.  # [out, in]"""
+    return weight.to(torch.float32) * scale

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.quantize.formats import FP8_MAX
 
 SCALES_FILE = "scales.safetensors"
 _FORMAT = {"format": "medusa-export scales 1"}
@@ -108,42 +106,3 @@ class Scales:
                 "a scale for everything that is quantized",
                 "calibrate again with the same format, kv cache and heads as the export",
             )
-
-
-def fp8_scale(amax: float) -> float:
-    """The FP8 scale of a tensor whose largest magnitude is ``amax``, rounded to the float32 that files hold."""
-    return code_scale(amax, FP8_MAX)
-
-
-def code_scale(amax: float, bound: float) -> float:
-    """What one unit of a code is worth when ``bound`` is the code of ``amax``; in the float32 that files hold."""
-    return float(np.float32(amax) / np.float32(bound))
-
-
-def fused_amax(amax: Mapping[str, float], modules: Iterable[str]) -> float:
-    """The largest magnitude of linears that are stored as one tensor (q, k and v), or that the builder fuses."""
-    return max(amax[name] for name in modules)
-
-
-def fused_scale(amax: Mapping[str, float], modules: Iterable[str]) -> float:
-    """One FP8 scale for fused linears."""
-    return fp8_scale(fused_amax(amax, modules))
-
-
-def quantize_fp8(weight: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """``weight / scale`` in float8_e4m3fn; computed in float32 and saturating on every torch release.
-
-    Args:
-        weight: any floating dtype.  # [out, in]
-        scale: float32 value above 0, or one a row.  # [out, 1]
-
-    Returns:
-        float8_e4m3fn.  # [out, in]
-    """
-    scaled = weight.to(torch.float32) / scale
-    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-
-
-def dequantize_fp8(weight: torch.Tensor, scale: float) -> torch.Tensor:
-    """The float32 weight that a stored FP8 weight stands for.  # [out, in]"""
-    return weight.to(torch.float32) * scale

@@ -29,12 +29,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "medusa_export"
         package.mkdir()
-        for name in ("heads", "engines"):
+        for name in ("core", "heads", "engines"):
             (package / name).symlink_to(ROOT / name)
         sys.path.insert(0, folder)
-        names = [f"medusa_export.engines.{path.stem}" for path in sorted((ROOT / "engines").glob("*.py"))]
+        paths = (path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "engines").rglob("*.py")))
+        names = [".".join(("medusa_export", *path.parts)).removesuffix(".__init__") for path in paths]
         for name in names:
-            importlib.import_module(name.removesuffix(".__init__"))
+            importlib.import_module(name)
         _refuses(Path(folder))
     versions = {
         name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "numpy", "safetensors")
@@ -45,7 +46,7 @@ def main() -> None:
 def _refuses(folder: Path) -> None:
     """An engine directory whose engines are not built gives one clear line here too."""
     from medusa_export.core.errors import ConfigError
-    from medusa_export.engines.bench.runner import open_engine
+    from medusa_export.engines.backends import open_engine
     from medusa_export.heads.contract.engine_info import EngineInfo
 
     EngineInfo(

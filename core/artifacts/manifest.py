@@ -17,10 +17,10 @@ from typing import Any
 
 from medusa_export.core.artifacts import staging
 from medusa_export.core.artifacts.hashing import WORKERS, list_files, sha256, sha256_all
-from medusa_export.core.artifacts.resumable import Work
+from medusa_export.core.artifacts.resumable import ResumableOutput
 from medusa_export.core.errors import ConfigError, OutputError
+from medusa_export.core.json_fields import read_json
 from medusa_export.core.threads import StopPoint, run_all
-from medusa_export.heads.checkpoint.decoder_config import read_json
 
 MANIFEST = "medusa.json"
 FORMAT_VERSION = 1
@@ -48,10 +48,11 @@ def output_directory(
     inputs: Mapping[str, str],
     arguments: Mapping[str, Any],
     hashes: Callable[[], Mapping[str, str]] | None = None,
-) -> Iterator[Work]:
+) -> Iterator[ResumableOutput]:
     """A directory beside ``out`` to fill, which becomes it, with a manifest, when the body ends well.
 
-    Its parts (:meth:`Work.once`) outlive a kill, a power loss, an interrupt and an unforeseen error: the next call for ``out`` with
+    Its parts (:meth:`ResumableOutput.run_once`) outlive a kill, a power loss, an interrupt and an unforeseen error: the next call
+    for ``out`` with
     the same inputs, arguments and package versions goes on from them, and one with others discards them. After a
     MedusaExportError and on a full disk nothing is left.
 
@@ -70,7 +71,7 @@ def output_directory(
     run = {"inputs": _plain(inputs), "arguments": _plain(arguments), "versions": package_versions()}
     with staging.full_disk_named(out), staging.partial_beside(out) as partial, staging.sigterm_raises():
         _refuse_occupied(out, hashes, arguments)  # another process may have published it before the lock was ours
-        work = Work(partial, run)
+        work = ResumableOutput(partial, run)
         yield work
         _write_manifest(work, {**run, "inputs": _plain(hashes())})
         staging.publish(work.path, out)
@@ -244,7 +245,7 @@ def _listing_problems(out: Path, files: Mapping[str, Mapping[str, Any]]) -> list
     return problems
 
 
-def _write_manifest(work: Work, run: Mapping[str, Any]) -> None:
+def _write_manifest(work: ResumableOutput, run: Mapping[str, Any]) -> None:
     files = work.finish()
     manifest = {
         "format_version": FORMAT_VERSION,

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 Files = dict[str, FileEntry]
 
 
-class Work:
+class ResumableOutput:
     """What :func:`~medusa_export.core.artifacts.manifest.output_directory` gives its body.
 
     Args:
@@ -47,7 +47,7 @@ class Work:
         self.path.mkdir(exist_ok=True)
         self._remove_unfinished()
 
-    def once(self, name: str, make: Callable[[Path], Any]) -> bool:
+    def run_once(self, name: str, make: Callable[[Path], Any]) -> bool:
         """Make one part, unless an interrupted run has; from then on, interruptions do not cost it. Thread-safe.
 
         Args:

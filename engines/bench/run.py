@@ -10,10 +10,13 @@ from typing import Any
 
 from medusa_export.core.artifacts.hashing import describe, list_files
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
+from medusa_export.core.json_fields import read_json
+from medusa_export.core.text.prompts import load_prompts
+from medusa_export.core.text.tokenizer import read_tokenizer
+from medusa_export.engines.backends import open_engine
 from medusa_export.engines.bench.compare import compare_engines, require_comparable
 from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
-from medusa_export.engines.bench.runner import RunResult, open_engine, run_prompts
+from medusa_export.engines.bench.runner import RunResult, run_prompts
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
@@ -21,7 +24,6 @@ from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.trtllm.session import TIMEOUT
 from medusa_export.engines.verify.reference import compare_with_checkpoint
 from medusa_export.engines.verify.selfcheck import bound_of
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler

@@ -5,18 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-from typing import Any
 
-from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.tensorrt.engine import TensorRtEngine
-from medusa_export.engines.trtllm.engine import TrtllmEngine
-from medusa_export.engines.trtllm.session import TIMEOUT
 from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
-from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
@@ -143,35 +137,3 @@ def _judge(
     for result in results:
         result.verdict = verdict(result.divergence, noise)
     return noise
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How an engine is opened; see the flags of medusa-run."""
-
-    threads: int = 0
-    trtllm_api: str = "runner"
-    timeout: float = TIMEOUT
-
-
-# What engine.json may name as its backend.
-BACKENDS: dict[str, Callable[[Path, EngineOptions], Any]] = {
-    "onnxruntime": lambda path, options: OnnxRuntimeEngine(path, threads=options.threads),
-    "tensorrt": lambda path, options: TensorRtEngine(path),
-    "tensorrt-llm": lambda path, options: TrtllmEngine(path, api=options.trtllm_api, timeout=options.timeout),
-}
-
-
-def open_engine(engine_dir: Path, **options: Any) -> Any:
-    """The engine of a directory that medusa-export wrote: a StepEngine or a WholeEngine, and a Scorer.
-
-    Args:
-        options: the fields of :class:`EngineOptions`.
-
-    Raises:
-        ConfigError: a directory of another version.
-    """
-    backend = EngineInfo.load(engine_dir).backend
-    if backend not in BACKENDS:
-        raise ConfigError(f"{engine_dir}: backend", repr(backend), f"one of {', '.join(BACKENDS)}", "export again")
-    return BACKENDS[backend](engine_dir, EngineOptions(**options))

@@ -9,9 +9,10 @@ from statistics import median
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, StepEngine
+from medusa_export.engines.decoding.batch_step import advance
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.measure.side_by_side import compare
-from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder, advance
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.heads.trees.tree import Tree
 
 Progress = Callable[[int, int], None]

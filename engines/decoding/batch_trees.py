@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE
-from medusa_export.heads.checkpoint.decoder_config import read_json
+from medusa_export.core.json_fields import read_json
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import Tree, load_tree
 

@@ -4,134 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.contract.engine_info import EngineInfo
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation, StepEngine, WholeEngine
 from medusa_export.heads.decoding.accept import Typical, accept_drawn, accept_greedy, accept_typical
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
-
-AUTOREGRESSIVE = Tree(())
-
-
-class Step(Protocol):
-    """One tree bound to an engine's buffers."""
-
-    def verify(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Run the base model on all nodes; its greedy next token after each.  # [N] -> [N]"""
-
-    def verify_logits(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """As :meth:`verify`, but all logits.  # [N] -> [N, vocab_size]"""
-
-    def keep(self, path: npt.NDArray[np.int64]) -> None:
-        """Make the accepted nodes the newest rows of the KV cache and drop the others."""
-
-
-class StepEngine(Protocol):
-    """An engine whose steps this process drives; the decode loop below does the rest."""
-
-    info: EngineInfo
-
-    def prefill(self, input_ids: Sequence[int]) -> int:
-        """Empty the KV cache, run the prompt, and return the greedy next token."""
-
-    def prefill_logits(self, input_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """As :meth:`prefill`, but the logits of the next token.  # [S] -> [vocab_size]"""
-
-    def prepare(self, tree: Tree) -> Step:
-        """Bind a tree; cheap after the first time."""
-
-    def draft(self, depth: int) -> npt.NDArray[np.int64]:
-        """Candidates of the first heads for the last kept row.  # [depth, top_k]"""
-
-    def rewind(self, length: int) -> None:
-        """Drop the rows of the KV cache from ``length`` on; what the heads read stays."""
-
-    @property
-    def length(self) -> int:
-        """Rows in the KV cache."""
-
-    @property
-    def backend_seconds(self) -> float:
-        """Time spent inside the backend since the engine was made."""
-
-
-@runtime_checkable
-class WholeEngine(Protocol):
-    """An engine whose runtime decodes whole answers; this process cannot drive its steps."""
-
-    info: EngineInfo
-
-    def decode(
-        self, input_ids: Sequence[int], tree: Tree, *, max_new_tokens: int, eos_token_ids: Sequence[int]
-    ) -> Generation:
-        """One greedy answer, up to the first end-of-sequence id, with it."""
-
-
-class TreeDecoder(Protocol):
-    """Sequences in slots ``0 .. active - 1``, whose steps the scheduler drives; slots that are in use come first."""
-
-    info: EngineInfo
-    max_length: int
-    slots: int
-    active: int
-
-    def room(self, slot: int) -> int:
-        """Tokens that still fit."""
-
-    def begin(self, input_ids: Sequence[int]) -> None:
-        """Prepare a prompt that :meth:`fill` runs in parts, with steps of the others in between."""
-
-    def fill(self, count: int) -> npt.NDArray[np.float32] | None:
-        """Run so many tokens of the prompt; logits [vocab_size] with the last ones: its sequence is the last active one then."""
-
-    def drop(self) -> None:
-        """Forget the prompt that is being filled in."""
-
-    def draft(self, depth: int) -> npt.NDArray[np.int64]:
-        """Candidates of the first heads for every active sequence.  # [active, depth, top_k]"""
-
-    def verify(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The base model's greedy next token after every node.  # [active, N] -> [active, N]"""
-
-    def verify_logits(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """As :meth:`verify`, but all logits.  # [active, N] -> [active, N, vocab_size]"""
-
-    def keep(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
-        """Make every sequence's accepted nodes the newest rows of its cache, and drop the others."""
-
-    def release(self, slot: int) -> None:
-        """End a sequence; the last active one moves into its slot."""
-
-
-@dataclass
-class Generation:
-    """What one prompt gave.
-
-    Attributes:
-        tokens: generated ids, the end-of-sequence id included when it came.
-        finish_reason: "stop" (end of sequence), "length" (max_new_tokens) or "context" (KV cache full).
-        accepted: tokens that each step after the prefill yielded.
-        counted_drafts: accepted drafts and all drafts, where the runtime counts them itself.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str = "length"
-    accepted: list[int] = field(default_factory=list)
-    prefill_ms: float = 0.0
-    decode_ms: float = 0.0
-    backend_ms: float = 0.0
-    counted_drafts: tuple[int, int] | None = None
-
-    @property
-    def total_ms(self) -> float:
-        """Prefill and decoding."""
-        return self.prefill_ms + self.decode_ms
 
 
 def generate(

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.generate import Step, StepEngine
+from medusa_export.engines.decoding.protocols import Step, StepEngine
 from medusa_export.heads.trees.tree import Tree
 
 Array = npt.NDArray[Any]
 
 
 class OneSequence:
-    """A :class:`~medusa_export.engines.decoding.generate.TreeDecoder` with one slot: others wait until the answer is complete."""
+    """A :class:`~medusa_export.engines.decoding.protocols.TreeDecoder` with one slot: others wait until the answer is complete."""
 
     slots = 1
 

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.intervals import bootstrap
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, StepEngine, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
 from medusa_export.heads.trees.tree import Tree
 
 WARMUP_TOKENS = 16

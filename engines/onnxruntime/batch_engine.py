@@ -13,21 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.engines.decoding.generate import TreeDecoder
+from medusa_export.engines.decoding.batch_step import PREFILL, ROOT
 from medusa_export.engines.onnxruntime.engine import MASKED, open_decoder, open_heads, share
 from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 from medusa_export.engines.onnxruntime.slots import Slots
 from medusa_export.heads.contract.engine_info import BATCH_DECODER_FILE, EngineInfo
-from medusa_export.heads.decoding.accept import accept_drawn, accept_greedy
-from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
 
 Array = npt.NDArray[Any]
 
-PREFILL = 256  # prompt tokens a run: bounds the memory of scores
 BLOCK = 128  # the cache grows by so many rows a slot
 PATIENCE = 8  # runs before it shrinks: moving it costs about as much as a run
-ROOT = Tree(())
 
 
 class TreeBatchDecoder(Slots):
@@ -250,41 +246,3 @@ class _Block:
     def logits(self) -> Array:
         """Of every output row.  # [R, vocab_size]"""
         return self._logits
-
-
-def advance(
-    decoder: TreeDecoder, tree: Tree, last: Sequence[int], samplers: Sequence[Sampler | None] | None = None
-) -> list[list[int]]:
-    """One step of every active sequence: draft, verify, accept, keep.
-
-    Args:
-        tree: one for all sequences; each needs room for its nodes.
-        last: the newest token of each, which no cache holds yet.
-        samplers: what draws the tokens of each; None: greedy.
-
-    Returns:
-        The new tokens of each: accepted drafts and the base model's own next one.
-    """
-    samplers = samplers or [None] * len(last)
-    node_ids = np.empty((len(last), tree.num_nodes), dtype=np.int64)
-    node_ids[:, 0] = last
-    if tree.max_draft_len:
-        heads, ranks = tree.heads_and_ranks
-        node_ids[:, 1:] = decoder.draft(tree.depth)[:, heads, ranks]
-    if any(samplers):
-        logits = decoder.verify_logits(tree, node_ids)  # [active, N, V]
-        next_ids = logits.argmax(-1)
-    else:
-        next_ids = decoder.verify(tree, node_ids)  # [active, N]
-    paths, tokens = [], []
-    for index, sampler in enumerate(samplers):
-        rows = node_ids[index], next_ids[index]
-        if sampler:
-            path, new = accept_drawn(tree, rows[0], lambda node, s=sampler, at=index: s.draw(logits[at, node]))
-        else:
-            path = accept_greedy(tree, *rows)
-            new = rows[1][path].tolist()
-        paths.append(path)
-        tokens.append(new)
-    decoder.keep(paths)
-    return tokens

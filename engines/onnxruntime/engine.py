@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 
 
 class OnnxRuntimeEngine:
-    """Batch 1, greedy. See :class:`medusa_export.engines.decoding.generate.StepEngine` for the methods.
+    """Batch 1, greedy. See :class:`medusa_export.engines.decoding.protocols.StepEngine` for the methods.
 
     Args:
         engine_dir: directory with engine.json, decoder.onnx and heads-{depth}.onnx.
@@ -191,7 +191,7 @@ class _Block:
 
 
 class OnnxRuntimeStep:
-    """One tree's buffers; see :class:`medusa_export.engines.decoding.generate.Step`."""
+    """One tree's buffers; see :class:`medusa_export.engines.decoding.protocols.Step`."""
 
     def __init__(self, engine: OnnxRuntimeEngine, tree: Tree) -> None:
         self.tree = tree  # kept alive: the engine finds this step by the tree's identity

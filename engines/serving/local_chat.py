@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
-from medusa_export.engines.serving.scheduler import End, Scheduler
-from medusa_export.heads.data.chat_model import Answer, Sampling
+from medusa_export.engines.serving.request import End
+from medusa_export.engines.serving.scheduler import Scheduler
+from medusa_export.heads.data.chat_model import Answer
+from medusa_export.heads.decoding.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,106 +7,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
-from medusa_export.core.errors import ConfigError, MedusaExportError
+from medusa_export.engines.decoding.batch_step import PREFILL, ROOT, advance
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.engines.decoding.generate import TreeDecoder
-from medusa_export.engines.onnxruntime.batch_engine import PREFILL, ROOT, advance
-from medusa_export.heads.data.chat_model import Sampling
-from medusa_export.heads.decoding.sampling import Sampler
+from medusa_export.engines.decoding.protocols import TreeDecoder
+from medusa_export.engines.serving.meter import Meter
+from medusa_export.engines.serving.request import BusyError, ClosedError, End, Listener, PromptError, Ticket
+from medusa_export.heads.decoding.sampling import Sampler, Sampling
 from medusa_export.heads.trees.tree import Tree
 
 PREFILL_TOKENS = 128  # of prompts that are read between two steps of the others
 
 logger = logging.getLogger(__name__)
-
-
-class PromptError(ConfigError):
-    """A prompt that leaves no room for an answer."""
-
-
-class BusyError(MedusaExportError):
-    """A full queue: the same request may be taken a moment later."""
-
-
-class ClosedError(MedusaExportError):
-    """A server that is stopping."""
-
-
-@dataclass(frozen=True)
-class End:
-    """How a request ended.
-
-    Attributes:
-        reason: "stop" (end of sequence, or the listener had enough), "length" (max_tokens, or no room), "cancelled", "timeout",
-            "closed" or "error".
-        steps: of decoding; the first token comes from the prompt.
-        seconds: since it was submitted.
-        error: what befell it, where the reason is "error".
-    """
-
-    reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    steps: int
-    seconds: float
-    error: BaseException | None = None
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Tokens that a decoding step yielded on average; 0 without steps."""
-        return (self.completion_tokens - 1) / self.steps if self.steps else 0.0
-
-
-class Listener(Protocol):
-    """Hears of one request, in the scheduler's thread: it must not block."""
-
-    def take(self, token: int) -> bool:
-        """The next token; False: it is the last one that is wanted."""
-
-    def flush(self) -> None:
-        """The tokens of a step are all there."""
-
-    def end(self, end: End) -> None:
-        """Nothing more comes. Called once for every request that was submitted."""
-
-
-class Meter:
-    """What a server counts; this one counts nothing."""
-
-    def first_token(self, seconds: float) -> None:
-        """A request's first token, since it was submitted."""
-
-    def tokens(self, count: int, seconds: float) -> None:
-        """Tokens of one request in one step, since those before."""
-
-    def ended(self, end: End) -> None:
-        """A request ended."""
-
-    def load(self, running: int, waiting: int) -> None:
-        """Requests that are decoded, and that wait."""
-
-
-@dataclass
-class Ticket:
-    """One request; what :meth:`Scheduler.submit` returns."""
-
-    input_ids: Sequence[int]
-    sampling: Sampling
-    listener: Listener
-    sampler: Sampler | None
-    submitted: float
-    deadline: float
-    tokens: list[int] = field(default_factory=list)
-    steps: int = 0
-    last_token_at: float = 0.0
-    is_cancelled: bool = False
-
-    def cancel(self) -> None:
-        """End it before the next step; from any thread."""
-        self.is_cancelled = True
 
 
 class Scheduler:

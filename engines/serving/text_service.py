@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.tokenizer import encode_chat, is_text, read_tokenizer
+from medusa_export.core.json_lines import is_text
+from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.engines.decoding.generate import TreeDecoder
-from medusa_export.engines.decoding.single_slot import OneSequence
-from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
+from medusa_export.engines.serving.decoders import SERVED, require_served
+from medusa_export.engines.serving.meter import Meter
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.serving.scheduler import End, Meter, Scheduler, Ticket
+from medusa_export.engines.serving.request import End, Ticket
+from medusa_export.engines.serving.scheduler import Scheduler
 from medusa_export.engines.serving.text_stream import TextStream
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
-from medusa_export.heads.data.chat_model import Sampling
+from medusa_export.heads.decoding.sampling import Sampling
 
 MAX_STOP_WORDS = 16
 
@@ -145,63 +146,3 @@ class _TextListener:
         piece = Piece(self._text, self._token_ids, end)
         self._text, self._token_ids = "", []
         return piece
-
-
-def _many(engine_dir: Path, options: ServingOptions, trees: BatchTrees) -> TreeDecoder:
-    slots = min(options.max_batch, cache_slots(EngineInfo.load(engine_dir), options.kv_cache_mb))
-    return TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
-
-
-def _one(engine_dir: Path, options: ServingOptions, trees: BatchTrees) -> TreeDecoder:
-    from medusa_export.engines.tensorrt.engine import TensorRtEngine
-
-    engine = TensorRtEngine(engine_dir)
-    engine.prepare(
-        trees(1)
-    )  # one that is too large for the engine is refused here, and nobody's first step waits for it
-    return OneSequence(engine)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """How a server decodes with the engines of one backend.
-
-    Attributes:
-        open: the decoder of an engine directory, for some trees.
-        unused: options that mean nothing to it.
-    """
-
-    open: Callable[[Path, ServingOptions, BatchTrees], TreeDecoder]
-    unused: tuple[str, ...] = ()
-
-
-SERVED = {
-    "onnxruntime": Backend(_many),
-    "tensorrt": Backend(_one, ("max_batch", "kv_cache_mb", "prefill_tokens", "threads")),
-}
-
-
-def require_served(engine_dir: Path, info: EngineInfo, options: ServingOptions) -> None:
-    """Raise ConfigError for an engine that this project's own servers do not decode with, or options that it has no use for."""
-    if info.backend not in SERVED:
-        got, expected = f"an engine for {info.backend}", f"one for {' or '.join(SERVED)}"
-        raise ConfigError(str(engine_dir), got, expected, "see medusa-triton for tensorrt-llm")
-    for name in SERVED[info.backend].unused:
-        if getattr(options, name) != getattr(ServingOptions(), name):
-            flag = f"--{name.replace('_', '-')}"
-            got = f"{getattr(options, name)} for an engine of {info.backend}, which answers one request after another"
-            raise ConfigError(flag, got, "no such flag", "leave it out")
-
-
-def cache_slots(info: EngineInfo, megabytes: int) -> int:
-    """Sequences of an engine's full length whose keys and values fit into so much memory.
-
-    Raises:
-        ConfigError: not one.
-    """
-    row = 2 * info.num_hidden_layers * info.num_key_value_heads * info.head_dim * 4  # float32
-    slots = megabytes * 1_000_000 // (row * info.max_length)
-    if not slots:
-        needed = f"{-(-row * info.max_length // 1_000_000)} MB for one sequence of {info.max_length} tokens"
-        raise ConfigError("--kv-cache-mb", f"{megabytes}", needed, "raise it, or export with a smaller --max-length")
-    return slots

@@ -18,10 +18,10 @@ from typing import Any
 
 from medusa_export.core.artifacts.hashing import sha256
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.json_fields import read_json
 from medusa_export.core.threads import StopPoint, run_all
 from medusa_export.core.user_cache import user_cache
 from medusa_export.engines.tensorrt.library import RTX, TensorRt, find_tensorrt, local_gpu
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import DECODER_FILE, HEADS_FILE
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """TensorRT engines on the GPU of this machine, with torch's CUDA tensors as buffers and runs of fixed shapes as CUDA graphs.
 
-Not run yet: no machine with a GPU was at hand. What is above it, engines/tensorrt/engine.py, is tested on engines/tensorrt/emulation/onnx_device.py, which
-takes the same buffers. Source of the calls: NVIDIA's TensorRT-RTX documentation, "Python API" and "Working with RTX CUDA Graphs".
+Not run yet: no machine with a GPU was at hand. What is above it, engines/tensorrt/engine.py, is tested on
+engines/tensorrt/emulation/onnx_device.py, which takes the same buffers.
+Source of the calls: NVIDIA's TensorRT-RTX documentation, "Python API" and "Working with RTX CUDA Graphs".
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
+from medusa_export.core.json_fields import read_json
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE
 from medusa_export.engines.tensorrt.library import RTX, import_tensorrt, local_gpu
-from medusa_export.heads.checkpoint.decoder_config import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.json_fields import read_json
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE, HEADS_ENGINE
 from medusa_export.engines.tensorrt.device import CudaDevice, Device
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import Tree
 
@@ -30,7 +30,7 @@ CAUSAL = Tree(())
 
 
 class TensorRtEngine:
-    """Batch 1. See :class:`medusa_export.engines.decoding.generate.StepEngine` for the methods.
+    """Batch 1. See :class:`medusa_export.engines.decoding.protocols.StepEngine` for the methods.
 
     Args:
         engine_dir: with engine.json, rank0.engine, heads.engine and their sidecars.

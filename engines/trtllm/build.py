@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.json_fields import read_json
 from medusa_export.engines.trtllm.command import BASELINE, MEDUSA, TOOL, BuildSize, build_command, plain_config
 from medusa_export.engines.trtllm.failures import BuildError, explain
 from medusa_export.engines.trtllm.scripts import BUILD_SCRIPT, docker_command, write_scripts
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import ENGINE_FILE
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease, release_of_engine
 

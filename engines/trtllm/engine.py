@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
-from medusa_export.engines.decoding.generate import Generation
+from medusa_export.core.json_fields import read_json
+from medusa_export.engines.decoding.protocols import Generation
 from medusa_export.engines.trtllm.command import BASELINE, MEDUSA
 from medusa_export.engines.trtllm.llm_api import LlmApiSession, require_llm_api
 from medusa_export.engines.trtllm.session import TIMEOUT, NoAnswerError, Session
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.contract.trtllm_releases import release_of_engine
 from medusa_export.heads.trees.tree import Tree
@@ -35,7 +35,7 @@ class RunError(MedusaExportError):
 
 
 class TrtllmEngine:
-    """Batch 1, greedy. See :class:`medusa_export.engines.decoding.generate.WholeEngine`.
+    """Batch 1, greedy. See :class:`medusa_export.engines.decoding.protocols.WholeEngine`.
 
     Args:
         engine_dir: directory with engine.json, and in ``medusa`` and ``baseline`` what trtllm-build wrote.

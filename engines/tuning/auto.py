@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.tokenizer import Prompt, read_tokenizer
+from medusa_export.core.text.prompts import Prompt
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import calibrate

@@ -15,7 +15,7 @@ import numpy as np
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import median_interval
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, StepEngine
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.heads.contract.engine_info import EngineInfo

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medusa_export.engines.decoding.generate import StepEngine
+from medusa_export.engines.decoding.protocols import StepEngine
 from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.heads.trees.acceptance import Acceptance
 from medusa_export.heads.trees.search import Candidate, CostCurve, best, candidates

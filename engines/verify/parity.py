@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.engines.decoding.generate import Generation
+from medusa_export.engines.decoding.protocols import Generation
 from medusa_export.heads.decoding.sampling import Sampler
 
 

@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.cli.console import Verbose, command_app, main, stderr, stdout
 from medusa_export.heads.contract.engine_info import ENGINE_FILE
-from medusa_export.heads.data.chat_model import ModelFactory, Sampling
+from medusa_export.heads.data.chat_model import ModelFactory
 from medusa_export.heads.data.conversations import Conversation, read_conversations
 from medusa_export.heads.data.distill import Executor, Summary, distill
 from medusa_export.heads.data.row_store import Maker
+from medusa_export.heads.decoding.sampling import Sampling
 
 data_app = command_app()
 

@@ -50,11 +50,12 @@ def serve_command(
     Example: [bold]medusa-serve --engine out/engine --port 8000[/]
     """
     given = dict(locals())
+    from medusa_export.engines.serving.decoders import require_served
     from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
     from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
     from medusa_export.engines.serving.openai.server import bind, run_front
     from medusa_export.engines.serving.options import ServingOptions
-    from medusa_export.engines.serving.text_service import TextService, require_served
+    from medusa_export.engines.serving.text_service import TextService
     from medusa_export.heads.contract.engine_info import EngineInfo
 
     options, info = flags.given_options(ServingOptions, given), EngineInfo.load(engine)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.exporter.cli.console import Verbose, command_app, main, progress_bars, stdout
+from medusa_export.exporter.cli.tree_tables import _print_acceptance, _print_cost, _print_crossover, _print_search
 
 tree_app = command_app()
 
-SHOWN = (1, 2, 3, 5, 10)
 
 Engine = Annotated[Path, typer.Option(help="The engine directory of an export.")]
 Prompts = Annotated[Path, typer.Option(help="JSONL with turns, messages or prompt.")]
@@ -97,7 +96,7 @@ def cost_command(
 
 def _steps(engine: Path, batches: list[int] | None, threads: int) -> Any:
     """EngineInfo, and what to measure: the engine's own steps, or those of every batch size."""
-    from medusa_export.engines.bench.runner import open_engine
+    from medusa_export.engines.backends import open_engine
     from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
     from medusa_export.engines.tuning.cost import OneSequence, SeveralSequences
 
@@ -227,8 +226,9 @@ def _require_parent(path: Path) -> None:
 
 def _open(engine: Path, prompts: Path | None, limit: int | None, max_new_tokens: int, threads: int) -> Any:
     """The engine, and the prompts as it takes them."""
-    from medusa_export.core.text.tokenizer import load_prompts, read_tokenizer
-    from medusa_export.engines.bench.runner import open_engine
+    from medusa_export.core.text.prompts import load_prompts
+    from medusa_export.core.text.tokenizer import read_tokenizer
+    from medusa_export.engines.backends import open_engine
     from medusa_export.engines.measure.prompts import encode_prompts
 
     if max_new_tokens < 2:
@@ -272,66 +272,6 @@ def _crossover(counted: Any, curves: list[dict[str, Any]], max_draft_len: int) -
             }
         )
     return rows
-
-
-def _print_acceptance(body: dict[str, Any]) -> None:
-    title = f"{body['prompts']} prompts, {body['positions']} positions"
-    heads = Table("head", "token", *(f"top {k}" for k in SHOWN), "top 1, 95% CI", title=title, title_justify="left")
-    for head, row in enumerate(body["heads"]):
-        low, high = row["top1_ci95"]
-        cells = (f"{row[f'top{k}']:.1%}" for k in SHOWN)
-        heads.add_row(str(head), f"t+{head + 2}", *cells, f"{low:.1%} .. {high:.1%}")
-    stdout.print(heads)
-    if len(body["categories"]) > 1:
-        heads_shown = (f"head {head}" for head in range(len(body["heads"])))
-        table = Table("category", "prompts", *heads_shown, title="top 1", title_justify="left")
-        for row in body["categories"]:
-            table.add_row(row["category"], str(row["prompts"]), *(f"{value:.1%}" for value in row["top1"]))
-        stdout.print(table)
-    tree = body["tree"]
-    stdout.print(f"tokens per step with the best {len(tree['choices'])} draft tokens: {tree['tokens_per_step']:.2f}")
-
-
-def _print_cost(curve: dict[str, Any]) -> None:
-    title = f"batch {curve['batch']}, {curve['past_length']} tokens in the cache"
-    table = Table("nodes", "ms", "95% CI", "ratio", "outliers", title=title, title_justify="left")
-    base = curve["verify"][0]["ms"]
-    for name, key in (("verify", "nodes"), ("draft", "depth")):
-        for row in curve[name]:
-            low, high = row["ci95"]
-            label = str(row[key]) if name == "verify" else f"{row[key]} heads"
-            cells = (
-                f"{row['ms']:.2f}",
-                f"{low:.2f} .. {high:.2f}",
-                f"{row['ms'] / base:.3f}",
-                f"{row['outliers']} of {row['runs']}",
-            )
-            table.add_row(label, *cells, end_section=name == "verify" and row is curve[name][-1])
-    stdout.print(table)
-
-
-def _print_search(found: Any) -> None:
-    table = Table("draft tokens", "depth", "tokens per step", "cost", "predicted", "measured")
-    ran = {item.tree: item for item in found.measured}
-    near = sorted(found.sizes, key=lambda item: -item.speedup)[:5]
-    shown = [
-        item for item in found.sizes if item in near or item.tree in ran or item in (found.sizes[0], found.sizes[-1])
-    ]
-    for item in shown:
-        run = ran.get(item.tree)
-        measured = f"{run.speedup:.2f}x ({run.interval[0]:.2f} .. {run.interval[1]:.2f})" if run else ""
-        cells = (str(item.tree.max_draft_len), str(item.tree.depth), f"{item.tokens_per_step:.2f}")
-        style = "bold" if item is found.chosen or item.tree == found.chosen.tree else None
-        table.add_row(*cells, f"{item.cost_ratio:.2f}", f"{item.speedup:.2f}x", measured, style=style)
-    stdout.print(table)
-
-
-def _print_crossover(rows: list[dict[str, Any]]) -> None:
-    table = Table("batch", "past length", "draft tokens", "tokens per step", "speed-up")
-    for row in rows:
-        numbers = (str(row[name]) for name in ("batch", "past_length", "max_draft_len"))
-        table.add_row(*numbers, f"{row['tokens_per_step']:.2f}", f"{row['speedup']:.2f}x")
-    stdout.print(table)
 
 
 def tree_main() -> None:

@@ -32,3 +32,7 @@ def save_engine_files(
     ).save(out)
     (out / TREE_FILE).write_text(tree.to_json(), encoding="utf-8")
     save_tokenizer(out)
+
+
+Excluded = Callable[[str], bool]
+MIN_TOP_K = 10  # so that other trees than the default one can be tried without a new export

@@ -8,41 +8,17 @@ from typing import Any
 
 import torch
 
-from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.exporter.engine_dirs.common import save_engine_files
+from medusa_export.exporter.engine_dirs.common import MIN_TOP_K, Excluded, save_engine_files
 from medusa_export.exporter.onnx.batch_decoder import write_batch_decoder
 from medusa_export.exporter.onnx.decoder import require_supported, write_decoder
+from medusa_export.exporter.onnx.forms import ACTIVATIONS, INT8_PRODUCTS, PRECISION, SESSION_OPTIONS, onnx_form
 from medusa_export.exporter.onnx.heads import write_heads
 from medusa_export.exporter.onnx.linear import LinearWriter
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.formats import FORMATS, Format
 from medusa_export.quantize.scales import Scales
-
-Excluded = Callable[[str], bool]
-
-MIN_TOP_K = 10  # so that other trees than the default one can be tried without a new export
-
-PRECISION = {
-    "float": "float32 arithmetic on 16/32-bit weights",
-    "fp8": "the exported FP8 weights, float32 arithmetic",
-    "fp8_row": "the exported FP8 weights, float32 arithmetic",
-    "int8": "int8 weights in blocks, int8 arithmetic",
-    "int8_row": "the exported INT8 weights, float32 arithmetic",
-    "int4": "int4 weights in blocks, int8 arithmetic",
-    "int4_awq": "the exported INT4 weights, int8 arithmetic",
-}
-INT8_PRODUCTS = {"session.qdq_matmulnbits_accuracy_level": "4"}
-FOLDED = {"session.disable_quant_qdq": "1"}
-# Blocks: MatMulNBits with 8-bit products; others: fold DequantizeLinear into float32 weights once, when the session is made.
-SESSION_OPTIONS: dict[str, dict[str, str]] = {
-    "float": {},
-    **dict.fromkeys(("fp8", "fp8_row", "int8_row"), FOLDED),
-    **dict.fromkeys(("int8", "int4", "int4_awq"), INT8_PRODUCTS),
-}
-# Storage -> dtype of activations in the exchange graph. TensorRT-LLM quantizes those of fp8_rowwise a token, which is not in it.
-ACTIVATIONS = {"fp8": torch.float8_e4m3fn, "int8_row": torch.int8, "int4_fp8": torch.float8_e4m3fn}
 
 
 def write_onnx(
@@ -122,11 +98,3 @@ def write_base_engine(out: Path, ckpt: Path, *, max_length: int | None = None) -
         out, checkpoint, FORMATS["none"], None, tree=Tree(()), max_length=longest, draft_vocab=None,
         save_tokenizer=read_tokenizer(ckpt).save_pretrained, source={"checkpoint": str(ckpt), "quant": "none"},
     )  # fmt: skip
-
-
-def onnx_form(fmt: Format) -> str:
-    """The ONNX form of a format; ConfigError when it has none."""
-    if fmt.onnx is None:
-        able = ", ".join(name for name, form in FORMATS.items() if form.onnx)
-        raise ConfigError(f"--quant {fmt.name}", "no ONNX form", f"one of {able}", "pass --engine none, or tensorrt")
-    return fmt.onnx

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from medusa_export.exporter.engine_dirs.common import save_engine_files
-from medusa_export.exporter.engine_dirs.onnxruntime import MIN_TOP_K, Excluded
+from medusa_export.exporter.engine_dirs.common import MIN_TOP_K, Excluded, save_engine_files
 from medusa_export.exporter.onnx.portable.decoder import write_portable_decoder
 from medusa_export.exporter.onnx.portable.heads import write_portable_heads
 from medusa_export.exporter.onnx.portable.linear import PortableLinear
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.contract.engine_tools import EngineBuilder
 from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize.formats import Format
 from medusa_export.quantize.scales import Scales
 from medusa_export.quantize.tensorrt_targets import tensorrt_form
 
 MAX_NODES = 64  # of a tree that an engine takes (see docs/decisions/0002); a larger --tree raises it
-
-
-class EngineBuilder(Protocol):
-    """Passed in, because this package does not know the engines."""
-
-    def require(self, target: Any) -> None:
-        """Raise MedusaExportError unless engines for these GPUs, or this release, can be built on this machine."""
-
-    def build(self, source: Path, out: Path, progress: Callable[[str, int, int], None], **request: Any) -> None:
-        """Write the engines of ``source``, and what they take and give, into ``out``."""
 
 
 def write_portable(

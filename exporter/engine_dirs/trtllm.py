@@ -8,9 +8,9 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.engine_dirs.common import save_engine_files
-from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.contract.engine_tools import EngineBuilder
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
 from medusa_export.heads.trees.tree import MAX_TOP_K, Tree
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from medusa_export.core.text.tokenizer import Prompt
+from medusa_export.core.text.prompts import Prompt
 
 DEFAULT_SIZE = 8192
 

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from medusa_export.core.artifacts.input_files import InputFiles
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.regular_files import TOKENIZER_FILES
-from medusa_export.core.text.tokenizer import Prompt, load_prompts, read_tokenizer
-from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
-from medusa_export.exporter.pipeline.engine_writers import CPU_TREE, GPU_TREE, EngineKind, engine_kind
-from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.core.text.prompts import Prompt, load_prompts
+from medusa_export.core.text.tokenizer import TOKENIZER_FILES, read_tokenizer
+from medusa_export.exporter.job.arguments import AUTO, DEFAULT_CALIB, FORMS, MAX_LENGTH, ExportArguments
+from medusa_export.exporter.job.engine_kinds import CPU_TREE, ENGINES, GPU_TREE, EngineKind, engine_kind
+from medusa_export.exporter.plan.hf_layout import require_hf
+from medusa_export.exporter.plan.spec import ExportSpec, export_spec
 from medusa_export.exporter.plan.trtllm_compat import release_warnings
-from medusa_export.exporter.write.huggingface import require_hf
-from medusa_export.exporter.write.trtllm import export_spec, require_scales
+from medusa_export.exporter.plan.trtllm_layout import require_scales
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import TREE_FILE
-from medusa_export.heads.contract.trtllm_releases import DEFAULT_RELEASE, find_release
+from medusa_export.heads.contract.trtllm_releases import find_release
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.trees.search import CostCurve, best, candidates
 from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
 from medusa_export.heads.trees.tree import PRESETS, Tree, load_tree
-from medusa_export.quantize.calibration_data import DEFAULT_PROMPTS, token_batches
+from medusa_export.quantize.calibration_data import token_batches
 from medusa_export.quantize.formats import get_format, get_kv_cache, needs_calibration
 from medusa_export.quantize.scales import SCALES_FILE, Scales
 from medusa_export.quantize.scales_cache import calibration_key
@@ -36,46 +33,7 @@ from medusa_export.quantize.tensorrt_targets import parse_gpus
 
 logger = logging.getLogger(__name__)
 
-HEAD_FORMS = {"vllm-heads": "vllm", "medusa-v1": "medusa-v1", "medusa-v2": "medusa-v2"}  # --format -> layout
-FORMS = ("trtllm", "hf", *HEAD_FORMS)
-AUTO = "auto"
 MAX_GPU_NODES = len(PRESETS[GPU_TREE]) + 1
-DEFAULT_CALIB = Path(str(files("medusa_export.quantize") / "default_prompts.jsonl"))
-MAX_LENGTH, MAX_BATCH = 2048, 4  # TensorRT-LLM's own example builds for 4: with more, trees cost more than they give
-
-
-@dataclass(frozen=True)
-class ExportArguments:
-    """The flags of medusa-export; see its --help. ``None`` takes the default that suits the checkpoint."""
-
-    ckpt: Path
-    output: Path
-    quant: str = "none"
-    heads: Path | None = None
-    kv_cache: str = "none"
-    quant_heads: bool = False
-    dtype: str = "auto"
-    tp: int = 1
-    tree: str | None = None
-    calib: Path | None = None
-    calib_prompts: int = DEFAULT_PROMPTS
-    engine: str = "onnxruntime"
-    max_length: int | None = None
-    draft_vocab: int = DEFAULT_SIZE
-    scales: Path | None = None
-    group_size: int | None = None
-    exclude: tuple[str, ...] = ()
-    trtllm_version: str = DEFAULT_RELEASE
-    pp: int = 1
-    format: str = "trtllm"
-    prompts: Path | None = None
-    tree_cost: Path | None = None
-    gpu: str | None = None
-    max_batch: int = MAX_BATCH
-
-    def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: everything that shapes the output."""
-        return {key: value for key, value in asdict(self).items() if key != "output"}
 
 
 class Job:
@@ -173,8 +131,8 @@ class Job:
     @property
     def gpus(self) -> tuple[int, ...]:
         """Compute capabilities that a TensorRT engine is built for; none where there is no such engine."""
-        is_tensorrt = self.writes_engine and self.arguments.engine == "tensorrt"
-        return parse_gpus(self.arguments.gpu, self.fmt) if is_tensorrt else ()
+        takes_gpus = self.writes_engine and self.engine.takes_gpus
+        return parse_gpus(self.arguments.gpu, self.fmt) if takes_gpus else ()
 
     @cached_property
     def given_scales(self) -> Scales | None:
@@ -247,10 +205,9 @@ class Job:
             logger.warning("%s", warning)
         if arguments.format == "hf":
             require_hf(spec)
-        if self.writes_engine:
-            self.engine.check(self)
-        if arguments.gpu is not None and arguments.engine != "tensorrt":
-            raise ConfigError("--gpu", arguments.gpu, "it only with --engine tensorrt", "leave it out")
+        if arguments.gpu is not None and not (self.writes_engine and self.engine.takes_gpus):
+            takers = " or ".join(name for name, kind in ENGINES.items() if kind.takes_gpus)
+            raise ConfigError("--gpu", arguments.gpu, f"no --gpu without --engine {takers}", "leave it out")
         self._check_tree()
         if arguments.draft_vocab < 0:
             raise ConfigError("--draft-vocab", str(arguments.draft_vocab), "0 (all) or more", "correct it")

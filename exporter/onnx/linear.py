@@ -14,7 +14,8 @@ from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.checkpoint.tensor_source import row_chunks
 from medusa_export.quantize import numerics as codes
 from medusa_export.quantize.formats import FP8_MAX, INT8_MAX
-from medusa_export.quantize.scales import Scales, code_scale, fused_amax, fused_scale, quantize_fp8
+from medusa_export.quantize.numerics import code_scale, fused_amax, fused_scale, quantize_fp8
+from medusa_export.quantize.scales import Scales
 
 BLOCKS = (128, 64, 32, 16)  # sizes that ONNX Runtime's MatMulNBits takes, largest that divides wins
 SMALL_BLOCKS = (32, 16)  # for 4 bits: TensorRT-LLM's own W4A16 has a scale a row, which loses far more

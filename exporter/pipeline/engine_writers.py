@@ -1,50 +1,47 @@
-"""What --engine may name, in one table: which graph and engine are written, with which tree, and what is refused beforehand."""
+"""What checks and writes each kind of engine, by the name that --engine has for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.engine_dirs.onnxruntime import onnx_form, write_engine, write_onnx
-from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder, write_portable, write_tensorrt_engine
+from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
+from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
 from medusa_export.exporter.engine_dirs.trtllm import require_sizes, write_trtllm_engine
 from medusa_export.exporter.job.draft_vocab import most_frequent_tokens
+from medusa_export.exporter.job.job import Job
 from medusa_export.exporter.onnx.decoder import require_context, require_supported
+from medusa_export.exporter.onnx.forms import onnx_form
+from medusa_export.exporter.plan.module_names import TRTLLM_LINEARS, trtllm_linear
+from medusa_export.heads.contract.engine_tools import EngineBuilder, Progress
 from medusa_export.quantize.scales import Scales
-
-if TYPE_CHECKING:
-    from medusa_export.exporter.job.job import Job
-
-GPU_TREE, CPU_TREE = "medusa-63", "cpu-3"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class EngineKind:
-    """A kind of engine.
+class EngineWriter:
+    """What writes one kind of engine.
 
     Attributes:
-        description: for --help.
-        tree: the preset that it gets when none is asked for.
         check: raises what cannot be built, before any work.
         require: (job, builder) raises what the builder cannot do on this machine, before any work.
-        write_graph: (job, scales, path) writes ``onnx/``; None for an engine that is made of the TensorRT-LLM checkpoint.
+        write_graph: (job, scales, path) writes ``onnx/``, for the kinds that have a graph.
         write_engine: (job, scales, path, builder, progress) writes ``engine/``, after what it is made of.
-        runs_here: whether the engine runs where it is made, so that trees can be measured on it.
     """
 
-    description: str
-    tree: str
     check: Callable[[Job], None]
     require: Callable[[Job, EngineBuilder], None]
-    write_graph: Callable[[Job, Scales | None, Path], None] | None
+    write_graph: Callable[[Job, Scales | None, Path], None]
     write_engine: Callable[[Job, Scales | None, Path, EngineBuilder, Progress], None]
-    runs_here: bool
+
+
+def require_writable(job: Job) -> None:
+    """Raise what the job's engine cannot be, before any work; a job without an engine has nothing to refuse."""
+    if job.writes_engine:
+        WRITERS[job.arguments.engine].check(job)
 
 
 def _check_onnxruntime(job: Job) -> None:
@@ -56,7 +53,7 @@ def _write_onnx(job: Job, scales: Scales | None, path: Path) -> None:
     write_onnx(path, job.checkpoint, job.fmt, scales, max_length=job.max_length, excluded=_excluded(job))
 
 
-def _write_engine(job: Job, scales: Scales | None, path: Path, builder: EngineBuilder, progress: Progress) -> None:
+def _write_onnxruntime(job: Job, scales: Scales | None, path: Path, builder: EngineBuilder, progress: Progress) -> None:
     write_engine(
         path, job.checkpoint, job.fmt, scales, tree=job.engine_tree, max_length=job.max_length,
         draft_vocab=_draft_vocab(job), save_tokenizer=job.tokenizer.save_pretrained, source=_source(job),
@@ -88,6 +85,10 @@ def _check_trtllm(job: Job) -> None:
     require_sizes(job.checkpoint, job.max_length, job.arguments.max_batch)
 
 
+def _no_graph(job: Job, scales: Scales | None, path: Path) -> None:
+    raise AssertionError(f"an engine of --engine {job.arguments.engine} is made of the checkpoint, not of a graph")
+
+
 def _write_trtllm(job: Job, scales: Scales | None, path: Path, builder: EngineBuilder, progress: Progress) -> None:
     write_trtllm_engine(
         path, path.with_name("trtllm"), job.checkpoint, job.spec, tree=job.trtllm_tree, max_length=job.max_length,
@@ -96,32 +97,15 @@ def _write_trtllm(job: Job, scales: Scales | None, path: Path, builder: EngineBu
     )  # fmt: skip
 
 
-ENGINES: dict[str, EngineKind] = {
-    "onnxruntime": EngineKind(
-        "ONNX Runtime on a CPU", CPU_TREE, _check_onnxruntime, lambda job, builder: None, _write_onnx, _write_engine,
-        runs_here=True,
+WRITERS: dict[str, EngineWriter] = {
+    "onnxruntime": EngineWriter(_check_onnxruntime, lambda job, builder: None, _write_onnx, _write_onnxruntime),
+    "tensorrt": EngineWriter(
+        _check_tensorrt, lambda job, builder: builder.require(job.gpus), _write_portable, _write_tensorrt
     ),
-    "tensorrt": EngineKind(
-        "TensorRT for the GPUs of --gpu", GPU_TREE, _check_tensorrt, lambda job, builder: builder.require(job.gpus),
-        _write_portable, _write_tensorrt, runs_here=False,
+    "tensorrt-llm": EngineWriter(
+        _check_trtllm, lambda job, builder: builder.require(job.release), _no_graph, _write_trtllm
     ),
-    "tensorrt-llm": EngineKind(
-        "TensorRT-LLM, built by trtllm-build where that is installed", GPU_TREE, _check_trtllm,
-        lambda job, builder: builder.require(job.release), None, _write_trtllm, runs_here=False,
-    ),
-}  # fmt: skip
-NO_ENGINE = "none"
-
-
-def engine_kind(name: str) -> EngineKind | None:
-    """The kind of that name, None for "none".
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    if name not in (*ENGINES, NO_ENGINE):
-        raise ConfigError("--engine", repr(name), f"{', '.join(ENGINES)} or {NO_ENGINE}", "pick one of them")
-    return ENGINES.get(name)
+}
 
 
 def _source(job: Job) -> dict[str, Any]:
@@ -131,18 +115,11 @@ def _source(job: Job) -> dict[str, Any]:
 def _excluded(job: Job) -> Callable[[str], bool]:
     """Whether a linear of the graph, by its Hugging Face name, stays in float as TensorRT-LLM's does."""
     names = {
-        "q_proj": "attention.qkv",
-        "k_proj": "attention.qkv",
-        "v_proj": "attention.qkv",
-        "o_proj": "attention.dense",
+        pattern.format(layer): trtllm_linear(pattern, layer)
+        for layer in range(job.checkpoint.config.num_hidden_layers)
+        for pattern in TRTLLM_LINEARS
     }
-    names |= {"gate_proj": "mlp.fc", "up_proj": "mlp.gate", "down_proj": "mlp.proj"}
-
-    def excluded(module: str) -> bool:
-        parts = module.split(".")  # model.layers.{layer}.{block}.{linear}
-        return job.spec.is_excluded(f"transformer.layers.{parts[2]}.{names[parts[4]]}")
-
-    return excluded
+    return lambda module: job.spec.is_excluded(names[module])
 
 
 def _draft_vocab(job: Job) -> torch.Tensor | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from medusa_export.core.artifacts.manifest import (
     check_free_space,
@@ -15,61 +13,39 @@ from medusa_export.core.artifacts.manifest import (
     output_directory,
     require_idle,
 )
-from medusa_export.core.artifacts.resumable import Work
-from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.core.text.tokenizer import Prompt
-from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
-from medusa_export.exporter.job.job import ExportArguments, Job
-from medusa_export.exporter.pipeline.parts import Progress, TreeChoice, part_names, write_parts
+from medusa_export.core.artifacts.resumable import ResumableOutput
+from medusa_export.core.errors import OutputError
+from medusa_export.exporter.job.arguments import SMALL_MODEL, ExportArguments
+from medusa_export.exporter.job.job import Job
+from medusa_export.exporter.pipeline.engine_writers import WRITERS, require_writable
+from medusa_export.exporter.pipeline.parts import PartWriter, part_names
 from medusa_export.exporter.verify.checkpoint import verify_trtllm
 from medusa_export.exporter.verify.comparison import Comparison
 from medusa_export.exporter.verify.error_table import recorded
+from medusa_export.heads.contract.engine_tools import EngineTools, Progress
 from medusa_export.quantize.calibration_data import token_batches
 
 logger = logging.getLogger(__name__)
 
 CHECK_TEXTS, CHECK_TOKENS = 4, 64  # what a written engine is checked on
-SMALL_MODEL = 1_000_000_000  # parameters up to which the written logits are compared with transformers
 
-EngineCheck = Callable[[Path, Path | None, list[list[int]]], list[str]]
 Notice = Callable[[str], None]
-
-
-def _no_choice(engine_dir: Path, prompts: Sequence[Prompt], progress: Progress) -> str:
-    raise ConfigError("--tree auto", "nothing to measure with", "a function that chooses the tree", "pass choose_tree")
-
-
-class _NoBuilder:
-    def require(self, target: Any) -> None:
-        raise ConfigError("--engine", "nothing to build with", "a builder of engines", "pass builder")
-
-    def build(self, source: Path, out: Path, progress: Progress, **request: Any) -> None:
-        self.require(())
-
-
-_NO_BUILDER = _NoBuilder()
 
 
 def export(
     arguments: ExportArguments,
-    check_engine: EngineCheck,
+    tools: EngineTools,
     progress: Progress = lambda stage, done, total: None,
     notice: Notice = lambda text: None,
-    choose_tree: TreeChoice = _no_choice,
-    builder: EngineBuilder = _NO_BUILDER,
 ) -> bool:
     """Write ``arguments.output``. Returns False when it was already there, made from the same inputs.
 
     What an interrupted run with the same inputs and arguments had finished is not made again.
 
     Args:
-        check_engine: runs a written engine and returns its problems; gets the engine, the checkpoint to compare it with (None for
-            models too large to load beside it) and some texts. Passed in, because this package does not know the engines.
+        tools: the engines' part: builds them, checks them, measures trees on them.
         progress: called with (stage, done, total).
         notice: gets a line for the user, when an interrupted run is continued.
-        choose_tree: measures the tree of a written engine, see :func:`~medusa_export.exporter.pipeline.parts.write_parts`; passed in for the
-            same reason.
-        builder: builds engines for GPUs; passed in for the same reason.
 
     Raises:
         MedusaExportError: bad input, found before any long work; nothing is left behind.
@@ -78,8 +54,9 @@ def export(
         require_idle(arguments.output)
         job = Job(arguments)
         job.check()
+        require_writable(job)
         if job.writes_engine:
-            job.engine.require(job, builder)
+            WRITERS[arguments.engine].require(job, tools.builder)
     with job.inputs as inputs:
         if has_manifest(arguments.output) and is_up_to_date(arguments.output, inputs.hashes(), arguments.recorded()):
             return False
@@ -88,8 +65,8 @@ def export(
         ) as work:
             check_free_space(work.path, job.estimated_bytes - sum(work.resumed.values()))
             _log_start(job, work, notice)
-            compared = write_parts(job, work, progress, choose_tree, builder)
-            problems = _verify(job, work, compared, check_engine, progress) if compared else []
+            compared = PartWriter(job, work, tools, progress).write()
+            problems = _verify(job, work, compared, tools, progress) if compared else []
             if problems:
                 more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
                 raise OutputError(
@@ -100,7 +77,7 @@ def export(
     return True
 
 
-def _log_start(job: Job, work: Work, notice: Notice) -> None:
+def _log_start(job: Job, work: ResumableOutput, notice: Notice) -> None:
     config, checkpoint = job.checkpoint.config, job.checkpoint
     logger.info(
         "%s: %s, %d layers, %s", job.arguments.ckpt, config.family.model_type, config.num_hidden_layers, config.dtype
@@ -111,7 +88,7 @@ def _log_start(job: Job, work: Work, notice: Notice) -> None:
         logger.info("finished by an interrupted run: %s", ", ".join(work.resumed))
 
 
-def _verify(job: Job, work: Work, compared: Comparison, check_engine: EngineCheck, progress: Progress) -> list[str]:
+def _verify(job: Job, work: ResumableOutput, compared: Comparison, tools: EngineTools, progress: Progress) -> list[str]:
     """Problems found in what was written; what quantization did to the weights goes into the manifest."""
     out = work.path
     progress("verify", 0, 2)
@@ -122,6 +99,6 @@ def _verify(job: Job, work: Work, compared: Comparison, check_engine: EngineChec
         texts = token_batches(job.tokenizer, job.prompts, max_prompts=CHECK_TEXTS, max_length=CHECK_TOKENS)
         config = job.checkpoint.config
         parameters = config.num_hidden_layers * sum(rows * width for rows, width in config.linear_shapes().values())
-        problems = check_engine(out / "engine", job.arguments.ckpt if parameters < SMALL_MODEL else None, texts)
+        problems = tools.check(out / "engine", job.arguments.ckpt if parameters < SMALL_MODEL else None, texts)
     progress("verify", 2, 2)
     return problems

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from medusa_export.core.artifacts.resumable import Work
-from medusa_export.core.text.tokenizer import Prompt
-from medusa_export.exporter.engine_dirs.tensorrt import EngineBuilder
-from medusa_export.exporter.job.job import HEAD_FORMS, Job
+from medusa_export.core.artifacts.resumable import ResumableOutput
+from medusa_export.exporter.job.arguments import HEAD_FORMS
+from medusa_export.exporter.job.job import Job
+from medusa_export.exporter.pipeline.engine_writers import WRITERS
+from medusa_export.exporter.plan.hf_layout import plan_hf
+from medusa_export.exporter.plan.tensor_plan import TensorPlan
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
-from medusa_export.exporter.plan.trtllm_layout import TensorPlan
+from medusa_export.exporter.plan.trtllm_layout import require_scales
 from medusa_export.exporter.verify.comparison import Comparison
-from medusa_export.exporter.write.huggingface import plan_hf, write_hf_configs, write_shard
+from medusa_export.exporter.write.huggingface import write_hf_configs, write_shard
 from medusa_export.exporter.write.ranks import rank_names, write_ranks
 from medusa_export.exporter.write.shards import shards
-from medusa_export.exporter.write.trtllm import require_scales, write_config
+from medusa_export.exporter.write.trtllm import write_config
+from medusa_export.heads.contract.engine_tools import EngineTools, Progress
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import SCALES_FILE, Scales
 from medusa_export.quantize.scales_cache import cached_scales
@@ -26,13 +30,9 @@ logger = logging.getLogger(__name__)
 TREE_FILE, TOKENIZER, CONFIG, ONNX, ENGINE = "tree.json", "tokenizer", "trtllm/config.json", "onnx", "engine"
 HF, HF_CONFIGS, HEADS = "hf", "hf/config.json", "heads"
 
-Progress = Callable[[str, int, int], None]
-TreeChoice = Callable[[Path, Sequence[Prompt], Progress], str]
-GraphWriter = Callable[[Job, Scales | None, Path], None]
-
 
 def part_names(job: Job) -> list[str]:
-    """Everything that :func:`write_parts` writes, in its order."""
+    """Everything that :class:`PartWriter` writes, in its order."""
     scales = [SCALES_FILE] if job.has_scales else []
     if job.arguments.format == "hf":
         return [*scales, *(f"{HF}/{name}" for name in _hf_shards(job)), HF_CONFIGS]
@@ -41,115 +41,114 @@ def part_names(job: Job) -> list[str]:
     checkpoint = [TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp)]
     if not job.writes_engine:
         return [*scales, *checkpoint]
-    return [*scales, *([ONNX, ENGINE, *checkpoint] if job.engine.write_graph else [*checkpoint, ENGINE])]
+    return [*scales, *([ONNX, ENGINE, *checkpoint] if job.engine.has_graph else [*checkpoint, ENGINE])]
 
 
-def write_parts(
-    job: Job, work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
-) -> Comparison | None:
-    """Everything of an export but the manifest.
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes everything of an export but the manifest.
 
-    Args:
+    Attributes:
+        work: the output directory that is being written.
+        tools: builds, and measures trees on, engines.
         progress: called with (stage, done, total).
-        choose_tree: leaves tree.json and acceptance.json in an engine's directory, and says why.
-        builder: builds engines for GPUs.
-
-    Returns:
-        The TensorRT-LLM checkpoint's ranks compared with the source, where there is one.
     """
-    scales = _scales(job, work, progress)
-    if scales is not None:
-        work.record("scales", scales.summary())
-    if job.arguments.format == "trtllm":
-        return _write_trtllm(job, scales, work, progress, choose_tree, builder)
-    if job.arguments.format == "hf":
-        _write_hf(job, scales, work, progress)
-    else:
-        _write_heads(job, work)
-    return None
 
+    job: Job
+    work: ResumableOutput
+    tools: EngineTools
+    progress: Progress
 
-def _write_heads(job: Job, work: Work) -> None:
-    from medusa_export.exporter.write.heads import write_heads
+    def write(self) -> Comparison | None:
+        """Write all parts.
 
-    layout = HEAD_FORMS[job.arguments.format]
-    logger.info("writing the heads as %s", layout)
-    work.once(HEADS, lambda path: write_heads(path, job.checkpoint, layout))
+        Returns:
+            The TensorRT-LLM checkpoint's ranks compared with the source, where there is one.
+        """
+        scales = self._scales()
+        if scales is not None:
+            self.work.record("scales", scales.summary())
+        if self.job.arguments.format == "trtllm":
+            return self._write_trtllm(scales)
+        if self.job.arguments.format == "hf":
+            self._write_hf(scales)
+        else:
+            self._write_heads()
+        return None
+
+    def _write_heads(self) -> None:
+        from medusa_export.exporter.write.heads import write_heads
+
+        layout = HEAD_FORMS[self.job.arguments.format]
+        logger.info("writing the heads as %s", layout)
+        self.work.run_once(HEADS, lambda path: write_heads(path, self.job.checkpoint, layout))
+
+    def _write_hf(self, scales: Scales | None) -> None:
+        job = self.job
+        files, found = _hf_shards(job), require_scales(job.spec, scales)
+        for done, (name, plans) in enumerate(files.items()):
+            self.progress("checkpoint", done, len(files))
+            write = partial(write_shard, checkpoint=job.checkpoint, spec=job.spec, scales=found, plans=plans)
+            self.work.run_once(f"{HF}/{name}", write)
+        self.progress("checkpoint", len(files), len(files))
+        self.work.run_once(HF_CONFIGS, lambda path: write_hf_configs(path.parent, job.arguments.ckpt, job.spec, files))
+        job.tokenizer.save_pretrained(self.work.path / HF)
+
+    def _write_trtllm(self, scales: Scales | None) -> Comparison:
+        job, work = self.job, self.work
+        if job.writes_engine and job.engine.has_graph:  # before the rest, whose tree may be measured on it
+            self._write_graph_and_engine(scales)
+        work.run_once(TREE_FILE, lambda path: path.write_text(job.trtllm_tree.to_json(), encoding="utf-8"))
+        work.run_once(TOKENIZER, job.tokenizer.save_pretrained)
+        logger.info("writing the TensorRT-LLM checkpoint, %d draft tokens", job.trtllm_tree.max_draft_len)
+        work.run_once(CONFIG, lambda path: write_config(path, job.spec))
+        compared = Comparison(trtllm_config(job.spec), job.checkpoint)
+        write_ranks(
+            work, job.checkpoint, job.spec, require_scales(job.spec, scales), compared,
+            lambda done, total: self.progress("TensorRT-LLM checkpoint", done, total),
+        )  # fmt: skip
+        if job.writes_engine and not job.engine.has_graph:  # it is made of the checkpoint
+            work.run_once(ENGINE, lambda path: self._write_engine(scales, path))
+        return compared
+
+    def _write_graph_and_engine(self, scales: Scales | None) -> None:
+        logger.info("writing the ONNX graph and the engine")
+        self.progress("ONNX graph", 0, 1)
+        self.work.run_once(ONNX, lambda path: WRITERS[self.job.arguments.engine].write_graph(self.job, scales, path))
+        self.progress("ONNX graph", 1, 1)
+        self.progress("engine", 0, 1)
+        self.work.run_once(ENGINE, lambda path: self._write_engine(scales, path))
+        self.progress("engine", 1, 1)
+        if self.job.measures_tree:
+            self.job.take_trees(self.work.path / ENGINE)
+
+    def _write_engine(self, scales: Scales | None, path: Path) -> None:
+        WRITERS[self.job.arguments.engine].write_engine(self.job, scales, path, self.tools.builder, self.progress)
+        if self.job.measures_tree:
+            logger.info("%s", self.tools.choose_tree(path, self.job.tree_prompts, self.progress))
+
+    def _scales(self) -> Scales | None:
+        job, work = self.job, self.work
+        if not job.has_scales:
+            return None
+
+        def save(path: Path) -> None:
+            scales = job.given_scales or cached_scales(job.calibration_key(), self._calibrate)
+            logger.info("%d modules calibrated", len(scales.weight_amax))
+            scales.save(path)
+            work.record("scales", scales.summary())
+
+        work.run_once(SCALES_FILE, save)
+        return Scales.load(work.path / SCALES_FILE)
+
+    def _calibrate(self) -> Scales:
+        job = self.job
+        return calibrate(
+            job.arguments.ckpt, job.checkpoint, job.fmt, kv_cache=job.arguments.kv_cache,
+            quant_heads=job.arguments.quant_heads, batches=job.batches,
+            progress=lambda done, total: self.progress("calibrate", done, total), device=job.device,
+        )  # fmt: skip
 
 
 def _hf_shards(job: Job) -> dict[str, list[TensorPlan]]:
     return shards(plan_hf(job.checkpoint, job.spec))
-
-
-def _write_hf(job: Job, scales: Scales | None, work: Work, progress: Progress) -> None:
-    files, found = _hf_shards(job), require_scales(job.spec, scales)
-    for done, (name, plans) in enumerate(files.items()):
-        progress("checkpoint", done, len(files))
-        work.once(f"{HF}/{name}", lambda path, plans=plans: write_shard(path, job.checkpoint, job.spec, found, plans))
-    progress("checkpoint", len(files), len(files))
-    work.once(HF_CONFIGS, lambda path: write_hf_configs(path.parent, job.arguments.ckpt, job.spec, files))
-    job.tokenizer.save_pretrained(work.path / HF)
-
-
-def _write_trtllm(
-    job: Job, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice, builder: EngineBuilder
-) -> Comparison:
-    if job.writes_engine and job.engine.write_graph:  # before the rest, whose tree may be measured on it
-        _write_graphs(job, job.engine.write_graph, scales, work, progress, choose_tree, builder)
-    work.once(TREE_FILE, lambda path: path.write_text(job.trtllm_tree.to_json(), encoding="utf-8"))
-    work.once(TOKENIZER, job.tokenizer.save_pretrained)
-    logger.info("writing the TensorRT-LLM checkpoint, %d draft tokens", job.trtllm_tree.max_draft_len)
-    work.once(CONFIG, lambda path: write_config(path, job.spec))
-    compared = Comparison(trtllm_config(job.spec), job.checkpoint)
-    write_ranks(
-        work, job.checkpoint, job.spec, require_scales(job.spec, scales), compared,
-        lambda done, total: progress("TensorRT-LLM checkpoint", done, total),
-    )  # fmt: skip
-    if job.writes_engine and not job.engine.write_graph:  # it is made of the checkpoint
-        work.once(ENGINE, lambda path: job.engine.write_engine(job, scales, path, builder, progress))
-    return compared
-
-
-def _write_graphs(
-    job: Job, graph: GraphWriter, scales: Scales | None, work: Work, progress: Progress, choose_tree: TreeChoice,
-    builder: EngineBuilder,
-) -> None:  # fmt: skip
-    kind = job.engine
-
-    def write_graph(path: Path) -> None:
-        graph(job, scales, path)
-
-    def write_engine(path: Path) -> None:
-        kind.write_engine(job, scales, path, builder, progress)
-        if job.measures_tree:
-            logger.info("%s", choose_tree(path, job.tree_prompts, progress))
-
-    logger.info("writing the ONNX graph and the engine")
-    for stage, name, write in (("ONNX graph", ONNX, write_graph), ("engine", ENGINE, write_engine)):
-        progress(stage, 0, 1)
-        work.once(name, write)
-        progress(stage, 1, 1)
-    if job.measures_tree:
-        job.take_trees(work.path / ENGINE)
-
-
-def _scales(job: Job, work: Work, progress: Progress) -> Scales | None:
-    if not job.has_scales:
-        return None
-
-    def save(path: Path) -> None:
-        scales = job.given_scales or cached_scales(job.calibration_key(), lambda: _calibrate(job, progress))
-        logger.info("%d modules calibrated", len(scales.weight_amax))
-        scales.save(path)
-        work.record("scales", scales.summary())
-
-    work.once(SCALES_FILE, save)
-    return Scales.load(work.path / SCALES_FILE)
-
-
-def _calibrate(job: Job, progress: Progress) -> Scales:
-    return calibrate(
-        job.arguments.ckpt, job.checkpoint, job.fmt, kv_cache=job.arguments.kv_cache,
-        quant_heads=job.arguments.quant_heads, batches=job.batches,
-        progress=lambda done, total: progress("calibrate", done, total), device=job.device,
-    )  # fmt: skip

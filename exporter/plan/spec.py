@@ -12,7 +12,9 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-from medusa_export.quantize.formats import FORMATS, Format, KvCache, check_heads
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.trees.tree import Tree
+from medusa_export.quantize.formats import FORMATS, Format, KvCache, check_heads, get_kv_cache
 
 DTYPES = ("float16", "bfloat16")
 ALWAYS_16_BIT = ("*router", "*vocab_embedding", "*position_embedding", "*block_embedding")
@@ -208,3 +210,37 @@ def _unaligned(spec: ExportSpec) -> list[tuple[str, str, str]]:
             got = f"{list(shape)} features over tp {spec.tp}"
             problems.append((f"{name} in format {spec.fmt.name}", got, f"multiples of {needed}"))
     return problems
+
+
+def export_spec(
+    checkpoint: MedusaCheckpoint,
+    fmt: Format,
+    *,
+    tree: Tree,
+    tp: int,
+    dtype: str,
+    kv_cache: str,
+    quant_heads: bool,
+    exclude: tuple[str, ...] = (),
+) -> ExportSpec:
+    """The layout that :func:`write_trtllm` would write; raises what it would refuse, without touching the disk."""
+    tree.require_heads(checkpoint.num_medusa_heads)
+    return ExportSpec(
+        checkpoint.config,
+        checkpoint.num_medusa_heads,
+        checkpoint.num_medusa_layers,
+        tree.max_draft_len,
+        tp,
+        fmt,
+        resolve_dtype(dtype, checkpoint.config.dtype),
+        get_kv_cache(kv_cache),
+        quant_heads,
+        exclude,
+    )
+
+
+def resolve_dtype(dtype: str, stored: str) -> str:
+    """What "auto" stands for: the checkpoint's dtype, or float16 where that is float32."""
+    if dtype != "auto":
+        return dtype
+    return "float16" if stored == "float32" else stored

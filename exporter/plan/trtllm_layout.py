@@ -5,72 +5,15 @@ Source: TensorRT-LLM 0.17 .. 1.2.1, ``models/modeling_utils.py``, ``models/medus
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from enum import Enum
 
+from medusa_export.core.errors import ConfigError
+from medusa_export.exporter.plan.module_names import trtllm_layer, trtllm_linear
 from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.plan.tensor_plan import Kind, Slice, TensorPlan
 from medusa_export.heads.checkpoint import families
-
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
-
-
-class Kind(Enum):
-    """How a tensor's bytes come about. All but the single numbers are made row by row from the rows of ``sources``."""
-
-    COPY = "slices, cast to the plan's dtype"
-    FP8 = "slices / the modules' weight scale, in float8_e4m3fn"
-    FP8_ROW = "slices / the scale of each row, in float8_e4m3fn"
-    INT8_ROW = "slices / the scale of each row, rounded to int8"
-    INT4 = "slices / the scale of each group, rounded to 4 bits, two rows a byte"
-    FP4 = "slices / the scale of each block, rounded to float4_e2m1fn, two columns a byte"
-    ROW_SCALE = "largest weight of each row / the format's bound"
-    GROUP_SCALE = "largest weight of each group / the format's bound"
-    BLOCK_SCALE = "scale of each block in units of the weight scale, in float8_e4m3fn"
-    SMOOTHING = "factor that each input is multiplied with"
-    WEIGHT_SCALE = "largest weight of the modules / the bound"
-    INPUT_SCALE = "largest input of the modules / the format's bound"
-    KV_SCALE = "largest key or value of the layer / the cache's bound"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Rows ``start .. stop - 1`` of a checkpoint tensor, all of them by default."""
-
-    tensor: str
-    start: int = 0
-    stop: int | None = None
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of one rank file.
-
-    Attributes:
-        name: in the TensorRT-LLM checkpoint.
-        kind: how it is made.
-        dtype: torch's name.
-        shape: on this rank.
-        sources: stacked on axis 0; zero rows fill up what they leave of ``shape``.
-        columns: of the sources, ``(start, stop)``; None is all.
-        modules: the Hugging Face modules that share this tensor's scales.
-        layer: whose key/value scale it is; read for that kind only.
-    """
-
-    name: str
-    kind: Kind
-    dtype: str
-    shape: tuple[int, ...]
-    sources: tuple[Slice, ...] = ()
-    columns: tuple[int, int] | None = None
-    modules: tuple[str, ...] = ()
-    layer: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the file."""
-        return math.prod(self.shape) * BYTES[self.dtype]
+from medusa_export.quantize.scales import Scales
 
 
 @dataclass(frozen=True)
@@ -135,19 +78,18 @@ class _Linear:
     scaled_with: tuple[str, ...]
 
 
-# TensorRT-LLM applies the activation to ``fc`` and multiplies by ``gate``: the reverse of what the names suggest. Both
-# have one FP8 or NVFP4 scale, as in ModelOpt's export: trtllm-build fuses them and would round the weights a second time.
+# Gate and up have one FP8 or NVFP4 scale, as in ModelOpt's export: trtllm-build fuses them and would round the weights a second time.
 _GATED = (families.GATE_PROJ, families.UP_PROJ)
-_LAYER_LINEARS = (
-    ("attention.dense", families.O_PROJ, 1, (families.O_PROJ,)),
-    ("mlp.fc", families.GATE_PROJ, 0, _GATED),
-    ("mlp.gate", families.UP_PROJ, 0, _GATED),
-    ("mlp.proj", families.DOWN_PROJ, 1, (families.DOWN_PROJ,)),
+_LAYER_LINEARS = (  # pattern, axis that ranks split, linears that share its scales
+    (families.O_PROJ, 1, (families.O_PROJ,)),
+    (families.GATE_PROJ, 0, _GATED),
+    (families.UP_PROJ, 0, _GATED),
+    (families.DOWN_PROJ, 1, (families.DOWN_PROJ,)),
 )
 
 
 def _layer_tensors(spec: ExportSpec, rank: int, layer: int) -> Iterator[TensorPlan]:
-    config, prefix, shapes = spec.config, f"transformer.layers.{layer}", spec.config.linear_shapes()
+    config, prefix, shapes = spec.config, trtllm_layer(layer), spec.config.linear_shapes()
     norms = {"input_layernorm": families.INPUT_LAYERNORM, "post_layernorm": families.POST_ATTENTION_LAYERNORM}
     for name, source in norms.items():
         yield _copy(spec, f"{prefix}.{name}.weight", (config.hidden_size,), Slice(source.format(layer)))
@@ -155,8 +97,8 @@ def _layer_tensors(spec: ExportSpec, rank: int, layer: int) -> Iterator[TensorPl
         for name, source in {"q_layernorm": families.Q_NORM, "k_layernorm": families.K_NORM}.items():
             yield _copy(spec, f"{prefix}.attention.{name}.weight", (config.head_dim,), Slice(source.format(layer)))
     yield from _qkv(spec, rank, layer)
-    for name, pattern, axis, together in _LAYER_LINEARS:
-        name, bias = f"{prefix}.{name}", config.has_bias(pattern)
+    for pattern, axis, together in _LAYER_LINEARS:
+        name, bias = trtllm_linear(pattern, layer), config.has_bias(pattern)
         shared = (pattern,) if spec.fmt.smooths else together  # smoothed linears are not fused
         scaled_with = tuple(each.format(layer) for each in shared) if spec.is_quantized(name) else ()
         linear = _Linear(name, pattern.format(layer), shapes[pattern], axis, bias, scaled_with)
@@ -191,7 +133,7 @@ def _qkv(spec: ExportSpec, rank: int, layer: int) -> Iterator[TensorPlan]:
         (families.V_PROJ, first_kv, kv_heads),
     )
     parts = [(name.format(layer), first * config.head_dim, count * config.head_dim) for name, first, count in heads]
-    name, rows = f"transformer.layers.{layer}.attention.qkv", sum(count for _, _, count in parts)
+    name, rows = trtllm_linear(families.Q_PROJ, layer), sum(count for _, _, count in parts)
     for suffix, shape in (("weight", (rows, config.hidden_size)), ("bias", (rows,))):
         slices = (Slice(f"{module}.{suffix}", start, start + count) for module, start, count in parts)
         plan = _copy(spec, f"{name}.{suffix}", shape, *slices)
@@ -287,3 +229,14 @@ def _stored(spec: ExportSpec, weight: TensorPlan, modules: tuple[str, ...]) -> I
         shape = part.shape(out, width, spec.fmt.group_size or 1)
         dtype = part.dtype or spec.dtype
         yield replace(weight, name=prefix + part.suffix, kind=part.kind, dtype=dtype, shape=shape, modules=modules)
+
+
+def require_scales(spec: ExportSpec, scales: Scales | None) -> Scales:
+    """The scales, once everything that the layout quantizes has one; raises what :func:`write_trtllm` would."""
+    needed = needed_scales(spec)
+    if scales is None and needed:
+        got = f"no scales for format {spec.fmt.name} with kv cache {spec.kv_cache.name}"
+        raise ConfigError("scales", got, "the result of a calibration", "calibrate first")
+    scales = scales or Scales()
+    scales.require(needed)
+    return scales

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.exporter.plan.trtllm_layout import TensorPlan
+from medusa_export.exporter.plan.tensor_plan import TensorPlan
 from medusa_export.quantize.formats import Format, KvCache
 
 BUILD_BITS = {"W8A16": 8, "W4A16": 4}  # of weights that are 16 bit in the file: trtllm-build quantizes them for its GPU

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
 from medusa_export.exporter.onnx.linear import SMALL_BLOCKS
 from medusa_export.exporter.onnx.portable.linear import FP4_BLOCK
+from medusa_export.exporter.plan.module_names import STORED_LINEARS, trtllm_linear
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.heads.checkpoint import families
 
 HALF = 2  # bytes of what is not quantized, and of scales
-FUSED = {families.Q_PROJ: "attention.qkv", families.O_PROJ: "attention.dense"} | {
-    families.GATE_PROJ: "mlp.fc", families.UP_PROJ: "mlp.gate", families.DOWN_PROJ: "mlp.proj",
-}  # fmt: skip
 
 
 def portable_decoder_bytes(spec: ExportSpec, form: str, max_length: int) -> int:
@@ -43,8 +41,8 @@ def portable_heads_bytes(spec: ExportSpec, draft_vocab: int, shared_lm_head: boo
 def _layer(spec: ExportSpec, form: str, layer: int) -> Iterator[int]:
     config, shapes = spec.config, spec.config.linear_shapes()
     shapes[families.Q_PROJ] = (config.q_size + 2 * config.kv_size, config.hidden_size)
-    for name, module in FUSED.items():
-        excluded = spec.is_excluded(f"transformer.layers.{layer}.{module}")
+    for name in STORED_LINEARS:
+        excluded = spec.is_excluded(trtllm_linear(name, layer))
         yield from _matrix("float" if excluded else form, shapes[name], spec.fmt.group_size)
         yield HALF * shapes[name][0] * config.has_bias(name)
     yield from [HALF * config.hidden_size] * 2

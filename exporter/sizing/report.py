@@ -8,8 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.exporter.sizing.estimate import LIBRARIES, Item, Sizing, readable
 from medusa_export.exporter.sizing.gpus import KV_FRACTION, MAX_BATCH, MAX_NUM_TOKENS
+from medusa_export.exporter.sizing.memory import LIBRARIES
+from medusa_export.exporter.sizing.types import Item, Sizing, readable
 
 
 def print_sizing(sizing: Sizing, console: Console) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.dequantize import rounded_inputs
 from medusa_export.exporter.verify.rebuild import InputForm, input_forms, rebuild_hf
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 
 

@@ -13,10 +13,10 @@ import torch
 
 from medusa_export.core.artifacts.manifest import MANIFEST, verify_manifest
 from medusa_export.core.errors import CheckpointError, ConfigError
+from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.comparison import Comparison, weight_problems
 from medusa_export.exporter.verify.trtllm_loader.check import open_ranks, rank_problems
 from medusa_export.exporter.verify.trtllm_loader.config import config_problems
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.checkpoint.tensor_source import TensorSource, row_chunks
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.json_fields import read_json
 from medusa_export.core.threads import StopPoint
 from medusa_export.exporter.torch_threads import run_torch
 from medusa_export.exporter.verify.dequantize import Rows
@@ -22,7 +23,6 @@ from medusa_export.exporter.verify.rebuild import (
     require_equal_scales,
     require_zeros,
 )
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from medusa_export.core.errors import CheckpointError
+from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.dequantize import Rows, StoredLinear, StoredVector
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 CHUNK_VALUES = 1 << 20  # as in the writer, for the same reason

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from medusa_export.core.errors import CheckpointError, ConfigError, OutputError
-from medusa_export.core.regular_files import TOKENIZER_FILES, found_instead
+from medusa_export.core.regular_files import found_instead
+from medusa_export.core.text.tokenizer import TOKENIZER_FILES
 from medusa_export.exporter.write.safetensors import DTYPE_NAMES, SafetensorsWriter
 from medusa_export.exporter.write.shards import SHARD_BYTES, shards, write_index
 from medusa_export.heads.checkpoint import families

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from medusa_export.core.artifacts.resumable import Work
+from medusa_export.core.artifacts.resumable import ResumableOutput
 from medusa_export.core.threads import StopPoint
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.torch_threads import run_torch
@@ -24,7 +24,7 @@ def rank_names(tp: int) -> list[str]:
 
 
 def write_ranks(
-    work: Work,
+    work: ResumableOutput,
     checkpoint: MedusaCheckpoint,
     spec: ExportSpec,
     scales: Scales,
@@ -49,7 +49,9 @@ def write_ranks(
             bar.update(rank, done, total)
 
         follow = partial(compared.begin, rank)
-        if not work.once(names[rank], lambda path: write_rank(path, checkpoint, spec, scales, rank, update, follow)):
+        if not work.run_once(
+            names[rank], lambda path: write_rank(path, checkpoint, spec, scales, rank, update, follow)
+        ):
             bar.skip(rank)
             compared.take(rank, work.path / names[rank], stop_point)
 

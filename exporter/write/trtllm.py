@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medusa_export.core.artifacts.hashing import WrittenFile
-from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.core.errors import OutputError
+from medusa_export.exporter.plan.spec import ExportSpec, export_spec
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
-from medusa_export.exporter.plan.trtllm_layout import needed_scales, plan_rank
+from medusa_export.exporter.plan.trtllm_layout import plan_rank, require_scales
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.exporter.write.tensor_maker import TensorMaker
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.trees.tree import Tree
-from medusa_export.quantize.formats import Format, get_kv_cache
+from medusa_export.quantize.formats import Format
 from medusa_export.quantize.scales import Scales
 
 
@@ -98,48 +98,3 @@ def write_rank(
             if progress is not None:
                 progress(done, total)
     return writer.written
-
-
-def export_spec(
-    checkpoint: MedusaCheckpoint,
-    fmt: Format,
-    *,
-    tree: Tree,
-    tp: int,
-    dtype: str,
-    kv_cache: str,
-    quant_heads: bool,
-    exclude: tuple[str, ...] = (),
-) -> ExportSpec:
-    """The layout that :func:`write_trtllm` would write; raises what it would refuse, without touching the disk."""
-    tree.require_heads(checkpoint.num_medusa_heads)
-    return ExportSpec(
-        checkpoint.config,
-        checkpoint.num_medusa_heads,
-        checkpoint.num_medusa_layers,
-        tree.max_draft_len,
-        tp,
-        fmt,
-        resolve_dtype(dtype, checkpoint.config.dtype),
-        get_kv_cache(kv_cache),
-        quant_heads,
-        exclude,
-    )
-
-
-def resolve_dtype(dtype: str, stored: str) -> str:
-    """What "auto" stands for: the checkpoint's dtype, or float16 where that is float32."""
-    if dtype != "auto":
-        return dtype
-    return "float16" if stored == "float32" else stored
-
-
-def require_scales(spec: ExportSpec, scales: Scales | None) -> Scales:
-    """The scales, once everything that the layout quantizes has one; raises what :func:`write_trtllm` would."""
-    needed = needed_scales(spec)
-    if scales is None and needed:
-        got = f"no scales for format {spec.fmt.name} with kv cache {spec.kv_cache.name}"
-        raise ConfigError("scales", got, "the result of a calibration", "calibrate first")
-    scales = scales or Scales()
-    scales.require(needed)
-    return scales

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.json_fields import Fields
-from medusa_export.core.regular_files import found_instead
+from medusa_export.core.json_fields import Fields, read_json
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.families import FAMILIES, Family
 from medusa_export.heads.checkpoint.rope import read_rope
@@ -149,26 +147,6 @@ class DecoderConfig:
         if not self.tie_word_embeddings:
             shapes[families.LM_HEAD] = (self.vocab_size, self.hidden_size)
         return shapes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ConfigError: missing, unreadable, not UTF-8, not JSON or not an object.
-    """
-    kind = found_instead(path)
-    if kind is not None:
-        raise ConfigError(str(path), kind, "a Hugging Face directory with it", "check the path")
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(
-            str(path), f"unreadable JSON ({error})", "a JSON object", "download the file again"
-        ) from error
-    if not isinstance(body, dict):
-        raise ConfigError(str(path), f"a JSON {type(body).__name__}", "a JSON object", "download the file again")
-    return body
 
 
 def _family(raw: Mapping[str, Any], where: str) -> Family:

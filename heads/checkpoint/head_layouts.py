@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import torch
 
 from medusa_export.core.errors import CheckpointError
+from medusa_export.core.json_fields import read_json
 from medusa_export.core.regular_files import found_instead
 from medusa_export.heads.checkpoint import families
-from medusa_export.heads.checkpoint.decoder_config import DecoderConfig, read_json
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.tensor_source import LAYOUTS, TensorSource
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")

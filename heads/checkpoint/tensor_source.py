@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from medusa_export.core.errors import CheckpointError, ConfigError
+from medusa_export.core.json_fields import read_json
 from medusa_export.core.regular_files import found_instead
-from medusa_export.heads.checkpoint.decoder_config import read_json
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 

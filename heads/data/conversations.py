@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.tokenizer import is_text, json_object, numbered_lines
+from medusa_export.core.json_lines import is_text, json_object, numbered_lines
 
 Message = tuple[str, str]  # role, content
 

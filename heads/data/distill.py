@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import MedusaExportError, OutputError
-from medusa_export.core.text.tokenizer import is_text
+from medusa_export.core.json_lines import is_text
 from medusa_export.heads.data.chat_model import AnswerError, ChatModel, ModelUnavailableError
 from medusa_export.heads.data.conversations import Conversation
 from medusa_export.heads.data.row_store import Maker, Row, RowStore, open_rows

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from medusa_export.core.errors import ConfigError, missing_package
-from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
+from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError
+from medusa_export.heads.decoding.sampling import Sampling
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI

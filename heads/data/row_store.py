@@ -20,8 +20,8 @@ from medusa_export.core.artifacts.locking import make_locked
 from medusa_export.core.artifacts.staging import full_disk_named, sync
 from medusa_export.core.errors import OutputError
 from medusa_export.core.regular_files import ABSENT, found_instead
-from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.data.conversations import Conversation
+from medusa_export.heads.decoding.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 

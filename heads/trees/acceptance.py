@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import bootstrap
-from medusa_export.heads.checkpoint.decoder_config import read_json
+from medusa_export.core.json_fields import read_json
 from medusa_export.heads.trees.search import grow
 from medusa_export.heads.trees.tree import Choice, Tree
 

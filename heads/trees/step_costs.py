@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.checkpoint.decoder_config import read_json
+from medusa_export.core.json_fields import read_json
 from medusa_export.heads.trees.search import CostCurve
 
 COST_FILE = "cost.json"

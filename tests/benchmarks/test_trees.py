@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from medusa_export.core.text.tokenizer import load_prompts
+from medusa_export.core.text.prompts import load_prompts
 from medusa_export.engines.tuning.auto import choose_tree
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "trees.py"

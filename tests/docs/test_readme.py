@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_export.exporter.job.job import FORMS
+from medusa_export.exporter.job.arguments import FORMS
 from medusa_export.exporter.sizing.gpus import GPUS
 from medusa_export.exporter.verify.error_table import COLUMNS
 from medusa_export.heads.checkpoint.families import FAMILIES

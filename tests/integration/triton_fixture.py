@@ -15,7 +15,8 @@ import numpy as np
 from tritonclient import grpc
 
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
 from medusa_export.heads.decoding.sampling import Sampler

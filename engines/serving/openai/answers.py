@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.serving.scheduler import End
+from medusa_export.engines.serving.request import End
 from medusa_export.engines.serving.text_service import TextRequest
-from medusa_export.heads.data.chat_model import Sampling
+from medusa_export.heads.decoding.sampling import Sampling
 
 DONE = "data: [DONE]\n\n"
 

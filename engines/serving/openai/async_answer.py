@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from medusa_export.engines.serving.scheduler import End, Ticket
+from medusa_export.engines.serving.request import End, Ticket
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 
 

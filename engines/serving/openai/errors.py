@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_export.core.errors import ConfigError, MedusaExportError
-from medusa_export.engines.serving.scheduler import BusyError, ClosedError, End, PromptError
+from medusa_export.engines.serving.request import BusyError, ClosedError, End, PromptError
 
 
 class UnsupportedError(ConfigError):

@@ -27,7 +27,7 @@ from medusa_export.engines.serving.openai.errors import (
     require_answer,
 )
 from medusa_export.engines.serving.openai.fields import Endpoint, read_body
-from medusa_export.engines.serving.scheduler import BusyError
+from medusa_export.engines.serving.request import BusyError
 from medusa_export.engines.serving.text_service import TextService
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medusa_export.core.errors import missing_package
-from medusa_export.engines.serving.scheduler import End, Meter
-from medusa_export.engines.serving.triton.metrics import (
+from medusa_export.engines.serving.meter import (
     ACCEPTED,
     BETWEEN,
     ENDED,
@@ -18,7 +17,9 @@ from medusa_export.engines.serving.triton.metrics import (
     STEPS,
     TOKENS,
     WAITING,
+    Meter,
 )
+from medusa_export.engines.serving.request import End
 
 
 class PrometheusMeter(Meter):

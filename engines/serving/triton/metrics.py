@@ -6,24 +6,23 @@ import threading
 from collections import deque
 from typing import Any
 
-from medusa_export.engines.serving.scheduler import End, Meter
+from medusa_export.engines.serving.meter import (
+    ACCEPTED,
+    BETWEEN,
+    ENDED,
+    FAMILIES,
+    FIRST,
+    REASONS,
+    RUNNING,
+    SECONDS,
+    STEPS,
+    TOKENS,
+    WAITING,
+    Meter,
+)
+from medusa_export.engines.serving.request import End
 
-SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 FLUSH_SECONDS = 0.1
-FIRST, BETWEEN = "medusa_time_to_first_token_seconds", "medusa_inter_token_seconds"
-TOKENS, STEPS, ACCEPTED = "medusa_tokens_total", "medusa_steps_total", "medusa_drafts_accepted_total"
-RUNNING, WAITING, ENDED = "medusa_requests_running", "medusa_requests_waiting", "medusa_requests_ended_total"
-# name -> (kind, what it is); the names carry their units
-FAMILIES = {
-    FIRST: ("HISTOGRAM", "Time from a request to its first token"),
-    BETWEEN: ("HISTOGRAM", "Time between the tokens of one answer"),
-    TOKENS: ("COUNTER", "Generated tokens"),
-    STEPS: ("COUNTER", "Decoding steps, counted for every request that took part"),
-    ACCEPTED: ("COUNTER", "Tokens that drafts saved a step for"),
-    RUNNING: ("GAUGE", "Requests that are decoded"),
-    WAITING: ("GAUGE", "Requests in the queue"),
-}
-REASONS = ("stop", "length", "cancelled", "timeout", "closed", "error")
 
 
 class TritonMeter(Meter):

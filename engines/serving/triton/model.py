@@ -11,13 +11,13 @@ from typing import Any
 
 from medusa_export.core.errors import MedusaExportError
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.serving.scheduler import BusyError, ClosedError, End, Ticket
+from medusa_export.engines.serving.request import BusyError, ClosedError, End, Ticket
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 from medusa_export.engines.serving.triton.guard import Guard
 from medusa_export.engines.serving.triton.metrics import TritonMeter
 from medusa_export.engines.serving.triton.sender import Sender
 from medusa_export.engines.serving.triton.tensors import read_inputs, write_outputs
-from medusa_export.heads.data.chat_model import Sampling
+from medusa_export.heads.decoding.sampling import Sampling
 
 POLL_SECONDS = 0.02  # a step takes longer
 ASKED_AT_ONCE = 16  # clients, whether they are still there

@@ -12,8 +12,8 @@ from medusa_export.core.artifacts.manifest import hash_files, output_directory, 
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.serving.decoders import require_served
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.serving.text_service import require_served
 from medusa_export.engines.serving.triton.tensors import INPUTS, OUTPUTS
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 
@@ -94,11 +94,15 @@ def write_repository(
     arguments = {"kind": KIND, "engine": engine, "name": name, **options.as_text()}
     with output_directory(output, inputs=hash_files(paths.values()), arguments=arguments) as work:
         for relative, path in paths.items():
-            work.once(f"{name}/{VERSION}/{ENGINE}/{relative}", lambda target, path=path: shutil.copyfile(path, target))
+            work.run_once(
+                f"{name}/{VERSION}/{ENGINE}/{relative}", lambda target, path=path: shutil.copyfile(path, target)
+            )
         for model, config in repository_configs(name, options).items():
-            work.once(f"{model}/config.pbtxt", lambda target, config=config: target.write_text(render(config)))
-            work.once(f"{model}/{VERSION}/model.py", lambda target, model=model: target.write_text(_code(model, name)))
-        work.once("README.md", lambda target: target.write_text(_readme(name, output, info)))
+            work.run_once(f"{model}/config.pbtxt", lambda target, config=config: target.write_text(render(config)))
+            work.run_once(
+                f"{model}/{VERSION}/model.py", lambda target, model=model: target.write_text(_code(model, name))
+            )
+        work.run_once("README.md", lambda target: target.write_text(_readme(name, output, info)))
 
 
 def repository_configs(name: str, options: ServingOptions) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 from medusa_export.core.artifacts.hashing import list_files
 from medusa_export.core.artifacts.manifest import hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
+from medusa_export.core.json_fields import read_json
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving import text_stream as stream_text
 from medusa_export.engines.serving.triton.repository import render
@@ -31,7 +32,6 @@ from medusa_export.engines.serving.triton_trtllm.parameters import parameter_pro
 from medusa_export.engines.trtllm.build import BUILD_FILE
 from medusa_export.engines.trtllm.command import MEDUSA
 from medusa_export.engines.trtllm.scripts import BUILD_SCRIPT, PLAIN_CONFIG, RUN_SCRIPT
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.contract.engine_info import ENGINE_FILE, TREE_FILE, EngineInfo
 from medusa_export.heads.contract.trtllm_releases import release_of_engine
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE
@@ -123,9 +123,9 @@ def write_trtllm_repository(engine_dir: Path, output: Path, serving: TrtllmServi
     arguments = {"kind": KIND, "engine": engine_dir, **{name: str(value) for name, value in asdict(serving).items()}}
     with output_directory(output, inputs=hash_files(set(files.values())), arguments=arguments) as work:
         for name, path in files.items():
-            work.once(name, lambda target, path=path: shutil.copyfile(path, target))
+            work.run_once(name, lambda target, path=path: shutil.copyfile(path, target))
         for name, text in texts.items():
-            work.once(name, lambda target, text=text: target.write_text(text, encoding="utf-8"))
+            work.run_once(name, lambda target, text=text: target.write_text(text, encoding="utf-8"))
 
 
 def verify_trtllm_repository(repository: Path) -> list[str]:

@@ -14,7 +14,8 @@ from medusa_export.exporter.onnx.linear import SMALL_BLOCKS, _block
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.quantize import numerics as codes
 from medusa_export.quantize.formats import FP4_MAX, FP8_MAX, INT4_MAX, INT8_MAX
-from medusa_export.quantize.scales import Scales, code_scale, fused_amax, quantize_fp8
+from medusa_export.quantize.numerics import code_scale, fused_amax, quantize_fp8
+from medusa_export.quantize.scales import Scales
 
 ONNX_DTYPE: dict[torch.dtype, int] = {
     torch.float16: TensorProto.FLOAT16,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import CheckpointError, ConfigError
+from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.trtllm_loader.config import config_problems
 from medusa_export.exporter.verify.trtllm_loader.modules import (
     BUILDER_QUANTIZES,
@@ -22,7 +23,6 @@ from medusa_export.exporter.verify.trtllm_loader.modules import (
     module_needs,
     required_tensors,
 )
-from medusa_export.heads.checkpoint.decoder_config import read_json
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 KV_SCALE = "kv_cache_scaling_factor"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.tokenizer import Prompt, encode_chat, read_tokenizer
+from medusa_export.core.text.prompts import Prompt
+from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.quantize.calibration_data import token_batches
 
 

@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.quantize.scales import (
-    FP8_MAX,
-    Scales,
-    dequantize_fp8,
-    fp8_scale,
-    fused_scale,
-    quantize_fp8,
-)
+from medusa_export.quantize.formats import FP8_MAX
+from medusa_export.quantize.numerics import dequantize_fp8, fp8_scale, fused_scale, quantize_fp8
+from medusa_export.quantize.scales import Scales
 
 SCALES = Scales({"a": 0.1, "b": 3.0}, {"a": 1 / 3, "b": 2.5}, {0: 7.25, 10: 1e-9}, {"a": torch.tensor([0.1, 3.0])})
 

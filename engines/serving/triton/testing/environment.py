@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from medusa_export import core, engines, heads
 from medusa_export.core.errors import ConfigError, OutputError
 
 VARIABLE = "MEDUSA_TRITON_ENV"  # where environments are kept, instead of the user's cache
@@ -53,8 +54,9 @@ def layered(folder: Path) -> Path:
     venv.create(layer, symlinks=True, with_pip=False)
     package = source / "medusa_export"
     package.mkdir(parents=True)
-    for name in ("heads", "engines"):
-        (package / name).symlink_to(Path(__file__).parents[1] / name, target_is_directory=True)
+    for module in (core, heads, engines):
+        folder = Path(next(iter(module.__path__))).resolve()
+        (package / folder.name).symlink_to(folder, target_is_directory=True)
     paths = f"{site_packages(base)}\n{source}\n"
     (site_packages(layer) / "medusa_export.pth").write_text(paths, encoding="utf-8")
     return layer

@@ -20,7 +20,7 @@ import pytest
 
 from medusa_export.core.artifacts import manifest
 from medusa_export.core.artifacts.manifest import output_directory, read_manifest, verify_manifest
-from medusa_export.core.artifacts.resumable import Work
+from medusa_export.core.artifacts.resumable import ResumableOutput
 from medusa_export.core.artifacts.staging import KEPT
 from medusa_export.core.errors import MissingPackageError, OutputError
 
@@ -42,8 +42,8 @@ with output_directory(Path(sys.argv[1]), inputs={"model": "ab"}, arguments={"tp"
     (work.path / "plain").write_text("not a part")
     work.record("note", {"from": "the first run"})
     for name in sys.argv[2:]:
-        work.once(name, lambda path: path.write_text(name))
-    work.once("unfinished", hang)
+        work.run_once(name, lambda path: path.write_text(name))
+    work.run_once("unfinished", hang)
 """
 
 
@@ -51,7 +51,7 @@ class Interrupted(BaseException):
     """Stands in for what ends a body."""
 
 
-def fill(work: Work) -> list[str]:
+def fill(work: ResumableOutput) -> list[str]:
     """Make three parts; returns those that had to be made."""
     made = []
     for name, text in FILES.items():
@@ -65,11 +65,11 @@ def fill(work: Work) -> list[str]:
             else:
                 path.write_text(text)
 
-        assert work.once(name, make) == (made[-1:] == [name])
+        assert work.run_once(name, make) == (made[-1:] == [name])
     return made
 
 
-def write(out: Path, body: Callable[[Work], Any]) -> None:
+def write(out: Path, body: Callable[[ResumableOutput], Any]) -> None:
     """A run with another body."""
     with output_directory(out, **RUN) as work:
         body(work)
@@ -130,30 +130,30 @@ def test_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
     assert list(one) == list(other)
 
 
-def refused(work: Work) -> None:
+def refused(work: ResumableOutput) -> None:
     fill(work)
     raise OutputError("out", "a bad checkpoint", "a good one", "report this")
 
 
-def full(work: Work) -> None:
+def full(work: ResumableOutput) -> None:
     fill(work)
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def full_in_a_library(work: Work) -> None:
+def full_in_a_library(work: ResumableOutput) -> None:
     fill(work)
     raise RuntimeError("I/O error: No space left on device (os error 28)")
 
 
 @pytest.mark.parametrize("fail", [refused, full, full_in_a_library])
-def test_a_refusal_keeps_nothing(tmp_path: Path, fail: Callable[[Work], None]) -> None:
+def test_a_refusal_keeps_nothing(tmp_path: Path, fail: Callable[[ResumableOutput], None]) -> None:
     with pytest.raises(OutputError) as raised:
         write(tmp_path / "out", fail)
     assert os.listdir(tmp_path) == []
     assert not hasattr(raised.value, "__notes__")
 
 
-def interrupted_import(work: Work) -> None:
+def interrupted_import(work: ResumableOutput) -> None:
     fill(work)
     try:
         try:
@@ -189,7 +189,7 @@ def test_kill_9(tmp_path: Path) -> None:
         assert sorted(path.name for path in work.path.rglob("*")) == ["deep", "one", "two"]  # and nothing unfinished
         assert work.resumed == {"one": 3, "deep/two": 8}
         for name in ("one", "deep/two", "unfinished"):
-            if work.once(name, lambda path: path.write_text("whole")):
+            if work.run_once(name, lambda path: path.write_text("whole")):
                 made.append(name)
     assert made == ["unfinished"]
     assert (tmp_path / "out/deep/two").read_text() == "deep/two"
@@ -206,7 +206,7 @@ def test_kill_9_before_any_part_is_finished(tmp_path: Path, caplog: pytest.LogCa
 def test_parts_that_are_no_longer_asked_for_are_no_part_of_the_output(tmp_path: Path) -> None:
     kill(tmp_path / "out", "one", "two")
     with output_directory(tmp_path / "out", **RUN) as work:
-        work.once("one", lambda path: None)
+        work.run_once("one", lambda path: None)
     assert sorted(os.listdir(tmp_path / "out")) == ["medusa.json", "one"]
     assert verify_manifest(tmp_path / "out") == []
 
@@ -296,7 +296,7 @@ def test_a_torn_line_at_the_end_of_the_journal(tmp_path: Path, tail: bytes) -> N
         file.write(tail)
     with suppress(Interrupted), output_directory(tmp_path / "out", **RUN) as work:
         assert fill(work) == []
-        work.once("more", lambda path: path.write_text("m"))  # lines go after the last whole one
+        work.run_once("more", lambda path: path.write_text("m"))  # lines go after the last whole one
         raise Interrupted
     with output_directory(tmp_path / "out", **RUN) as work:
         assert work.resumed.keys() == {*FILES, "more"}
@@ -333,15 +333,15 @@ def test_a_failed_part_is_not_finished(tmp_path: Path) -> None:
         path.write_text("half")
         raise ValueError
 
-    def first(work: Work) -> None:
-        work.once("one", lambda path: path.write_text("1"))
-        work.once("two", fail)
+    def first(work: ResumableOutput) -> None:
+        work.run_once("one", lambda path: path.write_text("1"))
+        work.run_once("two", fail)
 
     with pytest.raises(ValueError):
         write(tmp_path / "out", first)
     with output_directory(tmp_path / "out", **RUN) as work:
-        assert not work.once("one", fail)
-        assert work.once("two", lambda path: path.write_text("2"))
+        assert not work.run_once("one", fail)
+        assert work.run_once("two", lambda path: path.write_text("2"))
     assert (tmp_path / "out/two").read_text() == "2"
 
 
@@ -355,7 +355,7 @@ def test_a_part_is_recorded_after_it_is_on_the_disk(tmp_path: Path, monkeypatch:
 
     with output_directory(tmp_path / "out", **RUN) as work:
         monkeypatch.setattr(os, "fsync", spy)
-        work.once("deep/two", lambda path: path.write_text("2"))
+        work.run_once("deep/two", lambda path: path.write_text("2"))
         assert synced == ["two", "deep", "files", "journal.jsonl"]
         synced.clear()
         work.record("key", 1)
@@ -372,11 +372,11 @@ def test_threads(tmp_path: Path) -> None:
 
     with suppress(Interrupted), output_directory(tmp_path / "out", **RUN) as work:
         with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(lambda name: work.once(name, make), names))
+            assert all(pool.map(lambda name: work.run_once(name, make), names))
         raise Interrupted
     with output_directory(tmp_path / "out", **RUN) as work, ThreadPoolExecutor(8) as pool:
         assert work.resumed.keys() == set(names)
-        assert not any(pool.map(lambda name: work.once(name, make), names))
+        assert not any(pool.map(lambda name: work.run_once(name, make), names))
     assert verify_manifest(tmp_path / "out") == []
 
 
@@ -396,5 +396,5 @@ def test_recorded_values(tmp_path: Path) -> None:
 
 def test_a_link_in_a_part_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="one: got a link"), output_directory(tmp_path / "out", **RUN) as work:
-        work.once("one", lambda path: path.symlink_to("/etc/hostname"))
+        work.run_once("one", lambda path: path.symlink_to("/etc/hostname"))
     assert os.listdir(tmp_path) == []

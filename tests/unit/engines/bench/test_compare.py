@@ -12,7 +12,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.bench.compare import compare_engines, require_comparable, scores, word_f1
 from medusa_export.engines.bench.report import paired_line
 from medusa_export.engines.bench.runner import PromptResult, run_prompts
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.heads.trees.tree import Tree
 

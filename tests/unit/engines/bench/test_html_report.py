@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.engines.test_report import SAME, prompt, report
 
 from medusa_export.engines.bench.html_report import render, verdict
 from medusa_export.engines.verify.parity import Divergence
+from tests.unit.engines.bench.test_report import SAME, prompt, report
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

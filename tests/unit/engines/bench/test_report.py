@@ -12,7 +12,7 @@ from rich.console import Console
 
 from medusa_export.engines.bench.report import build_report, print_report, speedup, tokens_per_step
 from medusa_export.engines.bench.runner import PromptResult, RunResult
-from medusa_export.engines.decoding.generate import Generation
+from medusa_export.engines.decoding.protocols import Generation
 from medusa_export.engines.measure import machine
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.verify.parity import Divergence

@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from medusa_export.core.errors import ConfigError, MedusaExportError, TreeError
-from medusa_export.core.text.tokenizer import load_prompts
+from medusa_export.core.text.prompts import load_prompts
 from medusa_export.engines.bench.html_report import render
 from medusa_export.engines.bench.report import print_report
 from medusa_export.engines.bench.run import RunArguments, run
-from medusa_export.engines.decoding.generate import Generation
+from medusa_export.engines.decoding.protocols import Generation
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.auto import choose_tree
 from medusa_export.heads.decoding.sampling import Sampler

@@ -10,7 +10,8 @@ import pytest
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.bench import sweeps
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps, serve, stretched
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.heads.trees.tree import Tree

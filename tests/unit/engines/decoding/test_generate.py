@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.heads.trees.tree import Tree
 
 PROMPT = [1, 2, 3]

@@ -13,7 +13,8 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import encode_chat
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.options import ServingOptions
@@ -21,8 +22,7 @@ from medusa_export.engines.serving.text_service import Piece, TextRequest, TextS
 from medusa_export.engines.serving.triton.repository import verify_repository, write_repository
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
-from medusa_export.heads.data.chat_model import Sampling
-from medusa_export.heads.decoding.sampling import Sampler
+from medusa_export.heads.decoding.sampling import Sampler, Sampling
 from medusa_export.heads.trees.tree import Tree
 
 SECONDS = 60

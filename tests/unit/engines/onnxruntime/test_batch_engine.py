@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.decoding.batch_step import advance
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.onnxruntime import batch_engine as tree_batch
-from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder, advance
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.onnxruntime.slots import BatchDecoder
 from medusa_export.heads.decoding.sampling import Sampler

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError, TreeError
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, Generation, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.exporter.onnx.heads import write_heads
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference

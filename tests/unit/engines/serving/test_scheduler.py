@@ -12,12 +12,14 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.serving.scheduler import BusyError, ClosedError, End, Meter, Scheduler
-from medusa_export.heads.data.chat_model import Sampling
-from medusa_export.heads.decoding.sampling import Sampler
+from medusa_export.engines.serving.meter import Meter
+from medusa_export.engines.serving.request import BusyError, ClosedError, End
+from medusa_export.engines.serving.scheduler import Scheduler
+from medusa_export.heads.decoding.sampling import Sampler, Sampling
 from medusa_export.heads.trees.tree import Tree
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13], [20, 21], [30, 31, 32], [40], [7, 7, 7]]

@@ -14,7 +14,7 @@ from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.core.text.tokenizer import encode_chat
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
-from medusa_export.heads.data.chat_model import Sampling
+from medusa_export.heads.decoding.sampling import Sampling
 from medusa_export.heads.trees.tree import Tree
 
 SECONDS = 60

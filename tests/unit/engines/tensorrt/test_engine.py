@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.bench.runner import open_engine
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.backends import open_engine
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.verify.selfcheck import check_engine, tree_error

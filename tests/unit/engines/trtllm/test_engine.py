@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError, MissingPackageError, TreeError
+from medusa_export.engines.backends import open_engine
 from medusa_export.engines.bench.run import RunArguments, run
-from medusa_export.engines.bench.runner import open_engine
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.trtllm import session as trtllm_session
 from medusa_export.engines.trtllm.engine import RunError
 from medusa_export.heads.contract.engine_info import EngineInfo

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.engines.test_base import EOS, PROMPT, ScriptedEngine, with_eos
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import calibrate, trace
 from medusa_export.heads.trees.acceptance import ABSENT, Acceptance
 from medusa_export.heads.trees.tree import Tree
+from tests.unit.engines.decoding.test_generate import EOS, PROMPT, ScriptedEngine, with_eos
 
 
 def scripted(ranks: tuple[int, ...], *, eos_at: int | None = None, max_length: int = 1000) -> ScriptedEngine:

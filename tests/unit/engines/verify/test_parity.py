@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from medusa_export.engines.decoding.generate import Generation
+from medusa_export.engines.decoding.protocols import Generation
 from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
 
 VOCAB = 6

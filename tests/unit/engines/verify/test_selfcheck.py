@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from medusa_export.engines.verify.selfcheck import BOUNDS, MEASURED, TENSORRT_BO
 from medusa_export.heads.trees.tree import Tree, load_tree
 from medusa_export.quantize import tensorrt_targets
 from medusa_export.quantize.formats import FORMATS
+from tests.paths import ROOT
 
 TEXTS = [[*range(5, 45)], [*range(90, 50, -2)], [1, 2]]
 
@@ -35,7 +35,7 @@ def test_every_form_has_a_bound() -> None:
 
 def test_the_bounds_of_tensorrts_forms_follow_from_what_was_measured() -> None:
     """The document's table is what `benchmarks/tensorrt_builds.py --check` printed; the worse of both dtypes is what counts."""
-    text = (Path(__file__).parents[3] / "docs" / "tensorrt.md").read_text()
+    text = (ROOT / "docs" / "tensorrt.md").read_text()
     table = text.split("## Numbers")[1].split("\n\n| ")[1].splitlines()[2:]
     rows: dict[str, list[list[float]]] = {}
     for line in table:

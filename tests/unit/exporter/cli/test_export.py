@@ -22,7 +22,7 @@ import torch
 from medusa_export.core.errors import OutputError
 from medusa_export.engines.bench.run import RunArguments
 from medusa_export.exporter.cli import export as cli
-from medusa_export.exporter.pipeline.export import ExportArguments
+from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.heads.trees.tree import PRESETS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 

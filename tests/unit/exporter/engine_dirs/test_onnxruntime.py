@@ -16,7 +16,9 @@ import torch
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.exporter.engine_dirs.onnxruntime import MIN_TOP_K, onnx_form, write_engine, write_onnx
+from medusa_export.exporter.engine_dirs.common import MIN_TOP_K
+from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
+from medusa_export.exporter.onnx.forms import onnx_form
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import Tree, load_tree
 from medusa_export.quantize.formats import FORMATS, get_format

@@ -12,11 +12,13 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.trtllm.build import TrtllmBuilder, next_steps
+from medusa_export.engines.tuning.auto import choose_tree
 from medusa_export.engines.verify.selfcheck import check_engine
-from medusa_export.exporter.job.job import ExportArguments
+from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.verify.checkpoint import verify_export
 from medusa_export.heads.contract.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_tools import EngineTools
 
 Export = Callable[..., Path]
 
@@ -33,7 +35,7 @@ def run(
         tiny_tokenizer(model)
         heads, out = tiny_heads(tmp_path / "heads"), tmp_path / "out"
         arguments = ExportArguments(model, out, heads=heads, engine="tensorrt-llm", **{"max_length": 64, **flags})
-        assert export(arguments, check_engine, builder=TrtllmBuilder())
+        assert export(arguments, EngineTools(check_engine, choose_tree, TrtllmBuilder()))
         return out
 
     return go

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from medusa_export.core.text.tokenizer import Prompt, read_tokenizer
+from medusa_export.core.text.prompts import Prompt
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.exporter.job.draft_vocab import most_frequent_tokens
 
 SPECIAL = 5  # ids 0 .. 4 of the tiny tokenizer; word w{i} is id i + 5

@@ -16,7 +16,7 @@ from medusa_export.exporter.onnx.linear import LinearWriter, quantize_int8_block
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.trees.tree import Tree
-from medusa_export.quantize.scales import dequantize_fp8, fp8_scale, fused_scale, quantize_fp8
+from medusa_export.quantize.numerics import dequantize_fp8, fp8_scale, fused_scale, quantize_fp8
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 MAX_LENGTH = 64

@@ -19,18 +19,21 @@ from medusa_export.core.artifacts.manifest import read_manifest
 from medusa_export.core.artifacts.staging import KEPT_BEFORE
 from medusa_export.core.errors import ConfigError, MedusaExportError, OutputError
 from medusa_export.core.text.tokenizer import read_tokenizer
+from medusa_export.engines.tensorrt.build import TensorRtBuilder
 from medusa_export.engines.tuning.auto import choose_tree
 from medusa_export.engines.verify.selfcheck import check_engine
 from medusa_export.exporter.job import job
+from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.exporter.job.job import Job
 from medusa_export.exporter.pipeline import engine_writers as engine_kinds
 from medusa_export.exporter.pipeline import export as export_module
 from medusa_export.exporter.pipeline import parts
-from medusa_export.exporter.pipeline.export import ExportArguments, export
+from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.verify.checkpoint import verify_export
 from medusa_export.exporter.write import ranks
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.heads.contract.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_tools import EngineTools
 from medusa_export.heads.trees.acceptance import Acceptance
 from medusa_export.heads.trees.step_costs import load_costs
 from medusa_export.heads.trees.tree import PRESETS, load_tree
@@ -82,6 +85,10 @@ def no_engine(*_: object) -> list[str]:
     raise AssertionError("no engine was asked for")
 
 
+def engine_tools(check: Any, choose_tree: Any = no_engine) -> EngineTools:
+    return EngineTools(check, choose_tree, TensorRtBuilder())
+
+
 @dataclass
 class Calls:
     """Stands in for the engines' check, and keeps what it was given."""
@@ -107,7 +114,7 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[str | None, 
 def test_with_engine(name: str, make: Make) -> None:
     arguments, model, form, algorithms = FORMATS[name]
     given = make(config=model, **arguments)
-    assert export(given, check_engine)  # the engines' own check, against transformers
+    assert export(given, engine_tools(check_engine))  # the engines' own check, against transformers
     out = given.output
     heads = {file for file in written(out) if file.startswith("engine/heads")}
     scales = {SCALES_FILE} if name == "fp8" else set()
@@ -125,14 +132,14 @@ def test_with_engine(name: str, make: Make) -> None:
 def test_without_engine(name: str, make: Make) -> None:
     arguments, model, _, _ = FORMATS[name]
     given = make(config=model, engine="none", **arguments)
-    assert export(given, no_engine)
+    assert export(given, engine_tools(no_engine))
     assert written(given.output) == ALWAYS | {"medusa.json"} | ({SCALES_FILE} if name == "fp8" else set())
     assert verify_export(given.output) == []
 
 
 def test_scales_are_those_of_everything_that_is_quantized(make: Make) -> None:
     given = make(engine="none", **FULL_FP8)
-    export(given, no_engine)
+    export(given, engine_tools(no_engine))
     scales = Scales.load(given.output / SCALES_FILE)
     base = {name for name in scales.weight_amax if name.startswith("model.layers.")}
     assert len(base) == 2 * 7
@@ -148,7 +155,7 @@ def test_scales_are_those_of_everything_that_is_quantized(make: Make) -> None:
 
 def test_manifest_keeps_arguments_and_inputs(make: Make) -> None:
     given = make(engine="none", tp=2)
-    export(given, no_engine)
+    export(given, engine_tools(no_engine))
     manifest = read_manifest(given.output)
     assert manifest["arguments"]["tp"] == 2
     assert "output" not in manifest["arguments"]
@@ -160,7 +167,7 @@ def test_manifest_keeps_arguments_and_inputs(make: Make) -> None:
 
 def test_ranks_and_dtype(make: Make) -> None:
     given = make(engine="none", tp=2, dtype="bfloat16")
-    export(given, no_engine)
+    export(given, engine_tools(no_engine))
     ranks = [load_file(given.output / f"trtllm/rank{rank}.safetensors") for rank in range(2)]
     assert {tensor.dtype for rank in ranks for tensor in rank.values()} == {torch.bfloat16}
     assert ranks[0].keys() == ranks[1].keys()
@@ -170,7 +177,7 @@ class TestTrees:
     @pytest.mark.parametrize("num_heads", [1, 2, 3, 5])
     def test_default_trees(self, num_heads: int, make: Make) -> None:
         given = make(num_heads=num_heads)
-        export(given, Calls())
+        export(given, engine_tools(Calls()))
         large, small = (load_tree(str(given.output / name)) for name in ("tree.json", "engine/tree.json"))
         kept = [choice for choice in PRESETS["medusa-63"] if len(choice) <= num_heads]
         assert sorted(large.choices) == sorted(kept)
@@ -183,7 +190,7 @@ class TestTrees:
     def test_a_given_tree_serves_both(self, make: Make, tmp_path: Path) -> None:
         (tmp_path / "tree.json").write_text("[[0], [1], [0, 0], [0, 0, 0]]")
         given = make(tree=str(tmp_path / "tree.json"))
-        export(given, Calls())
+        export(given, engine_tools(Calls()))
         for name in ("tree.json", "engine/tree.json"):
             assert load_tree(str(given.output / name)).choices == ((0,), (1,), (0, 0), (0, 0, 0))
         assert trtllm_config(given.output)["max_draft_len"] == 4
@@ -191,13 +198,13 @@ class TestTrees:
 
     def test_a_given_tree_is_not_cut(self, make: Make) -> None:
         with pytest.raises(MedusaExportError, match="a path of depth 4; expected at most 2"):
-            export(make(num_heads=2, tree="medusa-63"), no_engine)
+            export(make(num_heads=2, tree="medusa-63"), engine_tools(no_engine))
 
 
 def test_heads_inside_the_checkpoint(make: Make) -> None:
     given = make("modelopt", quant="fp8", calib_prompts=2)
     assert given.heads is None
-    assert export(given, check_engine)
+    assert export(given, engine_tools(check_engine))
     assert trtllm_config(given.output)["num_medusa_heads"] == 3
     stored = load_file(given.ckpt / "model.safetensors")["medusa_heads.2.1.weight"]
     assert torch.equal(load_file(given.output / "trtllm/rank0.safetensors")["medusa_heads.2.lm_head.weight"], stored)
@@ -206,14 +213,14 @@ def test_heads_inside_the_checkpoint(make: Make) -> None:
 class TestAgain:
     def test_up_to_date(self, make: Make) -> None:
         given = make(engine="none")
-        assert export(given, no_engine)
+        assert export(given, engine_tools(no_engine))
         before = {path: path.stat().st_mtime_ns for path in given.output.rglob("*")}
-        assert not export(given, no_engine)
+        assert not export(given, engine_tools(no_engine))
         assert {path: path.stat().st_mtime_ns for path in given.output.rglob("*")} == before
 
     def test_a_changed_argument_is_named(self, make: Make, tmp_path: Path) -> None:
         given = make(engine="none")
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
         (tmp_path / "calib.jsonl").write_text('{"prompt": "w1 w2"}\n')
         changes: dict[str, Any] = {
             "quant": "fp8", "kv_cache": "fp8", "dtype": "bfloat16", "tp": 2, "tree": "cpu-8", "calib_prompts": 7,
@@ -221,43 +228,43 @@ class TestAgain:
         }  # fmt: skip
         for name, value in changes.items():
             with pytest.raises(OutputError, match=rf"other arguments \({name}\).*choose another directory"):
-                export(replace(given, **{name: value}), no_engine)
+                export(replace(given, **{name: value}), engine_tools(no_engine))
         with pytest.raises(OutputError, match=r"other inputs \(.*calib.jsonl\)"):
-            export(replace(given, calib=tmp_path / "calib.jsonl"), no_engine)
+            export(replace(given, calib=tmp_path / "calib.jsonl"), engine_tools(no_engine))
         assert verify_export(given.output) == []
 
     @pytest.mark.parametrize("name", ["model/model.safetensors", "heads/medusa_lm_head.safetensors"])
     def test_changed_weights_are_named(self, name: str, make: Make) -> None:
         given = make(engine="none")
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
         path = given.ckpt.parent / name
         tensors = load_file(path)
         first = sorted(tensors)[0]
         save_file({**tensors, first: tensors[first] + 1}, path, {"format": "pt"})
         with pytest.raises(OutputError, match=rf"other inputs \(.*{name}\)"):
-            export(given, no_engine)
+            export(given, engine_tools(no_engine))
 
     def test_a_changed_tokenizer_is_named(self, make: Make) -> None:
         given = make(engine="none")
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
         with (given.ckpt / "chat_template.jinja").open("a") as file:
             file.write(" ")
         with pytest.raises(OutputError, match=r"other inputs \(.*chat_template.jinja\)"):
-            export(given, no_engine)
+            export(given, engine_tools(no_engine))
 
     def test_a_damaged_output_is_not_up_to_date(self, make: Make) -> None:
         given = make(engine="none")
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
         (given.output / "tree.json").unlink()
         with pytest.raises(OutputError, match=r"damaged output \(.*tree.json: missing"):
-            export(given, no_engine)
+            export(given, engine_tools(no_engine))
 
 
 def test_parallel_ranks_are_the_same_bytes(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, found = make(engine="none", tp=4, **FULL_FP8), []
     for cores in (1, 4):
         monkeypatch.setattr(heads_threads, "cpus", lambda cores=cores: cores)
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
         found.append(contents(given.output))
         given.output.rename(tmp_path / f"{cores} cores")
     assert found[0] == found[1]
@@ -296,7 +303,7 @@ class Ranks:
     def interrupted(self, given: ExportArguments) -> Path:
         """Export until the failure; returns the working directory."""
         with pytest.raises(type(self.error)):
-            export(given, no_engine)
+            export(given, engine_tools(no_engine))
         self.failing = ()
         self.begun.clear()
         return given.output.parent / ".out.partial"
@@ -304,7 +311,7 @@ class Ranks:
     def again(self, given: ExportArguments) -> None:
         """The same command once more."""
         self.notices.clear()
-        assert export(given, no_engine, notice=self.notices.append)
+        assert export(given, engine_tools(no_engine), notice=self.notices.append)
         assert verify_export(given.output) == []
         assert not (given.output.parent / ".out.partial").exists()
 
@@ -334,7 +341,7 @@ class TestContinued:
         given.output.rename(tmp_path / "continued")
         monkeypatch.undo()
         monkeypatch.setenv("MEDUSA_EXPORT_CACHE", "off")
-        assert export(given, no_engine)
+        assert export(given, engine_tools(no_engine))
         assert contents(given.output) == continued
 
     def test_a_flipped_byte_costs_that_rank(self, make: Make, counted: Ranks, caplog: pytest.LogCaptureFixture) -> None:
@@ -372,12 +379,12 @@ class TestContinued:
         with monkeypatch.context() as patch:
             patch.setattr(Job, "check", interrupt)
             with pytest.raises(SystemExit) as first:
-                export(given, no_engine)
+                export(given, engine_tools(no_engine))
             patch.undo()
             counted.interrupted(given)
             patch.setattr(Job, "check", interrupt)
             with pytest.raises(SystemExit) as second:
-                export(given, no_engine)
+                export(given, engine_tools(no_engine))
         assert not hasattr(first.value, "__notes__")
         assert second.value.__notes__ == [KEPT_BEFORE]
         counted.again(given)
@@ -388,10 +395,10 @@ class TestContinued:
         with monkeypatch.context() as patch:
             patch.setattr(engine_kinds, "write_engine", counted.interrupted)  # with other arguments: a TypeError
             with pytest.raises(TypeError):
-                export(given, no_engine)
+                export(given, engine_tools(no_engine))
         counted.begun.clear()
         monkeypatch.setattr(engine_kinds, "write_onnx", no_engine)
-        assert export(given, Calls(), notice=counted.notices.append)
+        assert export(given, engine_tools(Calls()), notice=counted.notices.append)
         assert counted.begun == [0, 1]
         assert counted.notices == ["continuing: 1 of 7 parts were finished"]
         assert verify_export(given.output) == []
@@ -424,15 +431,15 @@ class TestScales:
     ) -> None:
         monkeypatch.setenv("MEDUSA_EXPORT_CACHE", str(tmp_path / "cache"))
         given = make(engine="none", **FULL_FP8)
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
         for number, same in enumerate(({"tp": 2}, {"dtype": "bfloat16"}, {"tree": "cpu-8"})):
             other = replace(given, output=tmp_path / f"same{number}", **same)  # type: ignore[arg-type]
-            export(other, no_engine)
+            export(other, engine_tools(no_engine))
             assert (other.output / SCALES_FILE).read_bytes() == (given.output / SCALES_FILE).read_bytes()
         assert calibrations == ["fp8"]
-        export(replace(given, output=tmp_path / "other", kv_cache="none"), no_engine)
-        export(replace(given, output=tmp_path / "fewer", calib_prompts=1), no_engine)
-        export(replace(given, output=tmp_path / "16-bit heads", quant_heads=False), no_engine)
+        export(replace(given, output=tmp_path / "other", kv_cache="none"), engine_tools(no_engine))
+        export(replace(given, output=tmp_path / "fewer", calib_prompts=1), engine_tools(no_engine))
+        export(replace(given, output=tmp_path / "16-bit heads", quant_heads=False), engine_tools(no_engine))
         assert calibrations == ["fp8", "none", "fp8", "fp8"]
 
     @pytest.mark.parametrize(("quant_heads", "calibrated"), [(True, 2), (False, 1)])
@@ -441,19 +448,19 @@ class TestScales:
     ) -> None:
         monkeypatch.setenv("MEDUSA_EXPORT_CACHE", str(tmp_path / "cache"))
         given = make(engine="none", quant="fp8", quant_heads=quant_heads, calib_prompts=1)
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
         path = tmp_path / "heads/medusa_lm_head.safetensors"
         save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
-        export(replace(given, output=tmp_path / "other"), no_engine)
+        export(replace(given, output=tmp_path / "other"), engine_tools(no_engine))
         assert len(calibrations) == calibrated
 
     @pytest.mark.parametrize("name", ["", SCALES_FILE], ids=["export", "file"])
     def test_given(self, name: str, make: Make, tmp_path: Path, calibrations: list[str]) -> None:
         first = make(engine="none", **FULL_FP8)
-        export(first, no_engine)
+        export(first, engine_tools(no_engine))
         (tmp_path / "model/chat_template.jinja").unlink()  # no prompt is run
         given = replace(first, output=tmp_path / "other", scales=first.output / name, calib_prompts=1, tp=2)
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
         assert calibrations == ["fp8"]
         assert (given.output / SCALES_FILE).read_bytes() == (first.output / SCALES_FILE).read_bytes()
         manifest = read_manifest(given.output)
@@ -462,7 +469,7 @@ class TestScales:
 
     def test_given_ones_that_do_not_fit(self, make: Make, tmp_path: Path) -> None:
         first = make(engine="none", quant="fp8", calib_prompts=1)
-        export(first, no_engine)
+        export(first, engine_tools(no_engine))
         before = set(os.listdir(tmp_path))
         other = replace(first, output=tmp_path / "other", scales=first.output)
         for changes, message in (
@@ -473,14 +480,14 @@ class TestScales:
             ({"scales": tmp_path / "model/config.json"}, r"config\.json"),
         ):
             with pytest.raises(MedusaExportError, match=message):
-                export(replace(other, **changes), no_engine)
+                export(replace(other, **changes), engine_tools(no_engine))
         assert set(os.listdir(tmp_path)) == before
 
 
 class TestChecks:
     def test_what_the_engine_check_gets(self, make: Make) -> None:
         check, given = Calls(), make()
-        export(given, check)
+        export(given, engine_tools(check))
         ((engine, checkpoint, texts),) = check.seen
         assert (engine.name, checkpoint) == ("engine", given.ckpt)
         assert len(texts) == 4
@@ -489,14 +496,14 @@ class TestChecks:
     def test_a_large_model_is_not_loaded_beside_its_engine(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(export_module, "SMALL_MODEL", 1000)
         check = Calls()
-        export(make(), check)
+        export(make(), engine_tools(check))
         assert check.seen[0][1] is None
 
     def test_a_bad_engine_is_not_published(self, make: Make, tmp_path: Path) -> None:
         given = make()
         before = set(os.listdir(tmp_path))
         with pytest.raises(OutputError, match=r"KL 9\.9 nats and 1 more"):
-            export(given, Calls(["KL 9.9 nats", "wrong"]))
+            export(given, engine_tools(Calls(["KL 9.9 nats", "wrong"])))
         assert set(os.listdir(tmp_path)) == before
 
     def test_a_bad_checkpoint_is_not_published(
@@ -517,14 +524,14 @@ class TestChecks:
         given = make(engine="none")
         before = set(os.listdir(tmp_path))
         with pytest.raises(OutputError, match=r"1 of .* values are not the source's"):
-            export(given, no_engine)
+            export(given, engine_tools(no_engine))
         assert set(os.listdir(tmp_path)) == before
 
 
 def test_progress(make: Make) -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     given = make(quant="fp8", calib_prompts=3)
-    export(given, Calls(), lambda stage, done, total: seen.setdefault(stage, []).append((done, total)))
+    export(given, engine_tools(Calls()), lambda stage, done, total: seen.setdefault(stage, []).append((done, total)))
     assert list(seen) == ["calibrate", "ONNX graph", "engine", "TensorRT-LLM checkpoint", "verify"]
     assert seen["calibrate"] == [(1, 3), (2, 3), (3, 3)]
     assert all(done == total for done, total in (calls[-1] for calls in seen.values()))
@@ -536,16 +543,16 @@ def test_refusals_come_before_any_work(make: Make, tmp_path: Path, monkeypatch: 
     before = set(os.listdir(tmp_path))
     monkeypatch.setattr(job, "InputFiles", no_engine)
     with pytest.raises(ConfigError, match="no chat template"):
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
     with pytest.raises(ConfigError, match="at least 1 of each"):
-        export(replace(given, quant="fp8", engine="none", calib_prompts=0), no_engine)
+        export(replace(given, quant="fp8", engine="none", calib_prompts=0), engine_tools(no_engine))
     assert set(os.listdir(tmp_path)) == before
 
 
 def test_no_chat_template_is_needed_where_nothing_runs(make: Make) -> None:
     given = make(engine="none")
     (given.ckpt / "chat_template.jinja").unlink()
-    assert export(given, no_engine)
+    assert export(given, engine_tools(no_engine))
 
 
 def test_a_full_disk_is_seen_before_writing(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -555,7 +562,7 @@ def test_a_full_disk_is_seen_before_writing(make: Make, monkeypatch: pytest.Monk
     monkeypatch.setattr(export_module, "check_free_space", lambda out, needed: real(out, needed + 10**18))
     monkeypatch.setattr(export_module, "write_parts", no_engine)
     with pytest.raises(OutputError, match="GB free; expected"):
-        export(given, no_engine)
+        export(given, engine_tools(no_engine))
     assert set(os.listdir(tmp_path)) == before
 
 
@@ -571,7 +578,7 @@ def test_the_estimate_is_an_upper_bound(
     monkeypatch.setattr(export_module, "check_free_space", lambda out, needed: asked.append(needed))
     config = {"vocab_size": vocab_size, "tie_word_embeddings": True}
     given = make("v2", num_heads, engine=engine, tp=tp, config=config)
-    export(given, Calls())
+    export(given, engine_tools(Calls()))
     weights = [path for path in given.output.rglob("*") if path.suffix in (".safetensors", ".data")]
     assert asked[0] > sum(path.stat().st_size for path in weights)
 
@@ -586,7 +593,7 @@ class TestMeasuredTree:
         return make(prompts=prompts, tp=2)
 
     def test_both_trees(self, given: ExportArguments) -> None:
-        assert export(given, check_engine, choose_tree=choose_tree)
+        assert export(given, engine_tools(check_engine, choose_tree))
         engine, trtllm = given.output / "engine", given.output / "trtllm"
         counted = Acceptance.load(engine / "acceptance.json")
         seen = {tuple(choice) for choice in json.loads((engine / "tree.json").read_text())["medusa_choices"]}
@@ -599,13 +606,13 @@ class TestMeasuredTree:
         assert min(counted.paths[choice] for choice in tree.choices) == counted.paths[expected[-1]]
         assert json.loads((trtllm / "config.json").read_text())["max_draft_len"] == tree.max_draft_len
         assert verify_export(given.output) == []
-        assert not export(given, check_engine, choose_tree=choose_tree)  # nothing is measured again
+        assert not export(given, engine_tools(check_engine, choose_tree))  # nothing is measured again
 
     def test_costs_of_another_machine(self, given: ExportArguments, tmp_path: Path) -> None:
         costs = tmp_path / "gpu.json"
         rows = [{"nodes": 1, "ms": 1.0}, {"nodes": 4, "ms": 1.0}, {"nodes": 5, "ms": 9.0}, {"nodes": 64, "ms": 9.0}]
         costs.write_text(json.dumps({"curves": [{"verify": rows}]}))
-        assert export(replace(given, tree_cost=costs), check_engine, choose_tree=choose_tree)
+        assert export(replace(given, tree_cost=costs), engine_tools(check_engine, choose_tree))
         assert json.loads((given.output / "trtllm/config.json").read_text())["max_draft_len"] == 3
 
     def test_an_interruption_costs_no_measurement(
@@ -617,8 +624,8 @@ class TestMeasuredTree:
         with monkeypatch.context() as patch:
             patch.setattr(parts, "write_config", stop)
             with pytest.raises(SystemExit):
-                export(given, check_engine, choose_tree=choose_tree)
-        assert export(given, check_engine)  # without anything that could measure
+                export(given, engine_tools(check_engine, choose_tree))
+        assert export(given, engine_tools(check_engine))  # without anything that could measure
         assert (given.output / "engine/cost.json").is_file()
 
     @pytest.mark.parametrize(
@@ -633,5 +640,5 @@ class TestMeasuredTree:
     )
     def test_refusals(self, change: dict[str, Any], message: str, given: ExportArguments) -> None:
         with pytest.raises(MedusaExportError, match=message):
-            export(replace(given, **change), no_engine, choose_tree=choose_tree)
+            export(replace(given, **change), engine_tools(no_engine, choose_tree))
         assert not given.output.exists()

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +14,15 @@ from hypothesis import strategies as st
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.plan.tensor_plan import Kind, Slice, TensorPlan
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
-from medusa_export.exporter.plan.trtllm_layout import Kind, Slice, TensorPlan, needed_scales, plan_rank, plan_ranks
+from medusa_export.exporter.plan.trtllm_layout import needed_scales, plan_rank, plan_ranks
 from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.quantize.formats import FORMATS, KV_CACHE, get_format
+from tests.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "trtllm_llama_fp8.json"
+LISTING = GOLDEN / "trtllm_llama_fp8.json"
 BASE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -71,8 +72,8 @@ def test_golden_listing() -> None:
         for tp in (1, 2)
     }
     if os.environ.get("MEDUSA_EXPORT_GOLDEN") == "write":
-        GOLDEN.write_text(json.dumps(got, indent=1) + "\n")
-    assert got == json.loads(GOLDEN.read_text())
+        LISTING.write_text(json.dumps(got, indent=1) + "\n")
+    assert got == json.loads(LISTING.read_text())
 
 
 @st.composite

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
-from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.plan.spec import ExportSpec, export_spec
 from medusa_export.exporter.plan.trtllm_layout import plan_ranks
 from medusa_export.exporter.sizing import estimate as sizing
-from medusa_export.exporter.sizing.estimate import Machine, Request, Sizing, size_export
+from medusa_export.exporter.sizing.estimate import size_export
 from medusa_export.exporter.sizing.gpus import (
     GPUS,
     MAX_BATCH,
@@ -32,8 +32,8 @@ from medusa_export.exporter.sizing.gpus import (
     rank_memory,
     why_unsupported,
 )
+from medusa_export.exporter.sizing.types import Machine, Request, Sizing
 from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
-from medusa_export.exporter.write.trtllm import export_spec
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.trees.tree import Tree, load_tree

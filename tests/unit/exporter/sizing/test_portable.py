@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable
+from medusa_export.exporter.plan.spec import export_spec
 from medusa_export.exporter.sizing.portable import portable_decoder_bytes, portable_heads_bytes
-from medusa_export.exporter.write.trtllm import export_spec
 from medusa_export.heads.trees.tree import load_tree
 from medusa_export.quantize.formats import get_format
 from medusa_export.quantize.tensorrt_targets import FORMS

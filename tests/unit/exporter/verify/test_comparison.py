@@ -11,12 +11,13 @@ import torch
 
 from medusa_export.core.artifacts.hashing import sha256
 from medusa_export.core.errors import CheckpointError
+from medusa_export.exporter.plan.spec import export_spec
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
-from medusa_export.exporter.plan.trtllm_layout import plan_rank
+from medusa_export.exporter.plan.trtllm_layout import plan_rank, require_scales
 from medusa_export.exporter.verify.comparison import Comparison, compare_ranks
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.exporter.write.tensor_maker import TensorMaker
-from medusa_export.exporter.write.trtllm import export_spec, require_scales, write_rank
+from medusa_export.exporter.write.trtllm import write_rank
 from medusa_export.quantize.formats import get_format
 from tests.unit.exporter.conftest import TREE
 

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.write.huggingface import plan_hf, require_hf, write_hf_configs, write_shard
+from medusa_export.exporter.plan.hf_layout import plan_hf, require_hf
+from medusa_export.exporter.plan.spec import export_spec
+from medusa_export.exporter.write.huggingface import write_hf_configs, write_shard
 from medusa_export.exporter.write.shards import shards
-from medusa_export.exporter.write.trtllm import export_spec
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize import ptq

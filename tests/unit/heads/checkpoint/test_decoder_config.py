@@ -10,7 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.checkpoint.decoder_config import DecoderConfig, read_json
+from medusa_export.core.json_fields import read_json
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.families import FAMILIES
 
 RAW: dict[str, Any] = {

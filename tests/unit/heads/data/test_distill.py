@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import OutputError
-from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
+from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError
 from medusa_export.heads.data.conversations import Conversation
 from medusa_export.heads.data.distill import HOPELESS, Summary, distill
 from medusa_export.heads.data.local_executor import local_executor
 from medusa_export.heads.data.openai_client import open_servers
 from medusa_export.heads.data.row_store import Maker
+from medusa_export.heads.decoding.sampling import Sampling
 
 Start = Callable[[], Any]
 SAMPLING = Sampling()
@@ -224,7 +225,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from medusa_export.heads.data.conversations import read_conversations
-from medusa_export.heads.data.chat_model import Sampling
+from medusa_export.heads.decoding.sampling import Sampling
 from medusa_export.heads.data.distill import distill
 from medusa_export.heads.data.local_executor import local_executor
 from medusa_export.heads.data.openai_client import open_servers

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
-from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError, Sampling
+from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError
 from medusa_export.heads.data.openai_client import SET_ASIDE, OpenAIServers, open_servers
+from medusa_export.heads.decoding.sampling import Sampling
 
 Start = Callable[[], Any]
 HI = [{"role": "user", "content": "Hi"}]

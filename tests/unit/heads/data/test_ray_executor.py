@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
-from medusa_export.heads.data.chat_model import ModelUnavailableError, Sampling
+from medusa_export.heads.data.chat_model import ModelUnavailableError
 from medusa_export.heads.data.conversations import Conversation
 from medusa_export.heads.data.distill import Summary, distill
 from medusa_export.heads.data.local_executor import local_executor
 from medusa_export.heads.data.openai_client import open_servers
 from medusa_export.heads.data.ray_executor import ray_executor
 from medusa_export.heads.data.row_store import Maker
+from medusa_export.heads.decoding.sampling import Sampling
 
 Start = Callable[[], Any]
 MAKER = Maker("tiny", Sampling())

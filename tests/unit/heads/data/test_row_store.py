@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import OutputError
-from medusa_export.heads.data.chat_model import Sampling
 from medusa_export.heads.data.conversations import Conversation
 from medusa_export.heads.data.row_store import KEPT, Maker, open_rows
+from medusa_export.heads.decoding.sampling import Sampling
 
 MAKER = Maker("m", Sampling())
 CHATS = [Conversation(f"id{i}", "s", "", (f"turn {i}",)) for i in range(4)]

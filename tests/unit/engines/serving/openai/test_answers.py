@@ -9,7 +9,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.serving.openai.answers import CHAT_SHAPE, DONE, TEXT_SHAPE, Writer, acceptance, text_request
-from medusa_export.engines.serving.scheduler import End
+from medusa_export.engines.serving.request import End
 
 END = End("stop", 5, 11, 4, 1.0)
 

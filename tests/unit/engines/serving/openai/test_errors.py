@@ -14,7 +14,7 @@ from medusa_export.engines.serving.openai.errors import (
     refusal_of,
     require_answer,
 )
-from medusa_export.engines.serving.scheduler import BusyError, ClosedError, End, PromptError
+from medusa_export.engines.serving.request import BusyError, ClosedError, End, PromptError
 
 
 @pytest.mark.parametrize(

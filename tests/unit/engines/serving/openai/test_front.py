@@ -26,7 +26,7 @@ from medusa_export.engines.serving.openai.errors import (
 from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS
 from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.serving.scheduler import BusyError, End
+from medusa_export.engines.serving.request import BusyError, End
 from medusa_export.engines.serving.text_service import Piece, TextRequest
 
 JSON = {"content-type": "application/json", "host": "localhost"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from medusa_export.engines.serving.meter import ENDED, FAMILIES, REASONS
 from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
-from medusa_export.engines.serving.scheduler import End
-from medusa_export.engines.serving.triton.metrics import ENDED, FAMILIES, REASONS
+from medusa_export.engines.serving.request import End
 
 
 def test_counts() -> None:

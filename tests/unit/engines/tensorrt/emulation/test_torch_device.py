@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.generate import AUTOREGRESSIVE, generate
+from medusa_export.engines.decoding.generate import generate
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.emulation.torch_device import TorchDevice

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from medusa_export.exporter.cli import export as cli
-from medusa_export.exporter.job.job import ExportArguments
+from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.exporter.sizing import estimate as sizing
 from medusa_export.exporter.sizing import report as sizing_report
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig

@@ -1,0 +1,47 @@
+"""The table of backends, and how an engine of any of them is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medusa_export.core.errors import ConfigError
+from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.tensorrt.engine import TensorRtEngine
+from medusa_export.engines.trtllm.engine import TrtllmEngine
+from medusa_export.engines.trtllm.session import TIMEOUT
+from medusa_export.heads.contract.engine_info import EngineInfo
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is opened; see the flags of medusa-run."""
+
+    threads: int = 0
+    trtllm_api: str = "runner"
+    timeout: float = TIMEOUT
+
+
+# What engine.json may name as its backend.
+BACKENDS: dict[str, Callable[[Path, EngineOptions], Any]] = {
+    "onnxruntime": lambda path, options: OnnxRuntimeEngine(path, threads=options.threads),
+    "tensorrt": lambda path, options: TensorRtEngine(path),
+    "tensorrt-llm": lambda path, options: TrtllmEngine(path, api=options.trtllm_api, timeout=options.timeout),
+}
+
+
+def open_engine(engine_dir: Path, **options: Any) -> Any:
+    """The engine of a directory that medusa-export wrote: a StepEngine or a WholeEngine, and a Scorer.
+
+    Args:
+        options: the fields of :class:`EngineOptions`.
+
+    Raises:
+        ConfigError: a directory of another version.
+    """
+    backend = EngineInfo.load(engine_dir).backend
+    if backend not in BACKENDS:
+        raise ConfigError(f"{engine_dir}: backend", repr(backend), f"one of {', '.join(BACKENDS)}", "export again")
+    return BACKENDS[backend](engine_dir, EngineOptions(**options))

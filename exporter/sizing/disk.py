@@ -1,0 +1,113 @@
+"""Bytes that an export writes, from what the ONNX writers store tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+
+from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
+from medusa_export.exporter.onnx.linear import BLOCKS, SMALL_BLOCKS, is_one_product
+from medusa_export.exporter.plan.module_names import STORED_LINEARS, trtllm_linear
+from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.plan.trtllm_config import trtllm_config
+from medusa_export.exporter.sizing.portable import portable_decoder_bytes, portable_heads_bytes
+from medusa_export.exporter.sizing.types import ENGINE_CODE, FLOAT32, Item, Request
+from medusa_export.heads.checkpoint import families
+
+
+def _disk(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]:
+    config = json.dumps(trtllm_config(spec), indent=2, sort_keys=True) + "\n"
+    files = "the rank file" if spec.tp == 1 else f"{spec.tp} rank files"
+    yield Item("trtllm/", rank_bytes + len(config.encode()), f"{files} and config.json, exact")
+    if request.form is not None:
+        decoder, heads = _decoder_bytes(spec, request, request.form), _heads_bytes(spec, request)
+        yield Item("onnx/", decoder, f"decoder, {request.form}")
+        yield Item("engine/", decoder + heads + request.tokenizer_bytes, "the decoder again, heads, tokenizer")
+    if request.portable is not None:
+        graphs = _portable_bytes(spec, request, request.portable)
+        yield Item("onnx/", graphs, f"decoder and heads, {request.portable}")
+        built = graphs + ENGINE_CODE + request.tokenizer_bytes
+        yield Item("engine/", built, "the same weights in the engines, some code, tokenizer: an estimate")
+    if request.of_checkpoint:
+        yield Item("engine/", 2 * rank_bytes, "where trtllm-build is: one with Medusa, one without; an estimate")
+    yield Item("tokenizer/", request.tokenizer_bytes, "as in the checkpoint")
+
+
+def _portable_bytes(spec: ExportSpec, request: Request, form: str) -> int:
+    heads = portable_heads_bytes(spec, request.draft_vocab, request.shared_lm_head)
+    return portable_decoder_bytes(spec, form, request.max_length) + heads
+
+
+def _aligned(tensors: Iterable[int]) -> int:
+    """Bytes of a data file: each tensor begins on a page, and small ones lie in the graph's file."""
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in tensors if size > INLINE_BYTES)
+
+
+BLOCK_FORMS = ("int8", "int4", "int4_awq")  # ONNX Runtime keeps these as they are; it makes float32 of the others
+
+
+def _decoder_bytes(spec: ExportSpec, request: Request, form: str) -> int:
+    """decoder.onnx.data: embedding, vocabulary projection, cosines and sines, the last norm, and the layers."""
+    config, stored = spec.config, request.stored_bytes
+    table = config.vocab_size * config.hidden_size
+    tensors = [table * stored, *[FLOAT32 * request.max_length * config.head_dim // 2] * 2, FLOAT32 * config.hidden_size]
+    if form in BLOCK_FORMS:
+        tensors += _int8(config.vocab_size, config.hidden_size)
+    elif not config.tie_word_embeddings:
+        tensors.append(table * stored)
+    layers = (_layer_tensors(spec, layer, form, stored) for layer in range(config.num_hidden_layers))
+    return _aligned(tensors) + sum(map(_aligned, layers))
+
+
+def _layer_tensors(spec: ExportSpec, layer: int, form: str, stored: int) -> Iterator[int]:
+    """Norms and biases are float32."""
+    config, shapes = spec.config, spec.config.linear_shapes()
+    shapes[families.Q_PROJ] = (config.q_size + 2 * config.kv_size, config.hidden_size)
+    excluded = {name: spec.is_excluded(trtllm_linear(name, layer)) for name in STORED_LINEARS}
+    gate, up = families.GATE_PROJ, families.UP_PROJ
+    if is_one_product(form, [excluded[gate], excluded[up]]):
+        shapes[gate], shapes[up] = (2 * config.intermediate_size, config.hidden_size), (0, 0)
+    for name in STORED_LINEARS:
+        rows, width = shapes[name]
+        yield from _matrix("float" if excluded[name] else form, rows, width, spec, stored)
+        yield FLOAT32 * rows * config.has_bias(name)
+    yield from [FLOAT32 * config.hidden_size] * 2
+    yield from [FLOAT32 * config.head_dim * config.family.qk_norm] * 2
+
+
+def _matrix(form: str, rows: int, width: int, spec: ExportSpec, stored: int) -> tuple[int, ...]:
+    """A linear's tensors in an ONNX form: codes, scales a row or a block, zero points, factors of the inputs."""
+    size, by_row, by_input = rows * width, FLOAT32 * rows, FLOAT32 * width
+    return {
+        "float": lambda: (size * stored,),
+        "fp8": lambda: (size,),
+        "fp8_row": lambda: (size, by_row),
+        "int8_row": lambda: (size, by_row, by_input),
+        "int8": lambda: _int8(rows, width),
+        "int4": lambda: _int4(size, _block(width, SMALL_BLOCKS)),
+        "int4_awq": lambda: (*_int4(size, spec.fmt.group_size or 1), by_input),
+    }[form]()
+
+
+def _int8(rows: int, width: int) -> tuple[int, ...]:
+    blocks = rows * width // _block(width, BLOCKS)
+    return rows * width, FLOAT32 * blocks, blocks
+
+
+def _int4(size: int, block: int) -> tuple[int, ...]:
+    return size // 2, FLOAT32 * size // block, size // block // 2
+
+
+def _block(width: int, sizes: Iterable[int]) -> int:
+    return next((size for size in sizes if width % size == 0), 1)
+
+
+def _heads_bytes(spec: ExportSpec, request: Request) -> int:
+    """heads.onnx.data: float32 blocks, projections to the draft vocabulary, and its token ids."""
+    hidden, vocab = spec.config.hidden_size, spec.config.vocab_size
+    restricted = 0 < request.draft_vocab < vocab
+    rows = request.draft_vocab if restricted else vocab
+    blocks = [FLOAT32 * hidden * hidden, FLOAT32 * hidden] * spec.num_medusa_heads * spec.num_medusa_layers
+    projection = _int8(rows, hidden) if hidden % 16 == 0 else (FLOAT32 * rows * hidden,)
+    projections = projection * (1 if request.shared_lm_head else spec.num_medusa_heads)
+    return _aligned([*blocks, *projections, 8 * rows * restricted])

@@ -21,7 +21,7 @@ from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt, To
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.tensorrt.library import RTX, import_tensorrt, local_gpu
 from medusa_export.engines.tuning.acceptance import calibrate
-from medusa_export.engines.tuning.cost import SIZES, OneSequence, measure_cost
+from medusa_export.engines.tuning.cost import SIZES, SingleSteps, measure_cost
 from medusa_export.engines.tuning.search import search
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.trees.acceptance import Acceptance, calibration
@@ -142,7 +142,7 @@ def _costs(found: TensorRtEngine, device: TorchDevice, setup: Setup) -> dict[str
     info = found.info
     past = min(256, info.max_length // 2)
     room = min(max(SIZES), info.max_length - past)
-    curve = measure_cost(OneSequence(found), max_nodes=room, past_length=past, rounds=setup.rounds)
+    curve = measure_cost(SingleSteps(found), max_nodes=room, past_length=past, rounds=setup.rounds)
     weights = device.graphs[DECODER_ENGINE].weight_bytes
     cache = found.kv[:, :, :past].nbytes
     floor = (weights + cache) / setup.bytes_per_second * 1e3

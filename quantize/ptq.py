@@ -112,7 +112,7 @@ def import_quantization() -> Any:
 def _load(model_dir: Path, checkpoint: MedusaCheckpoint, with_heads: bool, device: str) -> torch.nn.Module:
     """The base model, carrying the checkpoint's heads when they are to be quantized."""
     dtype = torch.float32 if device == "cpu" else getattr(torch, checkpoint.config.dtype)
-    model = load_reference(model_dir, dtype).to(device).eval()
+    model = load_reference(model_dir, dtype, device)
     if with_heads:
         _attach_heads(model, checkpoint)
     return model

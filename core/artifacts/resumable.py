@@ -47,6 +47,14 @@ class ResumableOutput:
         self.path.mkdir(exist_ok=True)
         self._remove_unfinished()
 
+    def write_text(self, name: str, text: str) -> bool:
+        """:meth:`run_once` for a text file."""
+        return self.run_once(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def copy(self, name: str, source: Path) -> bool:
+        """:meth:`run_once` for a copy of a file."""
+        return self.run_once(name, lambda path: shutil.copyfile(source, path))
+
     def run_once(self, name: str, make: Callable[[Path], Any]) -> bool:
         """Make one part, unless an interrupted run has; from then on, interruptions do not cost it. Thread-safe.
 

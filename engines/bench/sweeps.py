@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -129,7 +130,7 @@ def length_sweep(
         (found,) = compare(
             engine, [tree], [stretched(prompts, at, length) for at in range(len(prompts))],
             max_new_tokens=max_new_tokens, repeats=repeats,
-            progress=lambda done, total, at=index: progress(at * total + done, len(lengths) * total),
+            progress=partial(_progress_of, progress, index, len(lengths)),
         )  # fmt: skip
         rows.append(
             {
@@ -174,3 +175,8 @@ def _batch_row(batch: int, without: Sequence[Served], with_tree: Sequence[Served
         ),
         "prompts": len(without[0].tokens),
     }
+
+
+def _progress_of(progress: Progress, index: int, count: int, done: int, total: int) -> None:
+    """Progress within one of several equal runs, as progress of them all."""
+    progress(index * total + done, count * total)

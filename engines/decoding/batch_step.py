@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from medusa_export.engines.decoding.protocols import TreeDecoder
 from medusa_export.heads.decoding.accept import accept_drawn, accept_greedy
@@ -43,7 +45,7 @@ def advance(
     for index, sampler in enumerate(samplers):
         rows = node_ids[index], next_ids[index]
         if sampler:
-            path, new = accept_drawn(tree, rows[0], lambda node, s=sampler, at=index: s.draw(logits[at, node]))
+            path, new = accept_drawn(tree, rows[0], partial(_draw, sampler, logits[index]))
         else:
             path = accept_greedy(tree, *rows)
             new = rows[1][path].tolist()
@@ -51,3 +53,8 @@ def advance(
         tokens.append(new)
     decoder.keep(paths)
     return tokens
+
+
+def _draw(sampler: Sampler, logits: npt.NDArray[np.float32], node: int) -> int:
+    """The next token behind a node.  # logits [N, V]"""
+    return sampler.draw(logits[node])

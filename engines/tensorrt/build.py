@@ -64,15 +64,15 @@ class BuildRequest:
 class TensorRtBuilder:
     """What the exporter is given to build with."""
 
-    def require(self, gpus: Sequence[int]) -> None:
+    def require(self, target: Sequence[int]) -> None:
         """Raise MedusaExportError unless engines for these GPUs can be built on this machine."""
-        find_tensorrt(gpus, local_gpu())
+        find_tensorrt(target, local_gpu())
 
-    def build(self, onnx_dir: Path, out: Path, progress: Progress, **request: Any) -> None:
+    def build(self, source: Path, out: Path, progress: Progress, **request: Any) -> None:
         """``rank0.engine`` and, where there are heads, ``heads.engine`` in ``out``, each with a JSON file beside it.
 
         Args:
-            onnx_dir: the portable graphs.
+            source: the directory of the portable graphs.
             progress: called with (stage, done, total).
             request: the fields of :class:`BuildRequest`.
 
@@ -83,9 +83,9 @@ class TensorRtBuilder:
         tensorrt = find_tensorrt(wanted.gpus, local_gpu())
 
         def build(engine: str, stop_point: StopPoint) -> None:
-            build_engine(onnx_dir / GRAPHS[engine], out / engine, tensorrt, wanted, progress, stop_point)
+            build_engine(source / GRAPHS[engine], out / engine, tensorrt, wanted, progress, stop_point)
 
-        there = [engine for engine, graph in GRAPHS.items() if (onnx_dir / graph).is_file()]
+        there = [engine for engine, graph in GRAPHS.items() if (source / graph).is_file()]
         run_all(build, there, workers=1)  # a signal's exception would be lost in TensorRT, were this thread in there
 
 

@@ -11,7 +11,7 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import calibrate
-from medusa_export.engines.tuning.cost import PAST_LENGTH, SIZES, OneSequence, measure_cost, write_costs
+from medusa_export.engines.tuning.cost import PAST_LENGTH, SIZES, SingleSteps, measure_cost, write_costs
 from medusa_export.engines.tuning.search import search, sentence, tree_json
 from medusa_export.heads.contract.engine_info import TREE_FILE
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration
@@ -51,7 +51,7 @@ def choose_tree(
     write_calibration(engine_dir / ACCEPTANCE_FILE, answers, {"max_new_tokens": NEW_TOKENS})
     past_length = min(PAST_LENGTH, info.max_length // 2)
     curve = measure_cost(
-        OneSequence(engine), max_nodes=min(max(SIZES), info.max_length - past_length), past_length=past_length, rounds=ROUNDS,
+        SingleSteps(engine), max_nodes=min(max(SIZES), info.max_length - past_length), past_length=past_length, rounds=ROUNDS,
         progress=lambda *at: progress("step costs", *at),
     )  # fmt: skip
     write_costs(engine_dir / COST_FILE, [curve], info)

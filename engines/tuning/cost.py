@@ -42,14 +42,14 @@ class Steps(Protocol):
     def verify(self, tree: Tree) -> None:
         """A whole step but its draft: verify a tree, accept and keep its root."""
 
-    def draft(self, depth: int) -> None:
+    def draft(self, depth: int) -> object:
         """Candidates of the first heads."""
 
-    def rewind(self, past_length: int) -> None:
+    def rewind(self, length: int) -> None:
         """Drop what steps have added."""
 
 
-class OneSequence:
+class SingleSteps:
     """Steps of an engine."""
 
     batch = 1
@@ -67,7 +67,7 @@ class OneSequence:
         step.keep(ROOT)
 
 
-class SeveralSequences:
+class BatchSteps:
     """Steps of a batch, all sequences alike.
 
     Args:
@@ -169,7 +169,7 @@ def _draft_times(steps: Steps, depth: int, past_length: int) -> list[float]:
     return _times(steps, lambda: steps.verify(AUTOREGRESSIVE), lambda: steps.draft(depth), past_length)
 
 
-def _times(steps: Steps, before: Callable[[], None], timed: Callable[[], None], past_length: int) -> list[float]:
+def _times(steps: Steps, before: Callable[[], object], timed: Callable[[], object], past_length: int) -> list[float]:
     times = []
     for _ in range(1 + TIMED):
         before()

@@ -98,15 +98,15 @@ def _steps(engine: Path, batches: list[int] | None, threads: int) -> Any:
     """EngineInfo, and what to measure: the engine's own steps, or those of every batch size."""
     from medusa_export.engines.backends import open_engine
     from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
-    from medusa_export.engines.tuning.cost import OneSequence, SeveralSequences
+    from medusa_export.engines.tuning.cost import BatchSteps, SingleSteps
 
     if not batches:
         opened = open_engine(engine, threads=threads)
-        return opened.info, [OneSequence(opened)]
+        return opened.info, [SingleSteps(opened)]
     if min(batches) < 1:
         raise ConfigError("--batch", f"{min(batches)}", "1 or more", "correct it")
     decoder = TreeBatchDecoder(engine, slots=max(batches), threads=threads)
-    return decoder.info, [SeveralSequences(decoder, batch) for batch in batches]
+    return decoder.info, [BatchSteps(decoder, batch) for batch in batches]
 
 
 @tree_app.command("search")
@@ -159,7 +159,7 @@ def search_command(
         curves = curves or [_measure_cost(opened, max_draft_len + 1, past_length, progress)]
         curve = cost_curve(select(curves, batch=batch, past_length=past_length))
         found = search(counted, curve, max_draft_len=max_draft_len, sizes=sizes)
-        if confirm:
+        if confirm and opened is not None:  # it was opened for that
             ids = [input_ids for _, _, input_ids in encoded]
             found = run_trees(
                 found, counted, opened, ids, count=confirm, max_new_tokens=max_new_tokens,
@@ -190,10 +190,10 @@ def _count(opened: Any, encoded: Any, max_new_tokens: int, progress: Any) -> Any
 
 
 def _measure_cost(opened: Any, max_nodes: int, past_length: int | None, progress: Any) -> dict[str, Any]:
-    from medusa_export.engines.tuning.cost import PAST_LENGTH, OneSequence, measure_cost
+    from medusa_export.engines.tuning.cost import PAST_LENGTH, SingleSteps, measure_cost
 
     return measure_cost(
-        OneSequence(opened), max_nodes=max_nodes, past_length=past_length or PAST_LENGTH,
+        SingleSteps(opened), max_nodes=max_nodes, past_length=past_length or PAST_LENGTH,
         progress=lambda *at: progress("cost", *at),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import TensorProto
@@ -113,5 +114,5 @@ def _by_head(graph: GraphBuilder, x: str, heads: int, size: int, output: str) ->
     return output
 
 
-def _product(graph: GraphBuilder, left: str, right: str, **attributes: float) -> str:
+def _product(graph: GraphBuilder, left: str, right: str, **attributes: Any) -> str:
     return str(graph.node("FusedMatMul", [left, right], domain=MICROSOFT, **attributes))

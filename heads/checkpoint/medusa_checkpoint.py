@@ -157,7 +157,7 @@ class MedusaCheckpoint:
         return name.endswith(".bias") and name in self.heads.canonical_names() and name not in self.heads.names
 
 
-def load_reference(ckpt: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_reference(ckpt: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """transformers' own model from a local directory, in evaluation mode: what exports are compared with.
 
     Raises:
@@ -186,7 +186,9 @@ def load_reference(ckpt: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(
             f"{ckpt}: {missing[0]}", f"{len(missing)} missing tensors", "all of them", "use the whole checkpoint"
         )
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    torch.nn.Module.to(loaded, device)  # transformers' own annotation of it hides its argument
+    return loaded
 
 
 def _heads_inside(ckpt: Path, base: TensorSource) -> Path:

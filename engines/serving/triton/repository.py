@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +93,11 @@ def write_repository(
     arguments = {"kind": KIND, "engine": engine, "name": name, **options.as_text()}
     with output_directory(output, inputs=hash_files(paths.values()), arguments=arguments) as work:
         for relative, path in paths.items():
-            work.run_once(
-                f"{name}/{VERSION}/{ENGINE}/{relative}", lambda target, path=path: shutil.copyfile(path, target)
-            )
+            work.copy(f"{name}/{VERSION}/{ENGINE}/{relative}", path)
         for model, config in repository_configs(name, options).items():
-            work.run_once(f"{model}/config.pbtxt", lambda target, config=config: target.write_text(render(config)))
-            work.run_once(
-                f"{model}/{VERSION}/model.py", lambda target, model=model: target.write_text(_code(model, name))
-            )
-        work.run_once("README.md", lambda target: target.write_text(_readme(name, output, info)))
+            work.write_text(f"{model}/config.pbtxt", render(config))
+            work.write_text(f"{model}/{VERSION}/model.py", _code(model, name))
+        work.write_text("README.md", _readme(name, output, info))
 
 
 def repository_configs(name: str, options: ServingOptions) -> dict[str, dict[str, Any]]:

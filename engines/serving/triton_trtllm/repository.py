@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -123,9 +122,9 @@ def write_trtllm_repository(engine_dir: Path, output: Path, serving: TrtllmServi
     arguments = {"kind": KIND, "engine": engine_dir, **{name: str(value) for name, value in asdict(serving).items()}}
     with output_directory(output, inputs=hash_files(set(files.values())), arguments=arguments) as work:
         for name, path in files.items():
-            work.run_once(name, lambda target, path=path: shutil.copyfile(path, target))
+            work.copy(name, path)
         for name, text in texts.items():
-            work.run_once(name, lambda target, text=text: target.write_text(text, encoding="utf-8"))
+            work.write_text(name, text)
 
 
 def verify_trtllm_repository(repository: Path) -> list[str]:

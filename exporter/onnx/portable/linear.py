@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from onnx import TensorProto
@@ -126,7 +127,7 @@ def _fp4_activations(linear: PortableLinear, graph: GraphBuilder, x: str, name: 
     """Blocks of 16 inputs under an FP8 scale that depends on them, in units of the calibrated one."""
     scale = torch.tensor(code_scale(linear._amax("input_amax", modules), FP4_MAX * FP8_MAX))
     whole = graph.tensor(f"{name}.input_scale", scale)
-    attributes = {"axis": -1, "block_size": FP4_BLOCK}
+    attributes: dict[str, Any] = {"axis": -1, "block_size": FP4_BLOCK}
     values, blocks = graph.node(
         "TRT_FP4DynamicQuantize", [x, whole], 2, domain=TENSORRT, scale_type=TensorProto.FLOAT8E4M3FN, **attributes
     )
@@ -192,7 +193,7 @@ def _fp8_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return quantize_fp8(weight, scale).view(torch.uint8).T.contiguous().view(torch.float8_e4m3fn)
 
 
-def _scaled(graph: GraphBuilder, name: str, stored: torch.Tensor, scale: torch.Tensor, **attributes: int) -> str:
+def _scaled(graph: GraphBuilder, name: str, stored: torch.Tensor, scale: torch.Tensor, **attributes: Any) -> str:
     pair = [graph.tensor(f"{name}.weight", stored), graph.tensor(f"{name}.weight_scale", scale)]
     return graph.node("DequantizeLinear", pair, **attributes)
 

@@ -138,7 +138,7 @@ class _Caches:
     def rows(self, stages: Mapping[str, Sequence[Example]]) -> list[Rows]:
         """Of the examples of every stage; the model is loaded once, if at all, and given up in the end."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        model = cache(lambda: load_reference(self.model_dir, dtype).to(device()))
+        model = cache(lambda: load_reference(self.model_dir, dtype, device()))
         return [
             build_cache(
                 self.directory, model, examples, key=f"{self.weights} {dtype}", hidden_size=self.base.config.hidden_size,

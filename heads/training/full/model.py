@@ -194,7 +194,7 @@ def build(
     if heads is not None:
         load_heads(model, _stored_heads(model_dir, heads, arguments))
     adapters = _add_adapters(model, arguments) if arguments.uses_adapters else None
-    model.to(device)
+    torch.nn.Module.to(model, device)  # transformers' own annotation of it hides its argument
     if extension is not None:
         extension.prepare(model)
     return Built(model, adapters, _teacher(model_dir, arguments, model, adapters, device))
@@ -242,7 +242,7 @@ def _teacher(
                 return base_logits(model, batch)
 
         return without_adapters
-    copy = load_reference(model_dir, torch.bfloat16 if arguments.bf16 else torch.float32).to(device)
+    copy = load_reference(model_dir, torch.bfloat16 if arguments.bf16 else torch.float32, device)
     return lambda batch: base_logits(copy, batch)
 
 

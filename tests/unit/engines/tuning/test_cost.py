@@ -12,7 +12,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine, OnnxRuntimeStep
 from medusa_export.engines.tuning import cost
-from medusa_export.engines.tuning.cost import OneSequence, SeveralSequences, measure_cost, wide_tree, write_costs
+from medusa_export.engines.tuning.cost import BatchSteps, SingleSteps, measure_cost, wide_tree, write_costs
 from medusa_export.heads.trees.step_costs import cost_curve, load_costs
 
 
@@ -24,7 +24,7 @@ def engine(tiny_engine: Callable[..., Any]) -> OnnxRuntimeEngine:
 def test_a_curve(engine: OnnxRuntimeEngine, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     curve = measure_cost(
-        OneSequence(engine), max_nodes=6, past_length=20, rounds=3, progress=lambda *at: seen.append(at)
+        SingleSteps(engine), max_nodes=6, past_length=20, rounds=3, progress=lambda *at: seen.append(at)
     )
     assert [row["nodes"] for row in curve["verify"]] == [1, 2, 3, 4, 5, 6]
     assert [row["depth"] for row in curve["draft"]] == [1, 2, 3]
@@ -57,7 +57,7 @@ def test_what_a_step_takes_is_what_is_written(engine: OnnxRuntimeEngine, monkeyp
 
     monkeypatch.setattr(OnnxRuntimeStep, "verify", slow_verify)
     monkeypatch.setattr(engine, "draft", slow_draft)
-    curve = measure_cost(OneSequence(engine), max_nodes=5, past_length=8, rounds=4)
+    curve = measure_cost(SingleSteps(engine), max_nodes=5, past_length=8, rounds=4)
     assert [row["ms"] for row in curve["verify"]] == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert [row["ms"] for row in curve["draft"]] == [0.01, 0.02, 0.03]
     assert cost_curve(curve).ratio(4, 2) == pytest.approx(4.02)
@@ -71,7 +71,7 @@ def test_a_batch(tiny_engine: Callable[..., Any]) -> None:
     decoder.verify = lambda tree, node_ids: sizes.append(node_ids.shape) or verify(tree, node_ids)  # type: ignore[method-assign, func-returns-value]
     for batch in (3, 2):
         sizes.clear()
-        curve = measure_cost(SeveralSequences(decoder, batch), max_nodes=4, past_length=20, rounds=1)
+        curve = measure_cost(BatchSteps(decoder, batch), max_nodes=4, past_length=20, rounds=1)
         assert (curve["batch"], curve["past_length"]) == (batch, 20)
         assert set(sizes) == {(batch, nodes) for nodes in (1, 2, 3, 4)}
         assert [row["nodes"] for row in curve["verify"]] == [1, 2, 3, 4]
@@ -96,4 +96,4 @@ def test_trees_of_every_size_that_heads_can_fill() -> None:
 )
 def test_refusals(options: dict[str, int], message: str, engine: OnnxRuntimeEngine) -> None:
     with pytest.raises(ConfigError, match=message):
-        measure_cost(OneSequence(engine), **{"max_nodes": 4, "past_length": 8, "rounds": 1, **options})
+        measure_cost(SingleSteps(engine), **{"max_nodes": 4, "past_length": 8, "rounds": 1, **options})

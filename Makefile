@@ -7,7 +7,7 @@ export VIRTUAL_ENV :=
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart tensorrt test check format bench container-check clean
+.PHONY: quickstart tensorrt test test-fast coverage types check format bench container-check clean
 
 quickstart: .venv/ready
 	$(BIN)/python examples/smollm2.py quickstart/model
@@ -24,10 +24,19 @@ tensorrt: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-check: .venv/ready
+# Without servers, real models and whatever else takes long.
+test-fast: .venv/ready
+	$(BIN)/python -m pytest tests/unit -m "not slow and not server" --durations=5
+
+coverage: .venv/ready
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
+
+check: .venv/ready types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy heads quantize exporter engines examples benchmarks
+	$(BIN)/mypy -p medusa_export
+	$(BIN)/mypy examples benchmarks tests/paths.py
+	$(BIN)/python tests/types_check.py $(BIN)/mypy  # it can fail
 
 # engines/ with the packages that a container of TensorRT-LLM 1.2.1 has, and no others of ours: it imports, and refuses in one line.
 CLEAN := .venv-container
@@ -39,6 +48,12 @@ $(CLEAN)/ready: Makefile
 	test -x $(CLEAN)/bin/python || $(PYTHON) -m venv $(CLEAN)
 	$(CLEAN)/bin/pip install --quiet --disable-pip-version-check $(CONTAINER_PACKAGES)
 	touch $@
+
+# The folders under the names that they are imported by, for mypy, pyright and editors.
+TYPES := build/types/medusa_export
+types:
+	mkdir -p $(TYPES)
+	for folder in core heads quantize exporter engines; do ln -sfn ../../../$$folder $(TYPES)/$$folder; done
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -88,26 +88,26 @@ def _modelopt(source: Path, out: Path) -> object:
 
 
 def _trtllm(quant: str, tp: int) -> Case:
-    def run(source: Path, out: Path) -> object:
+    def run(source: Path, out: Path) -> None:
         checkpoint = _open(source)
-        return write_trtllm(out, checkpoint, get_format(quant), _scales(checkpoint), tree=load_tree(TREE), tp=tp)
+        write_trtllm(out, checkpoint, get_format(quant), _scales(checkpoint), tree=load_tree(TREE), tp=tp)
 
     return run
 
 
 def _onnx(quant: str) -> Case:
-    def run(source: Path, out: Path) -> object:
+    def run(source: Path, out: Path) -> None:
         checkpoint = _open(source)
-        return write_onnx(out, checkpoint, get_format(quant), _scales(checkpoint), max_length=128)
+        write_onnx(out, checkpoint, get_format(quant), _scales(checkpoint), max_length=128)
 
     return run
 
 
 def _engine(quant: str) -> Case:
-    def run(source: Path, out: Path) -> object:
+    def run(source: Path, out: Path) -> None:
         checkpoint, tree = _open(source), load_tree(TREE)
         size = min(DEFAULT_SIZE, checkpoint.config.vocab_size)
-        return write_engine(
+        write_engine(
             out, checkpoint, get_format(quant), _scales(checkpoint), tree=tree, max_length=128,
             draft_vocab=torch.arange(size), save_tokenizer=lambda _: None, source={},
         )  # fmt: skip

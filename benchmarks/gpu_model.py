@@ -38,7 +38,7 @@ COMMON = {
 
 def largest_inputs(ckpt: Path, batches: Sequence[list[int]], place: str, dtype: torch.dtype) -> dict[str, float]:
     """Largest magnitude of every decoder linear's input, by module: what FP8 calibration without smoothing looks at."""
-    model: Any = load_reference(ckpt, dtype).to(place)
+    model: Any = load_reference(ckpt, dtype, place)
     found: dict[str, torch.Tensor] = {}
 
     def look(name: str, module: Any, inputs: tuple[torch.Tensor, ...]) -> None:

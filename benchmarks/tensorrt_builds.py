@@ -79,7 +79,7 @@ def main(
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     (_print_numbers if check else _print)(rows)
     if json_file is not None:
-        body = {"model": ckpt.name, "hardware": hardware(), "versions": versions() | _tensorrt()}
+        body: dict[str, Any] = {"model": ckpt.name, "hardware": hardware(), "versions": versions() | _tensorrt()}
         body["numbers" if check else "builds"] = rows
         json_file.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 

@@ -108,7 +108,7 @@ def _rows(model: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _weight(
-    protos: dict[str, Any], attributes: dict[str, dict[str, int]], directory: Path, key: str, form: str
+    protos: dict[str, Any], attributes: dict[str, dict[str, Any]], directory: Path, key: str, form: str
 ) -> torch.Tensor:
     """What the stored numbers of a linear stand for.  # float32 [K, N]"""
     stored = protos[f"{key}.weight"]

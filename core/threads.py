@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, TypeVar
@@ -101,6 +101,18 @@ class Follower:
         """Wait until all that was submitted is done."""
         while self._waiting:
             self._waiting.popleft().result()
+
+
+def run_torch(task: Callable[[_Item, StopPoint], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """:func:`run_all` with as many workers as cores, which share torch's own threads."""
+    import torch
+
+    workers, before = max(1, min(len(items), cpus())), torch.get_num_threads()
+    each = max(1, before // workers)
+    try:
+        return run_all(task, items, workers=workers, initializer=lambda: torch.set_num_threads(each))
+    finally:
+        torch.set_num_threads(before)  # the setting of a thread becomes that of all that come after it
 
 
 def cpus() -> int:

@@ -36,7 +36,7 @@ def render(report: Mapping[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("medusa_export.engines", "."), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("medusa_export.engines.bench", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     intervals = [row["speedup_ci95"][1] for row in report["categories"]]

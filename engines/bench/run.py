@@ -18,9 +18,9 @@ from medusa_export.engines.bench.compare import compare_engines, require_compara
 from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
 from medusa_export.engines.bench.runner import RunResult, run_prompts
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
+from medusa_export.engines.decoding.protocols import ScoringEngine
 from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
-from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.trtllm.session import TIMEOUT
 from medusa_export.engines.verify.reference import compare_with_checkpoint
 from medusa_export.engines.verify.selfcheck import bound_of
@@ -115,7 +115,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
-def _open_other(arguments: RunArguments, info: EngineInfo) -> tuple[OnnxRuntimeEngine, Tree]:
+def _open_other(arguments: RunArguments, info: EngineInfo) -> tuple[ScoringEngine, Tree]:
     """The engine of --compare and its own tree."""
     assert arguments.compare is not None  # the caller's condition, for the type checker
     if arguments.temperature:
@@ -128,7 +128,7 @@ def _open_other(arguments: RunArguments, info: EngineInfo) -> tuple[OnnxRuntimeE
 
 
 def _comparison(
-    engine: OnnxRuntimeEngine, other: tuple[OnnxRuntimeEngine, Tree], result: RunResult, references: list[str],
+    engine: ScoringEngine, other: tuple[ScoringEngine, Tree], result: RunResult, references: list[str],
     tokenizer: Any, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     done = iter(range(1, len(result.prompts) + 1))
@@ -151,7 +151,7 @@ def _comparison(
 
 
 def _sweeps(
-    engine: OnnxRuntimeEngine, tree: Tree, encoded: list[EncodedPrompt], arguments: RunArguments, progress: Progress
+    engine: ScoringEngine, tree: Tree, encoded: list[EncodedPrompt], arguments: RunArguments, progress: Progress
 ) -> dict[str, Any]:
     """What --sweep-batch and --sweep-length ask for."""
     prompts, found = [ids for _, _, ids in encoded], dict[str, Any]()

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from medusa_export.engines.decoding.generate import generate
-from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
-from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation, ScoringEngine
 from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
@@ -59,7 +58,7 @@ class RunResult:
 
 
 def run_prompts(
-    engine: OnnxRuntimeEngine,
+    engine: ScoringEngine,
     tree: Tree,
     prompts: Sequence[tuple[str, str, list[int]]],
     *,
@@ -69,7 +68,7 @@ def run_prompts(
     temperature: float = 0.0,
     top_p: float = 1.0,
     typical: Typical | None = None,
-    other: tuple[OnnxRuntimeEngine, Tree] | None = None,
+    other: tuple[ScoringEngine, Tree] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Measure and judge.
@@ -118,7 +117,7 @@ def run_prompts(
 
 
 def _judge(
-    engine: OnnxRuntimeEngine, tree: Tree, results: list[PromptResult], sampler: Callable[[int], Sampler | None]
+    engine: ScoringEngine, tree: Tree, results: list[PromptResult], sampler: Callable[[int], Sampler | None]
 ) -> float:
     """Fill in every prompt's verdict; returns the tolerance, which is the measured noise."""
     diverging = []

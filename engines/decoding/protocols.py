@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -55,6 +55,16 @@ class StepEngine(Protocol):
     @property
     def backend_seconds(self) -> float:
         """Time spent inside the backend since the engine was made."""
+
+
+class ScoringEngine(StepEngine, Protocol):
+    """A step engine that also gives the logits of given texts, for checks and comparisons."""
+
+    def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterable[npt.NDArray[np.float32]]:
+        """Next-token logits of a text, ``chunk`` tokens a run, from token ``start`` on.  # [chunk, vocab_size] a run"""
+
+    def tree_logits(self, tree: Tree, prompt: Sequence[int], node_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Next-token logits after every node of a tree behind a prompt.  # [N] -> [N, vocab_size]"""
 
 
 @runtime_checkable

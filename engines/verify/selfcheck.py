@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medusa_export.core.errors import MedusaExportError
+from medusa_export.engines.decoding.protocols import ScoringEngine
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tensorrt.build import check_sidecars
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
@@ -130,7 +131,7 @@ def _on_this_machine(engine_dir: Path, is_tensorrt: bool) -> Any:
     return TensorRtEngine(engine_dir, OnnxDevice(engine_dir.with_name("onnx")))
 
 
-def tree_error(engine: OnnxRuntimeEngine, text: Sequence[int], tree: Tree = CHECK_TREE) -> float:
+def tree_error(engine: ScoringEngine, text: Sequence[int], tree: Tree = CHECK_TREE) -> float:
     """Largest logit difference between a tree step and the same paths run token by token.
 
     Finds a wrong mask, parent or position. That accepted rows are moved right, only decoding shows: parity checks it.

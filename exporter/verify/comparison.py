@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from medusa_export.core.json_fields import read_json
-from medusa_export.core.threads import StopPoint
-from medusa_export.exporter.torch_threads import run_torch
+from medusa_export.core.threads import StopPoint, run_torch
 from medusa_export.exporter.verify.dequantize import Rows
 from medusa_export.exporter.verify.rebuild import (
     Place,

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 from medusa_export.core.artifacts.resumable import ResumableOutput
-from medusa_export.core.threads import StopPoint
+from medusa_export.core.threads import StopPoint, run_torch
 from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.exporter.torch_threads import run_torch
 from medusa_export.exporter.verify.comparison import Comparison
 from medusa_export.exporter.write.trtllm import write_rank
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint

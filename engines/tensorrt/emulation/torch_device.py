@@ -32,7 +32,7 @@ class NoTensorRt:
     def require(self, gpus: Any) -> None:
         """Nothing is needed."""
 
-    def build(self, onnx_dir: Path, out: Path, progress: Progress, **request: Any) -> None:
+    def build(self, source: Path, out: Path, progress: Progress, **request: Any) -> None:
         """See :meth:`~medusa_export.engines.tensorrt.build.TensorRtBuilder.build`."""
         shapes = BuildRequest(**request).profiles
         profiles = [

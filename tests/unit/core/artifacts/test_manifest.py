@@ -396,7 +396,13 @@ def test_check_free_space(tmp_path: Path) -> None:
 
 def test_what_engines_import_does_without_torch() -> None:
     """The TensorRT-LLM container and the Triton backend need these files, not a second torch."""
-    modules = ("errors", "manifest", "tree", "accept", "conversations")
-    code = "import sys; " + "; ".join(f"import medusa_export.heads.{name}" for name in modules)
+    modules = (
+        "core.errors",
+        "core.artifacts.manifest",
+        "heads.trees.tree",
+        "heads.decoding.accept",
+        "core.text.tokenizer",
+    )
+    code = "import sys; " + "; ".join(f"import medusa_export.{name}" for name in modules)
     code += "; sys.exit(bool({'torch', 'transformers', 'safetensors'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -22,6 +22,7 @@ import torch
 from medusa_export.core.errors import OutputError
 from medusa_export.engines.bench.run import RunArguments
 from medusa_export.exporter.cli import export as cli
+from medusa_export.exporter.cli.run import run_main
 from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.heads.trees.tree import PRESETS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
@@ -58,7 +59,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(sys, "argv", [f"medusa-{command}", *map(str, flags)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            {"export": cli.export_main, "run": cli.run_main}[command]()
+            {"export": cli.export_main, "run": run_main}[command]()
         code = stopped.value.code
         assert isinstance(code, int)
         return Result(code, *capfd.readouterr())

@@ -16,9 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 HIDDEN, VOCAB = 64, 97
+UNIT = Path(__file__).parent / "unit"
+SERVERS = {"served", "fake_server", "triton", "openai_server"}  # fixtures that start one
 
 CheckpointWriter = Callable[..., Path]
 HeadTensors = Callable[..., dict[str, torch.Tensor]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's place says whether it is a unit test, and its fixtures whether it starts a server."""
+    for item in items:
+        item.add_marker("unit" if item.path.is_relative_to(UNIT) else "integration")
+        if SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_export.quantize import numerics as codes
+from medusa_export.quantize import numerics
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -18,13 +18,13 @@ def random(rows: int, width: int, seed: int) -> torch.Tensor:
 
 def test_int8_rows_by_hand() -> None:
     weight = torch.tensor([[127.0, -63.5, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 0.5, 0.25]])
-    scales = codes.row_scales(weight, 127.0)
+    scales = numerics.row_scales(weight, 127.0)
     assert scales.tolist() == [1.0, 1.0, pytest.approx(1 / 127)]
-    assert codes.int8_rows(weight, scales).tolist() == [[127, -64, 0, 0], [0] * 4, [127, -127, 64, 32]]
+    assert numerics.int8_rows(weight, scales).tolist() == [[127, -64, 0, 0], [0] * 4, [127, -127, 64, 32]]
 
 
 def test_int4_packs_two_rows_the_first_in_the_low_half() -> None:
-    assert codes.pack_rows(torch.tensor([[1, -1], [2, -8]], dtype=torch.int8)).tolist() == [[0x21, 0x8F - 256]]
+    assert numerics.pack_rows(torch.tensor([[1, -1], [2, -8]], dtype=torch.int8)).tolist() == [[0x21, 0x8F - 256]]
 
 
 @settings(deadline=None, max_examples=40)
@@ -33,9 +33,9 @@ def test_int4_is_modelopts(seed: int, rows: int, group: int) -> None:
     from modelopt.torch.export.quant_utils import get_scaling_factor_from_weight, pack_int4_in_uint8
 
     weight = random(rows, 256, seed)
-    scales = codes.group_scales(weight, group)
-    assert torch.equal(scales, get_scaling_factor_from_weight(weight, group) if rows == 1 else scales)
-    packed = codes.pack_rows(codes.int4_groups(weight, group))
+    scales = numerics.group_scales(weight, group)
+    assert torch.equal(scales, get_scaling_factor_from_weight(weight, group))
+    packed = numerics.pack_rows(numerics.int4_groups(weight, group))
     assert torch.equal(packed.view(torch.uint8), pack_int4_in_uint8(weight, scales, group))
 
 
@@ -48,15 +48,15 @@ def test_fp4_is_modelopts(seed: int, rows: int) -> None:
     weight[0, :16] = 0
     scale = float(weight.abs().max() / (6 * 448))
     quantized, blocks, _ = NVFP4QTensor.quantize(weight.clone(), 16, None, torch.tensor(scale))
-    assert torch.equal(codes.fp4_block_scales(weight, scale, 16).view(torch.uint8), blocks.view(torch.uint8))
-    assert torch.equal(codes.fp4_blocks(weight, scale, 16), quantized._quantized_data)
+    assert torch.equal(numerics.fp4_block_scales(weight, scale, 16).view(torch.uint8), blocks.view(torch.uint8))
+    assert torch.equal(numerics.fp4_blocks(weight, scale, 16), quantized._quantized_data)
 
 
 def test_fp4_rounds_to_the_nearest_value_and_ties_to_even() -> None:
     scale = 1 / 448  # a block whose largest value is 6 then has the scale 448 / 448
     edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     weight = torch.cat([edges, -edges, torch.tensor([6.0, 0.26])])[None]
-    packed = codes.fp4_blocks(weight, scale, 16)
+    packed = numerics.fp4_blocks(weight, scale, 16)
     found = torch.stack([packed & 0xF, packed >> 4], dim=2).reshape(-1)
     values = [FP4[code & 7] * (-1 if code >= 8 else 1) for code in found.tolist()]
     ties = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]

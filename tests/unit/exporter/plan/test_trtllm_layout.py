@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from typing import Any
 
@@ -20,9 +19,8 @@ from medusa_export.exporter.plan.trtllm_layout import needed_scales, plan_rank, 
 from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.quantize.formats import FORMATS, KV_CACHE, get_format
-from tests.paths import GOLDEN
+from tests.paths import assert_golden
 
-LISTING = GOLDEN / "trtllm_llama_fp8.json"
 BASE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -63,7 +61,6 @@ def rows(plan: TensorPlan) -> list[tuple[str, int, int]]:
 
 
 def test_golden_listing() -> None:
-    # MEDUSA_EXPORT_GOLDEN=write rewrites the file; read the difference before keeping it
     got = {
         f"tp{tp}": [
             {plan.name: f"{plan.dtype} {list(plan.shape)}" for plan in rank.tensors}
@@ -71,9 +68,7 @@ def test_golden_listing() -> None:
         ]
         for tp in (1, 2)
     }
-    if os.environ.get("MEDUSA_EXPORT_GOLDEN") == "write":
-        LISTING.write_text(json.dumps(got, indent=1) + "\n")
-    assert got == json.loads(LISTING.read_text())
+    assert_golden("trtllm_llama_fp8.json", got)
 
 
 @st.composite

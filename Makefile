@@ -7,7 +7,7 @@ export VIRTUAL_ENV :=
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart tensorrt test test-fast coverage types check format bench container-check clean
+.PHONY: quickstart tensorrt test test-fast coverage docs types check format bench container-check clean
 
 quickstart: .venv/ready
 	$(BIN)/python examples/smollm2.py quickstart/model
@@ -27,6 +27,11 @@ test: .venv/ready
 # Without servers, real models and whatever else takes long.
 test-fast: .venv/ready
 	$(BIN)/python -m pytest tests/unit -m "not slow and not server" --durations=5
+
+# The documentation site, in build/site.
+docs: .venv/ready types
+	$(BIN)/python docs/pictures/draw.py
+	$(BIN)/zensical build --strict
 
 coverage: .venv/ready
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html:build/coverage

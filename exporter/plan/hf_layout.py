@@ -9,6 +9,7 @@ from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.tensor_plan import Kind, Slice, TensorPlan
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.quantize.formats import FORMATS
 
 # Storage -> suffix, kind, dtype (None is the checkpoint's), shape from (out, in, group). Smoothed formats are not here:
 # in the unified form their factors move into the norms before, so that other tensors than the linears change.
@@ -34,13 +35,19 @@ _PARTS: dict[str, tuple[tuple[str, Kind, str | None, Callable[[int, int, int], t
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+# Weight-only formats are 16 bit in a checkpoint of TensorRT-LLM's, whose builder quantizes; the unified form has no such builder.
+HF_FORMATS = tuple(
+    name for name, form in FORMATS.items() if form.storage in _PARTS and form.quant_algo not in ("W8A16", "W4A16")
+)
+
+
 def require_hf(spec: ExportSpec) -> None:
     """Raise ConfigError when the unified form of this layout is not one that is written here."""
-    if spec.fmt.storage not in _PARTS or spec.fmt.quant_algo in ("W8A16", "W4A16"):
+    if spec.fmt.name not in HF_FORMATS:
         raise ConfigError(
             f"--format hf with --quant {spec.fmt.name}",
             "no writer for it",
-            "none, fp8, fp8_rowwise or nvfp4",
+            f"one of {', '.join(HF_FORMATS)}",
             "use fp8",
         )
     if spec.tp != 1 or spec.exclude or spec.kv_cache.name == "int8":

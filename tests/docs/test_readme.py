@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -14,31 +14,34 @@ from pathlib import Path
 import pytest
 
 from medusa_export.exporter.job.arguments import FORMS
+from medusa_export.exporter.plan.hf_layout import HF_FORMATS
 from medusa_export.exporter.sizing.gpus import GPUS
 from medusa_export.exporter.verify.error_table import COLUMNS
 from medusa_export.heads.checkpoint.families import FAMILIES
+from medusa_export.quantize import tensorrt_targets
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("heads", "quantize", "exporter", "engines", "examples", "benchmarks")
-COMMANDS = re.findall(r"^    ((?:medusa-|make ).*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+EXPORT = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    ((?:medusa-|make ).*?)(?:\s+#.*)?$", README + EXPORT, flags=re.MULTILINE)
+LARGEST = 8000  # bytes that a stranger reads before deciding
 
 
-def section(name: str) -> str:
+def section(name: str, text: str = EXPORT) -> str:
     """What stands between ``<!-- name -->`` and ``<!-- end -->``."""
-    return README.split(f"<!-- {name} -->\n", 1)[1].split("<!-- end -->", 1)[0]
+    return text.split(f"<!-- {name} -->\n", 1)[1].split("<!-- end -->", 1)[0]
 
 
-def file_tree() -> str:
-    """Every source file with the first line of its docstring; other files of the folders are in their README."""
-    rows = []
-    for folder in FOLDERS:
-        for path in sorted((ROOT / folder).glob("*.py")):
-            summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()[0]
-            name = folder if path.name == "__init__.py" else f"{folder}/{path.name}"
-            rows.append(f"| `{name}` | {summary.rstrip('.')} |")
-    return "\n".join(["| file | what |", "|---|---|", *rows]) + "\n"
+def matrix() -> str:
+    """What is supported, and how far it was seen, from the tables that the export itself is derived from."""
+    head = ["`--quant`", "TensorRT-LLM checkpoint", "TensorRT-RTX engine", "ONNX Runtime engine", "Hugging Face (`hf`)"]
+    rows = [
+        [f"`{name}`", "built here, engine never run", "built here, GPU never run" if tensorrt_targets.FORMS[name].form else "-",
+         "run here" if form.onnx else "-", "built here" if name in HF_FORMATS else "-"]
+        for name, form in FORMATS.items()
+    ]  # fmt: skip
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
 
 
 def format_table() -> str:
@@ -52,23 +55,47 @@ def format_table() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("files", file_tree), ("formats", format_table)])
-def test_generated_section(name: str, expected: Callable[[], str]) -> None:
+@pytest.mark.parametrize(
+    ("document", "name", "expected"),
+    [("README.md", "matrix", matrix), ("docs/export.md", "formats", format_table)],
+)
+def test_generated_section(document: str, name: str, expected: Callable[[], str]) -> None:
     """``MEDUSA_EXPORT_GOLDEN=write`` rewrites the section."""
+    path, mark = ROOT / document, f"<!-- {name} -->\n"
+    text = path.read_text(encoding="utf-8")
     if os.environ.get("MEDUSA_EXPORT_GOLDEN") == "write":
-        path, mark = ROOT / "README.md", f"<!-- {name} -->\n"
-        path.write_text(
-            path.read_text(encoding="utf-8").replace(mark + section(name), mark + expected()), encoding="utf-8"
-        )
+        path.write_text(text.replace(mark + section(name, text), mark + expected()), encoding="utf-8")
         return
-    assert section(name) == expected()
+    assert section(name, text) == expected()
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= LARGEST
+
+
+def test_pictures_are_what_the_script_draws() -> None:
+    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs/pictures/draw.py")
+    assert spec is not None
+    assert spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    drawn = {"overview": draw.overview(), "packages": draw.packages()}
+    drawn |= {name: draw.chain(*arguments) for name, arguments in draw.CHAINS.items()}
+    found = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs/pictures").glob("*.svg")}
+    assert found == drawn
+
+
+def test_every_page_is_in_the_site() -> None:
+    site = (ROOT / "zensical.toml").read_text(encoding="utf-8")
+    named = set(re.findall(r'"([\w./-]+\.md)"', site))
+    assert named == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
 
 
 def test_every_choice_is_named() -> None:
     for name in (*FORMS, *FAMILIES):
-        assert re.search(rf"^\|.*`{name}`.*\|", README, flags=re.MULTILINE), name
+        assert re.search(rf"^\|.*`{name}`.*\|", EXPORT, flags=re.MULTILINE), name
     for name in KV_CACHE:
-        assert f"`{name}`" in README.split("`--kv-cache` takes", 1)[1].split("\n\n")[0], name
+        assert f"`{name}`" in EXPORT.split("`--kv-cache` takes", 1)[1].split("\n\n")[0], name
 
 
 def test_make_targets() -> None:
@@ -108,7 +135,7 @@ def test_quickstart_output_is_one() -> None:
         "tokens per step",
         "parity",
     ]
-    positions = [section("quickstart output").find(row) for row in rows]
+    positions = [section("quickstart output", README).find(row) for row in rows]
     assert all(position >= 0 for position in positions)
     assert positions == sorted(positions)
 

@@ -62,7 +62,13 @@ class Fields:
         return value
 
     def error(self, key: str, value: object, expected: str) -> ConfigError:
-        """What to raise about one key; a long value is shortened."""
+        """What to raise about one key; a long value is shortened.
+
+        Args:
+            key: of the object.
+            value: what it has.
+            expected: what it should be, in words.
+        """
         return ConfigError(self.where, f"{self._prefix}{key} = {reprlib.repr(value)}", expected, "fix config.json")
 
     def _get(self, key: str, default: Any) -> Any:

@@ -99,6 +99,11 @@ def is_up_to_date(out: Path, inputs: Mapping[str, str], arguments: Mapping[str, 
 
     Sizes are compared with the manifest, contents are not: :func:`verify_manifest` does that.
 
+    Args:
+        out: the directory.
+        inputs: file -> SHA-256, as it would be recorded now.
+        arguments: as they would be recorded now.
+
     Raises:
         OutputError: there is a manifest, but a damaged one.
     """

@@ -18,6 +18,12 @@ def encode_prompts(
 ) -> list[EncodedPrompt]:
     """Prompts through the chat template of an engine's tokenizer.
 
+    Args:
+        tokenizer: the engine's.
+        info: the engine's context and vocabulary.
+        prompts: conversations up to the answer.
+        max_new_tokens: tokens that have to fit behind each.
+
     Raises:
         ConfigError: a prompt that leaves no room for ``max_new_tokens``.
     """

@@ -91,12 +91,24 @@ class TensorRtEngine:
         self._set_length(min(length, self.length))
 
     def tree_logits(self, tree: Tree, prompt: Sequence[int], node_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Next-token logits after every node of a tree behind a prompt; for checks.  # [N] -> [N, vocab_size]"""
+        """Next-token logits after every node of a tree behind a prompt; for checks.  # [N] -> [N, vocab_size]
+
+        Args:
+            tree: at most the engine's nodes.
+            prompt: token ids before the root.
+            node_ids: token of every node, the root first.
+        """
         self.prefill(prompt)
         return self.prepare(tree).verify_logits(np.asarray(node_ids, dtype=np.int64))
 
     def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterator[npt.NDArray[np.float32]]:
-        """Next-token logits of a given text, ``chunk`` tokens a run, causally; see OnnxRuntimeEngine.score."""
+        """Next-token logits of a given text, ``chunk`` tokens a run, causally; see OnnxRuntimeEngine.score.
+
+        Args:
+            input_ids: the text.
+            chunk: tokens a run, at most the engine's nodes.
+            start: the first tokens go in as one block without logits.
+        """
         self.rewind(0)
         if start:
             self.prefill(input_ids[:start])

@@ -60,7 +60,13 @@ def write_trtllm_engine(
 
 
 def require_sizes(checkpoint: MedusaCheckpoint, max_length: int, max_batch: int) -> None:
-    """Raise ConfigError for a context or a batch that cannot be built."""
+    """Raise ConfigError for a context or a batch that cannot be built.
+
+    Args:
+        checkpoint: decides the longest context.
+        max_length: tokens of a sequence, prompt and answer.
+        max_batch: sequences at once.
+    """
     longest = checkpoint.config.max_position_embeddings
     if not 2 <= max_length <= longest:
         raise ConfigError("--max-length", str(max_length), f"2 .. {longest}, the model's own context", "choose another")

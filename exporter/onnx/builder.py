@@ -121,19 +121,39 @@ class GraphBuilder:
             self._save()
 
     def input(self, name: str, dtype: int, shape: list[int | str]) -> str:
-        """Declare a graph input; strings in ``shape`` are symbolic dimensions."""
+        """Declare a graph input; strings in ``shape`` are symbolic dimensions.
+
+        Args:
+            name: of the input.
+            dtype: an ``onnx.TensorProto`` element type.
+            shape: sizes; strings are symbolic dimensions.
+        """
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
     def output(self, name: str, dtype: int, shape: list[int | str]) -> str:
-        """Declare a graph output."""
+        """Declare a graph output.
+
+        Args:
+            name: of a node's output.
+            dtype: an ``onnx.TensorProto`` element type.
+            shape: sizes; strings are symbolic dimensions.
+        """
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
     def node(
         self, op: str, inputs: list[str], outputs: int | list[str] = 1, domain: str = "", **attributes: Any
     ) -> Any:
-        """Add a node. Returns the output name, or the list of names when there are several."""
+        """Add a node. Returns the output name, or the list of names when there are several.
+
+        Args:
+            op: operator type.
+            inputs: names; an empty one leaves an optional input out.
+            outputs: names, or how many to make up.
+            domain: of the operator; empty is ONNX's own.
+            attributes: of the operator.
+        """
         if isinstance(outputs, int):
             self._counter += 1
             outputs = [f"{op}_{self._counter}" + (f"_{i}" if i else "") for i in range(outputs)]

@@ -34,6 +34,12 @@ def write_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter,
     hidden_states float [R, hidden_size] (after the final norm); logits float [R, vocab_size]; present.{i}.key/value, to be
     bound to the same buffers as the past.
 
+    Args:
+        out: an existing directory.
+        checkpoint: what the weights are read from.
+        linear: writes linears in the form of a format.
+        max_length: rows of the cache.
+
     Raises:
         ConfigError: a rotary scaling or a shape that the graph cannot express.
     """

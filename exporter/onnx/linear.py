@@ -171,7 +171,13 @@ def _int4_matrix(graph: GraphBuilder, name: str, weight: torch.Tensor, block: in
 
 
 def int8_matrix(graph: GraphBuilder, name: str, weight: torch.Tensor) -> str:
-    """[N, K] stored as [K, N] uint8 in blocks along K; ONNX Runtime fuses DequantizeLinear and MatMul into MatMulNBits."""
+    """[N, K] stored as [K, N] uint8 in blocks along K; ONNX Runtime fuses DequantizeLinear and MatMul into MatMulNBits.
+
+    Args:
+        graph: the graph that gets the nodes.
+        name: prefix of the stored tensors.
+        weight: float32 [N, K].
+    """
     values, scales = quantize_int8_blocks(weight, name)
     stored = graph.tensor(f"{name}.weight", values.T)
     scale = graph.tensor(f"{name}.weight_scale", scales.T)

@@ -23,7 +23,15 @@ from medusa_export.quantize.scales import Scales
 def write_shard(
     path: Path, checkpoint: MedusaCheckpoint, spec: ExportSpec, scales: Scales, plans: list[TensorPlan]
 ) -> None:
-    """One safetensors file."""
+    """One safetensors file.
+
+    Args:
+        path: the file.
+        checkpoint: what the weights are read from.
+        spec: the layout.
+        scales: as :func:`require_scales` returned them.
+        plans: the shard's tensors.
+    """
     maker = TensorMaker(checkpoint, spec, scales)
     with SafetensorsWriter(path, plans, {"format": "pt"}) as writer:
         for plan in writer.entries:
@@ -31,7 +39,14 @@ def write_shard(
 
 
 def write_hf_configs(out: Path, ckpt: Path, spec: ExportSpec, files: dict[str, list[TensorPlan]]) -> None:
-    """config.json, hf_quant_config.json and the index of shards."""
+    """config.json, hf_quant_config.json and the index of shards.
+
+    Args:
+        out: an existing directory.
+        ckpt: the source, whose config.json is carried over.
+        spec: the layout.
+        files: shard name -> its tensors.
+    """
     counts = {"num_medusa_heads": spec.num_medusa_heads, "num_medusa_layers": spec.num_medusa_layers}
     config = {**read_json(ckpt / "config.json"), "dtype": spec.dtype, "medusa": counts}
     config.pop("torch_dtype", None)

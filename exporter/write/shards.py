@@ -27,7 +27,13 @@ _Sized = TypeVar("_Sized", bound=Sized)
 def shards(
     entries: Iterable[_Sized], limit: int | None = SHARD_BYTES, file: str = "model.safetensors"
 ) -> dict[str, list[_Sized]]:
-    """File name -> its tensors: files of at most ``limit`` bytes, but for tensors that are larger; ``file`` if one is enough."""
+    """File name -> its tensors: files of at most ``limit`` bytes, but for tensors that are larger; ``file`` if one is enough.
+
+    Args:
+        entries: tensors in their order.
+        limit: bytes of a file; None: no limit.
+        file: name of the one file, and stem of several.
+    """
     groups: list[list[_Sized]] = [[]]
     size = 0
     for entry in entries:

@@ -19,7 +19,14 @@ class EngineBuilder(Protocol):
         """Raise MedusaExportError unless engines for these GPUs, or this release, can be built on this machine."""
 
     def build(self, source: Path, out: Path, progress: Progress, **request: Any) -> None:
-        """Write the engines of ``source``, and what they take and give, into ``out``."""
+        """Write the engines of ``source``, and what they take and give, into ``out``.
+
+        Args:
+            source: directory of what engines are made of.
+            out: an existing directory.
+            progress: called with (stage, done, total).
+            request: what the builder wants to know besides.
+        """
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,13 @@ from medusa_export.heads.data.row_store import Maker
 
 
 def local_executor(model: ChatModel, maker: Maker, concurrency: int) -> Executor:
-    """Have ``model`` answer, at most ``concurrency`` conversations at once. The model is closed at the end."""
+    """Have ``model`` answer, at most ``concurrency`` conversations at once. The model is closed at the end.
+
+    Args:
+        model: what answers; closed at the end.
+        maker: what else decides an answer.
+        concurrency: conversations at once, at most.
+    """
 
     def execute(conversations: Sequence[Conversation], report: Callable[[Outcome], None]) -> None:
         async def run() -> None:
@@ -34,6 +40,13 @@ async def answer_all(
     report: Callable[[Outcome], None],
 ) -> None:
     """Report the outcome of every conversation as it comes.
+
+    Args:
+        model: what answers.
+        conversations: in any number; taken as they are needed.
+        maker: what else decides an answer.
+        concurrency: conversations at once, at most.
+        report: called with every outcome.
 
     Raises:
         Exception: the first that an answer or a report raises; the answers in flight are cancelled.

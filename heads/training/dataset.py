@@ -61,6 +61,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], eos: Sequ
 
     The ids of a turn are those that the engine would see: the template up to where the answer starts, then the answer.
 
+    Args:
+        tokenizer: of the base model, with a chat template.
+        row: ``messages``, and whether the last answer was cut.
+        eos: end-of-sequence ids; the first one ends a turn.
+
     Raises:
         ConfigError: the tokenizer has no chat template, or it does not extend a conversation by what follows.
     """
@@ -91,6 +96,13 @@ def load_examples(
     keep_truncated: bool = False,
 ) -> list[Example]:
     """Examples of all usable rows, cut at ``max_length`` tokens; those without two answer tokens are left out.
+
+    Args:
+        rows: as medusa-data writes them.
+        eos: end-of-sequence ids.
+        max_length: tokens of an example, at most.
+        vocab_size: tokens that the model has.
+        keep_truncated: take answers that were cut at medusa-data's --max-tokens too.
 
     Raises:
         ConfigError: nothing is left, or the tokenizer does not fit the model.

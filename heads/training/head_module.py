@@ -78,13 +78,25 @@ class MedusaHeads(nn.Module):
 
 
 def write_heads(out: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """``medusa_lm_head.safetensors`` in FasterDecoding's names; tensors by canonical name."""
+    """``medusa_lm_head.safetensors`` in FasterDecoding's names; tensors by canonical name.
+
+    Args:
+        out: an existing directory.
+        tensors: by canonical name, ``medusa_heads.{head}.{layer}...``.
+        dtype: what they are stored in.
+    """
     stored = {name.removeprefix("medusa_heads."): tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
     data = save({name: tensor.contiguous() for name, tensor in stored.items()}, {"format": "pt"})
     (out / HEAD_FILES[0]).write_bytes(data)  # save_file would let nobody else read it
 
 
 def write_heads_config(out: Path, num_heads: int, num_layers: int, *, shared: bool) -> None:
-    """config.json of heads alone; ``shared``: they use the base's lm_head ("version 2")."""
+    """config.json of heads alone; ``shared``: they use the base's lm_head ("version 2").
+
+    Args:
+        out: an existing directory.
+        num_heads, num_layers: heads, and residual blocks of each.
+        shared: heads use the base's lm_head.
+    """
     config = {"medusa_num_heads": num_heads, "medusa_num_layers": num_layers} | ({"version": "2"} if shared else {})
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

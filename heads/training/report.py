@@ -43,6 +43,11 @@ def write_report(out: Path, record: Mapping[str, Any], found: Mapping[str, Any],
 def plot(path: Path, heads: Sequence[Mapping[str, float]], curves: Curves) -> None:
     """Left the losses by step, right the accuracy of every head, top 1 to top 10.
 
+    Args:
+        path: the picture; its suffix decides the format.
+        heads: top-1 to top-10 accuracy of every head, 0 to 1.
+        curves: name -> (steps, losses).
+
     Raises:
         MissingPackageError: matplotlib is not installed.
     """

@@ -33,7 +33,13 @@ class Shared:
         return self._memo[key][1]
 
     def bias(self, visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-        """0 where something is visible, else -inf, for query heads that share a key head.  # [1, 1, groups * S, T]"""
+        """0 where something is visible, else -inf, for query heads that share a key head.  # [1, 1, groups * S, T]
+
+        Args:
+            visible: which keys a row sees.  # bool [1, 1, S, T]
+            groups: query heads that share a key head.
+            dtype: of the bias.
+        """
         import torch
 
         key = ("bias", id(visible), groups)
@@ -103,7 +109,13 @@ def operators(shared: Shared) -> dict[str, Operator]:
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Codes of ``zero``'s dtype under one scale; the arithmetic is float32, as in ONNX Runtime."""
+    """Codes of ``zero``'s dtype under one scale; the arithmetic is float32, as in ONNX Runtime.
+
+    Args:
+        x: floats of any shape.
+        scale: a scalar.
+        zero: a scalar whose dtype is that of the codes.
+    """
     import torch
 
     codes = x.float() / scale.float()
@@ -116,7 +128,15 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.
 def dequantize(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None, *, axis: int = 1, block_size: int = 0
 ) -> torch.Tensor:
-    """Codes times scales: one, one a slice of ``axis``, or one a block along it; in the scales' dtype."""
+    """Codes times scales: one, one a slice of ``axis``, or one a block along it; in the scales' dtype.
+
+    Args:
+        codes: int8 or FP8.
+        scale: a scalar, one a slice of ``axis``, or one a block along it.
+        zero: has to be 0; QuantizeLinear's third input.
+        axis: what scales are along.
+        block_size: codes under a scale along ``axis``; 0: no blocks.
+    """
     factor = scale.float()
     if block_size:
         factor = factor.repeat_interleave(block_size, dim=axis)
@@ -128,7 +148,13 @@ def dequantize(
 def scaled_matmul(
     x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor, *, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The product of FP8 codes by the device's own FP8 kernel, with float32 sums.  # [..., K], [K, N] -> [..., N]"""
+    """The product of FP8 codes by the device's own FP8 kernel, with float32 sums.  # [..., K], [K, N] -> [..., N]
+
+    Args:
+        x, weight: FP8 codes.
+        x_scale, weight_scale: scalars.
+        dtype: of the result.
+    """
     import torch
 
     product = torch._scaled_mm(  # the weight's columns lie together

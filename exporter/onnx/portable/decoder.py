@@ -33,6 +33,12 @@ def write_portable_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: Port
     past_key_values.{i}.key/value [1, num_key_value_heads, max_length, head_dim]. Outputs: next_ids int64 [R]; hidden_states
     [R, hidden_size] (after the final norm); logits float32 [R, vocab_size]; present.{i}.key/value, to be bound to the same
     buffers as the past. total_length may not exceed max_length.
+
+    Args:
+        out: an existing directory.
+        checkpoint: what the weights are read from.
+        linear: writes linears in the form of a format, and decides the dtype.
+        max_length: rows of the cache.
     """
     config = checkpoint.config
     with GraphBuilder(out / DECODER_FILE, "decoder", opsets=linear.opsets) as graph:

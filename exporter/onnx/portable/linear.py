@@ -86,7 +86,13 @@ class PortableLinear:
         return self.tensor(graph, name, self.checkpoint.read(name))
 
     def tensor(self, graph: GraphBuilder, name: str, value: torch.Tensor) -> str:
-        """A constant in ``dtype``."""
+        """A constant in ``dtype``.
+
+        Args:
+            graph: the graph that stores it.
+            name: of the constant.
+            value: any floating dtype.
+        """
         return graph.tensor(name, value.to(self.dtype))
 
     def rounded(self, scale: torch.Tensor | float) -> torch.Tensor:

@@ -35,7 +35,15 @@ class Objective:
     def over(
         cls, labels: torch.Tensor, vocab_size: int, *, vocab: int, distill: float, dtype: torch.dtype
     ) -> Objective:
-        """The ``vocab`` most frequent labels, or all tokens with 0."""
+        """The ``vocab`` most frequent labels, or all tokens with 0.
+
+        Args:
+            labels: true tokens of all rows.  # int64 [rows]
+            vocab_size: tokens of the model.
+            vocab: how many tokens the loss is over; 0 takes all.
+            distill: share of the teacher's distribution in the target, 0 to 1.
+            dtype: of the products.
+        """
         counts = torch.bincount(labels[labels != NO_LABEL], minlength=vocab_size)
         whole = not 0 < vocab < vocab_size
         tokens = torch.arange(vocab_size) if whole else counts.topk(vocab).indices.sort().values
@@ -139,7 +147,13 @@ class BatchLoss:
 
 
 def batches(count: int, batch_rows: int, seed: int, epoch: int) -> list[torch.Tensor]:
-    """All rows in another order every epoch, blocks of neighbours together.  # int64 [batch_rows] each, the last one fewer"""
+    """All rows in another order every epoch, blocks of neighbours together.  # int64 [batch_rows] each, the last one fewer
+
+    Args:
+        count: rows in all.
+        batch_rows: rows of a batch.
+        seed, epoch: decide the order.
+    """
     chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     blocks = torch.arange(count).split(BLOCK_ROWS)
     order = torch.randperm(len(blocks), generator=chance).tolist()

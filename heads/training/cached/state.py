@@ -50,7 +50,14 @@ class TrainState:
 
 
 def save_state(path: Path, parameters: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    """Write everything; whoever is killed meanwhile leaves the file as it was."""
+    """Write everything; whoever is killed meanwhile leaves the file as it was.
+
+    Args:
+        path: the file to replace.
+        parameters: the heads.
+        optimizer: its moments are kept too.
+        state: step, epoch, and what early stopping remembers.
+    """
     tensors = {f"now.{name}": value.detach() for name, value in parameters.named_parameters()}
     tensors |= {f"best.{name}": value for name, value in state.best.items()}
     for name, parameter in parameters.named_parameters():
@@ -64,6 +71,10 @@ def save_state(path: Path, parameters: torch.nn.Module, optimizer: torch.optim.O
 
 def load_state(path: Path, parameters: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Put parameters and optimizer back to where they were.
+
+    Args:
+        path: what :func:`save_state` wrote.
+        parameters, optimizer: filled in place.
 
     Raises:
         OutputError: a file of another training.

@@ -60,7 +60,13 @@ class ReferenceReport:
 
 
 def stages(arguments: ReferenceArguments, examples: int, processes: int = 1) -> tuple[Stage, ...]:
-    """What is trained one after the other: heads, or a share of the steps heads and then everything."""
+    """What is trained one after the other: heads, or a share of the steps heads and then everything.
+
+    Args:
+        arguments: epochs, batch and share of the heads' own stage.
+        examples: conversations of an epoch.
+        processes: ranks that share a batch.
+    """
     micro = math.ceil(examples / (arguments.batch_size * processes))
     steps = arguments.max_steps or math.ceil(math.ceil(micro / arguments.accumulate) * arguments.epochs)
     if not arguments.trains_base:

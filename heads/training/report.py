@@ -46,7 +46,7 @@ def plot(path: Path, heads: Sequence[Mapping[str, float]], curves: Curves) -> No
     Args:
         path: the picture; its suffix decides the format.
         heads: top-1 to top-10 accuracy of every head, 0 to 1.
-        curves: name -> (steps, losses).
+        curves: name -> (step, loss) pairs.
 
     Raises:
         MissingPackageError: matplotlib is not installed.

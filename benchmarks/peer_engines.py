@@ -52,9 +52,9 @@ class Ours:
         step = self._engine.prepare(self._tree)
         node_ids = np.array([token], dtype=np.int64)
         next_ids = step.verify(node_ids)
-        path = self._accept(self._tree, node_ids, next_ids)
-        step.keep(path)
-        return int(next_ids[path[-1]])
+        path, tokens = self._accept(self._tree, node_ids, next_ids)
+        step.commit(path)
+        return tokens[-1]
 
 
 class Transformers:

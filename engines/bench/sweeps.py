@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.batch_step import advance
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
+from medusa_export.engines.decoding.step import decode_step
 from medusa_export.engines.measure.side_by_side import compare
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.heads.trees.tree import Tree
@@ -69,15 +69,15 @@ def serve(
             active.append(waiting.pop())
             result.tokens[active[-1]].append(int(decoder.admit(prompts[active[-1]]).argmax()))
         start = time.perf_counter()
-        fits = all(decoder.room(slot) >= tree.num_nodes for slot in range(len(active)))
+        fits = all(decoder.remaining(slot) >= tree.num_nodes for slot in range(len(active)))
         last = [result.tokens[index][-1] for index in active]
-        new = advance(decoder, tree if fits else AUTOREGRESSIVE, last)
+        new = decode_step(decoder, tree if fits else AUTOREGRESSIVE, last)
         result.decode_seconds += time.perf_counter() - start
         result.steps += 1
         result.sequence_steps += len(active)
         for slot in reversed(range(len(active))):
             tokens = result.tokens[active[slot]]
-            if _extend(tokens, new[slot], ends, max_new_tokens) or not decoder.room(slot):
+            if _extend(tokens, new[slot], ends, max_new_tokens) or not decoder.remaining(slot):
                 decoder.release(slot)
                 active[slot] = active[-1]
                 active.pop()

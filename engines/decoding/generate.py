@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation, StepEngine, WholeEngine
-from medusa_export.heads.decoding.accept import Typical, accept_drawn, accept_greedy, accept_typical
+from medusa_export.engines.decoding.single_slot import OneSequence
+from medusa_export.engines.decoding.step import decode_step
+from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
 
@@ -48,17 +48,21 @@ def _decode_by_steps(
     engine: StepEngine, input_ids: Sequence[int], tree: Tree, max_new_tokens: int, eos_token_ids: Sequence[int],
     sampler: Sampler | None, typical: Typical | None,
 ) -> Generation:  # fmt: skip
-    result, eos = Generation(), set(eos_token_ids)
+    result, eos, decoder = Generation(), set(eos_token_ids), OneSequence(engine)
     start = time.perf_counter()
     first = sampler.draw(engine.prefill_logits(input_ids)) if sampler else engine.prefill(input_ids)
     result.tokens.append(first)
+    new = [first]
     decode_start, backend_start = time.perf_counter(), engine.backend_seconds
-    while not (reason := _finished(result.tokens, eos, max_new_tokens)):
-        room = engine.info.max_length - engine.length
-        if not room:
+    while not (reason := _finished(result.tokens, new, eos, max_new_tokens)):
+        remaining = engine.info.max_length - engine.length
+        if not remaining:
             reason = "context"
             break
-        result.tokens += _step(engine, tree if room >= tree.num_nodes else AUTOREGRESSIVE, result, sampler, typical)
+        fitting = tree if remaining >= tree.num_nodes else AUTOREGRESSIVE
+        (new,) = decode_step(decoder, fitting, result.tokens[-1:], (sampler,), typical)
+        result.tokens += new
+        result.accepted.append(len(new))
     result.finish_reason = _cut(result.tokens, eos, max_new_tokens) or reason
     result.prefill_ms = (decode_start - start) * 1e3
     result.decode_ms = (time.perf_counter() - decode_start) * 1e3
@@ -66,36 +70,9 @@ def _decode_by_steps(
     return result
 
 
-def _step(
-    engine: StepEngine, tree: Tree, result: Generation, sampler: Sampler | None, typical: Typical | None
-) -> list[int]:
-    """Draft, verify, accept, keep. Returns the new tokens: the accepted drafts and the base model's own next one."""
-    step = engine.prepare(tree)
-    node_ids = np.empty(tree.num_nodes, dtype=np.int64)
-    node_ids[0] = result.tokens[-1]
-    if tree.max_draft_len:
-        node_ids[1:] = engine.draft(tree.depth)[tree.heads_and_ranks]
-    if sampler:
-        logits = step.verify_logits(node_ids)
-        if typical:
-            path = accept_typical(tree, node_ids, logits, sampler.temperature, typical)
-            tokens = [*node_ids[path[1:]].tolist(), sampler.draw(logits[path[-1]])]
-        else:
-            path, tokens = accept_drawn(tree, node_ids, lambda node: sampler.draw(logits[node]))
-    else:
-        next_ids = step.verify(node_ids)
-        path = accept_greedy(tree, node_ids, next_ids)
-        tokens = next_ids[
-            path
-        ].tolist()  # the base model's choice after each accepted node, which is the next node's token
-    step.keep(path)
-    result.accepted.append(len(tokens))
-    return tokens
-
-
-def _finished(tokens: list[int], eos: set[int], max_new_tokens: int) -> str:
-    """The reason to stop, or an empty string."""
-    if eos and not eos.isdisjoint(tokens[-17:]):  # one step adds at most 17 tokens
+def _finished(tokens: list[int], new: list[int], eos: set[int], max_new_tokens: int) -> str:
+    """The reason to stop, or an empty string. Ends of sequence can only be among the tokens that are new."""
+    if not eos.isdisjoint(new):
         return "stop"
     return "length" if len(tokens) >= max_new_tokens else ""
 

@@ -24,7 +24,7 @@ class Step(Protocol):
     def verify_logits(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """As :meth:`verify`, but all logits.  # [N] -> [N, vocab_size]"""
 
-    def keep(self, path: npt.NDArray[np.int64]) -> None:
+    def commit(self, path: npt.NDArray[np.int64]) -> None:
         """Make the accepted nodes the newest rows of the KV cache and drop the others."""
 
 
@@ -79,25 +79,8 @@ class WholeEngine(Protocol):
         """One greedy answer, up to the first end-of-sequence id, with it."""
 
 
-class TreeDecoder(Protocol):
-    """Sequences in slots ``0 .. active - 1``, whose steps the scheduler drives; slots that are in use come first."""
-
-    info: EngineInfo
-    max_length: int
-    slots: int
-    active: int
-
-    def room(self, slot: int) -> int:
-        """Tokens that still fit."""
-
-    def begin(self, input_ids: Sequence[int]) -> None:
-        """Prepare a prompt that :meth:`fill` runs in parts, with steps of the others in between."""
-
-    def fill(self, count: int) -> npt.NDArray[np.float32] | None:
-        """Run so many tokens of the prompt; logits [vocab_size] with the last ones: its sequence is the last active one then."""
-
-    def drop(self) -> None:
-        """Forget the prompt that is being filled in."""
+class StepDecoder(Protocol):
+    """Active sequences whose steps :func:`~medusa_export.engines.decoding.step.decode_step` takes, all in one run."""
 
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
         """Candidates of the first heads for every active sequence.  # [active, depth, top_k]"""
@@ -108,8 +91,29 @@ class TreeDecoder(Protocol):
     def verify_logits(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """As :meth:`verify`, but all logits.  # [active, N] -> [active, N, vocab_size]"""
 
-    def keep(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
+    def commit(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
         """Make every sequence's accepted nodes the newest rows of its cache, and drop the others."""
+
+
+class TreeDecoder(StepDecoder, Protocol):
+    """Sequences in slots ``0 .. active - 1``, whose steps the scheduler drives; slots that are in use come first."""
+
+    info: EngineInfo
+    max_length: int
+    slots: int
+    active: int
+
+    def remaining(self, slot: int) -> int:
+        """Tokens that still fit."""
+
+    def begin(self, input_ids: Sequence[int]) -> None:
+        """Prepare a prompt that :meth:`prefill_chunk` runs in parts, with steps of the others in between."""
+
+    def prefill_chunk(self, count: int) -> npt.NDArray[np.float32] | None:
+        """Run so many tokens of the prompt; logits [vocab_size] with the last ones: its sequence is the last active one then."""
+
+    def drop(self) -> None:
+        """Forget the prompt that is being filled in."""
 
     def release(self, slot: int) -> None:
         """End a sequence; the last active one moves into its slot."""

@@ -1,4 +1,4 @@
-"""One sequence at a time for the scheduler, on an engine that runs single steps: TensorRT's."""
+"""An engine of one sequence as a batch of one: for the decode loop, and for a scheduler that serves TensorRT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OneSequence:
         self._prompt, self._unread = list[int](), 0
         self._step: Step | None = None
 
-    def room(self, slot: int) -> int:
+    def remaining(self, slot: int) -> int:
         """Tokens that still fit."""
         return self.max_length - self._engine.length
 
@@ -43,7 +43,7 @@ class OneSequence:
             raise ConfigError("prompt", f"{len(input_ids)} tokens", limit, "shorten it, or allow longer sequences")
         self._prompt, self._unread = list(input_ids), len(input_ids)
 
-    def fill(self, count: int) -> Array | None:
+    def prefill_chunk(self, count: int) -> Array | None:
         """Nobody else needs steps in between, so that all of a prompt runs with its last part.  # -> [vocab_size]"""
         self._unread = max(0, self._unread - count)
         if self._unread:
@@ -70,10 +70,10 @@ class OneSequence:
         self._step = self._engine.prepare(tree)
         return self._step.verify_logits(node_ids[0])[None]
 
-    def keep(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
+    def commit(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
         """Make the accepted nodes the newest rows of the cache, and drop the others."""
         assert self._step is not None, "verify comes first"
-        self._step.keep(paths[0])
+        self._step.commit(paths[0])
 
     def release(self, slot: int) -> None:
         """End the sequence."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.engines.decoding.batch_step import PREFILL, ROOT
+from medusa_export.engines.decoding.step import PREFILL, ROOT
 from medusa_export.engines.onnxruntime.engine import MASKED, open_decoder, open_heads, share
 from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 from medusa_export.engines.onnxruntime.slots import Slots
@@ -56,12 +56,12 @@ class TreeBatchDecoder(Slots):
             ConfigError: a prompt that leaves no room, or no free slot.
         """
         self.begin(input_ids)
-        while (logits := self.fill(PREFILL)) is None:
+        while (logits := self.prefill_chunk(PREFILL)) is None:
             pass
         return logits
 
     def begin(self, input_ids: Sequence[int]) -> None:
-        """Prepare a prompt that :meth:`fill` runs in parts, with steps of the active sequences in between. One at a time.
+        """Prepare a prompt that :meth:`prefill_chunk` runs in parts, with steps of the active sequences in between. One at a time.
 
         Raises:
             ConfigError: a prompt that leaves no room, or no free slot.
@@ -70,7 +70,7 @@ class TreeBatchDecoder(Slots):
         self._rest = list(input_ids)
         self._lengths[self._spare] = 0
 
-    def fill(self, count: int) -> Array | None:
+    def prefill_chunk(self, count: int) -> Array | None:
         """Run the next tokens of the prompt, ``count`` at most.
 
         Returns:
@@ -96,7 +96,7 @@ class TreeBatchDecoder(Slots):
     def step(self, tokens: Sequence[int]) -> Array:
         """The next token of every active sequence goes in.  # [active] -> logits [active, vocab_size]"""
         logits = self.verify_logits(ROOT, np.asarray(tokens, dtype=np.int64)[:, None])
-        self.keep([np.zeros(1, dtype=np.int64)] * self.active)
+        self.commit([np.zeros(1, dtype=np.int64)] * self.active)
         return logits[:, 0]
 
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
@@ -115,7 +115,7 @@ class TreeBatchDecoder(Slots):
         """As :meth:`verify`, but all logits.  # [active, N] -> [active, N, vocab_size]"""
         return self._verify(tree, node_ids).logits().reshape(*node_ids.shape, -1)
 
-    def keep(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
+    def commit(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
         """Make every active sequence's accepted nodes the newest rows of its cache, and drop the others.
 
         Args:

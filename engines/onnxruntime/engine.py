@@ -214,7 +214,7 @@ class OnnxRuntimeStep:
             self._blocks[logits] = _Block(self._engine, self.tree, self.tree.num_nodes, output_rows=rows, logits=logits)
         return self._blocks[logits]
 
-    def keep(self, path: npt.NDArray[np.int64]) -> None:
+    def commit(self, path: npt.NDArray[np.int64]) -> None:
         engine, count = self._engine, len(path)
         if path[-1] != count - 1:  # otherwise the rows already lie where they belong
             past = engine.length

@@ -42,7 +42,7 @@ class Slots:
         self.slots, self.active = slots, 0
         self._lengths = np.zeros(slots, dtype=np.int64)
 
-    def room(self, slot: int) -> int:
+    def remaining(self, slot: int) -> int:
         """Tokens that still fit."""
         return self.max_length - int(self._lengths[slot])
 

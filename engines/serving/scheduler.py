@@ -8,9 +8,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from medusa_export.engines.decoding.batch_step import PREFILL, ROOT, advance
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.protocols import TreeDecoder
+from medusa_export.engines.decoding.step import PREFILL, ROOT, decode_step
 from medusa_export.engines.serving.meter import Meter
 from medusa_export.engines.serving.request import BusyError, ClosedError, End, Listener, PromptError, Ticket
 from medusa_export.heads.decoding.sampling import Sampler, Sampling
@@ -168,7 +168,7 @@ class Scheduler:
         """Read so many tokens of a prompt; when they were the last, its request is one of those that run."""
         if self._unread == len(ticket.input_ids):
             self.decoder.begin(ticket.input_ids)
-        logits = self.decoder.fill(count)
+        logits = self.decoder.prefill_chunk(count)
         self._unread -= count
         if logits is None:
             return
@@ -189,7 +189,7 @@ class Scheduler:
 
     def _step(self) -> None:
         last = [ticket.tokens[-1] for ticket in self._running]
-        new = advance(self.decoder, self._step_tree(), last, [ticket.sampler for ticket in self._running])
+        new = decode_step(self.decoder, self._step_tree(), last, [ticket.sampler for ticket in self._running])
         for slot in reversed(range(len(self._running))):
             self._running[slot].steps += 1
             self._take(slot, new[slot])
@@ -197,8 +197,8 @@ class Scheduler:
     def _step_tree(self) -> Tree:
         """The tree of so many sequences, if each has room for it."""
         tree = self._trees(len(self._running))
-        room = min(self.decoder.room(slot) for slot in range(len(self._running)))
-        return tree if room >= tree.num_nodes else ROOT
+        remaining = min(self.decoder.remaining(slot) for slot in range(len(self._running)))
+        return tree if remaining >= tree.num_nodes else ROOT
 
     def _take(self, slot: int, tokens: Sequence[int]) -> None:
         """New tokens of a request, of which one may be its last."""
@@ -218,7 +218,7 @@ class Scheduler:
             self._meter.tokens(taken, now - before)
         else:
             self._meter.first_token(now - ticket.submitted)
-        if reason or not self.decoder.room(slot):
+        if reason or not self.decoder.remaining(slot):
             self._release(slot, reason or "length")
         else:
             ticket.listener.flush()

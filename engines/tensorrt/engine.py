@@ -217,7 +217,7 @@ class TensorRtStep:
         self._block.run(node_ids)
         return self._block.host_logits()
 
-    def keep(self, path: npt.NDArray[np.int64]) -> None:
+    def commit(self, path: npt.NDArray[np.int64]) -> None:
         start, plan, count = time.perf_counter(), self._staged.numpy(), len(path)
         plan[: self._longest] = path[-1]  # rows behind the path are not read before they are written again
         plan[:count] = path

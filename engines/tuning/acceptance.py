@@ -42,7 +42,7 @@ def trace(engine: StepEngine, input_ids: Sequence[int], *, max_new_tokens: int) 
     while len(tokens) < max_new_tokens and tokens[-1] not in ends and engine.length < engine.info.max_length:
         drafts.append(engine.draft(engine.info.max_depth)[:, :TOP_K].copy())
         tokens.append(int(step.verify(np.array(tokens[-1:]))[0]))
-        step.keep(np.zeros(1, dtype=np.int64))
+        step.commit(np.zeros(1, dtype=np.int64))
     ranks = np.full((len(tokens), engine.info.max_depth), UNKNOWN, dtype=np.int64)
     for row, draft in enumerate(drafts):
         for head, token in enumerate(tokens[row + 1 : row + 1 + len(draft)]):

@@ -64,7 +64,7 @@ class SingleSteps:
     def verify(self, tree: Tree) -> None:
         step, node_ids = self._engine.prepare(tree), np.ones(tree.num_nodes, dtype=np.int64)
         accept_greedy(tree, node_ids, step.verify(node_ids))
-        step.keep(ROOT)
+        step.commit(ROOT)
 
 
 class BatchSteps:
@@ -89,7 +89,7 @@ class BatchSteps:
         node_ids = np.ones((self.batch, tree.num_nodes), dtype=np.int64)
         for next_ids in self._decoder.verify(tree, node_ids):
             accept_greedy(tree, node_ids[0], next_ids)
-        self._decoder.keep([ROOT] * self.batch)
+        self._decoder.commit([ROOT] * self.batch)
 
 
 def measure_cost(

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
+
+Path = npt.NDArray[np.int64]
 
 
 def accept_greedy(
     tree: Tree, node_ids: npt.NDArray[np.int64], argmax_ids: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+) -> tuple[Path, list[int]]:
     """The longest path from the root on which every draft token is what the base model would have chosen itself.
-
-    Because siblings carry different tokens, at most one child of a node can match, so one walk down the breadth-first order
-    finds the path; where a head proposed the same token twice, the first (better ranked) one wins.
 
     Args:
         tree: the tree that was verified.
@@ -25,35 +25,37 @@ def accept_greedy(
         argmax_ids: the base model's greedy next token after every node.  # [N]
 
     Returns:
-        Accepted node indices, the root first.  # [1 .. depth + 1]
-        The next token, not part of the tree, is ``argmax_ids[path[-1]]``.
+        As :func:`accept_drawn`.
     """
-    return accept_drawn(tree, node_ids, lambda node: int(argmax_ids[node]))[0]
+    next_ids = argmax_ids.tolist()
+    return accept_drawn(tree, node_ids, next_ids.__getitem__)
 
 
-def accept_drawn(
-    tree: Tree, node_ids: npt.NDArray[np.int64], draw: Callable[[int], int]
-) -> tuple[npt.NDArray[np.int64], list[int]]:
+def accept_drawn(tree: Tree, node_ids: npt.NDArray[np.int64], draw: Callable[[int], int]) -> tuple[Path, list[int]]:
     """The path that tokens take through the tree when each is drawn from the base model's distribution behind the one before it.
 
     Every token is drawn once, in order, from what plain sampling would draw it from, whatever was drafted; a draft only decides
     whether the distribution behind the token is known already. So the output has the base model's distribution, and with the same
-    random numbers it is the same text.
+    random numbers it is the same text. Where several siblings carry the token, the text goes on below any of them: they stand for
+    the same text, and the longest path wins.
 
     Args:
         tree: the tree that was verified.
         node_ids: token of every node, the root first.  # [N]
-        draw: the next token behind a node; called for accepted nodes only, the root first.
+        draw: the next token behind a node; called once for every accepted token, the root first.
 
     Returns:
         Accepted node indices, the root first, and the token that was drawn behind each.  # [1 .. depth + 1], twice
+        All but the last of the tokens are those of the nodes; the last one is the next step's root.
     """
-    path, tokens = [0], [draw(0)]
-    for node, (parent, token) in enumerate(zip(tree.parent_list, node_ids[1:].tolist(), strict=True), start=1):
-        if parent == path[-1] and token == tokens[-1]:
-            path.append(node)
-            tokens.append(draw(node))
-    return np.array(path, dtype=np.int64), tokens
+    tokens, ids = [draw(0)], node_ids.tolist()
+    reached = [node for node in tree.children[0] if ids[node] == tokens[0]]
+    node = 0
+    while reached:
+        node = reached[0]
+        tokens.append(draw(node))
+        reached = [child for twin in reached for child in tree.children[twin] if ids[child] == tokens[-1]]
+    return tree.path_to(node), tokens
 
 
 @dataclass(frozen=True)
@@ -69,33 +71,32 @@ class Typical:
 
 
 def accept_typical(
-    tree: Tree, node_ids: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], temperature: float, rule: Typical
-) -> npt.NDArray[np.int64]:
+    tree: Tree, node_ids: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], sampler: Sampler, rule: Typical
+) -> tuple[Path, list[int]]:
     """The longest path whose drafts are all likely enough behind their parents; of equally long ones the likeliest.
 
     The output does not have the base model's distribution: likely tokens come more often.
 
     Args:
+        tree: the tree that was verified.
         node_ids: token of every node, the root first.  # [N]
         logits: of the base model behind every node.  # [N, vocab_size]
+        sampler: its temperature, and what draws the token behind the path.
+        rule: what is likely enough.
 
     Returns:
-        Accepted node indices, the root first.  # [1 .. depth + 1]
+        As :func:`accept_drawn`, but all tokens except the last are drafts that stood.
     """
-    scaled = logits.astype(np.float64) / temperature
+    scaled = logits.astype(np.float64) / sampler.temperature
     scaled -= scaled.max(-1, keepdims=True)
     log_shares = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))  # [N, V]
     entropy = -(np.exp(log_shares) * log_shares).sum(-1)  # [N], nats
     thresholds = np.log(np.minimum(rule.threshold, rule.alpha * np.exp(-entropy)))  # [N]
     best = {0: (0, 0.0)}  # accepted node -> depth and log-probability of its path
-    parents = [-1, *tree.parent_list]
-    for node in range(1, tree.num_nodes):
-        parent = parents[node]
+    for node, parent in enumerate(tree.parent_list, start=1):
         share = log_shares[parent, node_ids[node]]
         if parent in best and share > thresholds[parent]:
             depth, likelihood = best[parent]
             best[node] = depth + 1, likelihood + share
-    path = [max(best, key=lambda node: (best[node], -node))]
-    while path[-1]:
-        path.append(parents[path[-1]])
-    return np.array(path[::-1], dtype=np.int64)
+    path = tree.path_to(max(best, key=lambda node: (best[node], -node)))
+    return path, [*node_ids[path[1:]].tolist(), sampler.draw(logits[path[-1]])]

@@ -74,9 +74,9 @@ def medusa_decode(
         drafts = head_logits(checkpoint, hidden).topk(tree.top_k).indices.numpy()  # [H, top_k]
         node_ids = np.concatenate([tokens[-1:], drafts[tree.heads_and_ranks]])  # [N]
         states, next_ids = verify_tree(model, text, tree, node_ids.tolist())
-        path = accept_greedy(tree, node_ids, next_ids)
+        path, new = accept_greedy(tree, node_ids, next_ids)
         text += node_ids[path].tolist()
-        tokens += next_ids[path].tolist()
+        tokens += new
         accepted.append(len(path))
         hidden = states[path[-1]]
     return _until_eos(tokens[:max_new_tokens], eos_token_ids), accepted

@@ -36,15 +36,15 @@ class Sampler:
         if not 0 < top_p <= 1:
             raise ConfigError("top_p", f"{top_p:g}", "more than 0 and at most 1", "change it")
         self.temperature, self.seed, self.top_p = temperature, seed, top_p
-        self._chance = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(seed)
 
     def draw(self, logits: Logits) -> int:
         """The token in whose share of the distribution the next random number falls."""
         if self.top_p < 1:
             tokens, shares = self._nucleus(logits)
-            return int(tokens[np.searchsorted(shares, self._chance.random() * shares[-1], side="right")])
+            return int(tokens[np.searchsorted(shares, self._rng.random() * shares[-1], side="right")])
         shares = self._cumulative(logits)
-        return int(np.searchsorted(shares, self._chance.random() * shares[-1], side="right"))
+        return int(np.searchsorted(shares, self._rng.random() * shares[-1], side="right"))
 
     def margin(self, position: int, logits: Logits, token: int) -> float:
         """How many logits would have to move for the text's token at ``position`` to be ``token``; 0 where it is.

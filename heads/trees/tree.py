@@ -95,6 +95,25 @@ class Tree:
         return [int(parent) for parent in self.parents[1:]]
 
     @cached_property
+    def children(self) -> list[list[int]]:
+        """Of every node, for the step loop.  # [N] lists"""
+        found: list[list[int]] = [[] for _ in range(self.num_nodes)]
+        for node, parent in enumerate(self.parent_list, start=1):
+            found[parent].append(node)
+        return found
+
+    @cached_property
+    def _paths(self) -> list[npt.NDArray[np.int64]]:
+        paths = [[0]]
+        for node, parent in enumerate(self.parent_list, start=1):
+            paths.append([*paths[parent], node])
+        return [np.array(path, dtype=np.int64) for path in paths]
+
+    def path_to(self, node: int) -> npt.NDArray[np.int64]:
+        """The root, what leads from it to a node, and the node.  # [depth of the node + 1]"""
+        return self._paths[node]
+
+    @cached_property
     def depths(self) -> npt.NDArray[np.int64]:
         """Position of every node relative to the root.  # [N]"""
         return np.array([0] + [len(choice) for choice in self.choices], dtype=np.int64)

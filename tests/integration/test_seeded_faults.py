@@ -159,25 +159,25 @@ class TestEngine:
     def test_stale_row(self, random_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Accepted rows left where the tree had them: only decoding on behind them shows it."""
 
-        def keep(self: OnnxRuntimeStep, path: npt.NDArray[np.int64]) -> None:
+        def commit(self: OnnxRuntimeStep, path: npt.NDArray[np.int64]) -> None:
             self._engine.length += len(path)
             self._engine._hidden[0] = self._block.hidden[path[-1]]
 
-        monkeypatch.setattr(OnnxRuntimeStep, "keep", keep)
+        monkeypatch.setattr(OnnxRuntimeStep, "commit", commit)
         assert findings(random_engine, WIDE) == {"parity"}
 
     def test_hidden_state_of_another_node(
         self, tiny_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The heads read the root instead of the last kept row: tokens per step tell."""
-        made, keep = tiny_engine(drafts_well=True), OnnxRuntimeStep.keep
+        made, keep = tiny_engine(drafts_well=True), OnnxRuntimeStep.commit
 
         def stale(self: OnnxRuntimeStep, path: npt.NDArray[np.int64]) -> None:
             keep(self, path)
             self._engine._hidden[0] = self._block.hidden[0]
 
         good = per_step(run(made, CHAIN))
-        monkeypatch.setattr(OnnxRuntimeStep, "keep", stale)
+        monkeypatch.setattr(OnnxRuntimeStep, "commit", stale)
         assert findings(made, CHAIN) == set()
         assert per_step(run(made, CHAIN)) < 0.8 * good
 

@@ -83,7 +83,7 @@ class ScriptedStep:
         paths = [[*self.engine.rows, *node_ids[visible].tolist()] for visible in self.tree.mask]
         return np.array([self.engine.say(path) for path in paths])
 
-    def keep(self, path: npt.NDArray[np.int64]) -> None:
+    def commit(self, path: npt.NDArray[np.int64]) -> None:
         self.engine.rows += self.node_ids[path].tolist()
 
 

@@ -101,14 +101,14 @@ def test_prompts_in_parts(tiny_engine: Callable[..., Any]) -> None:
     engine = OnnxRuntimeEngine(tiny_engine().path)
     decoder, expected = OneSequence(engine), engine.prefill_logits([5, 6, 7, 8]).copy()
     decoder.begin([9, 9, 9])
-    assert decoder.fill(2) is None
+    assert decoder.prefill_chunk(2) is None
     decoder.drop()
     decoder.begin([5, 6, 7, 8])
-    assert [decoder.fill(2), decoder.active] == [None, 0]
-    logits = decoder.fill(2)
+    assert [decoder.prefill_chunk(2), decoder.active] == [None, 0]
+    logits = decoder.prefill_chunk(2)
     assert logits is not None
     np.testing.assert_array_equal(logits, expected)
-    assert (decoder.active, decoder.room(0)) == (1, engine.info.max_length - 4)
+    assert (decoder.active, decoder.remaining(0)) == (1, engine.info.max_length - 4)
     with pytest.raises(ConfigError, match="has not ended"):
         decoder.begin([1])
     decoder.release(0)

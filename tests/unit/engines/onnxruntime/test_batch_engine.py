@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.batch_step import advance
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
+from medusa_export.engines.decoding.step import decode_step
 from medusa_export.engines.onnxruntime import batch_engine as tree_batch
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.onnxruntime.slots import BatchDecoder
+from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
 
@@ -39,7 +40,12 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_batch, "PREFILL", 3)
 
 
-def serve(decoder: TreeBatchDecoder, tree: Tree, make_sampler: Callable[[int], Sampler | None]) -> list[Generation]:
+def serve(
+    decoder: TreeBatchDecoder,
+    tree: Tree,
+    make_sampler: Callable[[int], Sampler | None],
+    typical: Typical | None = None,
+) -> list[Generation]:
     """All prompts, as slots become free."""
     results = [Generation() for _ in PROMPTS]
     samplers = [make_sampler(index) for index in range(len(PROMPTS))]
@@ -51,7 +57,9 @@ def serve(decoder: TreeBatchDecoder, tree: Tree, make_sampler: Callable[[int], S
             results[index].tokens.append(sampler.draw(logits) if sampler else int(logits.argmax()))
             active.append(index)
         last = [results[index].tokens[-1] for index in active]
-        for index, new in zip(active, advance(decoder, tree, last, [samplers[i] for i in active]), strict=True):
+        for index, new in zip(
+            active, decode_step(decoder, tree, last, [samplers[i] for i in active], typical), strict=True
+        ):
             results[index].tokens += new
             results[index].accepted.append(len(new))
         for slot in reversed(range(len(active))):
@@ -62,10 +70,16 @@ def serve(decoder: TreeBatchDecoder, tree: Tree, make_sampler: Callable[[int], S
     return results
 
 
-def alone(engine: OnnxRuntimeEngine, index: int, tree: Tree, sampler: Sampler | None = None) -> Generation:
+def alone(
+    engine: OnnxRuntimeEngine,
+    index: int,
+    tree: Tree,
+    sampler: Sampler | None = None,
+    typical: Typical | None = None,
+) -> Generation:
     return generate(
-        engine, PROMPTS[index], tree, max_new_tokens=LIMITS[index], eos_token_ids=(), sampler=sampler
-    )  # fmt: skip
+        engine, PROMPTS[index], tree, max_new_tokens=LIMITS[index], eos_token_ids=(), sampler=sampler, typical=typical
+    )
 
 
 @pytest.mark.parametrize(("family", "quant"), FORMS)
@@ -110,6 +124,18 @@ def test_drawn_tokens_are_those_of_one_sequence(tiny_engine: Callable[..., Any])
         assert result.tokens[: LIMITS[index]] == expected.tokens
 
 
+def test_typical_acceptance_is_that_of_one_sequence(tiny_engine: Callable[..., Any]) -> None:
+    """A greedy sequence beside the drawn ones stays lossless."""
+    path, rule = tiny_engine(drafts_well=True).path, Typical(threshold=0.02, alpha=0.5)
+    engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=3)
+    several = serve(decoder, TREE, lambda index: Sampler(0.7, index) if index % 2 else None, rule)
+    for index, result in enumerate(several):
+        expected = alone(engine, index, TREE, Sampler(0.7, index) if index % 2 else None, rule)
+        assert result.tokens[: LIMITS[index]] == expected.tokens
+    assert several[1].tokens != alone(engine, 1, TREE, Sampler(0.7, 1)).tokens, "drafts stand that were not drawn"
+    assert several[2].tokens[: LIMITS[2]] == alone(engine, 2, AUTOREGRESSIVE).tokens
+
+
 def test_a_prompt_is_read_in_parts_between_steps_of_others(tiny_engine: Callable[..., Any]) -> None:
     """The others step, end and move meanwhile; a dropped prompt leaves nothing."""
     path = tiny_engine().path
@@ -117,21 +143,21 @@ def test_a_prompt_is_read_in_parts_between_steps_of_others(tiny_engine: Callable
     long = [3, 9, 27, 81, 50, 53, 62, 89, 73, 25, 75]
     first = [int(decoder.admit(prompt).argmax()) for prompt in PROMPTS[:3]]
     decoder.begin([5, 6, 7])
-    assert decoder.fill(2) is None
+    assert decoder.prefill_chunk(2) is None
     decoder.drop()
     decoder.begin(long)
     rows = [[token] for token in first]
     logits = None
     while logits is None:
-        for row, new in zip(rows, advance(decoder, AUTOREGRESSIVE, [row[-1] for row in rows]), strict=True):
+        for row, new in zip(rows, decode_step(decoder, AUTOREGRESSIVE, [row[-1] for row in rows]), strict=True):
             row += new
         if len(rows) == 3 and len(rows[0]) > 2:
             decoder.release(0)
             rows = [rows[2], rows[1]]
-        logits = decoder.fill(3)
+        logits = decoder.prefill_chunk(3)
     rows.append([int(logits.argmax())])
     for _ in range(4):
-        for row, new in zip(rows, advance(decoder, AUTOREGRESSIVE, [row[-1] for row in rows]), strict=True):
+        for row, new in zip(rows, decode_step(decoder, AUTOREGRESSIVE, [row[-1] for row in rows]), strict=True):
             row += new
     for row, prompt in zip(rows, [PROMPTS[2], PROMPTS[1], long], strict=True):
         expected = generate(engine, prompt, AUTOREGRESSIVE, max_new_tokens=len(row), eos_token_ids=())
@@ -147,7 +173,7 @@ def test_a_long_sequence_does_not_cost_those_after_it(tiny_engine: Callable[...,
     grown = decoder._kv.shape[3]
     decoder.release(1)
     for _ in range(12):
-        row += advance(decoder, AUTOREGRESSIVE, [row[-1]])[0]
+        row += decode_step(decoder, AUTOREGRESSIVE, [row[-1]])[0]
     assert grown >= 600
     assert decoder._kv.shape[3] < 20
     assert row == generate(engine, PROMPTS[0], AUTOREGRESSIVE, max_new_tokens=13, eos_token_ids=()).tokens
@@ -158,7 +184,7 @@ def test_refusals(tiny_engine: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="4 tokens"):
         decoder.admit([1, 2, 3, 4])
     decoder.admit([1, 2, 3])
-    assert decoder.room(0) == 1
+    assert decoder.remaining(0) == 1
     with pytest.raises(ConfigError, match="in use"):
         decoder.admit([1])
     with pytest.raises(ConfigError, match="tree"):

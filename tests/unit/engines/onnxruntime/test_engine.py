@@ -86,7 +86,7 @@ def test_kept_rows_are_those_of_a_prefill(path: list[int], tiny_engine: Callable
     engine.prefill(PROMPT)
     step = engine.prepare(TREE)
     next_ids = step.verify(NODE_IDS).copy()
-    step.keep(np.array(path))
+    step.commit(np.array(path))
     text = [*PROMPT, *NODE_IDS[path].tolist()]
     assert fresh.prefill(text) == next_ids[path[-1]]
     assert engine.length == fresh.length == len(text)
@@ -97,7 +97,7 @@ def test_kept_rows_are_those_of_a_prefill(path: list[int], tiny_engine: Callable
         ids = [step.verify(NODE_IDS[::-1]).tolist() for step in steps]
         assert ids[0] == ids[1]
         for step in steps:
-            step.keep(np.array([0, 2, 5]))
+            step.commit(np.array([0, 2, 5]))
 
 
 def test_two_trees_alternate(tiny_engine: Callable[..., Any]) -> None:
@@ -110,9 +110,9 @@ def test_two_trees_alternate(tiny_engine: Callable[..., Any]) -> None:
         assert engine.prepare(tree) is step
         node_ids = np.array([tokens[-1], *engine.draft(max(tree.depth, 1))[tree.heads_and_ranks]])
         next_ids = step.verify(node_ids)
-        path = accept_greedy(tree, node_ids, next_ids)
+        path, _ = accept_greedy(tree, node_ids, next_ids)
         tokens += next_ids[path].tolist()
-        step.keep(path)
+        step.commit(path)
     assert tokens[:40] == expected
 
 

@@ -147,8 +147,8 @@ def test_a_long_prompt_does_not_hold_up_the_others(schedule: Callable[..., Sched
     """It is read in parts: between any two of them the running request gets a token."""
     scheduler, running, long = schedule(slots=3, prefill_tokens=3), Ears(), Ears()
     events: list[str] = []
-    fill, step = scheduler.decoder.fill, scheduler._step
-    scheduler.decoder.fill = lambda count: (events.append(f"fill {count}"), fill(count))[1]  # type: ignore[method-assign]
+    fill, step = scheduler.decoder.prefill_chunk, scheduler._step
+    scheduler.decoder.prefill_chunk = lambda count: (events.append(f"fill {count}"), fill(count))[1]  # type: ignore[method-assign]
     scheduler._step = lambda: (events.append("step"), step())[1]  # type: ignore[method-assign]
     running.may_go_on.clear()
     scheduler.submit(PROMPTS[0], Sampling(max_tokens=12), running)
@@ -165,7 +165,7 @@ def test_a_request_whose_prompt_is_being_read_can_be_cancelled(
     schedule: Callable[..., Scheduler], engine_dir: Path
 ) -> None:
     scheduler, running, long, later = schedule(slots=2, prefill_tokens=2), Ears(), Ears(), Ears()
-    fill, reading, may_go_on = scheduler.decoder.fill, threading.Event(), threading.Event()
+    fill, reading, may_go_on = scheduler.decoder.prefill_chunk, threading.Event(), threading.Event()
 
     def wait_and_fill(count: int) -> Any:
         if scheduler._unread in (8, 9):
@@ -173,7 +173,7 @@ def test_a_request_whose_prompt_is_being_read_can_be_cancelled(
             assert may_go_on.wait(SECONDS)
         return fill(count)
 
-    scheduler.decoder.fill = wait_and_fill  # type: ignore[method-assign]
+    scheduler.decoder.prefill_chunk = wait_and_fill  # type: ignore[method-assign]
     scheduler.submit(PROMPTS[0], Sampling(max_tokens=9), running)
     ticket = scheduler.submit([9] * 20, Sampling(max_tokens=3), long)
     assert reading.wait(SECONDS)

@@ -91,7 +91,7 @@ def test_keep_moves_the_path(made: Callable[..., Any]) -> None:
     step.verify(np.arange(10, 10 + tree.num_nodes))
     before, at = engine.kv.clone(), len(PROMPT)
     path = next(row[row >= 0] for row in tree.retrieve_indices if len(row[row >= 0]) == 3 and row[1] == 1)
-    step.keep(path[:2])
+    step.commit(path[:2])
     assert torch.equal(engine.kv[:, :, at : at + 2], before[:, :, at + path[:2]])
     assert torch.equal(engine.kv[:, :, :at], before[:, :, :at])
     assert (engine.length, int(engine.past)) == (at + 2, at + 2)

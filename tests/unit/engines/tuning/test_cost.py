@@ -75,7 +75,7 @@ def test_a_batch(tiny_engine: Callable[..., Any]) -> None:
         assert (curve["batch"], curve["past_length"]) == (batch, 20)
         assert set(sizes) == {(batch, nodes) for nodes in (1, 2, 3, 4)}
         assert [row["nodes"] for row in curve["verify"]] == [1, 2, 3, 4]
-        assert [decoder.room(slot) for slot in range(batch)] == [128 - 20] * batch
+        assert [decoder.remaining(slot) for slot in range(batch)] == [128 - 20] * batch
 
 
 def test_trees_of_every_size_that_heads_can_fill() -> None:

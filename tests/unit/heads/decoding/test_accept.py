@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from medusa_export.heads.decoding.accept import Typical, accept_drawn, accept_greedy, accept_typical
+from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Choice, Tree, load_tree
 
 Ids = npt.NDArray[np.int64]
@@ -44,15 +45,20 @@ def _brute_force(tree: Tree, node_ids: Ids, argmax_ids: Ids) -> list[int]:
     return best
 
 
+def greedy_path(tree: Tree, node_ids: Ids, argmax_ids: Ids) -> list[int]:
+    return accept_greedy(tree, node_ids, argmax_ids)[0].tolist()
+
+
 def test_against_brute_force() -> None:
     random = np.random.default_rng(7)
     lengths = []
     for _ in range(400):
         tree = _random_tree(random)
         node_ids, argmax_ids = _draft(tree, random), random.integers(0, VOCAB, tree.num_nodes)
-        path = accept_greedy(tree, node_ids, argmax_ids)
+        path, tokens = accept_greedy(tree, node_ids, argmax_ids)
         assert path.dtype == np.int64
         assert path.tolist() == _brute_force(tree, node_ids, argmax_ids)
+        assert tokens == argmax_ids[path].tolist()
         lengths.append(len(path))
     assert {1, 2, 3, 4} <= set(lengths), "the draws must cover short and long paths"
 
@@ -64,31 +70,46 @@ def test_a_whole_path_is_accepted() -> None:
     argmax_ids = np.zeros(tree.num_nodes, dtype=np.int64)
     for parent, child in pairwise(leaf_path):
         argmax_ids[parent] = node_ids[child]
-    assert accept_greedy(tree, node_ids, argmax_ids).tolist() == leaf_path
+    assert greedy_path(tree, node_ids, argmax_ids) == leaf_path
 
 
 @pytest.mark.parametrize("preset", ["none", "cpu-1", "cpu-8", "medusa-63"])
 def test_nothing_fits(preset: str) -> None:
     tree = load_tree(preset)
     node_ids = np.ones(tree.num_nodes, dtype=np.int64)
-    assert accept_greedy(tree, node_ids, np.zeros(tree.num_nodes, dtype=np.int64)).tolist() == [0]
+    assert greedy_path(tree, node_ids, np.zeros(tree.num_nodes, dtype=np.int64)) == [0]
 
 
 def test_the_roots_own_token_is_never_compared() -> None:
     tree = Tree.from_choices([[0]])
-    assert accept_greedy(tree, np.array([9, 5]), np.array([5, 1])).tolist() == [0, 1]
+    assert greedy_path(tree, np.array([9, 5]), np.array([5, 1])) == [0, 1]
 
 
 def test_a_fitting_token_under_a_wrong_parent_is_not_accepted() -> None:
     tree = Tree.from_choices([[0], [1], [0, 0], [1, 0]])  # nodes 1, 2 below the root, 3 below 1, 4 below 2
     node_ids, argmax_ids = np.array([0, 5, 6, 7, 7]), np.array([6, 7, 8, 8, 8])
-    assert accept_greedy(tree, node_ids, argmax_ids).tolist() == [0, 2]
-    assert accept_greedy(tree, node_ids, np.array([6, 8, 7, 8, 8])).tolist() == [0, 2, 4]
+    assert greedy_path(tree, node_ids, argmax_ids) == [0, 2]
+    assert greedy_path(tree, node_ids, np.array([6, 8, 7, 8, 8])) == [0, 2, 4]
 
 
 def test_of_the_same_token_twice_the_better_ranked_wins() -> None:
     tree = Tree.from_choices([[0], [1]])
-    assert accept_greedy(tree, np.array([0, 5, 5]), np.array([5, 1, 1])).tolist() == [0, 1]
+    assert greedy_path(tree, np.array([0, 5, 5]), np.array([5, 1, 1])) == [0, 1]
+
+
+def test_below_twins_the_longest_path_is_taken() -> None:
+    """Two drafters propose the same token; only the second one's goes on as the base model does, and its end is the path's."""
+    tree = Tree.from_choices([[0], [1], [0, 0], [1, 0], [1, 0, 0]])  # nodes 1, 2; 3 below 1, 4 below 2, 5 below 4
+    node_ids, argmax_ids = np.array([0, 5, 5, 8, 6, 7]), np.array([5, 6, 6, 1, 7, 9])
+    path, tokens = accept_greedy(tree, node_ids, argmax_ids)
+    assert (path.tolist(), tokens) == ([0, 2, 4, 5], [5, 6, 7, 9])
+
+
+def test_a_token_that_twins_carry_is_drawn_once() -> None:
+    tree = Tree.from_choices([[0], [1], [1, 0]])
+    drawn = iter([5, 6, 7])
+    path, tokens = accept_drawn(tree, np.array([0, 5, 5, 6]), lambda node: next(drawn))
+    assert (path.tolist(), tokens) == ([0, 2, 3], [5, 6, 7])
 
 
 MODEL = np.array([[0.5, 0.2, 0.2, 0.1], [0.1, 0.6, 0.1, 0.2], [0.3, 0.3, 0.3, 0.1], [0.25, 0.05, 0.4, 0.3]])
@@ -135,7 +156,10 @@ class TestTypical:
 
     def accept(self, *shares: list[float], temperature: float = 1.0, **rule: float) -> list[int]:
         logits = np.log(np.array(shares, dtype=np.float32)) + 5
-        return accept_typical(self.tree, self.node_ids, logits, temperature, Typical(**rule)).tolist()
+        path, tokens = accept_typical(self.tree, self.node_ids, logits, Sampler(temperature, 3), Typical(**rule))
+        assert tokens[:-1] == self.node_ids[path[1:]].tolist()
+        assert tokens[-1] == Sampler(temperature, 3).draw(logits[path[-1]])
+        return path.tolist()
 
     flat = [0.25] * 4
 

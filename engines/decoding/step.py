@@ -1,0 +1,73 @@
+"""One decode step, of one sequence or of many: draft, verify, accept, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_export.engines.decoding.protocols import StepDecoder
+from medusa_export.heads.decoding.accept import Typical, accept_drawn, accept_greedy, accept_typical
+from medusa_export.heads.decoding.sampling import Sampler
+from medusa_export.heads.trees.tree import Tree
+
+PREFILL = 256  # prompt tokens a run: bounds the memory of scores
+ROOT = Tree(())
+
+
+def decode_step(
+    decoder: StepDecoder,
+    tree: Tree,
+    last: Sequence[int],
+    samplers: Sequence[Sampler | None] = (),
+    typical: Typical | None = None,
+) -> list[list[int]]:
+    """One step of every active sequence: draft, verify, accept, commit.
+
+    Args:
+        tree: one for all sequences; each needs room for its nodes.
+        last: the newest token of each, which no cache holds yet.
+        samplers: what draws the tokens of each; None, or none at all: greedy.
+        typical: where tokens are drawn, let drafts stand by this rule instead: not lossless.
+
+    Returns:
+        The new tokens of each: accepted drafts and the base model's own next one.
+    """
+    node_ids = draft_nodes(decoder, tree, last)
+    if any(samplers):
+        logits = decoder.verify_logits(tree, node_ids)  # [active, N, V]
+        accepted = [
+            _accept(tree, *row, typical=typical) for row in zip(node_ids, logits, samplers, strict=True)
+        ]  # fmt: skip
+    else:
+        next_ids = decoder.verify(tree, node_ids)  # [active, N]
+        accepted = [accept_greedy(tree, *row) for row in zip(node_ids, next_ids, strict=True)]
+    decoder.commit([path for path, _ in accepted])
+    return [tokens for _, tokens in accepted]
+
+
+def draft_nodes(decoder: StepDecoder, tree: Tree, last: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The tokens of a tree of the heads' ranks for every active sequence.  # [active, N]"""
+    node_ids = np.empty((len(last), tree.num_nodes), dtype=np.int64)
+    node_ids[:, 0] = last
+    if tree.max_draft_len:
+        heads, ranks = tree.heads_and_ranks
+        node_ids[:, 1:] = decoder.draft(tree.depth)[:, heads, ranks]
+    return node_ids
+
+
+def _accept(
+    tree: Tree,
+    node_ids: npt.NDArray[np.int64],
+    logits: npt.NDArray[np.float32],
+    sampler: Sampler | None,
+    *,
+    typical: Typical | None,
+) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """Path and tokens of a sequence whose logits are known.  # [N], [N, V]"""
+    if sampler is None:
+        return accept_greedy(tree, node_ids, logits.argmax(-1))
+    if typical:
+        return accept_typical(tree, node_ids, logits, sampler, typical)
+    return accept_drawn(tree, node_ids, lambda node: sampler.draw(logits[node]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
-from medusa_export.engines.serving.request import End
+from medusa_export.engines.serving.request import FinishInfo
 from medusa_export.engines.serving.scheduler import Scheduler
 from medusa_export.heads.data.chat_model import Answer
 from medusa_export.heads.decoding.sampling import Sampling
@@ -50,15 +50,15 @@ class BatchChatModel:
         Raises:
             ConfigError: the prompt fills the context, or the chat template refuses the messages.
         """
-        listener = _Collector()
-        ticket = self._scheduler.submit(encode_chat(self._tokenizer, messages), sampling, listener)
+        callbacks = _Collector()
+        handle = self._scheduler.submit(encode_chat(self._tokenizer, messages), sampling, callbacks)
         try:
-            end = await asyncio.wrap_future(listener.future)
+            end = await asyncio.wrap_future(callbacks.future)
         except asyncio.CancelledError:
-            ticket.cancel()
+            handle.cancel()
             raise
-        text = self._tokenizer.decode(ticket.tokens, skip_special_tokens=True)
-        return Answer(str(text), end.reason, len(ticket.tokens))
+        text = self._tokenizer.decode(handle.tokens, skip_special_tokens=True)
+        return Answer(str(text), end.reason, len(handle.tokens))
 
     async def close(self) -> None:
         """Stop the thread; answers that were not finished are cancelled."""
@@ -69,16 +69,16 @@ class _Collector:
     """Tells a waiting caller of the end."""
 
     def __init__(self) -> None:
-        self.future: Future[End] = Future()
+        self.future: Future[FinishInfo] = Future()
         self.future.set_running_or_notify_cancel()  # a caller that gives up does not end it: the scheduler does
 
     def take(self, token: int) -> bool:
         return True
 
     def flush(self) -> None:
-        """Nothing to do: the tokens are the ticket's."""
+        """Nothing to do: the tokens are the request handle's."""
 
-    def end(self, end: End) -> None:
+    def end(self, end: FinishInfo) -> None:
         if end.error is not None:
             self.future.set_exception(end.error)
         elif end.reason in ("stop", "length"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medusa_export.engines.serving.request import End
+from medusa_export.engines.serving.request import FinishInfo
 
 
 class Meter:
@@ -14,7 +14,7 @@ class Meter:
     def tokens(self, count: int, seconds: float) -> None:
         """Tokens of one request in one step, since those before."""
 
-    def ended(self, end: End) -> None:
+    def ended(self, end: FinishInfo) -> None:
         """A request ended."""
 
     def load(self, running: int, waiting: int) -> None:

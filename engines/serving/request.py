@@ -23,11 +23,11 @@ class ClosedError(MedusaExportError):
 
 
 @dataclass(frozen=True)
-class End:
+class FinishInfo:
     """How a request ended.
 
     Attributes:
-        reason: "stop" (end of sequence, or the listener had enough), "length" (max_tokens, or no room), "cancelled", "timeout",
+        reason: "stop" (end of sequence, or the callbacks wanted no more), "length" (max_tokens, or no room), "cancelled", "timeout",
             "closed" or "error".
         steps: of decoding; the first token comes from the prompt.
         seconds: since it was submitted.
@@ -47,8 +47,8 @@ class End:
         return (self.completion_tokens - 1) / self.steps if self.steps else 0.0
 
 
-class Listener(Protocol):
-    """Hears of one request, in the scheduler's thread: it must not block."""
+class TokenCallbacks(Protocol):
+    """What hears of one request, in the scheduler's thread: it must not block."""
 
     def take(self, token: int) -> bool:
         """The next token; False: it is the last one that is wanted."""
@@ -56,17 +56,17 @@ class Listener(Protocol):
     def flush(self) -> None:
         """The tokens of a step are all there."""
 
-    def end(self, end: End) -> None:
+    def end(self, end: FinishInfo) -> None:
         """Nothing more comes. Called once for every request that was submitted."""
 
 
 @dataclass
-class Ticket:
+class RequestHandle:
     """One request; what :meth:`Scheduler.submit` returns."""
 
     input_ids: Sequence[int]
     sampling: Sampling
-    listener: Listener
+    callbacks: TokenCallbacks
     sampler: Sampler | None
     submitted: float
     deadline: float

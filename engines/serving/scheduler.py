@@ -12,7 +12,14 @@ from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.protocols import TreeDecoder
 from medusa_export.engines.decoding.step import PREFILL, ROOT, decode_step
 from medusa_export.engines.serving.meter import Meter
-from medusa_export.engines.serving.request import BusyError, ClosedError, End, Listener, PromptError, Ticket
+from medusa_export.engines.serving.request import (
+    BusyError,
+    ClosedError,
+    FinishInfo,
+    PromptError,
+    RequestHandle,
+    TokenCallbacks,
+)
 from medusa_export.heads.decoding.sampling import Sampler, Sampling
 from medusa_export.heads.trees.tree import Tree
 
@@ -43,9 +50,9 @@ class Scheduler:
         self.decoder, self._trees, self._max_queue = decoder, trees or BatchTrees({}), max_queue
         self._prefill_tokens, self._meter = prefill_tokens, meter or Meter()
         self._eos = set(decoder.info.eos_token_ids)
-        self._waiting: deque[Ticket] = deque()
-        self._running: list[Ticket] = []  # in the order of the decoder's slots
-        self._filling: Ticket | None = None  # its prompt is being read
+        self._waiting: deque[RequestHandle] = deque()
+        self._running: list[RequestHandle] = []  # in the order of the decoder's slots
+        self._filling: RequestHandle | None = None  # its prompt is being read
         self._wake = threading.Condition()
         self._unread = 0  # tokens of that prompt
         self._closed = self._drains = False
@@ -68,9 +75,14 @@ class Scheduler:
         return not self._closed and self._thread.is_alive()
 
     def submit(
-        self, input_ids: Sequence[int], sampling: Sampling, listener: Listener, *, timeout_s: float = float("inf")
-    ) -> Ticket:
-        """Queue a request; the listener hears of it from now on.
+        self,
+        input_ids: Sequence[int],
+        sampling: Sampling,
+        callbacks: TokenCallbacks,
+        *,
+        timeout_s: float = float("inf"),
+    ) -> RequestHandle:
+        """Queue a request; the callbacks hear of it from now on.
 
         Args:
             timeout_s: it ends after so long, waiting included.
@@ -86,16 +98,16 @@ class Scheduler:
             raise PromptError("prompt", got, limit, "shorten it, or allow longer sequences")
         sampler = Sampler(sampling.temperature, sampling.seed, sampling.top_p) if sampling.temperature else None
         now = time.monotonic()
-        ticket = Ticket(input_ids, sampling, listener, sampler, submitted=now, deadline=now + timeout_s)
+        handle = RequestHandle(input_ids, sampling, callbacks, sampler, submitted=now, deadline=now + timeout_s)
         with self._wake:
             if self._closed:
                 raise ClosedError("server", "a request while it stops", "one before", "ask another server")
             if self._max_queue is not None and len(self._waiting) >= self._max_queue:
                 got = f"a request while {len(self._waiting)} wait"
                 raise BusyError("server", got, f"at most {self._max_queue} that wait", "try again in a moment")
-            self._waiting.append(ticket)
+            self._waiting.append(handle)
             self._wake.notify()
-        return ticket
+        return handle
 
     def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         """Take no more requests; those in flight are finished (``drain``), or end with "closed". Returns when the thread has ended.
@@ -140,11 +152,11 @@ class Scheduler:
         if self._filling and (reason := _given_up(self._filling, now)):
             self._stop_filling(reason)
         with self._wake:
-            ended = [(ticket, reason) for ticket in self._waiting if (reason := _given_up(ticket, now))]
-            for ticket, _ in ended:
-                self._waiting.remove(ticket)
-        for ticket, reason in ended:
-            self._end(ticket, reason)
+            ended = [(handle, reason) for handle in self._waiting if (reason := _given_up(handle, now))]
+            for handle, _ in ended:
+                self._waiting.remove(handle)
+        for handle, reason in ended:
+            self._end(handle, reason)
 
     def _fill(self) -> None:
         """Read prompts in the order of the queue while slots are free; running requests wait for a few tokens only."""
@@ -164,32 +176,32 @@ class Scheduler:
                 self._stop_filling("error", error)
             room -= count
 
-    def _read(self, ticket: Ticket, count: int) -> None:
+    def _read(self, handle: RequestHandle, count: int) -> None:
         """Read so many tokens of a prompt; when they were the last, its request is one of those that run."""
-        if self._unread == len(ticket.input_ids):
-            self.decoder.begin(ticket.input_ids)
+        if self._unread == len(handle.input_ids):
+            self.decoder.begin(handle.input_ids)
         logits = self.decoder.prefill_chunk(count)
         self._unread -= count
         if logits is None:
             return
         try:
-            token = ticket.sampler.draw(logits) if ticket.sampler else int(logits.argmax())
+            token = handle.sampler.draw(logits) if handle.sampler else int(logits.argmax())
         except Exception:
             self.decoder.release(len(self._running))
             raise
         self._filling = None
-        self._running.append(ticket)
+        self._running.append(handle)
         self._take(len(self._running) - 1, [token])
 
     def _stop_filling(self, reason: str, error: BaseException | None = None) -> None:
-        ticket, self._filling = self._filling, None
+        handle, self._filling = self._filling, None
         self.decoder.drop()
-        if ticket is not None:
-            self._end(ticket, reason, error)
+        if handle is not None:
+            self._end(handle, reason, error)
 
     def _step(self) -> None:
-        last = [ticket.tokens[-1] for ticket in self._running]
-        new = decode_step(self.decoder, self._step_tree(), last, [ticket.sampler for ticket in self._running])
+        last = [handle.tokens[-1] for handle in self._running]
+        new = decode_step(self.decoder, self._step_tree(), last, [handle.sampler for handle in self._running])
         for slot in reversed(range(len(self._running))):
             self._running[slot].steps += 1
             self._take(slot, new[slot])
@@ -202,43 +214,43 @@ class Scheduler:
 
     def _take(self, slot: int, tokens: Sequence[int]) -> None:
         """New tokens of a request, of which one may be its last."""
-        ticket, reason, taken = self._running[slot], "", 0
+        handle, reason, taken = self._running[slot], "", 0
         for taken, token in enumerate(tokens, start=1):  # noqa: B007
-            ticket.tokens.append(token)
-            wants_more = ticket.listener.take(token)
+            handle.tokens.append(token)
+            wants_more = handle.callbacks.take(token)
             if token in self._eos or not wants_more:
                 reason = "stop"
-            elif len(ticket.tokens) >= ticket.sampling.max_tokens:
+            elif len(handle.tokens) >= handle.sampling.max_tokens:
                 reason = "length"
             if reason:
                 break
-        now, before = time.monotonic(), ticket.last_token_at
-        ticket.last_token_at = now
-        if ticket.steps:
+        now, before = time.monotonic(), handle.last_token_at
+        handle.last_token_at = now
+        if handle.steps:
             self._meter.tokens(taken, now - before)
         else:
-            self._meter.first_token(now - ticket.submitted)
+            self._meter.first_token(now - handle.submitted)
         if reason or not self.decoder.remaining(slot):
             self._release(slot, reason or "length")
         else:
-            ticket.listener.flush()
+            handle.callbacks.flush()
 
     def _release(self, slot: int, reason: str) -> None:
         """Free a slot; the last request moves into it, as in the decoder."""
-        ticket = self._running[slot]
+        handle = self._running[slot]
         self.decoder.release(slot)
         last = self._running.pop()
-        if last is not ticket:
+        if last is not handle:
             self._running[slot] = last
-        self._end(ticket, reason)
+        self._end(handle, reason)
 
-    def _end(self, ticket: Ticket, reason: str, error: BaseException | None = None) -> None:
-        seconds = time.monotonic() - ticket.submitted
-        end = End(reason, len(ticket.input_ids), len(ticket.tokens), ticket.steps, seconds, error)
+    def _end(self, handle: RequestHandle, reason: str, error: BaseException | None = None) -> None:
+        seconds = time.monotonic() - handle.submitted
+        end = FinishInfo(reason, len(handle.input_ids), len(handle.tokens), handle.steps, seconds, error)
         try:
-            ticket.listener.end(end)
-        except Exception:  # one listener's fault is not the others'
-            logger.exception("a listener failed")
+            handle.callbacks.end(end)
+        except Exception:  # one request's callbacks' fault is not the others'
+            logger.exception("callbacks failed")
         self._meter.ended(end)
 
     def _end_all(self, reason: str, error: BaseException | None = None) -> None:
@@ -249,12 +261,12 @@ class Scheduler:
         with self._wake:
             waiting = list(self._waiting) if reason == "closed" else []
             self._waiting = deque() if reason == "closed" else self._waiting
-        for ticket in waiting:
-            self._end(ticket, reason)
+        for handle in waiting:
+            self._end(handle, reason)
 
 
-def _given_up(ticket: Ticket, now: float) -> str:
+def _given_up(handle: RequestHandle, now: float) -> str:
     """Why a request ends before its answer does, or an empty string."""
-    if ticket.is_cancelled:
+    if handle.is_cancelled:
         return "cancelled"
-    return "timeout" if now >= ticket.deadline else ""
+    return "timeout" if now >= handle.deadline else ""

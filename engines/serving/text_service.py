@@ -14,7 +14,7 @@ from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.serving.decoders import SERVED, require_served
 from medusa_export.engines.serving.meter import Meter
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.serving.request import End, Ticket
+from medusa_export.engines.serving.request import FinishInfo, RequestHandle
 from medusa_export.engines.serving.scheduler import Scheduler
 from medusa_export.engines.serving.text_stream import TextStream
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
@@ -52,7 +52,7 @@ class Piece:
 
     text: str
     token_ids: list[int]
-    end: End | None = None
+    end: FinishInfo | None = None
 
 
 class TextService:
@@ -80,7 +80,7 @@ class TextService:
             decoder, trees=trees, max_queue=options.max_queue, prefill_tokens=options.prefill_tokens, meter=meter
         )
 
-    def submit(self, request: TextRequest, say: Callable[[Piece], None]) -> Ticket:
+    def submit(self, request: TextRequest, say: Callable[[Piece], None]) -> RequestHandle:
         """Queue a request; ``say`` gets its answer in pieces, in the scheduler's thread, the last one with its end. From any thread.
 
         Raises:
@@ -92,8 +92,8 @@ class TextService:
         with self._encoding:
             input_ids = self._encode(request)
         timeout_s = min(request.timeout_s or self.options.timeout_s, self.options.timeout_s)
-        listener = _TextListener(TextStream(self.tokenizer, request.stop), say)
-        return self.scheduler.submit(input_ids, request.sampling, listener, timeout_s=timeout_s)
+        callbacks = _TextCallbacks(TextStream(self.tokenizer, request.stop), say)
+        return self.scheduler.submit(input_ids, request.sampling, callbacks, timeout_s=timeout_s)
 
     def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         """See :meth:`~medusa_export.engines.serving.scheduler.Scheduler.close`."""
@@ -122,7 +122,7 @@ class TextService:
             raise ConfigError("timeout_s", f"{request.timeout_s:g}", "seconds, more than 0", "change it")
 
 
-class _TextListener:
+class _TextCallbacks:
     """Tokens of the scheduler into pieces of text."""
 
     def __init__(self, stream: TextStream, say: Callable[[Piece], None]) -> None:
@@ -138,11 +138,11 @@ class _TextListener:
         if self._text:
             self._say(self._piece(None))
 
-    def end(self, end: End) -> None:
+    def end(self, end: FinishInfo) -> None:
         self._text += self._stream.finish()
         self._say(self._piece(end))
 
-    def _piece(self, end: End | None) -> Piece:
+    def _piece(self, end: FinishInfo | None) -> Piece:
         piece = Piece(self._text, self._token_ids, end)
         self._text, self._token_ids = "", []
         return piece

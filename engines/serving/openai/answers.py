@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.serving.request import End
+from medusa_export.engines.serving.request import FinishInfo
 from medusa_export.engines.serving.text_service import TextRequest
 from medusa_export.heads.decoding.sampling import Sampling
 
@@ -50,7 +50,7 @@ class Writer:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, text: str, end: End) -> dict[str, Any]:
+    def whole(self, text: str, end: FinishInfo) -> dict[str, Any]:
         """The body of an answer in one piece."""
         said: dict[str, Any] = {"text": text}
         if self.shape.is_chat:
@@ -66,7 +66,7 @@ class Writer:
         """An event with more text."""
         return self._event({"content": text} if self.shape.is_chat else {"text": text})
 
-    def last(self, end: End) -> str:
+    def last(self, end: FinishInfo) -> str:
         """The events behind all text."""
         closing = self._event({} if self.shape.is_chat else {"text": ""}, end.reason, {"medusa": acceptance(end)})
         total = self._line({**self._body(self.shape.chunk, []), "usage": usage(end)}) if self.has_usage else ""
@@ -95,13 +95,13 @@ def event(body: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 
-def usage(end: End) -> dict[str, int]:
+def usage(end: FinishInfo) -> dict[str, int]:
     """Tokens in and out."""
     total = end.prompt_tokens + end.completion_tokens
     return {"prompt_tokens": end.prompt_tokens, "completion_tokens": end.completion_tokens, "total_tokens": total}
 
 
-def acceptance(end: End) -> dict[str, float]:
+def acceptance(end: FinishInfo) -> dict[str, float]:
     """What drafts were worth: the first token comes from the prompt, and every step gives one that is no draft."""
     accepted = max(end.completion_tokens - 1 - end.steps, 0)
     per_step = round(end.tokens_per_step, 4)

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from medusa_export.engines.serving.request import End, Ticket
+from medusa_export.engines.serving.request import FinishInfo, RequestHandle
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 
 
@@ -22,7 +22,7 @@ class AsyncAnswer:
         self._service, self._request, self._executor = service, request, executor
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()  # at most a piece a token
-        self._ticket: Ticket | None = None
+        self._handle: RequestHandle | None = None
         self._is_cancelled = False
 
     async def submit(self) -> None:
@@ -36,8 +36,8 @@ class AsyncAnswer:
     def cancel(self) -> None:
         """Free its slot before the next step, however far it is; nothing happens where it has ended."""
         self._is_cancelled = True
-        if self._ticket is not None:
-            self._ticket.cancel()
+        if self._handle is not None:
+            self._handle.cancel()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """What is said, to the end, which the last piece has."""
@@ -47,7 +47,7 @@ class AsyncAnswer:
             end = piece.end
             yield piece
 
-    async def whole(self) -> tuple[str, End]:
+    async def whole(self) -> tuple[str, FinishInfo]:
         """All text, and how it ended."""
         texts, end = [], None
         async for piece in self.pieces():
@@ -57,11 +57,11 @@ class AsyncAnswer:
         return "".join(texts), end
 
     def _submit(self) -> None:
-        """In the executor. Whoever cancels meanwhile sees the ticket, or is seen here."""
+        """In the executor. Whoever cancels meanwhile sees the handle, or is seen here."""
         if not self._is_cancelled:
-            self._ticket = self._service.submit(self._request, self._say)
-        if self._is_cancelled and self._ticket is not None:
-            self._ticket.cancel()
+            self._handle = self._service.submit(self._request, self._say)
+        if self._is_cancelled and self._handle is not None:
+            self._handle.cancel()
 
     def _say(self, piece: Piece) -> None:
         """In the scheduler's thread."""

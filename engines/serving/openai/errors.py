@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_export.core.errors import ConfigError, MedusaExportError
-from medusa_export.engines.serving.request import BusyError, ClosedError, End, PromptError
+from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo, PromptError
 
 
 class UnsupportedError(ConfigError):
@@ -100,7 +100,7 @@ UNFINISHED: dict[str, Refusal] = {
 INTERNAL = UNFINISHED["error"]
 
 
-def require_answer(end: End | None) -> None:
+def require_answer(end: FinishInfo | None) -> None:
     """Raise UnfinishedError where a request ended without its answer."""
     if end is not None and end.reason in END_MESSAGES:
         raise UnfinishedError(end.reason)

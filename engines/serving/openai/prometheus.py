@@ -19,7 +19,7 @@ from medusa_export.engines.serving.meter import (
     WAITING,
     Meter,
 )
-from medusa_export.engines.serving.request import End
+from medusa_export.engines.serving.request import FinishInfo
 
 
 class PrometheusMeter(Meter):
@@ -59,7 +59,7 @@ class PrometheusMeter(Meter):
         self._metrics[STEPS].inc()
         self._metrics[ACCEPTED].inc(count - 1)
 
-    def ended(self, end: End) -> None:
+    def ended(self, end: FinishInfo) -> None:
         self._ended[end.reason].inc()
 
     def load(self, running: int, waiting: int) -> None:

@@ -82,7 +82,7 @@ class Guard:
         return list(self._folder.glob("[0-9]*"))
 
     def _end(self, why: str) -> None:
-        """End this process; shared memory of the server's stubs goes too."""
+        """FinishInfo this process; shared memory of the server's stubs goes too."""
         logger.error("%s", why)
         for mark in self._marks():
             try:

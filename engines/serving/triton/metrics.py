@@ -20,7 +20,7 @@ from medusa_export.engines.serving.meter import (
     WAITING,
     Meter,
 )
-from medusa_export.engines.serving.request import End
+from medusa_export.engines.serving.request import FinishInfo
 
 FLUSH_SECONDS = 0.1
 
@@ -56,7 +56,7 @@ class TritonMeter(Meter):
         self._pending += [(BETWEEN, seconds / count)] * count
         self._pending += [(TOKENS, count), (STEPS, 1), (ACCEPTED, count - 1)]
 
-    def ended(self, end: End) -> None:
+    def ended(self, end: FinishInfo) -> None:
         self._pending.append((end.reason, 1))
 
     def load(self, running: int, waiting: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from medusa_export.core.errors import MedusaExportError
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.serving.request import BusyError, ClosedError, End, Ticket
+from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo, RequestHandle
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 from medusa_export.engines.serving.triton.guard import Guard
 from medusa_export.engines.serving.triton.metrics import TritonMeter
@@ -85,7 +85,7 @@ class MedusaModel:
             answer.streams = bool(values.get("stream", False))
             with self._lock:
                 self._open[id(answer)] = answer  # before the first piece can come
-            answer.ticket = self._service.submit(self._request(values), answer.say)
+            answer.handle = self._service.submit(self._request(values), answer.say)
         except MedusaExportError as error:
             self.forget(answer)
             code = "UNAVAILABLE" if isinstance(error, (BusyError, ClosedError)) else "INVALID_ARG"
@@ -109,10 +109,10 @@ class MedusaModel:
     def _cancel(self, request_id: str, sender: Sender) -> None:
         """End the request with an id, for the twin, whose clients' cancellations do not reach this model."""
         with self._lock:
-            tickets = [answer.ticket for answer in self._open.values() if answer.request_id == request_id]
-        for ticket in tickets:
-            if ticket is not None:
-                ticket.cancel()
+            handles = [answer.handle for answer in self._open.values() if answer.request_id == request_id]
+        for handle in handles:
+            if handle is not None:
+                handle.cancel()
         sender.nothing()
 
     def _watch(self) -> None:
@@ -124,8 +124,8 @@ class MedusaModel:
                 answers = nsmallest(ASKED_AT_ONCE, self._open.values(), key=lambda answer: answer.turn)
             for answer in answers:
                 answer.turn = turn
-                if answer.ticket is not None and answer.sender.is_cancelled():
-                    answer.ticket.cancel()
+                if answer.handle is not None and answer.sender.is_cancelled():
+                    answer.handle.cancel()
 
     def forget(self, answer: _Open) -> None:
         """An answer is complete."""
@@ -140,7 +140,7 @@ class _Open:
         self.sender, self.request_id, self._is_coded = sender, request_id, is_coded
         self.streams = False
         self.turn = 0  # when it was last asked whether its client has gone
-        self.ticket: Ticket | None = None
+        self.handle: RequestHandle | None = None
         self._model = model
         self._text, self._token_ids = "", list[int]()  # not sent yet
 
@@ -157,14 +157,14 @@ class _Open:
         """Answer with an error, as the last thing."""
         self.sender.error(code, f"{code}{CODED}{message}" if self._is_coded else message)
 
-    def _finish(self, end: End) -> None:
+    def _finish(self, end: FinishInfo) -> None:
         self._model.forget(self)
         if end.reason in ERRORS:
             self.fail(*ERRORS[end.reason])
         else:
             self._send(end.reason, end)
 
-    def _send(self, reason: str, end: End | None) -> None:
+    def _send(self, reason: str, end: FinishInfo | None) -> None:
         values = {
             "text_output": self._text, "token_ids": self._token_ids, "finish_reason": reason,
             "prompt_tokens": end.prompt_tokens if end else 0, "completion_tokens": end.completion_tokens if end else 0,

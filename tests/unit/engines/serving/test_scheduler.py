@@ -17,7 +17,7 @@ from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.meter import Meter
-from medusa_export.engines.serving.request import BusyError, ClosedError, End
+from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo
 from medusa_export.engines.serving.scheduler import Scheduler
 from medusa_export.heads.decoding.sampling import Sampler, Sampling
 from medusa_export.heads.trees.tree import Tree
@@ -28,11 +28,11 @@ SECONDS = 60
 
 
 class Ears:
-    """A listener that remembers, and can be told to have enough, or to hold the scheduler's thread."""
+    """A callbacks that remembers, and can be told to have enough, or to hold the scheduler's thread."""
 
     def __init__(self, enough: int = 10**6) -> None:
         self.tokens: list[int] = []
-        self.ends: list[End] = []
+        self.ends: list[FinishInfo] = []
         self.ended, self.started, self.may_go_on = threading.Event(), threading.Event(), threading.Event()
         self.may_go_on.set()
         self._enough = enough
@@ -46,11 +46,11 @@ class Ears:
     def flush(self) -> None:
         pass
 
-    def end(self, end: End) -> None:
+    def end(self, end: FinishInfo) -> None:
         self.ends.append(end)
         self.ended.set()
 
-    def wait(self) -> End:
+    def wait(self) -> FinishInfo:
         assert self.ended.wait(SECONDS)
         (end,) = self.ends
         return end
@@ -91,13 +91,13 @@ def test_every_answer_is_the_one_of_a_sequence_alone(
     engine_dir: Path, schedule: Callable[..., Scheduler], temperature: float, tree_max_batch: int
 ) -> None:
     scheduler = schedule(slots=3, has_ends=True, trees=BatchTrees({tree_max_batch: TREE}))
-    listeners = [Ears() for _ in PROMPTS]
+    callbacks = [Ears() for _ in PROMPTS]
     for index, (ids, ears) in enumerate(
-        zip(PROMPTS, listeners, strict=True)
+        zip(PROMPTS, callbacks, strict=True)
     ):  # so that slots free up at different times
         scheduler.submit(ids, Sampling(temperature, max_tokens=4 + 3 * index, seed=index), ears)
     yields = []
-    for index, (ids, ears) in enumerate(zip(PROMPTS, listeners, strict=True)):
+    for index, (ids, ears) in enumerate(zip(PROMPTS, callbacks, strict=True)):
         end = ears.wait()
         yields.append(end.tokens_per_step)
         sampler = Sampler(temperature, index) if temperature else None
@@ -133,10 +133,10 @@ def test_a_full_context_ends_with_length(schedule: Callable[..., Scheduler], tre
 def test_a_cancelled_request_frees_its_slot_within_a_step(schedule: Callable[..., Scheduler]) -> None:
     scheduler, first, second = schedule(slots=1), Ears(), Ears()
     first.may_go_on.clear()
-    ticket = scheduler.submit([3, 4], Sampling(max_tokens=100), first)
+    handle = scheduler.submit([3, 4], Sampling(max_tokens=100), first)
     assert first.started.wait(SECONDS)
     scheduler.submit([5, 6], Sampling(max_tokens=2), second)
-    ticket.cancel()
+    handle.cancel()
     first.may_go_on.set()
     assert second.wait().reason == "length"
     assert first.wait().reason == "cancelled"
@@ -175,10 +175,10 @@ def test_a_request_whose_prompt_is_being_read_can_be_cancelled(
 
     scheduler.decoder.prefill_chunk = wait_and_fill  # type: ignore[method-assign]
     scheduler.submit(PROMPTS[0], Sampling(max_tokens=9), running)
-    ticket = scheduler.submit([9] * 20, Sampling(max_tokens=3), long)
+    handle = scheduler.submit([9] * 20, Sampling(max_tokens=3), long)
     assert reading.wait(SECONDS)
     assert scheduler.running >= 1
-    ticket.cancel()
+    handle.cancel()
     scheduler.submit(PROMPTS[1], Sampling(max_tokens=5), later)
     may_go_on.set()
     assert (long.wait().reason, long.tokens) == ("cancelled", [])
@@ -277,7 +277,7 @@ def test_a_failing_prompt_ends_alone(
 
 def test_a_listener_that_fails_harms_nobody_else(schedule: Callable[..., Scheduler]) -> None:
     class Broken(Ears):
-        def end(self, end: End) -> None:
+        def end(self, end: FinishInfo) -> None:
             raise OSError("the client is gone")
 
     scheduler, ears = schedule(), Ears()
@@ -307,17 +307,17 @@ def test_what_is_counted(schedule: Callable[..., Scheduler]) -> None:
         def tokens(self, count: int, seconds: float) -> None:
             self.later += count
 
-        def ended(self, end: End) -> None:
+        def ended(self, end: FinishInfo) -> None:
             self.reasons.append(end.reason)
 
         def load(self, running: int, waiting: int) -> None:
             self.most_running = max(self.most_running, running)
 
     counter = Counter()
-    scheduler, listeners = schedule(slots=2, meter=counter), [Ears() for _ in range(5)]
-    for ears in listeners:
+    scheduler, callbacks = schedule(slots=2, meter=counter), [Ears() for _ in range(5)]
+    for ears in callbacks:
         scheduler.submit([3, 4], Sampling(max_tokens=7), ears)
-    for ears in listeners:
+    for ears in callbacks:
         ears.wait()
     scheduler.close()
     assert (counter.first, counter.later, counter.reasons) == (5, 30, ["length"] * 5)

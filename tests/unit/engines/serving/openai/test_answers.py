@@ -9,9 +9,9 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.serving.openai.answers import CHAT_SHAPE, DONE, TEXT_SHAPE, Writer, acceptance, text_request
-from medusa_export.engines.serving.request import End
+from medusa_export.engines.serving.request import FinishInfo
 
-END = End("stop", 5, 11, 4, 1.0)
+END = FinishInfo("stop", 5, 11, 4, 1.0)
 
 
 def events(text: str) -> list[Any]:
@@ -21,8 +21,12 @@ def events(text: str) -> list[Any]:
 
 def test_acceptance_counts_what_steps_do_not_explain() -> None:
     assert acceptance(END) == {"steps": 4, "accepted_draft_tokens": 6, "tokens_per_step": 2.5}
-    assert acceptance(End("stop", 5, 1, 0, 1.0)) == {"steps": 0, "accepted_draft_tokens": 0, "tokens_per_step": 0}
-    assert acceptance(End("stop", 5, 0, 0, 1.0))["accepted_draft_tokens"] == 0
+    assert acceptance(FinishInfo("stop", 5, 1, 0, 1.0)) == {
+        "steps": 0,
+        "accepted_draft_tokens": 0,
+        "tokens_per_step": 0,
+    }
+    assert acceptance(FinishInfo("stop", 5, 0, 0, 1.0))["accepted_draft_tokens"] == 0
 
 
 @pytest.mark.parametrize("shape", [CHAT_SHAPE, TEXT_SHAPE])

@@ -14,7 +14,7 @@ from medusa_export.engines.serving.openai.errors import (
     refusal_of,
     require_answer,
 )
-from medusa_export.engines.serving.request import BusyError, ClosedError, End, PromptError
+from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo, PromptError
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_what_is_ours_stays_inside() -> None:
 def test_ends() -> None:
     for reason, status in (("timeout", 504), ("closed", 503), ("error", 500), ("cancelled", 499)):
         with pytest.raises(UnfinishedError) as unfinished:
-            require_answer(End(reason, 1, 2, 3, 4.0, RuntimeError("/secret/path")))
+            require_answer(FinishInfo(reason, 1, 2, 3, 4.0, RuntimeError("/secret/path")))
         assert refusal_of(unfinished.value).status == status
         assert body_of(unfinished.value)["error"]["message"] == END_MESSAGES[reason]
     for reason in ("stop", "length"):
-        require_answer(End(reason, 1, 2, 3, 4.0))
+        require_answer(FinishInfo(reason, 1, 2, 3, 4.0))
     require_answer(None)

@@ -26,7 +26,7 @@ from medusa_export.engines.serving.openai.errors import (
 from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS
 from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.serving.request import BusyError, End
+from medusa_export.engines.serving.request import BusyError, FinishInfo
 from medusa_export.engines.serving.text_service import Piece, TextRequest
 
 JSON = {"content-type": "application/json", "host": "localhost"}
@@ -168,7 +168,7 @@ def test_bodies_that_are_too_large_or_do_not_come(monkeypatch: pytest.MonkeyPatc
 def test_requests_that_come_in_at_once_are_limited() -> None:
     async def run() -> None:
         service = StandInService(max_queue=1)
-        service.says = [Piece("", [1], End("stop", 1, 1, 0, 0.0))]
+        service.says = [Piece("", [1], FinishInfo("stop", 1, 1, 0, 0.0))]
         service.may_submit.clear()
         asked = front(service)
         coming = [asyncio.ensure_future(ask(asked, Client(BODY))) for _ in range(3)]
@@ -230,7 +230,7 @@ def test_a_client_that_is_gone_before_its_stream_begins() -> None:
 def test_an_error_in_a_stream_is_its_last_event() -> None:
     async def run() -> None:
         service, client = StandInService(), Client(BODY)
-        service.says = [Piece("a", [1]), Piece("", [], End("timeout", 1, 1, 0, 0.0))]
+        service.says = [Piece("a", [1]), Piece("", [], FinishInfo("timeout", 1, 1, 0, 0.0))]
         await client.take(await ask(front(service), client))
         text = b"".join(message.get("body", b"") for message in client.sent).decode()
         assert json.loads(text.split("data: ")[-1])["error"]["code"] == "timeout"
@@ -243,7 +243,7 @@ def test_an_error_in_a_stream_is_its_last_event() -> None:
 @pytest.mark.parametrize("reason", ["timeout", "closed", "error"])
 def test_an_end_without_an_answer_has_a_status_while_nothing_is_sent(reason: str, streams: bool) -> None:
     service = StandInService()
-    service.says = [Piece("", [], End(reason, 1, 0, 0, 0.0))]
+    service.says = [Piece("", [], FinishInfo(reason, 1, 0, 0, 0.0))]
     body = json.dumps({"model": "m", "prompt": "hi", "stream": streams}).encode()
     with pytest.raises(UnfinishedError) as unfinished:
         asyncio.run(ask(front(service), Client(body)))

@@ -6,7 +6,7 @@ import re
 
 from medusa_export.engines.serving.meter import ENDED, FAMILIES, REASONS
 from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
-from medusa_export.engines.serving.request import End
+from medusa_export.engines.serving.request import FinishInfo
 
 
 def test_counts() -> None:
@@ -16,7 +16,7 @@ def test_counts() -> None:
     meter.tokens(1, 0.3)
     meter.load(2, 5)
     for reason in REASONS:
-        meter.ended(End(reason, 1, 2, 3, 4.0))
+        meter.ended(FinishInfo(reason, 1, 2, 3, 4.0))
     content, media_type = meter.render()
     text = content.decode()
     assert media_type.startswith("text/plain")

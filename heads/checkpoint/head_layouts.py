@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import torch
 
 from medusa_export.core.errors import CheckpointError
+from medusa_export.core.hub import HEAD_FILES
+from medusa_export.core.hub import WEIGHT_FILES as LAYOUTS
 from medusa_export.core.json_fields import read_json
 from medusa_export.core.regular_files import found_instead
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-from medusa_export.heads.checkpoint.tensor_source import LAYOUTS, TensorSource
+from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
-HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 BLOCK_WEIGHT = "medusa_heads.{}.{}.linear.weight"
 BLOCK_BIAS = "medusa_heads.{}.{}.linear.bias"
 HEAD_LM_HEAD = "medusa_heads.{}.{}.weight"

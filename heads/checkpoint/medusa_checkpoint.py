@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 
 from medusa_export.core.errors import CheckpointError
+from medusa_export.core.hub import HEAD_FILES
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-from medusa_export.heads.checkpoint.head_layouts import HEAD_FILES, MedusaHeads, holds_heads, open_heads
+from medusa_export.heads.checkpoint.head_layouts import MedusaHeads, holds_heads, open_heads
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 if TYPE_CHECKING:

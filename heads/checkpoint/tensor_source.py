@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from medusa_export.core.errors import CheckpointError, ConfigError
+from medusa_export.core.hub import WEIGHT_FILES as LAYOUTS
 from medusa_export.core.json_fields import read_json
 from medusa_export.core.regular_files import found_instead
 
@@ -24,7 +25,6 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 CHUNK_VALUES = 1 << 21  # several float32 temporaries of this size cost less than one of a vocabulary projection
 
-LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 _DTYPES = {

@@ -100,6 +100,7 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     plain = {key: _plain(value) for key, value in asdict(arguments).items()}
     report = build_report(result, tree, engine.info, plain, reference, num_gpus=getattr(engine, "num_gpus", 1))
     report |= {"files": describe(list_files(arguments.engine, arguments.engine)), **_acceptance(arguments.engine, tree)}
+    report["expected"] = _expected(arguments.tree or str(arguments.engine / TREE_FILE))
     report["sweeps"] = _sweeps(engine, tree, encoded, arguments, progress)
     references = [prompt.reference for prompt in prompts]
     report["comparison"] = _comparison(engine, other, result, references, tokenizer, progress) if other else None
@@ -176,6 +177,13 @@ def _acceptance(engine_dir: Path, tree: Tree) -> dict[str, Any]:
     counted = Acceptance.load(path)
     shares = [round(counted.paths.get(choice, 0) / counted.positions, 4) for choice in tree.choices]
     return {"heads": read_json(path)["heads"], "path_shares": shares}
+
+
+def _expected(tree: str) -> list[dict[str, Any]]:
+    """Rows of the tree's file that were estimated for a GPU; none of a preset, or where costs were measured."""
+    path = Path(tree)
+    rows = read_json(path).get("crossover", []) if path.is_file() else []
+    return [{key: value for key, value in row.items() if key != "medusa_choices"} for row in rows if "estimated" in row]
 
 
 def _texts(entry: dict[str, Any], result: RunResult, tokenizer: Any) -> dict[str, str]:

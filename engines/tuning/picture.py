@@ -78,6 +78,14 @@ def _draw_speed(axes: Any, found: Search) -> None:
     nodes = [item.tree.num_nodes for item in found.sizes]
     for name, values in curves.items():
         axes.plot(nodes, values, label=name, linewidth=2 if "speed" in name else 1)
+    ranged = [item for item in found.sizes if item.cost_range]
+    if ranged:
+        low_ends, high_ends = zip(
+            *((item.tokens_per_step / cost for cost in item.cost_range or ()) for item in ranged), strict=True
+        )
+        axes.fill_between(
+            [item.tree.num_nodes for item in ranged], high_ends, low_ends, alpha=0.15, label="what the estimate may be"
+        )
     if found.measured:
         sizes, speeds = zip(*((item.tree.num_nodes, item.speedup) for item in found.measured), strict=True)
         low, high = zip(
@@ -87,7 +95,8 @@ def _draw_speed(axes: Any, found: Search) -> None:
         axes.errorbar(sizes, speeds, yerr=(low, high), fmt="o", color="black", capsize=3, label="measured")
     axes.axvline(found.chosen.tree.num_nodes, color="gray", linestyle=":")
     axes.axhline(1, color="gray", linewidth=0.5)
-    axes.set(title="Speed by size", xlabel="nodes, the root included", ylabel="times no tree", xscale="log")
+    origin = f", costs estimated for {found.estimated}" if found.estimated else ""
+    axes.set(title=f"Speed by size{origin}", xlabel="nodes, the root included", ylabel="times no tree", xscale="log")
     axes.set_ylim(0, 1.15 * max(*curves["tokens per step"], 1.3))
     axes.legend()
     axes.grid(alpha=0.3)

@@ -24,14 +24,16 @@ class Search:
     Attributes:
         sizes: the fastest tree of every size by prediction, smallest first; the first is none.
         chosen: by measurement where there is one, else by prediction; an empty tree where none pays.
-        interval: of its predicted speed-up, over prompts; None where answers are not known.
+        interval: of its predicted speed-up, over prompts, and over what estimated costs may be; None where neither is known.
         measured: the trees that were run.
+        estimated: the GPU that the costs were estimated for; None where they were measured.
     """
 
     sizes: tuple[Candidate, ...]
     chosen: Candidate
     interval: tuple[float, float] | None = None
     measured: tuple[Measured, ...] = ()
+    estimated: str | None = None
 
     @property
     def runner_up(self) -> Candidate:
@@ -57,7 +59,7 @@ def search(
             acceptance.paths, acceptance.positions, cost, max_draft_len=max_draft_len, sizes=sizes
         )
     ]
-    return _chosen(tuple(found), best(found), acceptance)
+    return _chosen(tuple(found), best(found), acceptance, cost.estimated)
 
 
 def confirm(
@@ -81,7 +83,7 @@ def confirm(
     )  # fmt: skip
     winner, speed = max(zip(order, measured, strict=True), key=lambda pair: pair[1].speedup)
     chosen = winner if speed.speedup > 1 else found.sizes[0]
-    return replace(_chosen(found.sizes, chosen, acceptance), measured=tuple(measured))
+    return replace(_chosen(found.sizes, chosen, acceptance, found.estimated), measured=tuple(measured))
 
 
 def sentence(found: Search) -> str:
@@ -93,7 +95,7 @@ def sentence(found: Search) -> str:
         tested = f", measured {run:.2f}x" if run is not None else ""
         return (
             f"No tree pays here: the best one, {_shape(other.tree)}, is predicted to yield {other.tokens_per_step:.2f} tokens a step "
-            f"at {other.cost_ratio:.2f} times the cost of a step without one, {other.speedup:.2f}x{tested}."
+            f"at {other.cost_ratio:.2f} times the cost of a step without one, {other.speedup:.2f}x{tested}{_origin(found)}."
         )
     interval = f" ({found.interval[0]:.2f} .. {found.interval[1]:.2f})" if found.interval else ""
     text = (
@@ -103,7 +105,11 @@ def sentence(found: Search) -> str:
     if found.measurement:
         low, high = found.measurement.interval
         text += f", measured {found.measurement.speedup:.2f}x ({low:.2f} .. {high:.2f})"
-    return text + "."
+    return f"{text}{_origin(found)}."
+
+
+def _origin(found: Search) -> str:
+    return f"; costs are estimated for {found.estimated}, not measured" if found.estimated else ""
 
 
 def tree_json(found: Search, crossover: Sequence[dict[str, Any]] = ()) -> str:
@@ -113,6 +119,7 @@ def tree_json(found: Search, crossover: Sequence[dict[str, Any]] = ()) -> str:
     body |= {
         "triton_medusa_choices": chosen.tree.to_triton(),
         "why": sentence(found),
+        "costs": {"estimated": found.estimated} if found.estimated else "measured",
         "predicted": {**_figures(chosen), "speedup_ci95": _rounded(found.interval)},
         "measured": [
             {
@@ -134,10 +141,8 @@ def _walked(candidate: Candidate, acceptance: Acceptance) -> Candidate:
     return replace(candidate, tokens_per_step=walk[0]) if walk else candidate
 
 
-def _chosen(sizes: tuple[Candidate, ...], chosen: Candidate, acceptance: Acceptance) -> Search:
-    walk = acceptance.walk(chosen.tree)
-    interval = (walk[1][0] / chosen.cost_ratio, walk[1][1] / chosen.cost_ratio) if walk else None
-    return Search(sizes, chosen, interval)
+def _chosen(sizes: tuple[Candidate, ...], chosen: Candidate, acceptance: Acceptance, estimated: str | None) -> Search:
+    return Search(sizes, chosen, acceptance.speedup_interval(chosen), estimated=estimated)
 
 
 def _shape(tree: Tree) -> str:
@@ -152,6 +157,7 @@ def _figures(candidate: Candidate) -> dict[str, Any]:
         "tokens_per_step": round(candidate.tokens_per_step, 4),
         "cost_ratio": round(candidate.cost_ratio, 4),
         "speedup": round(candidate.speedup, 4),
+        **({"cost_range": _rounded(candidate.cost_range)} if candidate.cost_range else {}),
     }
 
 

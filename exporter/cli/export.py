@@ -13,6 +13,8 @@ import typer
 
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.exporter.cli.console import Verbose, command_app, main, progress_bars, stderr, stdout
+from medusa_export.exporter.cli.gpu_cost import expected_line
+from medusa_export.heads.roofline.gpus import BY_KEY
 from medusa_export.heads.trees.tree import PRESETS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 from medusa_export.quantize.tensorrt_targets import TARGETS, named
@@ -97,7 +99,14 @@ def export_command(
     ] = None,
     tree_cost: Annotated[
         Path | None,
-        typer.Option(help="cost.json of TensorRT-LLM's GPU. Default: all trees up to 64 nodes cost the same."),
+        typer.Option(help="cost.json of TensorRT-LLM's GPU. Default: see --gpu-model."),
+    ] = None,
+    gpu_model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"GPU that TensorRT-LLM's tree is for: {', '.join(BY_KEY)}. Step costs are estimated from its data sheet. Default: "
+            "all trees up to 64 nodes are taken to cost the same."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what it would take, as [bold]plan[/] does, and write nothing.")
@@ -130,7 +139,8 @@ def export_command(
         say = partial(stderr.print, soft_wrap=True, markup=False)
         written = export(arguments, EngineTools(check_engine, choose_tree, builder), progress, say)
     stdout.print(f"{'wrote' if written else 'up to date:'} {output}", soft_wrap=True)
-    for line in next_steps(output):
+    expected = expected_line(output)
+    for line in [*([expected] if expected else ()), *next_steps(output)]:
         stdout.print(line, soft_wrap=True, markup=False)
 
 

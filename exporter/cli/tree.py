@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from medusa_export.core.errors import ConfigError, OutputError
+from medusa_export.exporter.cli import gpu_cost
 from medusa_export.exporter.cli.console import Verbose, command_app, main, progress_bars, stdout
 from medusa_export.exporter.cli.tree_tables import _print_acceptance, _print_cost, _print_crossover, _print_search
+from medusa_export.heads.roofline import step
 
 tree_app = command_app()
 
@@ -55,7 +57,7 @@ def calibrate_command(
 
 @tree_app.command("cost")
 def cost_command(
-    engine: Engine,
+    engine: Annotated[Path | None, typer.Option(help="The engine directory of an export, to measure.")] = None,
     output: Annotated[Path, typer.Option(help="cost.json to write.")] = Path("cost.json"),
     max_nodes: MaxNodes = 64,
     past_length: Annotated[
@@ -66,18 +68,46 @@ def cost_command(
     ] = None,
     rounds: Rounds = 9,
     threads: Threads = 0,
+    gpu: gpu_cost.GpuName = None,
+    ckpt: gpu_cost.Ckpt = None,
+    heads: gpu_cost.Heads = None,
+    num_heads: gpu_cost.NumHeads = 4,
+    quant: gpu_cost.Quant = "none",
+    kv_cache: gpu_cost.KvCacheName = "none",
+    quant_heads: gpu_cost.QuantHeads = False,
+    tp: gpu_cost.Tp = 1,
+    bandwidth_efficiency: gpu_cost.Bandwidth = step.BANDWIDTH,
+    arithmetic_efficiency: gpu_cost.Arithmetic = step.ARITHMETIC,
+    kernel_us: gpu_cost.KernelUs = step.KERNEL_US,
+    collective_us: gpu_cost.CollectiveUs = step.COLLECTIVE_US,
     verbose: Verbose = False,
 ) -> None:
-    """Measure what a step costs by the number of nodes, and a draft by the number of heads.
+    """Measure what a step costs by the number of nodes, and a draft by the number of heads; or estimate it for a GPU.
 
-    With --batch, steps of several sequences are measured, of one too if 1 is among them: those of the server.
+    With --batch, steps of several sequences are measured, of one too if 1 is among them: those of the server. With --gpu, nothing
+    runs: costs follow from the model's shape and the GPU's data sheet, by default for 1 to 64 sequences behind 256 to 32768 tokens.
 
     Example: [bold]medusa-tree cost --engine out/engine[/]
+
+    Example: [bold]medusa-tree cost --gpu h100 --ckpt model --quant fp8[/]
     """
+    given = dict(locals())
+    _require_parent(output)
+    if (engine is None) == (gpu is None):
+        got = "neither --engine nor --gpu" if engine is None else "--engine and --gpu"
+        raise ConfigError("--engine", got, "one of them: an engine to measure, or a GPU to estimate for", "give one")
+    if gpu is not None:
+        gpu_cost.print_estimate(gpu_cost.write_estimate(output, given))
+    else:
+        _write_measured(output, given)
+    stdout.print(f"wrote {output}", soft_wrap=True)
+
+
+def _write_measured(output: Path, given: dict[str, Any]) -> None:
     from medusa_export.engines.tuning.cost import PAST_LENGTH, measure_cost, write_costs
 
-    _require_parent(output)
-    info, measured = _steps(engine, batch, threads)
+    past_length, max_nodes, rounds = (given[name] for name in ("past_length", "max_nodes", "rounds"))
+    info, measured = _steps(given["engine"], given["batch"], given["threads"])
     lengths = past_length or [PAST_LENGTH]
     with progress_bars() as progress:
         curves = [
@@ -91,7 +121,6 @@ def cost_command(
     write_costs(output, curves, info)
     for curve in curves:
         _print_cost(curve)
-    stdout.print(f"wrote {output}", soft_wrap=True)
 
 
 def _steps(engine: Path, batches: list[int] | None, threads: int) -> Any:
@@ -139,6 +168,7 @@ def search_command(
 
     Example: [bold]medusa-tree search --engine out/engine --prompts chats.jsonl --confirm 3 --picture tree.svg[/]
     """
+    from medusa_export.engines.tuning.crossover import advice, crossover_rows
     from medusa_export.engines.tuning.picture import draw
     from medusa_export.engines.tuning.search import confirm as run_trees
     from medusa_export.engines.tuning.search import search, sentence, tree_json
@@ -165,14 +195,15 @@ def search_command(
                 found, counted, opened, ids, count=confirm, max_new_tokens=max_new_tokens,
                 progress=lambda *at: progress("trees", *at),
             )  # fmt: skip
-    crossover = _crossover(counted, curves, max_draft_len)
+    crossover = crossover_rows(counted, curves, max_draft_len)
     output.write_text(tree_json(found, crossover), encoding="utf-8")
     if picture:
         draw(picture, found, counted)
     _print_search(found)
     if len(crossover) > 1:
         _print_crossover(crossover)
-    stdout.print(sentence(found), soft_wrap=True)
+    for line in filter(None, (sentence(found), advice(crossover))):
+        stdout.print(line, soft_wrap=True)
     stdout.print(f"wrote {output}", soft_wrap=True)
 
 
@@ -251,27 +282,6 @@ def _calibrate(
         progress=lambda: progress("prompts", next(done), len(encoded)),
     )  # fmt: skip
     return write_calibration(output, answers, {**source, "engine_source": opened.info.source})
-
-
-def _crossover(counted: Any, curves: list[dict[str, Any]], max_draft_len: int) -> list[dict[str, Any]]:
-    """The best tree's size and its speed-up by batch and past length."""
-    from medusa_export.engines.tuning.search import search
-    from medusa_export.heads.trees.step_costs import cost_curve
-
-    rows = []
-    for curve in curves:
-        chosen = search(counted, cost_curve(curve), max_draft_len=max_draft_len).chosen
-        rows.append(
-            {
-                "batch": curve["batch"],
-                "past_length": curve["past_length"],
-                "max_draft_len": chosen.tree.max_draft_len,
-                "medusa_choices": [list(choice) for choice in chosen.tree.choices],
-                "tokens_per_step": round(chosen.tokens_per_step, 4),
-                "speedup": round(chosen.speedup, 4),
-            }
-        )
-    return rows
 
 
 def tree_main() -> None:

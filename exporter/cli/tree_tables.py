@@ -64,8 +64,17 @@ def _print_search(found: Any) -> None:
 
 
 def _print_crossover(rows: list[dict[str, Any]]) -> None:
-    table = Table("batch", "past length", "draft tokens", "tokens per step", "speed-up")
+    others = list(dict.fromkeys(name for row in rows for name in row.get("alternatives", ())))
+    origin = f"costs estimated for {rows[0]['estimated']}, not measured" if "estimated" in rows[0] else "costs measured"
+    title = f"best tree by batch and context; tokens/s of the whole batch; {origin}"
+    names = ("batch", "past length", "draft tokens", "tokens per step", "speed-up", "tokens/s", *others)
+    table = Table(*names, title=title, title_justify="left")
     for row in rows:
-        numbers = (str(row[name]) for name in ("batch", "past_length", "max_draft_len"))
-        table.add_row(*numbers, f"{row['tokens_per_step']:.2f}", f"{row['speedup']:.2f}x")
+        interval = row["speedup_interval"]
+        spread = f" ({interval[0]:.2f} .. {interval[1]:.2f})" if interval and row["max_draft_len"] else ""
+        table.add_row(
+            str(row["batch"]), str(row["past_length"]), str(row["max_draft_len"] or "no tree"),
+            f"{row['tokens_per_step']:.2f}", f"{row['speedup']:.2f}x{spread}", f"{row['tokens_per_second']:.0f}",
+            *(f"{speed:.0f}" if (speed := row["alternatives"].get(name)) is not None else "-" for name in others),
+        )  # fmt: skip
     stdout.print(table)

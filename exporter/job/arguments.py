@@ -47,6 +47,7 @@ class ExportArguments:
     format: str = "trtllm"
     prompts: Path | None = None
     tree_cost: Path | None = None
+    gpu_model: str | None = None
     gpu: str | None = None
     max_batch: int = MAX_BATCH
 

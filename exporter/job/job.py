@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from medusa_export.core.text.prompts import Prompt, load_prompts
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES, read_tokenizer
 from medusa_export.exporter.job.arguments import AUTO, DEFAULT_CALIB, FORMS, MAX_LENGTH, ExportArguments
 from medusa_export.exporter.job.engine_kinds import CPU_TREE, ENGINES, GPU_TREE, EngineKind, engine_kind
+from medusa_export.exporter.job.gpu_costs import Target, prediction
 from medusa_export.exporter.plan.hf_layout import require_hf
 from medusa_export.exporter.plan.spec import ExportSpec, export_spec
 from medusa_export.exporter.plan.trtllm_compat import release_warnings
@@ -21,6 +23,8 @@ from medusa_export.exporter.plan.trtllm_layout import require_scales
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import TREE_FILE
 from medusa_export.heads.contract.trtllm_releases import find_release
+from medusa_export.heads.roofline.curves import estimate_costs
+from medusa_export.heads.roofline.gpus import find_gpu
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.trees.search import CostCurve, best, candidates
 from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
@@ -34,6 +38,7 @@ from medusa_export.quantize.tensorrt_targets import parse_gpus
 logger = logging.getLogger(__name__)
 
 MAX_GPU_NODES = len(PRESETS[GPU_TREE]) + 1
+GPU_PAST = 1024  # tokens that a step's cost on --gpu-model is estimated behind
 
 
 class Job:
@@ -63,6 +68,7 @@ class Job:
             logger.warning("%s", warning)
         self.tokenizer = read_tokenizer(arguments.ckpt)
         spec = None if arguments.tree == AUTO else arguments.tree
+        self.gpu_prediction: dict[str, Any] | None = None  # of take_trees
         self.trtllm_tree = _tree(spec, GPU_TREE, self.checkpoint.num_medusa_heads)
         self.engine_tree = _tree(spec, kind.tree if kind else CPU_TREE, self.checkpoint.num_medusa_heads)
 
@@ -93,12 +99,11 @@ class Job:
     def take_trees(self, engine_dir: Path) -> None:
         """Go on with the trees that were measured on the written engine.
 
-        The engine's is in its tree.json. TensorRT-LLM's comes from the same acceptance and from ``--tree-cost``, or as if all steps
-        up to the default tree's size cost the same, as they nearly do where reading the weights takes the time.
+        The engine's is in its tree.json. TensorRT-LLM's comes from the same acceptance and from ``--tree-cost`` or ``--gpu-model``,
+        or as if all steps up to the default tree's size cost the same, which is said.
         """
         self.engine_tree = load_tree(str(engine_dir / TREE_FILE))
-        counted, given = Acceptance.load(engine_dir / ACCEPTANCE_FILE), self.arguments.tree_cost
-        cost = cost_curve(select(load_costs(given))) if given else CostCurve({1: 1.0, MAX_GPU_NODES: 1.0})
+        counted, cost = Acceptance.load(engine_dir / ACCEPTANCE_FILE), self._gpu_cost()
         found = candidates(counted.paths, counted.positions, cost, max_draft_len=MAX_GPU_NODES - 1)
         if len(found) == 1:
             raise ConfigError(
@@ -107,9 +112,47 @@ class Job:
         chosen = best(found)
         if not chosen.tree.max_draft_len:
             chosen = max(found[1:], key=lambda candidate: candidate.speedup)
-            logger.warning("no tree pays at the costs in %s; the best one is predicted %.2fx", given, chosen.speedup)
+            where = f"as estimated for {cost.estimated}" if cost.estimated else f"in {self.arguments.tree_cost}"
+            logger.warning("no tree pays at the costs %s; the best one is predicted %.2fx", where, chosen.speedup)
         self.trtllm_tree = chosen.tree
+        self.gpu_prediction = prediction(chosen, counted, self.gpu_costs["curves"][0]) if self.gpu_costs else None
         self.__dict__.pop("spec", None)  # it holds the tree's size
+
+    @cached_property
+    def gpu_costs(self) -> dict[str, Any] | None:
+        """The body of cost.json as estimated for ``--gpu-model``, one sequence behind 1024 tokens; None without that flag."""
+        if self.arguments.gpu_model is None:
+            return None
+        deployment = self.target.on(find_gpu(self.arguments.gpu_model, "--gpu-model"))
+        past = max(1, min(GPU_PAST, self.checkpoint.config.max_position_embeddings - MAX_GPU_NODES))
+        body = estimate_costs(deployment, batches=(1,), past_lengths=(past,))
+        if not body["curves"]:
+            needed = f"{deployment.needed_bytes(1, past) / 1e9:.1f} GB"
+            raise ConfigError(
+                "--gpu-model", f"a model of {needed} a rank", f"{deployment.gpu.name}", "raise --tp or quantize"
+            )
+        return body
+
+    @property
+    def target(self) -> Target:
+        """What runs on TensorRT-LLM's GPU."""
+        flags, checkpoint = self.arguments, self.checkpoint
+        return Target(
+            checkpoint.config, checkpoint.num_medusa_heads, checkpoint.num_medusa_layers, self.fmt, flags.kv_cache,
+            flags.quant_heads, flags.tp,
+        )  # fmt: skip
+
+    def _gpu_cost(self) -> CostCurve:
+        """What steps of TensorRT-LLM cost: given, estimated, or taken to be all the same."""
+        if self.arguments.tree_cost is not None:
+            return cost_curve(select(load_costs(self.arguments.tree_cost)))
+        if self.gpu_costs is not None:
+            return cost_curve(self.gpu_costs["curves"][0])
+        logger.warning(
+            "TensorRT-LLM's tree is chosen as if all trees up to %d nodes cost the same on its GPU; --gpu-model estimates costs, "
+            "--tree-cost takes measured ones", MAX_GPU_NODES,
+        )  # fmt: skip
+        return CostCurve({1: 1.0, MAX_GPU_NODES: 1.0})
 
     @property
     def has_scales(self) -> bool:
@@ -219,10 +262,11 @@ class Job:
 
     def _check_tree(self) -> None:
         arguments = self.arguments
-        for name, path in (("--prompts", arguments.prompts), ("--tree-cost", arguments.tree_cost)):
-            if path is not None and not self.measures_tree:
+        named = {"--prompts": arguments.prompts, "--tree-cost": arguments.tree_cost, "--gpu-model": arguments.gpu_model}
+        for name, value in named.items():
+            if value is not None and not self.measures_tree:
                 raise ConfigError(
-                    name, str(path), "it only where the tree is measured, with --tree auto", "leave it out"
+                    name, str(value), "it only where the tree is measured, with --tree auto", "leave it out"
                 )
         if not self.measures_tree:
             return
@@ -234,8 +278,11 @@ class Job:
             raise ConfigError(
                 "--tree auto", "no --prompts", "prompts like those that will be served", "give a JSONL file"
             )
+        if arguments.tree_cost is not None and arguments.gpu_model is not None:
+            raise ConfigError("--gpu-model", "--tree-cost too", "one of them", "leave one out")
         if arguments.tree_cost is not None:
             select(load_costs(arguments.tree_cost))
+        _ = self.gpu_costs  # the GPU has the format and the room
 
     def _check_given_scales(self, spec: ExportSpec, scales: Scales) -> None:
         if not self.has_scales:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from medusa_export.quantize.scales_cache import cached_scales
 logger = logging.getLogger(__name__)
 
 TREE_FILE, TOKENIZER, CONFIG, ONNX, ENGINE = "tree.json", "tokenizer", "trtllm/config.json", "onnx", "engine"
+GPU_ESTIMATE = "gpu-estimate.json"
 HF, HF_CONFIGS, HEADS = "hf", "hf/config.json", "heads"
 
 
@@ -38,7 +40,8 @@ def part_names(job: Job) -> list[str]:
         return [*scales, *(f"{HF}/{name}" for name in _hf_shards(job)), HF_CONFIGS]
     if job.arguments.format in HEAD_FORMS:
         return [HEADS]
-    checkpoint = [TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp)]
+    estimate = [GPU_ESTIMATE] if job.gpu_costs else []
+    checkpoint = [*estimate, TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp)]
     if not job.writes_engine:
         return [*scales, *checkpoint]
     return [*scales, *([ONNX, ENGINE, *checkpoint] if job.engine.has_graph else [*checkpoint, ENGINE])]
@@ -98,6 +101,8 @@ class PartWriter:
         job, work = self.job, self.work
         if job.writes_engine and job.engine.has_graph:  # before the rest, whose tree may be measured on it
             self._write_graph_and_engine(scales)
+        if job.gpu_costs:
+            work.run_once(GPU_ESTIMATE, self._write_gpu_estimate)
         work.run_once(TREE_FILE, lambda path: path.write_text(job.trtllm_tree.to_json(), encoding="utf-8"))
         work.run_once(TOKENIZER, job.tokenizer.save_pretrained)
         logger.info("writing the TensorRT-LLM checkpoint, %d draft tokens", job.trtllm_tree.max_draft_len)
@@ -110,6 +115,10 @@ class PartWriter:
         if job.writes_engine and not job.engine.has_graph:  # it is made of the checkpoint
             work.run_once(ENGINE, lambda path: self._write_engine(scales, path))
         return compared
+
+    def _write_gpu_estimate(self, path: Path) -> None:
+        body = {"predicted": self.job.gpu_prediction, **(self.job.gpu_costs or {})}
+        path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
     def _write_graph_and_engine(self, scales: Scales | None) -> None:
         logger.info("writing the ONNX graph and the engine")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from medusa_export.exporter.sizing.gpus import (
     rank_memory,
 )
 from medusa_export.exporter.sizing.memory import LIBRARIES, _available_ram, _ram
+from medusa_export.exporter.sizing.speed import estimate_speeds, known_acceptance
 from medusa_export.exporter.sizing.types import Group, Machine, Request, Sizing, _head_parameters, _parameters
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.heads.checkpoint import families
@@ -79,7 +81,11 @@ def plan_export(arguments: ExportArguments, *, batch: int = 1, context: int | No
         batch=batch,
         context=context,
     )
-    return size_export(job.spec, request, _this_machine(arguments.output))
+    speeds = estimate_speeds(
+        job.target, known_acceptance(arguments.heads or arguments.ckpt),
+        max_draft_len=job.spec.max_draft_len, batch=batch, context=context,
+    )  # fmt: skip
+    return replace(size_export(job.spec, request, _this_machine(arguments.output)), speeds=speeds)
 
 
 def size_export(spec: ExportSpec, request: Request, machine: Machine) -> Sizing:

@@ -12,9 +12,11 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from medusa_export.exporter.job.gpu_costs import unsupported_reason
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.tensor_plan import TensorPlan
-from medusa_export.quantize.formats import Format, KvCache
+from medusa_export.heads.roofline import gpus
+from medusa_export.heads.roofline.gpus import Gpu
 
 BUILD_BITS = {"W8A16": 8, "W4A16": 4}  # of weights that are 16 bit in the file: trtllm-build quantizes them for its GPU
 KV_BYTES: dict[str | None, int] = {None: 2, "FP8": 1, "INT8": 1}  # of one value, by kv_cache_quant_algo
@@ -22,33 +24,8 @@ FLOAT_BYTES, LOGIT_BYTES = 2, 4  # activations are 16 bit, logits float32 (confi
 KV_FRACTION = 0.9  # kv_cache_free_gpu_mem_fraction: the cache's part of what the engine leaves free
 MAX_NUM_TOKENS = 8192  # of trtllm-build; it raises this to what a step of the whole batch needs
 TOKENS_PER_BLOCK = 64  # of the paged cache in 0.17; later releases take 32, which rounds up less
+GPUS = tuple(gpu for gpu in gpus.GPUS if gpu.data_centre)  # TensorRT-LLM's support matrix has no others
 MAX_BATCH = 2048  # trtllm-build's default, and the largest batch that is looked for
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A product.
-
-    Attributes:
-        sm: compute capability as 10 * major + minor.
-        memory: bytes.
-    """
-
-    name: str
-    sm: int
-    memory: int
-
-
-# Memory: NVIDIA's product pages and data sheets (A100, H100 SXM, H200 SXM, L40S; B200: its announcement at GTC 2024),
-# a GB taken as 10^9 bytes, the smaller reading. Compute capabilities: developer.nvidia.com/cuda-gpus.
-GPUS = (
-    Gpu("A100-40GB", 80, 40 * 10**9),
-    Gpu("A100-80GB", 80, 80 * 10**9),
-    Gpu("L40S-48GB", 89, 48 * 10**9),
-    Gpu("H100-80GB", 90, 80 * 10**9),
-    Gpu("H200-141GB", 90, 141 * 10**9),
-    Gpu("B200-192GB", 100, 192 * 10**9),
-)
 
 
 @dataclass(frozen=True)
@@ -174,10 +151,4 @@ def fit(gpu: Gpu, spec: ExportSpec, weights: int, *, batch: int, context: int) -
 
 def why_unsupported(gpu: Gpu, spec: ExportSpec) -> str:
     """Why a GPU cannot run the formats, in a few words; empty where it can."""
-    rows: tuple[tuple[str, Format | KvCache], ...] = (("", spec.fmt), ("kv cache ", spec.kv_cache))
-    for what, row in rows:
-        if gpu.sm < row.min_sm:
-            return f"{what}{row.name} needs SM {row.min_sm} or newer"
-        if row.max_sm is not None and gpu.sm > row.max_sm:
-            return f"{what}{row.name} runs up to SM {row.max_sm}"
-    return ""
+    return unsupported_reason(gpu, spec.fmt, spec.kv_cache)

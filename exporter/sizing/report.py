@@ -10,6 +10,7 @@ from rich.table import Table
 
 from medusa_export.exporter.sizing.gpus import KV_FRACTION, MAX_BATCH, MAX_NUM_TOKENS
 from medusa_export.exporter.sizing.memory import LIBRARIES
+from medusa_export.exporter.sizing.speed import Speed
 from medusa_export.exporter.sizing.types import Item, Sizing, readable
 
 
@@ -18,6 +19,8 @@ def print_sizing(sizing: Sizing, console: Console) -> None:
     makers = (_layout_table, _tensor_table, _disk_table, _ram_table, _memory_table, _gpu_table)
     for make in makers:
         console.print(make(sizing))
+    if sizing.speeds:
+        console.print(_speed_table(sizing))
     console.print(
         "GPU figures leave out CUDA's context and libraries, NCCL's buffers and kernels' workspaces.",
         style="dim",
@@ -119,3 +122,31 @@ def _gpu_table(sizing: Sizing) -> Table:
             largest = f"{row.largest_batch}{' or more' * (row.largest_batch == MAX_BATCH)}"
             table.add_row(row.gpu, readable(row.cache_room), "fits" if row.fits else "does not fit", largest, "")
     return table
+
+
+def _speed_table(sizing: Sizing) -> Table:
+    layout = sizing.layout
+    title = f"Speed on {_count(layout['tp'], 'GPU')}, estimated from data sheets, not measured; batch {layout['batch']}"
+    draft, known = layout["max_draft_len"], any(speed.predicted for speed in sizing.speeds)
+    step = f"step with {draft} draft tokens"
+    with_medusa = ("best tree", "tokens/s with", "gain") if known else ()
+    table = _table(
+        title, "GPU", "tokens/s without", step, *with_medusa, "", right=("tokens/s without", "tokens/s with")
+    )
+    for speed in sizing.speeds:
+        if speed.reason:
+            table.add_row(speed.gpu, "-", *("-" for _ in (step, *with_medusa)), speed.reason)
+            continue
+        low, high = speed.step_ratio_range
+        cells = [speed.gpu, f"{speed.without_medusa:.0f}", f"{speed.step_ratio:.2f}x ({low:.2f} .. {high:.2f})"]
+        table.add_row(*cells, *(_predicted(speed) if known else ()), "")
+    return table
+
+
+def _predicted(speed: Speed) -> tuple[str, str, str]:
+    found = speed.predicted or {}
+    if not found["max_draft_len"]:
+        return "no tree", f"{found['tokens_per_second']['without_medusa']:.0f}", "1.00x"
+    low, high = found["speedup_interval"]
+    gain = f"{found['speedup']:.2f}x ({low:.2f} .. {high:.2f})"
+    return f"{found['max_draft_len']} draft tokens", f"{found['tokens_per_second']['medusa']:.0f}", gain

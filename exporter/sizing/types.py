@@ -8,6 +8,7 @@ from typing import Any
 
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.sizing.gpus import Fit, RankMemory
+from medusa_export.exporter.sizing.speed import Speed
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 ENGINE_CODE, BUILD_COPIES = 30_000_000, 4  # of TensorRT-RTX 1.7: docs/tensorrt.md
@@ -88,6 +89,7 @@ class Sizing:
         disk_reserve: what the export wants to see free before it starts; an upper bound.
         ram: stages of the export, one at a time; the largest and the libraries make ``ram_needed``.
         memory: of one rank's GPU, for the layout's batch and context.
+        speeds: tokens a second on GPUs, estimated; empty where none was asked for.
     """
 
     layout: dict[str, Any]
@@ -104,6 +106,7 @@ class Sizing:
     ram_available: int
     memory: RankMemory
     gpus: tuple[Fit, ...]
+    speeds: tuple[Speed, ...] = ()
 
 
 def _parameters(spec: ExportSpec) -> int:

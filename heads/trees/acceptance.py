@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import bootstrap
 from medusa_export.core.json_fields import read_json
-from medusa_export.heads.trees.search import grow
+from medusa_export.heads.trees.search import Candidate, grow
 from medusa_export.heads.trees.tree import Choice, Tree
 
 ACCEPTANCE_FILE = "acceptance.json"
@@ -36,11 +36,13 @@ class Answer:
 
     Attributes:
         ranks: a row for every token of the answer, its last one too: the rank of the token ``h + 1`` later in head h.  # [T, H]
+        lookup: tokens that prompt lookup would get right behind each; None where it was not counted.  # [T]
     """
 
     prompt: str
     category: str
     ranks: Ranks
+    lookup: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,12 @@ class Acceptance:
         try:
             paths = {tuple(map(int, entry["choice"])): int(entry["count"]) for entry in body["paths"]}
             answers = [
-                Answer(str(entry["prompt"]), str(entry["category"]), np.array(entry["ranks"], dtype=np.int64))
+                Answer(
+                    str(entry["prompt"]),
+                    str(entry["category"]),
+                    np.array(entry["ranks"], dtype=np.int64),
+                    np.array(entry["lookup"], dtype=np.int64) if "lookup" in entry else None,
+                )
                 for entry in body.get("answers", ())
             ]
             return cls(int(body["positions"]), paths, tuple(answers))
@@ -84,13 +91,24 @@ class Acceptance:
 
     def walk(self, tree: Tree) -> tuple[float, tuple[float, float]] | None:
         """Tokens per step with a tree on the counted answers, and its interval over prompts; None without answers."""
-        if not self.answers:
+        return _yield(_walk(_accepted(tree, answer.ranks)) for answer in self.answers)
+
+    def speedup_interval(self, candidate: Candidate) -> tuple[float, float] | None:
+        """What a tree's speed-up may be: tokens per step at the ends of their interval, over its cost at the ends of its own.
+
+        Where both are uncertain, the worst of both and the best of both. None where neither's uncertainty is known.
+        """
+        walk = self.walk(candidate.tree)
+        if walk is None and candidate.cost_range is None:
             return None
-        rows = np.array([_walk(_accepted(tree, answer.ranks)) for answer in self.answers])
-        tokens, steps = rows.sum(0)
-        if not steps:
-            return None
-        return float(tokens / steps), bootstrap(rows, lambda tokens, steps: tokens / np.maximum(steps, 1))
+        low, high = walk[1] if walk else (candidate.tokens_per_step, candidate.tokens_per_step)
+        cheap, dear = candidate.cost_range or (candidate.cost_ratio, candidate.cost_ratio)
+        return low / dear, high / cheap
+
+    def lookup(self) -> tuple[float, tuple[float, float]] | None:
+        """The same of prompt lookup; None where it was not counted."""
+        counted = [answer.lookup for answer in self.answers if answer.lookup is not None]
+        return _yield(map(_walk, counted)) if len(counted) == len(self.answers) else None
 
 
 def accuracies(ranks: Ranks) -> list[dict[str, float]]:
@@ -166,7 +184,7 @@ def calibration(answers: Sequence[Answer]) -> dict[str, Any]:
         **body,
         "prompts": len(answers),
         "categories": [_category(name, answers) for name in sorted({answer.category for answer in answers})],
-        "answers": [{"prompt": a.prompt, "category": a.category, "ranks": a.ranks.tolist()} for a in answers],
+        "answers": [_recorded(answer) for answer in answers],
     }
 
 
@@ -179,6 +197,11 @@ def write_calibration(path: Path, answers: Sequence[Answer], source: Mapping[str
     body = {**calibration(answers), "source": dict(source)}
     path.write_text(json.dumps(body, separators=(",", ":")) + "\n", encoding="utf-8")
     return body
+
+
+def _recorded(answer: Answer) -> dict[str, Any]:
+    found = {"prompt": answer.prompt, "category": answer.category, "ranks": answer.ranks.tolist()}
+    return found if answer.lookup is None else {**found, "lookup": answer.lookup.tolist()}
 
 
 def _category(name: str, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -209,6 +232,15 @@ def _accepted(tree: Tree, ranks: Ranks) -> npt.NDArray[np.int64]:
             depth += 1
         found[row] = depth
     return found
+
+
+def _yield(walks: Iterable[tuple[int, int]]) -> tuple[float, tuple[float, float]] | None:
+    """Tokens per step over all answers, and the interval over prompts; None where no step was taken."""
+    rows = np.array(list(walks))
+    if not rows.size or not rows[:, 1].any():
+        return None
+    tokens, steps = rows.sum(0)
+    return float(tokens / steps), bootstrap(rows, lambda tokens, steps: tokens / np.maximum(steps, 1))
 
 
 def _walk(accepted: npt.NDArray[np.int64]) -> tuple[int, int]:

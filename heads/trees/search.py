@@ -69,10 +69,14 @@ class CostCurve:
     Attributes:
         verify_ms: nodes -> milliseconds, the root included; has 1, the step without a tree. Between measured sizes it is linear.
         draft_ms: depth of the tree -> milliseconds of so many heads; empty: they cost nothing, else every depth from 1 on.
+        estimated: the GPU that these times were estimated for; None where they were measured.
+        ratio_ranges: nodes -> the least and the most that :meth:`ratio` may be; empty where that is not known.
     """
 
     verify_ms: Mapping[int, float]
     draft_ms: Mapping[int, float] = field(default_factory=dict)
+    estimated: str | None = None
+    ratio_ranges: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         times = [*self.verify_ms.values(), *self.draft_ms.values()]
@@ -98,6 +102,14 @@ class CostCurve:
         verify = float(np.interp(nodes, sizes, [self.verify_ms[size] for size in sizes]))
         return (verify + self.draft_ms.get(depth, 0.0)) / self.verify_ms[1]
 
+    def ratio_range(self, nodes: int) -> tuple[float, float] | None:
+        """What the ratio of a tree's step may be by the estimate's assumptions; None for measured costs, and without a tree."""
+        if nodes == 1 or not self.ratio_ranges:
+            return None
+        sizes = sorted(self.ratio_ranges)
+        low, high = (float(np.interp(nodes, sizes, [self.ratio_ranges[size][end] for size in sizes])) for end in (0, 1))
+        return low, high
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -106,11 +118,13 @@ class Candidate:
     Attributes:
         tokens_per_step: expected, at a position drawn at random.
         cost_ratio: its step's time over that of a step without a tree.
+        cost_range: what that may be, where it is estimated.
     """
 
     tree: Tree
     tokens_per_step: float
     cost_ratio: float
+    cost_range: tuple[float, float] | None = None
 
     @property
     def speedup(self) -> float:
@@ -155,7 +169,7 @@ def candidates(
                 continue
             ratio = cost.ratio(nodes, max(map(len, choices)))
             if nodes not in found or expected / ratio > found[nodes].speedup:
-                found[nodes] = Candidate(Tree.from_choices(choices), expected, ratio)
+                found[nodes] = Candidate(Tree.from_choices(choices), expected, ratio, cost.ratio_range(nodes))
     return [found[nodes] for nodes in sorted(found)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ def load_costs(path: Path) -> list[dict[str, Any]]:
             {
                 "batch": int(curve.get("batch", 1)),
                 "past_length": int(curve.get("past_length", 0)),
-                "verify": [{**row, "nodes": int(row["nodes"]), "ms": float(row["ms"])} for row in curve["verify"]],
+                "verify": [_verify_row(row) for row in curve["verify"]],
                 "draft": [
                     {**row, "depth": int(row["depth"]), "ms": float(row["ms"])} for row in curve.get("draft", ())
                 ],
+                **_estimated(curve),
             }
             for curve in curves
         ]
@@ -42,10 +44,30 @@ def load_costs(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _verify_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**row, "nodes": int(row["nodes"]), "ms": float(row["ms"])}
+    if "step_ratio_range" in row:
+        low, high = map(float, row["step_ratio_range"])
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"step_ratio_range {low:g} .. {high:g}")
+        found["step_ratio_range"] = (low, high)
+    return found
+
+
+def _estimated(curve: Mapping[str, Any]) -> dict[str, Any]:
+    """What only curves have that were not measured: for which GPU, and what other ways of decoding would cost there."""
+    if "estimated" not in curve:
+        return {}
+    others = [{**row, "name": str(row["name"]), "ms": float(row["ms"])} for row in curve.get("alternatives", ())]
+    return {"estimated": str(curve["estimated"]), "alternatives": others}
+
+
 def cost_curve(curve: Mapping[str, Any]) -> CostCurve:
     """One curve, as the search takes it."""
     verify = {row["nodes"]: row["ms"] for row in curve["verify"]}
-    return CostCurve(verify, {row["depth"]: row["ms"] for row in curve["draft"]})
+    draft = {row["depth"]: row["ms"] for row in curve["draft"]}
+    ranges = {row["nodes"]: row["step_ratio_range"] for row in curve["verify"] if "step_ratio_range" in row}
+    return CostCurve(verify, draft, curve.get("estimated"), ranges)
 
 
 def select(curves: list[dict[str, Any]], *, batch: int = 1, past_length: int | None = None) -> dict[str, Any]:

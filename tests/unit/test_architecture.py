@@ -24,6 +24,7 @@ ALLOWED: dict[str, str] = {
     "heads": "",
     "heads/checkpoint": "core",
     "heads/trees": "core",
+    "heads/roofline": "core heads/checkpoint",
     "heads/decoding": "core heads/checkpoint heads/trees",
     "heads/contract": "core core/text heads/trees",
     "heads/data": "core core/artifacts heads/decoding",
@@ -40,11 +41,11 @@ ALLOWED: dict[str, str] = {
     "exporter/write": "core core/artifacts core/text exporter/plan exporter/verify heads/checkpoint heads/trees quantize",
     "exporter/engine_dirs": "core core/text exporter/onnx exporter/onnx/portable exporter/plan heads/checkpoint heads/contract"
     " heads/trees quantize",
-    "exporter/job": "core core/artifacts core/text exporter/plan heads/checkpoint heads/contract heads/trees quantize",
+    "exporter/job": "core core/artifacts core/text exporter/plan heads/checkpoint heads/contract heads/roofline heads/trees quantize",
     "exporter/pipeline": "core core/artifacts exporter/engine_dirs exporter/job exporter/onnx exporter/plan exporter/verify"
     " exporter/write heads/contract quantize",
     "exporter/sizing": "core core/artifacts core/text exporter/job exporter/onnx exporter/onnx/portable exporter/pipeline"
-    " exporter/plan exporter/write heads/checkpoint quantize",
+    " exporter/plan exporter/write heads/checkpoint heads/roofline heads/trees quantize",
     "engines/decoding": "core heads/contract heads/decoding heads/trees",
     "engines/onnxruntime": "core engines/decoding heads/contract heads/trees",
     "engines/trtllm": "core engines/decoding heads/contract heads/trees",
@@ -86,6 +87,7 @@ WITHOUT_TORCH = [
     "heads.contract.engine_info",
     "heads.checkpoint.decoder_config",
     "heads.checkpoint.families",
+    "heads.roofline.curves",
 ]
 MOST_FILES, MEDIAN_FILES, MOST_LINES = 12, 8, 60  # of a folder, of folders, of a function
 TOO_LONG = {  # to be shortened; nothing joins them

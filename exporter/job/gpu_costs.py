@@ -1,0 +1,119 @@
+"""Step costs on a GPU, from a model's shape and the formats of its weights and cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from medusa_export.core.errors import ConfigError
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.roofline.gpus import Gpu
+from medusa_export.heads.roofline.shape import HALF, Precision, Shape
+from medusa_export.heads.roofline.step import Deployment
+from medusa_export.heads.trees.acceptance import Acceptance
+from medusa_export.heads.trees.search import Candidate
+from medusa_export.quantize.formats import FORMATS, Format, KvCache, check_heads, get_kv_cache
+
+# Weight bits and what the products are made in, by format; scales of groups are added. A test sees that no format is missing.
+PRODUCTS: dict[str, tuple[int, str]] = {
+    "none": (16, "fp16"),
+    "fp8": (8, "fp8"),
+    "fp8_rowwise": (8, "fp8"),
+    "int8_sq": (8, "int8"),
+    "int8_wo": (8, "fp16"),
+    "int4_wo": (4, "fp16"),
+    "int4_awq": (4, "fp16"),
+    "w4a8_awq": (4, "fp8"),
+    "nvfp4": (4, "fp4"),
+}
+SCALE_BITS = {"nvfp4": 8}  # of a group; 16 where none is named
+KV_BITS: dict[str, int] = {"none": 16, "fp8": 8, "int8": 8}
+COMPARED = ("none", "fp8", "int4_awq")  # what decoding without heads is estimated for, beside the format asked for
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to run on a GPU.
+
+    Attributes:
+        heads, head_layers: Medusa heads and blocks of each.
+        quant_heads: whether the heads have the base's format.
+    """
+
+    config: DecoderConfig
+    heads: int
+    head_layers: int
+    fmt: Format
+    kv_cache: str = "none"
+    quant_heads: bool = False
+    tp: int = 1
+
+    def on(self, gpu: Gpu) -> Deployment:
+        """The deployment that a step's cost is estimated for.
+
+        Raises:
+            ConfigError: a GPU without the formats' products, or ranks that do not divide the heads.
+        """
+        check_heads(self.fmt, self.quant_heads)
+        kv_cache = get_kv_cache(self.kv_cache)
+        why = unsupported_reason(gpu, self.fmt, kv_cache)
+        if why:
+            raise ConfigError(
+                gpu.name, f"{self.fmt.name}, kv cache {self.kv_cache}", why, "choose another format or GPU"
+            )
+        weights = precision(self.fmt)
+        shape = Shape.of(self.config, self.heads, self.head_layers)
+        heads = weights if self.quant_heads else HALF
+        return Deployment(shape, gpu, self.tp, weights, heads, KV_BITS[kv_cache.name])
+
+    def without_heads(self, gpu: Gpu) -> dict[str, Deployment]:
+        """The same model in the usual formats that the GPU has, to decode without heads."""
+        shape = Shape.of(self.config, 0, 0)
+        formats = (FORMATS[name] for name in dict.fromkeys((*COMPARED, self.fmt.name)))
+        able = [fmt for fmt in formats if not unsupported_reason(gpu, fmt) and PRODUCTS[fmt.name][1] in gpu.operations]
+        cache = KV_BITS[self.kv_cache]
+        return {
+            f"{fmt.name if fmt.quant_algo else '16 bit'} without Medusa": Deployment(
+                shape, gpu, self.tp, precision(fmt), HALF, cache
+            )
+            for fmt in able
+        }
+
+
+def precision(fmt: Format) -> Precision:
+    """Bits of a weight with its group's scale, and the products."""
+    bits, operations = PRODUCTS[fmt.name]
+    scale = SCALE_BITS.get(fmt.name, 16) / fmt.group_size if fmt.group_size else 0.0
+    return Precision(bits + scale, operations)
+
+
+def prediction(chosen: Candidate, counted: Acceptance, curve: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens a second without and with a tree at a curve's costs, the gain, and what that may be."""
+    plain = curve["verify"][0]["ms"]
+    interval = counted.speedup_interval(chosen)
+    return {
+        "estimated": curve["estimated"],
+        "batch": curve["batch"],
+        "past_length": curve["past_length"],
+        "max_draft_len": chosen.tree.max_draft_len,
+        "tokens_per_step": round(chosen.tokens_per_step, 4),
+        "cost_ratio": round(chosen.cost_ratio, 4),
+        "tokens_per_second": {
+            "without_medusa": round(1e3 * curve["batch"] / plain, 2),
+            "medusa": round(1e3 * curve["batch"] * chosen.speedup / plain, 2),
+        },
+        "speedup": round(chosen.speedup, 4),
+        "speedup_interval": [round(end, 4) for end in interval] if interval else None,
+    }
+
+
+def unsupported_reason(gpu: Gpu, *formats: Format | KvCache) -> str:
+    """Why a GPU cannot run a format, in a few words; empty where it can run all."""
+    for row in formats:
+        what = f"{'kv cache ' * isinstance(row, KvCache)}{row.name}"
+        if gpu.sm < row.min_sm:
+            return f"{what} needs SM {row.min_sm} or newer"
+        if row.max_sm is not None and gpu.sm > row.max_sm:
+            return f"{what} runs up to SM {row.max_sm}"
+    return ""

@@ -1,0 +1,247 @@
+"""A decode step's time from bytes and operations: the roofline, and what it leaves out as parameters with stated defaults.
+
+Every part of a step takes the longer of its bytes over the memory's bandwidth and its operations over the throughput, for
+``batch * nodes`` rows; on top of that come launches, and all-reduces between ranks. Both rates are the data sheet's times an
+efficiency. Nothing is fitted to a published time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_export.core.errors import ConfigError
+from medusa_export.heads.roofline.gpus import Gpu
+from medusa_export.heads.roofline.shape import HALF, Precision, Shape
+
+Number = float | npt.NDArray[np.float64]  # an array has one value of each of several assumptions  # [S]
+BANDWIDTH, ARITHMETIC, KERNEL_US, COLLECTIVE_US = 0.8, 0.6, 2.5, 10.0  # defaults of the assumptions
+ACTIVATION_BYTES, LOGIT_BYTES = 2, 4  # activations are 16 bit, logits float32
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a data sheet does not say. Defaults are for TensorRT-LLM: fused kernels, launched by a CUDA graph.
+
+    Attributes:
+        bandwidth: part of the memory's bandwidth that a decoder's kernels get. One large copy gets 0.9 on an H100.
+        arithmetic: part of the tensor throughput that they get. One large product gets 0.8 on an H100.
+        serial: part of the shorter of the two that is not hidden behind the longer one; 0 is the roofline.
+        kernel_us: what a kernel takes besides, with its launch, in microseconds.
+        collective_us: latency of an all-reduce or a gather between ranks, in microseconds.
+        layer_kernels: kernels of a layer: norm, qkv, attention in two, dense, norm, fc, gate, activation, proj.
+        base_kernels: kernels of a step that no layer has: embedding, masks, last norm, projection, acceptance.
+        tree_kernels: kernels of drafting and acceptance that a step with a tree has on top, the heads' aside.
+        head_kernels: kernels of a head besides those of its blocks: projection and best tokens.
+        block_kernels: kernels of a residual block: linear, activation, sum.
+        host_us: time of a launch on the host, where kernels are launched one by one; the step takes this if it is longer.
+    """
+
+    bandwidth: Number = BANDWIDTH
+    arithmetic: Number = ARITHMETIC
+    serial: Number = 0.0
+    kernel_us: Number = KERNEL_US
+    collective_us: Number = COLLECTIVE_US
+    layer_kernels: Number = 10.0
+    base_kernels: Number = 8.0
+    tree_kernels: Number = 6.0
+    head_kernels: Number = 2.0
+    block_kernels: Number = 3.0
+    host_us: Number = 0.0
+
+    def __post_init__(self) -> None:
+        parts = np.array([self.bandwidth, self.arithmetic, self.serial])
+        if not (np.all(parts >= 0) and np.all(parts <= 1) and np.all(parts[:2] > 0)):
+            got = f"bandwidth {self.bandwidth}, arithmetic {self.arithmetic}, serial {self.serial}"
+            raise ConfigError("efficiencies", got, "parts of 1; bandwidth and arithmetic above 0", "correct them")
+
+
+DEFAULTS = Assumptions()
+# What the defaults may be off by; measured: one large kernel's 0.9 and 0.8. Where none is hidden is the other end of the roofline.
+RANGES: dict[str, tuple[float, float]] = {
+    "bandwidth": (0.65, 0.9),
+    "arithmetic": (0.4, 0.8),
+    "serial": (0.0, 0.5),
+    "kernel_us": (1.5, 5.0),
+    "collective_us": (6.0, 20.0),
+}
+
+
+def corners(around: Assumptions = DEFAULTS) -> Assumptions:
+    """All at once: the assumptions themselves, then every combination of the ends of :data:`RANGES`, widened to hold them."""
+    ends = [(min(low, getattr(around, name)), max(high, getattr(around, name))) for name, (low, high) in RANGES.items()]
+    found = [replace(around, **dict(zip(RANGES, values, strict=True))) for values in product(*ends)]
+    return stacked([around, *found])
+
+
+def stacked(each: Sequence[Assumptions]) -> Assumptions:
+    """Several as one, whose fields are arrays.  # [S] each"""
+    return Assumptions(
+        **{item.name: np.array([getattr(one, item.name) for one in each]) for item in fields(Assumptions)}
+    )
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model on GPUs of one kind.
+
+    Attributes:
+        tp: tensor-parallel ranks, a GPU each.
+        weights: of the layers' linears; the vocabulary projection is 16 bit.
+        heads: of the heads' blocks and projections.
+        kv_bits: of a cached value.
+    """
+
+    shape: Shape
+    gpu: Gpu
+    tp: int = 1
+    weights: Precision = HALF
+    heads: Precision = HALF
+    kv_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.tp < 1 or self.shape.attention_heads % self.tp:
+            expected = f"a divisor of the {self.shape.attention_heads} attention heads"
+            raise ConfigError("--tp", str(self.tp), expected, "choose another")
+        for precision in (self.weights, self.heads):
+            if precision.operations not in self.gpu.operations:
+                got, has = f"{precision.operations} products", ", ".join(self.gpu.operations)
+                raise ConfigError(self.gpu.name, got, f"what it has: {has}", "choose another format or GPU")
+
+    def needed_bytes(self, batch: int, past: int, nodes: int = 1) -> float:
+        """What a rank's GPU holds for a batch of sequences: weights, keys and values; activations not counted."""
+        cache = batch * (past + nodes) * self.shape.layers * self.shape.kv_values(self.tp) * self.kv_bits / 8
+        return self.shape.resident_bytes(self.tp, self.weights, self.heads) + cache
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a step's time goes, in milliseconds.
+
+    Attributes:
+        layers, attention, projection, heads: their weights and products; the cache; the vocabulary projection; all heads.
+        collectives: between ranks.
+        launches: and whatever else every kernel takes once.
+        host: of launching them one by one; 0 in a CUDA graph.
+    """
+
+    layers: Number
+    attention: Number
+    projection: Number
+    heads: Number
+    collectives: Number
+    launches: Number
+    host: Number
+
+    @property
+    def total(self) -> Number:
+        """The step's: the GPU's time, or the host's where that is longer."""
+        busy = self.layers + self.attention + self.projection + self.heads + self.collectives + self.launches
+        return np.maximum(busy, self.host)
+
+
+def step_parts(
+    deployment: Deployment,
+    batch: int,
+    nodes: int,
+    past: int,
+    *,
+    medusa: bool = False,
+    assumptions: Assumptions = DEFAULTS,
+) -> Parts:
+    """A step that verifies ``nodes`` nodes of each of ``batch`` sequences behind ``past`` tokens.
+
+    Args:
+        medusa: with all heads, on all rows, as TensorRT-LLM runs them whatever the tree's depth.
+    """
+    shape, tp, rows = deployment.shape, deployment.tp, batch * nodes
+    time = _Times(deployment, assumptions)
+    heads = shape.heads if medusa else 0
+    blocks = heads * shape.head_layers
+    kernels = _kernels(shape.layers, heads, blocks, assumptions)
+    reduced = 2 * shape.layers * time.all_reduce(rows * shape.hidden)
+    gathered = (1 + heads) * time.gather(rows * shape.vocab) + blocks * time.gather(rows * shape.hidden)
+    return Parts(
+        layers=shape.layers
+        * time.product(shape.layer_weights(tp), shape.layer_activations(tp), rows, deployment.weights),
+        attention=shape.layers * time.attention(batch, nodes, past),
+        projection=time.projection(rows, HALF),
+        heads=heads * time.projection(rows, deployment.heads)
+        + blocks * time.product(shape.block_weights(tp), 2 * shape.hidden, rows, deployment.heads),
+        collectives=(reduced + gathered) if tp > 1 else 0.0 * assumptions.kernel_us,
+        launches=kernels * assumptions.kernel_us / 1e3,
+        host=kernels * assumptions.host_us / 1e3,
+    )
+
+
+def step_ms(
+    deployment: Deployment,
+    batch: int,
+    nodes: int,
+    past: int,
+    *,
+    medusa: bool = False,
+    assumptions: Assumptions = DEFAULTS,
+) -> Number:
+    """Milliseconds of such a step, see :func:`step_parts`."""
+    return step_parts(deployment, batch, nodes, past, medusa=medusa, assumptions=assumptions).total
+
+
+def _kernels(layers: int, heads: int, blocks: int, assumed: Assumptions) -> Number:
+    drafting = heads * assumed.head_kernels + blocks * assumed.block_kernels + (heads > 0) * assumed.tree_kernels
+    return assumed.base_kernels + layers * assumed.layer_kernels + drafting
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Milliseconds of a step's pieces on one rank."""
+
+    deployment: Deployment
+    assumptions: Assumptions
+
+    def product(self, weights: float, activations: float, rows: int, precision: Precision) -> Number:
+        """Rows times matrices.
+
+        Args:
+            weights: of the matrices.
+            activations: values that a row reads and writes.
+        """
+        moved = weights * precision.bits / 8 + rows * activations * ACTIVATION_BYTES
+        return self._longer(moved, 2 * weights * rows, precision.operations)
+
+    def projection(self, rows: int, precision: Precision) -> Number:
+        """To the vocabulary, with logits that the next kernel reads."""
+        shape, tp = self.deployment.shape, self.deployment.tp
+        weights = shape.projection_weights(tp)
+        moved = weights * precision.bits / 8 + rows * (shape.hidden * ACTIVATION_BYTES + shape.vocab * LOGIT_BYTES)
+        return self._longer(moved, 2 * weights * rows, precision.operations)
+
+    def attention(self, batch: int, nodes: int, past: int) -> Number:
+        """Of one layer: the cache is read once a sequence, whatever the number of nodes."""
+        deployment, shape = self.deployment, self.deployment.shape
+        seen = min(past, shape.window or past) + nodes
+        moved = batch * seen * shape.kv_values(deployment.tp) * deployment.kv_bits / 8
+        return self._longer(moved, 4 * batch * nodes * seen * shape.query_width(deployment.tp), "fp16")
+
+    def all_reduce(self, values: int) -> Number:
+        """Sum of as many values over all ranks: each sends and gets every part but its own, twice."""
+        return self._exchange(2 * values)
+
+    def gather(self, values: int) -> Number:
+        """All ranks' parts of as many values."""
+        return self._exchange(values)
+
+    def _exchange(self, values: int) -> Number:
+        tp, one_way = self.deployment.tp, self.deployment.gpu.link / 2
+        sent = values * ACTIVATION_BYTES * (tp - 1) / tp
+        return self.assumptions.collective_us / 1e3 + 1e3 * sent / (one_way * self.assumptions.bandwidth)
+
+    def _longer(self, moved: float, operations: float, kind: str) -> Number:
+        gpu, assumed = self.deployment.gpu, self.assumptions
+        memory = 1e3 * moved / (gpu.bandwidth * assumed.bandwidth)
+        arithmetic = 1e3 * operations / (gpu.operations[kind] * assumed.arithmetic)
+        return np.maximum(memory, arithmetic) + assumed.serial * np.minimum(memory, arithmetic)

@@ -107,12 +107,16 @@ class StoredLinear:
         return _to_float(self.file.read_rows(f"{self.module}.{kind}", start, stop))
 
     def _unsmoothed(self, values: torch.Tensor, step: torch.Tensor) -> Rows:
-        """The file's weight is the source's divided by the factor of each input, which is itself rounded to 16 bit."""
+        """The file's weight is the source's divided by the factor of each input, before or after that was rounded to 16 bit.
+
+        Of a factor f, stored as F = f (1 +- u), and codes half a step off: ``|F q s - w| <= u |F q s| + F (1 + u) s / 2``.
+        """
         name = f"{self.module}.prequant_scaling_factor"
         stored = self.file.read_rows(name, 0, self.file.shape(name)[0])
         factor = stored.to(torch.float32)
         values = values.mul_(factor)
-        return Rows(values, torch.finfo(stored.dtype).eps, step * factor / 2)
+        half_ulp = torch.finfo(stored.dtype).eps / 2
+        return Rows(values, half_ulp, step * factor * ((1 + half_ulp) / 2))
 
     def _fp8(self, start: int, stop: int) -> Rows:
         return _fp8_rows(self._take("weight", start, stop), torch.tensor(self.number("weights_scaling_factor")))

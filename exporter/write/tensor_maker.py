@@ -131,7 +131,16 @@ class TensorMaker:
         return self.spec.fmt.group_size or 1
 
     def _smoothing(self, plan: TensorPlan) -> torch.Tensor:
-        return _part(self.scales.pre_quant_scale[plan.modules[0]], plan.columns)
+        factors = _part(self.scales.pre_quant_scale[plan.modules[0]], plan.columns)
+        stored = factors.to(getattr(torch, plan.dtype))
+        if not bool((torch.isfinite(stored) & (stored > 0)).all()):
+            raise CheckpointError(
+                plan.name,
+                f"factors of {float(factors.min()):.4g} .. {float(factors.max()):.4g}",
+                f"finite numbers above 0 in {plan.dtype}",
+                "use --dtype bfloat16, or another --quant",
+            )
+        return stored
 
     def _weight_scale(self, plan: TensorPlan) -> float:
         return code_scale(fused_amax(self.scales.weight_amax, plan.modules), self.spec.fmt.tensor_bound)

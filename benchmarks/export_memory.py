@@ -70,7 +70,7 @@ Case = Callable[[Path, Path], object]
 
 def _export(quant: str, tp: int = 1) -> Case:
     def run(source: Path, out: Path) -> object:
-        scales = source / "scales.safetensors" if quant == "fp8" else None
+        scales = source / "scales.safetensors" if get_format(quant).needs_calibration else None
         arguments = ExportArguments(
             source / "model", out, quant, source / "heads", engine="none", tree=TREE, tp=tp, scales=scales
         )

@@ -26,6 +26,7 @@ from medusa_export.engines.tuning.search import search
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.trees.acceptance import Acceptance, calibration
 from medusa_export.heads.trees.step_costs import cost_curve
+from medusa_export.quantize.formats import get_format
 
 TREE_PROMPTS, TREE_TOKENS = 13, 96  # the last prompts choose the tree; the others are run
 PTQ_TEXTS, PTQ_TOKENS = 4, 64
@@ -59,7 +60,8 @@ def tensorrt_rtx(setup: Setup) -> dict[str, Any]:
 
 def engine(setup: Setup, quant: str) -> dict[str, Any]:
     """Costs, acceptance, and speed and parity without and with Medusa, of the graphs that TensorRT gets, run by PyTorch."""
-    scales = setup.calibrated(setup.place, setup.torch_dtype) if quant == "fp8" else None
+    calibrates = get_format(quant).needs_calibration
+    scales = setup.calibrated(setup.place, setup.torch_dtype) if calibrates else None
     directory = setup.work / quant
     write_graphs(directory, setup.checkpoint, setup, quant, scales, NoTensorRt())
     device = torch_device(directory / "onnx", setup.place)
@@ -85,7 +87,7 @@ def engine(setup: Setup, quant: str) -> dict[str, Any]:
         "step, without / with": f"{step['baseline']:.2f} / {step['medusa']:.2f} ms",
         "parity": f"{parity['exact']} exact, {parity['ties']} ties, {parity['mismatches']} mismatches of {parity['prompts']}",
         **costs.pop("table"),
-        **({"linears": products} if quant == "fp8" else {}),
+        **({"linears": products} if calibrates else {}),
     }  # fmt: skip
     acceptance = {"heads": acceptance["heads"], "positions": acceptance["positions"]}
     return {"costs": costs, "acceptance": acceptance, "report": report, "linears": products, "table": table}
@@ -95,7 +97,7 @@ def shape(setup: Setup, name: str, quant: str) -> dict[str, Any]:
     """Step costs of a random model of a real one's sizes: what a step costs does not depend on the weights."""
     directory = setup.work / f"{name}-{quant}"
     checkpoint = random_model(directory, name)
-    scales = made_up_scales(checkpoint) if quant == "fp8" else None
+    scales = made_up_scales(checkpoint) if get_format(quant).needs_calibration else None
     write_graphs(directory, checkpoint, setup, quant, scales, NoTensorRt())
     device = torch_device(directory / "onnx", setup.place)
     costs = _costs(TensorRtEngine(directory / "engine", device), device, setup)

@@ -18,6 +18,8 @@ from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 
 REQUIREMENTS = Path(__file__).with_name("peers-requirements.txt")
 SECONDS = 3600  # for one tool
+GGUF_FAMILIES = {"llama": "llama"}  # model_type -> GGUF's architecture
+GENAI_OPTIONS = {"int8": ["--extra_options", "accuracy_level=4"]}  # by precision
 
 
 class UnavailableError(Exception):
@@ -49,9 +51,9 @@ def gguf_file(checkpoint: Path, out: Path, quantization: str) -> None:
 
     source = MedusaCheckpoint.open_base(checkpoint)
     config = source.config
-    if config.family.model_type != "llama" or config.rope_scaling:
+    if config.family.model_type not in GGUF_FAMILIES or config.rope_scaling:
         raise UnavailableError(f"the GGUF writer here knows Llama without rope scaling, not {config.family.model_type}")
-    writer = gguf.GGUFWriter(out, "llama")
+    writer = gguf.GGUFWriter(out, GGUF_FAMILIES[config.family.model_type])
     _metadata(writer, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     kind = gguf.GGMLQuantizationType[quantization]
@@ -109,8 +111,7 @@ def genai_model(checkpoint: Path, out: Path, python: Path, precision: str) -> No
     """onnxruntime-genai's model builder; 8 bits with 8-bit products, which is what this project's engine does."""
     cache = out.with_name("builder-cache")
     command: list[str | Path] = ["-i", checkpoint, "-o", out, "-p", precision, "-e", "cpu", "-c", cache]
-    options = ["--extra_options", "accuracy_level=4"] if precision == "int8" else []
-    _run([python, "-m", "onnxruntime_genai.models.builder", *command, *options])
+    _run([python, "-m", "onnxruntime_genai.models.builder", *command, *GENAI_OPTIONS.get(precision, [])])
 
 
 def made_once(path: Path, make: Callable[[Path], None]) -> Path:

@@ -36,12 +36,14 @@ from medusa_export.exporter.job.arguments import DEFAULT_CALIB
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.trees.tree import PRESETS, Tree
 from medusa_export.quantize.calibration_data import token_batches
+from medusa_export.quantize.format_facts import TensorRt
 from medusa_export.quantize.formats import FORMATS, Format, get_format
 from medusa_export.quantize.ptq import calibrate
 from medusa_export.quantize.scales import Scales
-from medusa_export.quantize.tensorrt_targets import FORMS, RTX_TARGETS, parse_gpus
+from medusa_export.quantize.tensorrt_targets import RTX_TARGETS, parse_gpus, tensorrt_form
 
 MAX_LENGTH, DRAFT_VOCAB = 1024, 8192
+ABLE = [name for name, row in FORMATS.items() if isinstance(row.tensorrt, TensorRt)]
 CHECK_PROMPTS, CHECK_TOKENS = 4, 128
 
 
@@ -63,7 +65,7 @@ def main(
     checkpoint = MedusaCheckpoint.open(ckpt, heads)
     own = "bfloat16" if checkpoint.config.dtype == "bfloat16" else "float16"
     length, rows = min(MAX_LENGTH, checkpoint.config.max_position_embeddings), []
-    for name in quant or [name for name, form in FORMS.items() if form.form]:
+    for name in quant or ABLE:
         fmt = _fitting(name, checkpoint)
         scales = _scales(ckpt, checkpoint, fmt, calib_prompts)
         for number in (dtype or [own]) if check else [own]:
@@ -72,7 +74,7 @@ def main(
                 _write_graphs(out, checkpoint, fmt, scales, number, length)
                 if check:
                     texts = _texts(ckpt, calib_prompts)
-                    found = figures(out / "engine", out / "onnx", ckpt, str(FORMS[name].form), number, texts)
+                    found = figures(out / "engine", out / "onnx", ckpt, tensorrt_form(fmt).form, number, texts)
                     rows.append({"quant": name, "dtype": number, **found})
                 else:
                     rows += _builds(out / "onnx", name, gpu, length)
@@ -87,7 +89,9 @@ def main(
 def _builds(onnx: Path, name: str, gpu: list[int] | None, length: int) -> list[dict[str, Any]]:
     """A row a target; of the first format also one for all targets."""
     size = sum(path.stat().st_size for path in onnx.iterdir())
-    targets = [(sm,) for sm in gpu or RTX_TARGETS] + ([RTX_TARGETS] if name == "none" and not gpu else [])
+    targets = [(sm,) for sm in gpu or RTX_TARGETS] + (
+        [RTX_TARGETS] if not FORMATS[name].is_quantized and not gpu else []
+    )
     return [{"quant": name, "gpus": gpus, "onnx_bytes": size, **_build(onnx, name, gpus, length)} for gpus in targets]
 
 

@@ -19,13 +19,20 @@ from medusa_export.engines.tensorrt.emulation.torch_device import read_tensor
 from medusa_export.engines.tensorrt.emulation.torch_operators import dequantize
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.verify.selfcheck import tree_error
+from medusa_export.exporter.onnx.portable.linear import PORTABLE_FORMS
 from medusa_export.exporter.verify.dequantize import rounded_inputs
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.contract.engine_info import DECODER_FILE
+from medusa_export.quantize.format_facts import TensorRt
+from medusa_export.quantize.formats import FORMATS
 
 QKV = ("q_proj", "k_proj", "v_proj")
 # As TensorRT-LLM rounds inputs, by form; see rounded_inputs.
-ROUNDED = {"fp8": "FP8", "int8_sq": "W8A8_SQ_PER_CHANNEL", "nvfp4": "NVFP4"}
+ROUNDED = {
+    row.tensorrt.form: row.trtllm.algo
+    for row in FORMATS.values()
+    if isinstance(row.tensorrt, TensorRt) and PORTABLE_FORMS[row.tensorrt.form].activations
+}
 NUDGE = 1e-6  # what float32 sums in another order differ by, in units of their result
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -92,7 +99,7 @@ def stored_model(onnx_dir: Path, ckpt: Path, form: str, dtype: torch.dtype) -> A
             continue
         fused = name.rsplit(".", 1)[-1] in QKV
         key = f"{name.rsplit('.', 1)[0]}.q_proj+2" if fused else name
-        weight = _weight(protos, attributes, path.parent, key, form).T  # [N, K]
+        weight = _weight(protos, attributes, path.parent, key).T  # [N, K]
         module.weight.data.copy_(_rows(model, name, weight) if fused else weight)
         scale, smoothing = read(f"{key}.input_scale"), read(f"{key}.pre_quant_scale")
         rounded = partial(_round, ROUNDED.get(form), smoothing, None if scale is None else float(scale))
@@ -107,12 +114,10 @@ def _rows(model: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
     return weight.split(sizes)[QKV.index(name.rsplit(".", 1)[-1])]
 
 
-def _weight(
-    protos: dict[str, Any], attributes: dict[str, dict[str, Any]], directory: Path, key: str, form: str
-) -> torch.Tensor:
+def _weight(protos: dict[str, Any], attributes: dict[str, dict[str, Any]], directory: Path, key: str) -> torch.Tensor:
     """What the stored numbers of a linear stand for.  # float32 [K, N]"""
     stored = protos[f"{key}.weight"]
-    if form == "float":
+    if f"{key}.weight_scale" not in protos:
         return read_tensor(stored, directory).float()
     scale = read_tensor(protos[f"{key}.weight_scale"], directory)
     if stored.data_type != onnx.TensorProto.FLOAT4E2M1:

@@ -9,10 +9,13 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.tensorrt.build import TensorRtBuilder
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
+from medusa_export.engines.trtllm.build import TrtllmBuilder
 from medusa_export.engines.trtllm.engine import TrtllmEngine
 from medusa_export.engines.trtllm.session import TIMEOUT
 from medusa_export.heads.contract.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_tools import EngineBuilder, NothingToBuild
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,34 @@ class EngineOptions:
     timeout: float = TIMEOUT
 
 
-# What engine.json may name as its backend.
-BACKENDS: dict[str, Callable[[Path, EngineOptions], Any]] = {
-    "onnxruntime": lambda path, options: OnnxRuntimeEngine(path, threads=options.threads),
-    "tensorrt": lambda path, options: TensorRtEngine(path),
-    "tensorrt-llm": lambda path, options: TrtllmEngine(path, api=options.trtllm_api, timeout=options.timeout),
+@dataclass(frozen=True)
+class Backend:
+    """What runs the engines of one kind.
+
+    Attributes:
+        open: the engine of a directory.
+        builder: what an export builds such engines with.
+        runs_batches: whether a step takes several sequences, for ``--sweep-batch``.
+    """
+
+    open: Callable[[Path, EngineOptions], Any]
+    builder: Callable[[], EngineBuilder] = NothingToBuild
+    runs_batches: bool = False
+
+
+# What engine.json may name as its backend, and --engine.
+BACKENDS: dict[str, Backend] = {
+    "onnxruntime": Backend(lambda path, options: OnnxRuntimeEngine(path, threads=options.threads), runs_batches=True),
+    "tensorrt": Backend(lambda path, options: TensorRtEngine(path), TensorRtBuilder),
+    "tensorrt-llm": Backend(
+        lambda path, options: TrtllmEngine(path, api=options.trtllm_api, timeout=options.timeout), TrtllmBuilder
+    ),
 }
+
+
+def engine_builder(engine: str) -> EngineBuilder:
+    """What builds the engines of an export's --engine, which may be none."""
+    return BACKENDS[engine].builder() if engine in BACKENDS else NothingToBuild()
 
 
 def open_engine(engine_dir: Path, **options: Any) -> Any:
@@ -44,4 +69,4 @@ def open_engine(engine_dir: Path, **options: Any) -> Any:
     backend = EngineInfo.load(engine_dir).backend
     if backend not in BACKENDS:
         raise ConfigError(f"{engine_dir}: backend", repr(backend), f"one of {', '.join(BACKENDS)}", "export again")
-    return BACKENDS[backend](engine_dir, EngineOptions(**options))
+    return BACKENDS[backend].open(engine_dir, EngineOptions(**options))

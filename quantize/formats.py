@@ -6,56 +6,80 @@ names of the calibration recipes are those of ``modelopt.torch.quantization`` 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.quantize.format_facts import (
+    INT4_BLOCKS,
+    INT8_BLOCKS,
+    MIN_SM,
+    QAT_TARGETS,
+    Codes,
+    HuggingFace,
+    OnnxRuntime,
+    Reach,
+    Refusal,
+    Rounding,
+    TensorRt,
+    Trtllm,
+)
+from medusa_export.quantize.stored_parts import (
+    Kind,
+    Part,
+    by_group,
+    by_input,
+    by_output,
+    matrix,
+    one,
+    packed_columns,
+    packed_rows,
+    scalar,
+)
 
-MIN_SM = 80  # TensorRT-LLM's support matrix for Medusa
 FP8_MAX, INT8_MAX, INT4_MAX, FP4_MAX = 448.0, 127.0, 7.0, 6.0  # largest codes; float8_e4m3fn and float4_e2m1fn
 
 
 @dataclass(frozen=True)
 class Format:
-    """How the weights of the linears are stored and what that asks of the tools around.
+    """A weight format: what its numbers are, and one object a target that says how the target takes it.
 
     Attributes:
         name: what the user types.
         description: one line for --help.
-        quant_algo: ``quantization.quant_algo`` of a TensorRT-LLM checkpoint; None is 16 bit.
-        storage: key of the exporter's table of tensors: "float" for 16 bit (also where trtllm-build quantizes).
+        trtllm: TensorRT-LLM, whose checkpoint every format has.
+        tensorrt: TensorRT, or why not.
+        qat: how quantization-aware training rounds for each of ``QAT_TARGETS``, or why there is none.
+        onnxruntime: ONNX Runtime; None where it has no form.
+        huggingface: ModelOpt's unified checkpoint; None where no writer makes it. Smoothed formats have none: in the unified form
+            their factors move into the norms before, so that other tensors than the linears change.
         modelopt_config: attribute of ``modelopt.torch.quantization``; None where nothing is calibrated.
         weight_bound: the code that the largest weight of a scale's reach maps to.
+        tensor_bound: the same of a scale a tensor, where the file has one.
         input_bound: the same for activations; None where they have no scale of their own in the file.
         smooths: whether inputs are multiplied, and weights divided, by a calibrated factor a channel.
-        onnx: the ONNX exporter's form; None where it has none.
         quantizes_heads: whether the Medusa heads can be quantized along with the base.
-        min_sm, max_sm: GPUs that the engine runs on, as 10 * major + minor; max_sm None is no known bound.
         group_size: input channels that share a scale; None where scales are per tensor or per channel.
         group_sizes: what --group-size may choose; TensorRT-LLM has no kernels for others.
-        multiple: times the number of ranks, what in and out features must be a multiple of.
-        rank_tile: what out and in features of each rank must be a multiple of.
-        excludable: whether single linears can be left in 16 bit.
         nearest: the format to name in the error when a model does not fit this one.
     """
 
     name: str
     description: str
-    quant_algo: str | None = None
-    storage: str = "float"
+    trtllm: Trtllm
+    tensorrt: TensorRt | Refusal
+    qat: Mapping[str, Rounding] | Refusal = field(hash=False)
+    onnxruntime: OnnxRuntime | None = None
+    huggingface: HuggingFace | None = None
     modelopt_config: str | None = None
     weight_bound: float = 0.0
+    tensor_bound: float = 0.0
     input_bound: float | None = None
     smooths: bool = False
-    onnx: str | None = None
     quantizes_heads: bool = False
-    min_sm: int = MIN_SM
-    max_sm: int | None = None
     group_size: int | None = None
     group_sizes: tuple[int, ...] = ()
-    multiple: int = 1
-    rank_tile: tuple[int, int] = (1, 1)
-    excludable: bool = True
     nearest: str = "none"
 
     @property
@@ -64,73 +88,292 @@ class Format:
         return self.modelopt_config is not None
 
     @property
-    def tensor_bound(self) -> float:
-        """The code of the largest weight of a tensor, where the file has a scale a tensor: INT4's second scale is FP8."""
-        return FP8_MAX if self.storage == "int4_fp8" else self.weight_bound
+    def is_quantized(self) -> bool:
+        """Whether the engine's weights are other than 16 bit."""
+        return self.trtllm.algo is not None
 
     @property
     def stores_weight_amax(self) -> bool:
         """Whether the file has a scale a tensor, which fused linears share: it is taken from the calibration."""
-        return self.input_bound is not None and self.storage != "int8_row"
+        return any(part.kind is Kind.WEIGHT_SCALE for part in self.trtllm.parts)
+
+    @property
+    def calibration(self) -> list[Any]:
+        """Everything of the row that a calibration depends on, as JSON."""
+        numbers = [self.group_size, self.input_bound, self.smooths, self.stores_weight_amax]
+        return [self.name, self.modelopt_config, *numbers]
 
 
 # The builder refuses integer formats, SmoothQuant and per-channel FP8 on SM 100 .. 119; newer ones were not tried.
 LAST_INTEGER_SM = 99
 
+_FP8_DTYPE = "float8_e4m3fn"
+_INPUT_SCALE = Part("activation_scaling_factor", Kind.INPUT_SCALE, "float32", one)
+_SMOOTHING = Part("prequant_scaling_factor", Kind.SMOOTHING, None, by_input)
+_INT4_PARTS = (
+    Part("weight", Kind.INT4, "int8", packed_rows),
+    Part("weights_scaling_factor", Kind.GROUP_SCALE, "float32", by_group),
+    _SMOOTHING,
+)
+_INT4_CONFIG = {"has_zero_point": False, "pre_quant_scale": True}
+
+# ONNX Runtime. Blocks: MatMulNBits with 8-bit products; others: fold DequantizeLinear into float32 weights once, when the session is
+# made.
+INT8_PRODUCTS = {"session.qdq_matmulnbits_accuracy_level": "4"}
+FOLDED = {"session.disable_quant_qdq": "1"}
+_ORT_FP8 = "the exported FP8 weights, float32 arithmetic"
+_ORT_INT4_AWQ = OnnxRuntime(
+    "int4_awq", "the exported INT4 weights, int8 arithmetic", Codes(4, Reach.GROUP, zero_points=True), INT8_PRODUCTS
+)
+
+FLOAT_CODES = Codes()  # of linears that stay as they are
+_BY_ROW, _INT4_SMALL = Codes(8, Reach.ROW), Codes(4, Reach.GROUP, INT4_BLOCKS)
+_FP8_GPUS: dict[str, Any] = {"min_sm": 89, "why": "FP8 begins with SM 89", "instead": "int8_sq"}
+
+
+def _on_all_targets(rounding: Rounding) -> dict[str, Rounding]:
+    return dict.fromkeys(QAT_TARGETS, rounding)
+
+
+def _weight_only(modelopt_config: str, bits: int, blocks: tuple[int, ...]) -> dict[str, Rounding]:
+    """Weight-only formats are rounded by trtllm-build, to amax / 8 and amax / 128 a row (TensorRT-LLM's
+    symmetric_quantize_last_axis_of_batched_matrix), and in ONNX in the blocks of the exporter's MatMulNBits.
+    """
+    largest = 2 ** (bits - 1)
+    by_row = Rounding(modelopt_config, Reach.ROW, span=(largest - 1) / largest, bits=bits)
+    return {"trtllm": by_row, "onnx": Rounding(modelopt_config, Reach.GROUP, blocks, bits=bits)}
+
+
 FORMATS: dict[str, Format] = {
     form.name: form
     for form in (
-        Format("none", "16-bit weights, the parity reference", onnx="float", excludable=False),
         Format(
-            "fp8", "FP8 weights and activations, one scale a tensor (Ada, Hopper, Blackwell)", "FP8", "fp8",
-            "FP8_DEFAULT_CFG", FP8_MAX, FP8_MAX, onnx="fp8", quantizes_heads=True, min_sm=89,
+            "none",
+            "16-bit weights, the parity reference",
+            trtllm=Trtllm(excludable=False),
+            onnxruntime=OnnxRuntime("float", "float32 arithmetic on 16/32-bit weights", FLOAT_CODES),
+            tensorrt=TensorRt("float", "16-bit weights and products", FLOAT_CODES),
+            huggingface=HuggingFace(),
+            qat=Refusal("a format that rounds nothing", "train without quantization"),
         ),
         Format(
-            "fp8_rowwise", "FP8 with a scale a row and a token (Hopper); needs no prompts",
-            "FP8_PER_CHANNEL_PER_TOKEN", "fp8_row", weight_bound=FP8_MAX, onnx="fp8_row", min_sm=89,
-            max_sm=LAST_INTEGER_SM, excludable=False, nearest="fp8",
+            "fp8",
+            "FP8 weights and activations, one scale a tensor (Ada, Hopper, Blackwell)",
+            modelopt_config="FP8_DEFAULT_CFG",
+            weight_bound=FP8_MAX,
+            tensor_bound=FP8_MAX,
+            input_bound=FP8_MAX,
+            quantizes_heads=True,
+            trtllm=Trtllm(
+                "FP8",
+                (
+                    Part("weight", Kind.FP8, _FP8_DTYPE, matrix),
+                    Part("weights_scaling_factor", Kind.WEIGHT_SCALE, "float32", one),
+                    _INPUT_SCALE,
+                ),
+                min_sm=89,
+                engine_bits=8,
+                products="fp8",
+            ),
+            onnxruntime=OnnxRuntime("fp8", _ORT_FP8, Codes(8), FOLDED, activations=_FP8_DTYPE),
+            tensorrt=TensorRt("fp8", "FP8 weights, activations and products", Codes(8), **_FP8_GPUS),
+            huggingface=HuggingFace(
+                (
+                    Part("weight", Kind.FP8, _FP8_DTYPE, matrix),
+                    Part("weight_scale", Kind.WEIGHT_SCALE, "float32", scalar),
+                    Part("input_scale", Kind.INPUT_SCALE, "float32", scalar),
+                ),
+                group_bits=8,
+            ),
+            qat=_on_all_targets(Rounding("FP8_DEFAULT_CFG", Reach.TENSOR)),
         ),
         Format(
-            "int8_sq", "INT8 weights and activations with SmoothQuant", "W8A8_SQ_PER_CHANNEL", "int8_row",
-            "INT8_SMOOTHQUANT_CFG", INT8_MAX, INT8_MAX, smooths=True, onnx="int8_row", quantizes_heads=True,
-            max_sm=LAST_INTEGER_SM, nearest="fp8",
+            "fp8_rowwise",
+            "FP8 with a scale a row and a token (Hopper); needs no prompts",
+            weight_bound=FP8_MAX,
+            nearest="fp8",
+            trtllm=Trtllm(
+                "FP8_PER_CHANNEL_PER_TOKEN",
+                (
+                    Part("weight", Kind.FP8_ROW, _FP8_DTYPE, matrix),
+                    Part("per_channel_scale", Kind.ROW_SCALE, "float32", by_output),
+                ),
+                min_sm=89,
+                max_sm=LAST_INTEGER_SM,
+                excludable=False,
+                engine_bits=8,
+                products="fp8",
+            ),
+            # no activations: TensorRT-LLM quantizes them a token, which is not in the exchange graph
+            onnxruntime=OnnxRuntime("fp8_row", _ORT_FP8, _BY_ROW, FOLDED),
+            tensorrt=TensorRt("fp8_row", "FP8 weights, 16-bit products", _BY_ROW, **_FP8_GPUS),
+            huggingface=HuggingFace(
+                (
+                    Part("weight", Kind.FP8_ROW, _FP8_DTYPE, matrix),
+                    Part("weight_scale", Kind.ROW_SCALE, "float32", by_output),
+                )
+            ),
+            qat=_on_all_targets(Rounding("FP8_PER_CHANNEL_PER_TOKEN_CFG", Reach.ROW)),
         ),
         Format(
-            "int8_wo", "INT8 weights, 16-bit activations; needs no prompts", "W8A16", onnx="int8",
-            max_sm=LAST_INTEGER_SM, multiple=64, nearest="fp8",
+            "int8_sq",
+            "INT8 weights and activations with SmoothQuant",
+            modelopt_config="INT8_SMOOTHQUANT_CFG",
+            weight_bound=INT8_MAX,
+            input_bound=INT8_MAX,
+            smooths=True,
+            quantizes_heads=True,
+            nearest="fp8",
+            trtllm=Trtllm(
+                "W8A8_SQ_PER_CHANNEL",
+                (
+                    Part("weight", Kind.INT8_ROW, "int8", matrix),
+                    Part("weights_scaling_factor", Kind.ROW_SCALE, "float32", by_output),
+                    _INPUT_SCALE,
+                    _SMOOTHING,
+                ),
+                max_sm=LAST_INTEGER_SM,
+                engine_bits=8,
+                products="int8",
+            ),
+            onnxruntime=OnnxRuntime(
+                "int8_row", "the exported INT8 weights, float32 arithmetic", _BY_ROW, FOLDED, activations="int8"
+            ),
+            tensorrt=TensorRt("int8_sq", "INT8 weights, activations and products, smoothed", _BY_ROW),
+            qat=_on_all_targets(Rounding("INT8_SMOOTHQUANT_CFG", Reach.ROW)),
         ),
         Format(
-            "int4_wo", "INT4 weights, 16-bit activations; needs no prompts", "W4A16", onnx="int4",
-            max_sm=LAST_INTEGER_SM, multiple=64, nearest="fp8",
+            "int8_wo",
+            "INT8 weights, 16-bit activations; needs no prompts",
+            nearest="fp8",
+            trtllm=Trtllm("W8A16", build_bits=8, max_sm=LAST_INTEGER_SM, multiple=64, engine_bits=8),
+            onnxruntime=OnnxRuntime(
+                "int8",
+                "int8 weights in blocks, int8 arithmetic",
+                Codes(8, Reach.GROUP, INT8_BLOCKS, zero_points=True),
+                INT8_PRODUCTS,
+            ),
+            tensorrt=TensorRt("int8", "INT8 weights, 16-bit products", _BY_ROW),
+            qat=_weight_only("INT8_WEIGHT_ONLY_CFG", 8, INT8_BLOCKS),
         ),
         Format(
-            "int4_awq", "INT4 weights chosen by activation (AWQ), 16-bit activations", "W4A16_AWQ", "int4",
-            "INT4_AWQ_CFG", INT4_MAX, smooths=True, onnx="int4_awq", quantizes_heads=True, max_sm=LAST_INTEGER_SM,
-            group_size=128, group_sizes=(64, 128), multiple=64, nearest="int8_wo",
+            "int4_wo",
+            "INT4 weights, 16-bit activations; needs no prompts",
+            nearest="fp8",
+            trtllm=Trtllm("W4A16", build_bits=4, max_sm=LAST_INTEGER_SM, multiple=64, engine_bits=4),
+            onnxruntime=OnnxRuntime(
+                "int4",
+                "int4 weights in blocks, int8 arithmetic",
+                replace(_INT4_SMALL, zero_points=True),
+                INT8_PRODUCTS,
+            ),
+            tensorrt=TensorRt("int4", "INT4 weights in blocks, 16-bit products", _INT4_SMALL),
+            qat=_weight_only("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", 4, INT4_BLOCKS),
         ),
         Format(
-            "w4a8_awq", "INT4 AWQ weights, FP8 activations (Ada, Hopper)", "W4A8_AWQ", "int4_fp8",
-            "W4A8_AWQ_BETA_CFG", INT4_MAX, FP8_MAX, smooths=True, onnx="int4_awq", quantizes_heads=True, min_sm=89,
-            max_sm=LAST_INTEGER_SM, group_size=128, group_sizes=(128,), multiple=128, nearest="int4_awq",
+            "int4_awq",
+            "INT4 weights chosen by activation (AWQ), 16-bit activations",
+            modelopt_config="INT4_AWQ_CFG",
+            weight_bound=INT4_MAX,
+            smooths=True,
+            quantizes_heads=True,
+            group_size=128,
+            group_sizes=(64, 128),
+            nearest="int8_wo",
+            trtllm=Trtllm(
+                "W4A16_AWQ", _INT4_PARTS, config=_INT4_CONFIG, max_sm=LAST_INTEGER_SM, multiple=64, engine_bits=4
+            ),
+            onnxruntime=_ORT_INT4_AWQ,
+            tensorrt=TensorRt("int4_awq", "INT4 AWQ weights, 16-bit products", _INT4_SMALL),
+            qat=_on_all_targets(Rounding("INT4_AWQ_CFG", Reach.GROUP)),
         ),
         Format(
-            "nvfp4", "FP4 weights and activations in blocks of 16 (Blackwell)", "NVFP4", "nvfp4",
-            "NVFP4_DEFAULT_CFG", FP4_MAX * FP8_MAX, FP4_MAX * FP8_MAX, quantizes_heads=True, min_sm=100,
-            group_size=16, group_sizes=(16,), rank_tile=(128, 64), nearest="fp8",
+            "w4a8_awq",
+            "INT4 AWQ weights, FP8 activations (Ada, Hopper)",
+            modelopt_config="W4A8_AWQ_BETA_CFG",
+            weight_bound=INT4_MAX,
+            tensor_bound=FP8_MAX,  # the second scale is of the first ones, in FP8
+            input_bound=FP8_MAX,
+            smooths=True,
+            quantizes_heads=True,
+            group_size=128,
+            group_sizes=(128,),
+            nearest="int4_awq",
+            trtllm=Trtllm(
+                "W4A8_AWQ",
+                (*_INT4_PARTS, Part("weights_scaling_factor_2", Kind.WEIGHT_SCALE, "float32", one), _INPUT_SCALE),
+                config=_INT4_CONFIG,
+                min_sm=89,
+                max_sm=LAST_INTEGER_SM,
+                multiple=128,
+                engine_bits=4,
+                products="fp8",
+            ),
+            onnxruntime=replace(_ORT_INT4_AWQ, activations=_FP8_DTYPE),
+            tensorrt=Refusal("TensorRT has no INT4 weights with FP8 activations", "take int4_awq"),
+            qat=Refusal("a format whose weights are rounded twice", "use int4_awq"),
+        ),
+        Format(
+            "nvfp4",
+            "FP4 weights and activations in blocks of 16 (Blackwell)",
+            modelopt_config="NVFP4_DEFAULT_CFG",
+            weight_bound=FP4_MAX * FP8_MAX,
+            tensor_bound=FP4_MAX * FP8_MAX,
+            input_bound=FP4_MAX * FP8_MAX,
+            quantizes_heads=True,
+            group_size=16,
+            group_sizes=(16,),
+            nearest="fp8",
+            trtllm=Trtllm(
+                "NVFP4",
+                (
+                    Part("weight", Kind.FP4, "uint8", packed_columns),
+                    Part("weights_scaling_factor", Kind.BLOCK_SCALE, _FP8_DTYPE, by_group),
+                    Part("weights_scaling_factor_2", Kind.WEIGHT_SCALE, "float32", one),
+                    _INPUT_SCALE,
+                ),
+                min_sm=100,
+                rank_tile=(128, 64),
+                engine_bits=4,
+                group_scale_bits=8,
+                products="fp4",
+            ),
+            tensorrt=TensorRt(
+                "nvfp4",
+                "NVFP4 weights, activations and products",
+                Codes(4, Reach.GROUP, scale_bytes=1),
+                min_sm=100,
+                why="FP4 begins with SM 100",
+                instead="fp8",
+            ),
+            huggingface=HuggingFace(
+                (
+                    Part("weight", Kind.FP4, "uint8", packed_columns),
+                    Part("weight_scale", Kind.BLOCK_SCALE, _FP8_DTYPE, by_group),
+                    Part("weight_scale_2", Kind.WEIGHT_SCALE, "float32", scalar),
+                    Part("input_scale", Kind.INPUT_SCALE, "float32", scalar),
+                ),
+                fuses_weight_scales=True,
+                group_bits=4,
+            ),
+            qat=Refusal("a format that ModelOpt rounds on GPUs only", "use fp8 or int4_awq"),
         ),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class KvCache:
-    """How keys and values are cached: the columns mean what they mean for :class:`Format`.
+    """How keys and values are cached.
 
     Attributes:
+        quant_algo: ``quantization.kv_cache_quant_algo`` of a TensorRT-LLM checkpoint; None is 16 bit.
         bits: ``num_bits`` of ModelOpt's quantizers; None where nothing is calibrated.
         bound: the code that the largest key or value maps to.
         min_scale: scales below it are raised to it.
-        max_sm: as for formats.
+        min_sm, max_sm: as for formats.
+        bytes: of one value on the GPU.
+        in_huggingface: whether ModelOpt's unified checkpoint has a form for it.
     """
 
     name: str
@@ -141,6 +384,8 @@ class KvCache:
     min_scale: float = 0.0
     min_sm: int = MIN_SM
     max_sm: int | None = None
+    bytes: int = 1
+    in_huggingface: bool = True
 
     @property
     def needs_calibration(self) -> bool:
@@ -151,10 +396,18 @@ class KvCache:
 KV_CACHE: dict[str, KvCache] = {
     form.name: form
     for form in (
-        KvCache("none", "16-bit keys and values"),
+        KvCache("none", "16-bit keys and values", bytes=2),
         # 1 is TensorRT-LLM's recommended scale; smaller ones cost accuracy where later tokens are larger.
         KvCache("fp8", "FP8 keys and values, half the memory", "FP8", (4, 3), FP8_MAX, min_scale=1.0, min_sm=89),
-        KvCache("int8", "INT8 keys and values, half the memory", "INT8", 8, INT8_MAX, max_sm=LAST_INTEGER_SM),
+        KvCache(
+            "int8",
+            "INT8 keys and values, half the memory",
+            "INT8",
+            8,
+            INT8_MAX,
+            max_sm=LAST_INTEGER_SM,
+            in_huggingface=False,
+        ),
     )
 }
 
@@ -172,6 +425,14 @@ def get_format(name: str, group_size: int | None = None) -> Format:
         expected = f"one of {', '.join(map(str, form.group_sizes))}" if form.group_sizes else "none: it has no groups"
         raise ConfigError(f"group size of format {name}", str(group_size), expected, "leave --group-size out")
     return replace(form, group_size=group_size)
+
+
+def group_sizes() -> str:
+    """The choices of --group-size, for --help."""
+    rows = (row for row in FORMATS.values() if len(row.group_sizes) > 1)
+    return " ".join(
+        f"for {row.name}: {' or '.join(map(str, row.group_sizes))}. Default: {row.group_size}." for row in rows
+    )
 
 
 def get_kv_cache(name: str) -> KvCache:

@@ -21,55 +21,14 @@ from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.training.dataset import Example
 from medusa_export.heads.training.full.arguments import ReferenceArguments
 from medusa_export.heads.training.full.run import ReferenceReport, train_reference
-from medusa_export.quantize.formats import FORMATS, Format, get_format
+from medusa_export.quantize.format_facts import QAT_TARGETS, Reach, Refusal, Rounding
+from medusa_export.quantize.formats import FORMATS, Format, get_format, get_kv_cache
 from medusa_export.quantize.ptq import HEADS, import_quantization, insert_quantizers, read_scales, recipe
 from medusa_export.quantize.scales import SCALES_FILE
 
-TARGETS = ("trtllm", "onnx")
 CALIBRATION_EXAMPLES = 64
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """How weights get their scales where they are stored.
-
-    Attributes:
-        modelopt_config: attribute of ``modelopt.torch.quantization``.
-        reach: what shares a scale: "tensor" (with all that is fused), "row" or "group" of inputs.
-        blocks: sizes of groups, the largest that divides the inputs wins; empty: the format's own.
-        span: share of the largest magnitude that the largest code stands for.
-    """
-
-    modelopt_config: str
-    reach: str
-    blocks: tuple[int, ...] = ()
-    span: float = 1.0
-
-
-# Weight-only formats are rounded by trtllm-build, to amax / 8 and amax / 128 a row (TensorRT-LLM's
-# symmetric_quantize_last_axis_of_batched_matrix), and in ONNX in the blocks of the exporter's MatMulNBits.
-_INT8_BLOCKS, _INT4_BLOCKS = (128, 64, 32, 16), (32, 16)
-ROUNDINGS: dict[tuple[str, str], Rounding] = {
-    ("int8_wo", "trtllm"): Rounding("INT8_WEIGHT_ONLY_CFG", "row", span=127 / 128),
-    ("int8_wo", "onnx"): Rounding("INT8_WEIGHT_ONLY_CFG", "group", _INT8_BLOCKS),
-    ("int4_wo", "trtllm"): Rounding("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "row", span=7 / 8),
-    ("int4_wo", "onnx"): Rounding("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "group", _INT4_BLOCKS),
-} | {
-    (name, target): rounding
-    for target in TARGETS
-    for name, rounding in {
-        "fp8": Rounding("FP8_DEFAULT_CFG", "tensor"),
-        "fp8_rowwise": Rounding("FP8_PER_CHANNEL_PER_TOKEN_CFG", "row"),
-        "int8_sq": Rounding("INT8_SMOOTHQUANT_CFG", "row"),
-        "int4_awq": Rounding("INT4_AWQ_CFG", "group"),
-    }.items()
-}
-# Forward and backward were run on the CPU for every format above.
-UNTRAINABLE = {
-    "none": ("a format that rounds nothing", "train without quantization"),
-    "w4a8_awq": ("a format whose weights are rounded twice", "use int4_awq"),
-    "nvfp4": ("a format that ModelOpt rounds on GPUs only", "use fp8 or int4_awq"),
-}
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -92,19 +51,17 @@ class QatArguments:
     def check(self) -> tuple[Format, Rounding]:
         """The format and its rounding, or ConfigError where there is nothing that could be trained."""
         fmt = get_format(self.quant, self.group_size)
-        trained = [name for name in FORMATS if (name, "trtllm") in ROUNDINGS]
-        if fmt.name in UNTRAINABLE:
-            got, action = UNTRAINABLE[fmt.name]
-            raise ConfigError(
-                f"quantization-aware training with {fmt.name}", got, f"one of {', '.join(trained)}", action
-            )
-        if self.kv_cache != "none":
+        if isinstance(fmt.qat, Refusal):
+            trained = [name for name, row in FORMATS.items() if not isinstance(row.qat, Refusal)]
+            where, expected = f"quantization-aware training with {fmt.name}", f"one of {', '.join(trained)}"
+            raise ConfigError(where, fmt.qat.why, expected, fmt.qat.action)
+        if get_kv_cache(self.kv_cache).needs_calibration:
             raise ConfigError(
                 "quantization-aware training", f"kv cache {self.kv_cache}", "none", "quantize the cache when exporting"
             )
-        if self.target not in TARGETS:
-            raise ConfigError("target", self.target, f"one of {', '.join(TARGETS)}", "correct it")
-        return fmt, ROUNDINGS[fmt.name, self.target]
+        if self.target not in QAT_TARGETS:
+            raise ConfigError("target", self.target, f"one of {', '.join(QAT_TARGETS)}", "correct it")
+        return fmt, fmt.qat[self.target]
 
 
 def train_qat(
@@ -155,7 +112,7 @@ class Quantizers:
 
     def recorded(self) -> dict[str, Any]:
         """JSON of what is rounded how."""
-        return {"format": self.fmt.name, "group_size": self.fmt.group_size, "reach": self.rounding.reach,
+        return {"format": self.fmt.name, "group_size": self.fmt.group_size, "reach": self.rounding.reach.value,
                 "span": self.rounding.span, "batches": [list(tokens) for tokens in self.batches]}  # fmt: skip
 
     def prepare(self, model: Any) -> None:
@@ -175,7 +132,7 @@ class Quantizers:
             weights = {name: effective_weight(linear) for name, linear in fused.items()}
             largest = max(float(weight.abs().amax()) for weight in weights.values())
             for name, linear in fused.items():
-                for quantizer, reach in zip(_stages(linear), (self.rounding.reach, "tensor"), strict=False):
+                for quantizer, reach in zip(_stages(linear), (self.rounding.reach, Reach.TENSOR), strict=False):
                     _set_amax(quantizer, weights[name], reach, largest, self.rounding.span)
 
     def finish(self, model: Any, out: Path) -> None:
@@ -202,12 +159,13 @@ class Quantizers:
             {"quantizer_name": pattern, "enable": False} for pattern in (f"*{HEADS}*", "*.lora_*", "*.base_layer.*")
         ]
         sizes = {name: linear.in_features for name, linear in _named_projections(model)}
-        if not self.fmt.needs_calibration and self.fmt.storage == "float":
-            bits = {"int8_wo": 8, "int4_wo": 4}[self.fmt.name]
+        if self.rounding.bits is not None:
             for name, width in sizes.items():
-                shape = {"axis": 0} if self.rounding.reach == "row" else {"block_sizes": self._blocks(name, width)}
-                rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": {"num_bits": bits, **shape}})
-        elif self.rounding.reach == "group":
+                by_row = self.rounding.reach is Reach.ROW
+                shape = {"axis": 0} if by_row else {"block_sizes": self._blocks(name, width)}
+                cfg = {"num_bits": self.rounding.bits, **shape}
+                rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": cfg})
+        elif self.rounding.reach is Reach.GROUP:
             for name, width in sizes.items():
                 self._blocks(name, width)
         return {"quant_cfg": rules, "algorithm": algorithm}
@@ -264,9 +222,9 @@ def _fused_linears(model: Any, fmt: Format) -> Iterator[dict[str, Any]]:
         yield {f"{parent}.{each}": waiting.pop(f"{parent}.{each}") for each in together}
 
 
-def _set_amax(quantizer: Any, weight: torch.Tensor, reach: str, largest: float, span: float) -> None:
+def _set_amax(quantizer: Any, weight: torch.Tensor, reach: Reach, largest: float, span: float) -> None:
     amax = quantizer._amax
-    if reach == "tensor":
+    if reach is Reach.TENSOR:
         amax.fill_(largest)
     else:
         grouped = weight.reshape(amax.numel(), -1)  # a row of it has one scale

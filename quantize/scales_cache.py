@@ -8,7 +8,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from medusa_export.core.artifacts.hashing import sha256
@@ -41,7 +40,8 @@ def calibration_key(
         device: "cpu" or "cuda": arithmetic and precision differ.
     """
     versions = {name: version for name, version in package_versions().items() if name in PACKAGES}
-    what = [dict(files), [list(ids) for ids in batches], asdict(fmt), asdict(kv_cache), quant_heads, device, versions]
+    cache = [kv_cache.name, kv_cache.bits]
+    what = [dict(files), [list(ids) for ids in batches], fmt.calibration, cache, quant_heads, device, versions]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_fields import read_json
 from medusa_export.core.text.prompts import load_prompts
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.backends import open_engine
+from medusa_export.engines.backends import BACKENDS, open_engine
 from medusa_export.engines.bench.compare import compare_engines, require_comparable
 from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
 from medusa_export.engines.bench.runner import RunResult, run_prompts
@@ -82,8 +82,9 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     engine = open_engine(
         arguments.engine, threads=arguments.threads, trtllm_api=arguments.trtllm_api, timeout=arguments.timeout
     )
-    if arguments.sweep_batch and engine.info.backend != "onnxruntime":
-        raise ConfigError("--sweep-batch", f"the engine {engine.info.backend}", "onnxruntime", "leave it out")
+    if arguments.sweep_batch and not BACKENDS[engine.info.backend].runs_batches:
+        able = " or ".join(name for name, backend in BACKENDS.items() if backend.runs_batches)
+        raise ConfigError("--sweep-batch", f"the engine {engine.info.backend}", able, "leave it out")
     tree = load_tree(arguments.tree or str(arguments.engine / TREE_FILE))
     engine.info.require_tree(tree)
     encoded = encode_prompts(tokenizer, engine.info, prompts, max_new_tokens=arguments.max_new_tokens)

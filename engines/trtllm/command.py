@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.heads.checkpoint.families import plain_architecture
 
 TOOL = "trtllm-build"
 MEDUSA, BASELINE = "medusa", "baseline"  # the two engines of an engine directory
 MEDUSA_KEYS = ("num_medusa_heads", "num_medusa_layers", "max_draft_len")
-# What MedusaForCausalLm wraps, by its own rule: "qwen" in model_type, or Llama.
-PLAIN_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# By kv_cache_quant_algo: the paged context attention has no INT8 kernels.
+PAGED_CONTEXT_FMHA: dict[str | None, str] = {None: "enable", "FP8": "enable", "INT8": "disable"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def build_command(
         medusa: build for Medusa; otherwise a plain engine of the same weights, from :func:`plain_config`.
     """
     nodes = config["max_draft_len"] + 1 if medusa else 1  # tokens that a sequence puts into a step
-    dtype, int8_cache = config["dtype"], config["quantization"].get("kv_cache_quant_algo") == "INT8"
+    dtype, cache = config["dtype"], config["quantization"].get("kv_cache_quant_algo")
     flags: dict[str, str | int | Path] = {
         "checkpoint_dir": checkpoint,
         "output_dir": output,
@@ -66,7 +67,7 @@ def build_command(
         "remove_input_padding": "enable",
         "gpt_attention_plugin": dtype,
         "gemm_plugin": dtype,
-        "use_paged_context_fmha": "disable" if int8_cache else "enable",
+        "use_paged_context_fmha": PAGED_CONTEXT_FMHA[cache],
         "workers": config["mapping"]["tp_size"],
         "log_level": "info",
     }
@@ -80,4 +81,4 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     measured against has to be another one.
     """
     plain = {key: value for key, value in config.items() if key not in MEDUSA_KEYS}
-    return plain | {"architecture": PLAIN_ARCHITECTURES.get(config["model_type"], "LlamaForCausalLM")}
+    return plain | {"architecture": plain_architecture(config["model_type"])}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medusa_export.core.errors import MedusaExportError
+from medusa_export.core.errors import ConfigError, MedusaExportError
 from medusa_export.engines.decoding.protocols import ScoringEngine
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tensorrt.build import check_sidecars
@@ -56,7 +56,8 @@ MEASURED: dict[str, tuple[float, float, float]] = {
     "int4_awq": (0.33, 0.811, 0.14),
     "nvfp4": (0.55, 0.689, 21.0),
 }
-ROUNDING = ("fp8", "int8_sq", "nvfp4")  # of inputs too
+ROUNDING = frozenset(("fp8", "int8_sq", "nvfp4"))  # of inputs too
+EXACT = frozenset(("float",))  # weights are the checkpoint's
 
 
 def measured_bound(form: str) -> Bound:
@@ -70,7 +71,7 @@ def measured_bound(form: str) -> Bound:
     """
     kl, agreement, max_error = MEASURED[form]
     return Bound(
-        max(4 * kl, 1e-2), 0.95 if form == "float" else agreement / 2, max_error * (2 if form in ROUNDING else 10)
+        max(4 * kl, 1e-2), 0.95 if form in EXACT else agreement / 2, max_error * (2 if form in ROUNDING else 10)
     )
 
 
@@ -88,15 +89,13 @@ def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Seque
     """
     try:
         info = EngineInfo.load(engine_dir)
-        if info.backend == "tensorrt-llm":  # what trtllm-build left was checked when it was built
-            info.require_tree(load_tree(str(engine_dir / TREE_FILE)))
-            return []
-        is_tensorrt = info.backend == "tensorrt"
-        problems = check_sidecars(engine_dir) if is_tensorrt else []
-        if problems or (is_tensorrt and reference is None):
+        check = _check_of(engine_dir, info)
+        if problems := check.files(engine_dir):
             return problems
-        engine = _on_this_machine(engine_dir, is_tensorrt)
-        engine.info.require_tree(load_tree(str(engine_dir / TREE_FILE)))
+        info.require_tree(load_tree(str(engine_dir / TREE_FILE)))
+        if check.open is None or (check.needs_reference and reference is None):
+            return []
+        engine = check.open(engine_dir)
         for depth in range(1, engine.info.max_depth + 1):
             engine.draft(depth)  # opens and runs every graph of the heads
     except MedusaExportError as error:
@@ -119,16 +118,45 @@ def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Seque
     ]
 
 
+@dataclass(frozen=True)
+class BackendCheck:
+    """How the engines of a backend are checked on the machine that exports.
+
+    Attributes:
+        bounds: what an engine may lose, by form.
+        open: something that runs here and has the engine's numbers; None where nothing has.
+        files: problems that the files show by themselves.
+        needs_reference: whether a run without the checkpoint would not be worth its time.
+    """
+
+    bounds: Mapping[str, Bound]
+    open: Callable[[Path], Any] | None = None
+    files: Callable[[Path], list[str]] = lambda engine_dir: []
+    needs_reference: bool = False
+
+
+def _graphs_in_onnxruntime(engine_dir: Path) -> TensorRtEngine:
+    """The graphs that TensorRT was given, as far as a model is small enough for ONNX Runtime."""
+    return TensorRtEngine(engine_dir, OnnxDevice(engine_dir.with_name("onnx")))
+
+
+CHECKS: dict[str, BackendCheck] = {
+    "onnxruntime": BackendCheck(BOUNDS, OnnxRuntimeEngine),
+    "tensorrt": BackendCheck(TENSORRT_BOUNDS, _graphs_in_onnxruntime, check_sidecars, needs_reference=True),
+    "tensorrt-llm": BackendCheck(BOUNDS),  # what trtllm-build left was checked when it was built
+}
+
+
 def bound_of(info: EngineInfo) -> Bound:
     """What an engine may lose."""
-    return TENSORRT_BOUNDS[info.form] if info.backend == "tensorrt" else BOUNDS[info.form]
+    return CHECKS[info.backend].bounds[info.form]
 
 
-def _on_this_machine(engine_dir: Path, is_tensorrt: bool) -> Any:
-    """The engine; of one for a GPU, the graphs that TensorRT was given, as far as a model is small enough for ONNX Runtime."""
-    if not is_tensorrt:
-        return OnnxRuntimeEngine(engine_dir)
-    return TensorRtEngine(engine_dir, OnnxDevice(engine_dir.with_name("onnx")))
+def _check_of(engine_dir: Path, info: EngineInfo) -> BackendCheck:
+    if info.backend not in CHECKS:
+        where, expected = f"{engine_dir}: backend", f"one of {', '.join(CHECKS)}"
+        raise ConfigError(where, repr(info.backend), expected, "export again")
+    return CHECKS[info.backend]
 
 
 def tree_error(engine: ScoringEngine, text: Sequence[int], tree: Tree = CHECK_TREE) -> float:

@@ -16,7 +16,7 @@ from medusa_export.exporter.cli.console import Verbose, command_app, main, progr
 from medusa_export.exporter.cli.gpu_cost import expected_line
 from medusa_export.heads.roofline.gpus import BY_KEY
 from medusa_export.heads.trees.tree import PRESETS
-from medusa_export.quantize.formats import FORMATS, KV_CACHE
+from medusa_export.quantize.formats import FORMATS, KV_CACHE, group_sizes
 from medusa_export.quantize.tensorrt_targets import TARGETS, named
 
 export_app = command_app()
@@ -75,9 +75,7 @@ def export_command(
     scales: Annotated[
         Path | None, typer.Option(help="A calibration made elsewhere: an export, or the file of scales in it.")
     ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Input channels that share a scale, for int4_awq: 64 or 128. Default: 128.")
-    ] = None,
+    group_size: Annotated[int | None, typer.Option(help=f"Input channels that share a scale, {group_sizes()}")] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -127,14 +125,14 @@ def export_command(
         sizing = _print_plan(arguments)
         check_free_space(output, sizing.disk_reserve)
         return
-    from medusa_export.engines.tensorrt.build import TensorRtBuilder
-    from medusa_export.engines.trtllm.build import TrtllmBuilder, next_steps
+    from medusa_export.engines.backends import engine_builder
+    from medusa_export.engines.trtllm.build import next_steps
     from medusa_export.engines.tuning.auto import choose_tree
     from medusa_export.engines.verify.selfcheck import check_engine
     from medusa_export.exporter.pipeline.export import export
     from medusa_export.heads.contract.engine_tools import EngineTools
 
-    builder = TrtllmBuilder() if arguments.engine == "tensorrt-llm" else TensorRtBuilder()
+    builder = engine_builder(arguments.engine)
     with progress_bars() as progress:
         say = partial(stderr.print, soft_wrap=True, markup=False)
         written = export(arguments, EngineTools(check_engine, choose_tree, builder), progress, say)

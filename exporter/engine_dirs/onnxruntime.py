@@ -12,12 +12,12 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.exporter.engine_dirs.common import MIN_TOP_K, Excluded, save_engine_files
 from medusa_export.exporter.onnx.batch_decoder import write_batch_decoder
 from medusa_export.exporter.onnx.decoder import require_supported, write_decoder
-from medusa_export.exporter.onnx.forms import ACTIVATIONS, INT8_PRODUCTS, PRECISION, SESSION_OPTIONS, onnx_form
+from medusa_export.exporter.onnx.forms import onnx_form
 from medusa_export.exporter.onnx.heads import write_heads
 from medusa_export.exporter.onnx.linear import LinearWriter
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.trees.tree import Tree
-from medusa_export.quantize.formats import FORMATS, Format
+from medusa_export.quantize.formats import FORMATS, INT8_PRODUCTS, Format
 from medusa_export.quantize.scales import Scales
 
 
@@ -35,7 +35,9 @@ def write_onnx(
     Args:
         excluded: whether a linear, by its Hugging Face name, stays in float.
     """
-    linear = LinearWriter(checkpoint, onnx_form(fmt), scales, ACTIVATIONS.get(fmt.storage), fmt.group_size, excluded)
+    form = onnx_form(fmt)
+    activations = getattr(torch, form.activations) if form.activations else None
+    linear = LinearWriter(checkpoint, form.form, scales, activations, fmt.group_size, excluded)
     out.mkdir()
     write_decoder(out, checkpoint, linear, max_length=max_length)
 
@@ -64,7 +66,7 @@ def write_engine(
     config, num_heads = checkpoint.config, checkpoint.num_medusa_heads
     top_k = max(MIN_TOP_K, tree.top_k if tree.max_draft_len else 1)
     out.mkdir()
-    linear = LinearWriter(checkpoint, form, scales, group_size=fmt.group_size, excluded=excluded)
+    linear = LinearWriter(checkpoint, form.form, scales, group_size=fmt.group_size, excluded=excluded)
     write_decoder(out, checkpoint, linear, max_length=max_length)
     write_batch_decoder(out, config)
     if num_heads:
@@ -75,11 +77,11 @@ def write_engine(
         tree,
         save_tokenizer,
         backend="onnxruntime",
-        form=form,
-        precision=PRECISION[form],
+        form=form.form,
+        precision=form.precision,
         max_length=max_length,
         top_k=top_k,
-        session_options=SESSION_OPTIONS[form],
+        session_options=dict(form.session_options),
         heads_session_options=INT8_PRODUCTS,
         source=source,
     )

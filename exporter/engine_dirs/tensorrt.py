@@ -44,7 +44,7 @@ def write_portable(
     """
     form, number = tensorrt_form(fmt), getattr(torch, dtype)
     out.mkdir()
-    linear = PortableLinear(checkpoint, str(form.form), number, scales, fmt.group_size, excluded)
+    linear = PortableLinear(checkpoint, form.form, number, scales, fmt.group_size, excluded)
     write_portable_decoder(out, checkpoint, linear, max_length=max_length)
     if checkpoint.num_medusa_heads:
         write_portable_heads(out, checkpoint, dtype=number, top_k=_top_k(tree), draft_vocab=draft_vocab)
@@ -78,7 +78,7 @@ def write_tensorrt_engine(
         tree,
         save_tokenizer,
         backend="tensorrt",
-        form=str(form.form),
+        form=form.form,
         precision=f"{form.precision}, {dtype} otherwise",
         max_length=max_length,
         top_k=_top_k(tree),

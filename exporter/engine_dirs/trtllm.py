@@ -37,7 +37,7 @@ def write_trtllm_engine(
         max_length: tokens of prompt and answer together.
         max_batch: sequences at once.
     """
-    config, weights = checkpoint.config, spec.fmt.quant_algo or spec.dtype
+    config, weights = checkpoint.config, spec.fmt.trtllm.algo or spec.dtype
     source = {**source, "tensorrt_llm": release.name}
     if config.sliding_window:
         source["sliding_window"] = config.sliding_window
@@ -49,7 +49,7 @@ def write_trtllm_engine(
         tree,
         save_tokenizer,
         backend="tensorrt-llm",
-        form=spec.fmt.onnx or spec.fmt.name,
+        form=spec.fmt.onnxruntime.form if spec.fmt.onnxruntime else spec.fmt.name,
         precision=f"{weights} weights, {spec.dtype} otherwise, TensorRT-LLM {release.name}",
         max_length=max_length,
         top_k=MAX_TOP_K,

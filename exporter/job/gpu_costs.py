@@ -15,20 +15,6 @@ from medusa_export.heads.trees.acceptance import Acceptance
 from medusa_export.heads.trees.search import Candidate
 from medusa_export.quantize.formats import FORMATS, Format, KvCache, check_heads, get_kv_cache
 
-# Weight bits and what the products are made in, by format; scales of groups are added. A test sees that no format is missing.
-PRODUCTS: dict[str, tuple[int, str]] = {
-    "none": (16, "fp16"),
-    "fp8": (8, "fp8"),
-    "fp8_rowwise": (8, "fp8"),
-    "int8_sq": (8, "int8"),
-    "int8_wo": (8, "fp16"),
-    "int4_wo": (4, "fp16"),
-    "int4_awq": (4, "fp16"),
-    "w4a8_awq": (4, "fp8"),
-    "nvfp4": (4, "fp4"),
-}
-SCALE_BITS = {"nvfp4": 8}  # of a group; 16 where none is named
-KV_BITS: dict[str, int] = {"none": 16, "fp8": 8, "int8": 8}
 COMPARED = ("none", "fp8", "int4_awq")  # what decoding without heads is estimated for, beside the format asked for
 
 
@@ -65,16 +51,16 @@ class Target:
         weights = precision(self.fmt)
         shape = Shape.of(self.config, self.heads, self.head_layers)
         heads = weights if self.quant_heads else HALF
-        return Deployment(shape, gpu, self.tp, weights, heads, KV_BITS[kv_cache.name])
+        return Deployment(shape, gpu, self.tp, weights, heads, 8 * kv_cache.bytes)
 
     def without_heads(self, gpu: Gpu) -> dict[str, Deployment]:
         """The same model in the usual formats that the GPU has, to decode without heads."""
         shape = Shape.of(self.config, 0, 0)
         formats = (FORMATS[name] for name in dict.fromkeys((*COMPARED, self.fmt.name)))
-        able = [fmt for fmt in formats if not unsupported_reason(gpu, fmt) and PRODUCTS[fmt.name][1] in gpu.operations]
-        cache = KV_BITS[self.kv_cache]
+        able = [fmt for fmt in formats if not unsupported_reason(gpu, fmt) and fmt.trtllm.products in gpu.operations]
+        cache = 8 * get_kv_cache(self.kv_cache).bytes
         return {
-            f"{fmt.name if fmt.quant_algo else '16 bit'} without Medusa": Deployment(
+            f"{fmt.name if fmt.is_quantized else '16 bit'} without Medusa": Deployment(
                 shape, gpu, self.tp, precision(fmt), HALF, cache
             )
             for fmt in able
@@ -83,9 +69,9 @@ class Target:
 
 def precision(fmt: Format) -> Precision:
     """Bits of a weight with its group's scale, and the products."""
-    bits, operations = PRODUCTS[fmt.name]
-    scale = SCALE_BITS.get(fmt.name, 16) / fmt.group_size if fmt.group_size else 0.0
-    return Precision(bits + scale, operations)
+    row = fmt.trtllm
+    scale = row.group_scale_bits / fmt.group_size if fmt.group_size else 0.0
+    return Precision(row.engine_bits + scale, row.products)
 
 
 def prediction(chosen: Candidate, counted: Acceptance, curve: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,8 +96,8 @@ def prediction(chosen: Candidate, counted: Acceptance, curve: Mapping[str, Any])
 
 def unsupported_reason(gpu: Gpu, *formats: Format | KvCache) -> str:
     """Why a GPU cannot run a format, in a few words; empty where it can run all."""
-    for row in formats:
-        what = f"{'kv cache ' * isinstance(row, KvCache)}{row.name}"
+    for form in formats:
+        row, what = (form, f"kv cache {form.name}") if isinstance(form, KvCache) else (form.trtllm, form.name)
         if gpu.sm < row.min_sm:
             return f"{what} needs SM {row.min_sm} or newer"
         if row.max_sm is not None and gpu.sm > row.max_sm:

@@ -204,7 +204,7 @@ def _add_norm(graph: GraphBuilder, checkpoint: MedusaCheckpoint, x: str, residua
 
 def _lm_head(graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: LinearWriter) -> None:
     """hidden_states [R, h] -> logits [R, V]; a tied projection reuses the embedding table, transposed when the session is made."""
-    if linear.form in ("int8", "int4", "int4_awq"):  # 8 bits also there: half of a small model's bytes are in it
+    if linear.in_blocks:  # 8 bits also there: half of a small model's bytes are in it
         weight = int8_matrix(graph, "lm_head", checkpoint.read(families.LM_HEAD))
         graph.node("MatMul", ["hidden_states", weight], ["logits"])
         return

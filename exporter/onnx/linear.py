@@ -13,12 +13,11 @@ from medusa_export.exporter.onnx.builder import GraphBuilder
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.checkpoint.tensor_source import row_chunks
 from medusa_export.quantize import numerics as codes
+from medusa_export.quantize.format_facts import INT4_BLOCKS, INT8_BLOCKS
 from medusa_export.quantize.formats import FP8_MAX, INT8_MAX
 from medusa_export.quantize.numerics import code_scale, fused_amax, fused_scale, quantize_fp8
 from medusa_export.quantize.scales import Scales
 
-BLOCKS = (128, 64, 32, 16)  # sizes that ONNX Runtime's MatMulNBits takes, largest that divides wins
-SMALL_BLOCKS = (32, 16)  # for 4 bits: TensorRT-LLM's own W4A16 has a scale a row, which loses far more
 BOUNDS = {torch.float8_e4m3fn: FP8_MAX, torch.int8: INT8_MAX}  # of activations
 
 
@@ -27,7 +26,7 @@ class LinearWriter:
     """Adds ``x @ W.T + b`` for one linear or several fused ones (same input, outputs concatenated).
 
     Attributes:
-        form: key of the table at the end of this file.
+        form: key of ``LINEAR_FORMS``.
         scales: calibrated scales; needed by "fp8", "int8_row" and "int4_awq".
         activations: dtype that the input is quantized to and back with the calibrated scale, as TensorRT-LLM does; or None.
         group_size: inputs that share a scale; needed by "int4_awq".
@@ -51,12 +50,13 @@ class LinearWriter:
         """
         name = modules[0] if len(modules) == 1 else f"{modules[0]}+{len(modules) - 1}"
         is_float = self.excluded(modules[0])
-        form = "float" if is_float else self.form
-        if form in SMOOTHED:
+        form = FLOAT if is_float else self.form
+        smooths = LINEAR_FORMS[form].smooths
+        if smooths:
             x = graph.node("Mul", [x, graph.tensor(f"{name}.pre_quant_scale", self._smoothing(modules))])
-        weight = _FORMS[form](self, graph, name, modules, scale_with)
+        weight = LINEAR_FORMS[form].weights(self, graph, name, modules, scale_with)
         if self.activations is not None and not is_float:
-            x = self._fake_quantize(graph, x, name, modules if form in SMOOTHED else [*modules, *scale_with])
+            x = self._fake_quantize(graph, x, name, modules if smooths else [*modules, *scale_with])
         out = graph.node("MatMul", [x, weight])
         bias = self._bias(modules)
         return out if bias is None else graph.node("Add", [out, graph.tensor(f"{name}.bias", bias)])
@@ -64,6 +64,11 @@ class LinearWriter:
     def takes_as_one(self, modules: Sequence[str]) -> bool:
         """Whether a product of several modules is the same as theirs, side by side."""
         return is_one_product(self.form, [self.excluded(module) for module in modules])
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether ONNX Runtime keeps the weights as they are, in blocks; it makes float32 of the others."""
+        return LINEAR_FORMS[self.form].in_blocks
 
     def _bias(self, modules: Sequence[str]) -> torch.Tensor | None:
         names = [f"{module}.bias" for module in modules]
@@ -127,22 +132,37 @@ class LinearWriter:
 
     def _int4(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
         weight = self._read(modules).float()
-        return _int4_matrix(graph, name, weight, _block(weight.shape[1], name, SMALL_BLOCKS))
+        return _int4_matrix(graph, name, weight, _block(weight.shape[1], name, INT4_BLOCKS))
 
     def _int4_awq(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
         return _int4_matrix(graph, name, self._smoothed(modules), self.group_size or 128)
 
 
-_FORMS: dict[str, Callable[[LinearWriter, GraphBuilder, str, Sequence[str], Sequence[str]], str]] = {
-    "float": LinearWriter._float,
-    "fp8": LinearWriter._fp8,
-    "fp8_row": LinearWriter._fp8_row,
-    "int8": LinearWriter._int8,
-    "int8_row": LinearWriter._int8_row,
-    "int4": LinearWriter._int4,
-    "int4_awq": LinearWriter._int4_awq,
+@dataclass(frozen=True)
+class LinearForm:
+    """How a form's weights are written.
+
+    Attributes:
+        weights: adds them, dequantized.
+        smooths: a calibrated factor a channel moves between inputs and weights.
+        in_blocks: ONNX Runtime keeps them as they are, in blocks along the inputs.
+    """
+
+    weights: Callable[[LinearWriter, GraphBuilder, str, Sequence[str], Sequence[str]], str]
+    smooths: bool = False
+    in_blocks: bool = False
+
+
+LINEAR_FORMS: dict[str, LinearForm] = {
+    "float": LinearForm(LinearWriter._float),
+    "fp8": LinearForm(LinearWriter._fp8),
+    "fp8_row": LinearForm(LinearWriter._fp8_row),
+    "int8": LinearForm(LinearWriter._int8, in_blocks=True),
+    "int8_row": LinearForm(LinearWriter._int8_row, smooths=True),
+    "int4": LinearForm(LinearWriter._int4, in_blocks=True),
+    "int4_awq": LinearForm(LinearWriter._int4_awq, smooths=True, in_blocks=True),
 }
-SMOOTHED = ("int8_row", "int4_awq")
+FLOAT = "float"  # the form of linears that stay as they are
 
 
 def is_one_product(form: str, excluded: Sequence[bool]) -> bool:
@@ -151,7 +171,7 @@ def is_one_product(form: str, excluded: Sequence[bool]) -> bool:
     Args:
         excluded: of each, whether it stays in float.
     """
-    return len(set(excluded)) == 1 and (excluded[0] or form not in SMOOTHED)
+    return len(set(excluded)) == 1 and (excluded[0] or not LINEAR_FORMS[form].smooths)
 
 
 def _per_output(graph: GraphBuilder, name: str, stored: torch.Tensor, scales: torch.Tensor) -> str:
@@ -203,7 +223,7 @@ def quantize_int8_blocks(weight: torch.Tensor, name: str) -> tuple[torch.Tensor,
         uint8 values around the zero point 128, [N, K], and float32 scales, [N, K / block].
     """
     rows, width = weight.shape
-    block = _block(width, name, BLOCKS)
+    block = _block(width, name, INT8_BLOCKS)
     values, scales = torch.empty((rows, width), dtype=torch.uint8), torch.empty(rows, width // block)
     start = 0
     for part in row_chunks(weight):

@@ -65,7 +65,7 @@ class ExportSpec:
 
     def is_quantized(self, module: str) -> bool:
         """Whether a linear is stored quantized in the file, by TensorRT-LLM's name of it."""
-        return self.fmt.storage != "float" and not self.is_excluded(module)
+        return bool(self.fmt.trtllm.parts) and not self.is_excluded(module)
 
     def is_excluded(self, module: str) -> bool:
         """Whether a linear stays in 16 bit in the engine, by TensorRT-LLM's name of it."""
@@ -95,8 +95,8 @@ class ExportSpec:
 
     @property
     def qwen_base(self) -> bool:
-        """Whether TensorRT-LLM takes its Qwen model as the base: it looks for "qwen" in model_type."""
-        return "qwen" in self.config.family.trtllm_model_type
+        """Whether TensorRT-LLM takes its Qwen model as the base."""
+        return self.config.family.trtllm.is_qwen
 
     @property
     def local_kv_heads(self) -> int:
@@ -126,7 +126,7 @@ def _check(spec: ExportSpec) -> None:
 
 
 def _check_excludes(spec: ExportSpec) -> None:
-    if spec.exclude and not spec.fmt.excludable:
+    if spec.exclude and not spec.fmt.trtllm.excludable:
         raise ConfigError(
             f"--exclude {spec.exclude[0]}",
             f"format {spec.fmt.name}",
@@ -159,7 +159,7 @@ def _way_out(spec: ExportSpec) -> str:
         if not _misfits(_with(spec, fmt=replace(spec.fmt, group_size=size))):
             return f"use --group-size {size}"
     form = spec.fmt
-    while form.nearest != form.name and form.name != "none":
+    while form.nearest != form.name:
         form = FORMATS[form.nearest]
         quant_heads = spec.quant_heads and form.quantizes_heads
         if any(not _misfits(_with(spec, fmt=form, tp=tp, quant_heads=quant_heads)) for tp in {spec.tp, 1}):
@@ -196,15 +196,14 @@ def _misfits(spec: ExportSpec) -> list[tuple[str, str, str]]:
 
 def _unaligned(spec: ExportSpec) -> list[tuple[str, str, str]]:
     """Linears that TensorRT-LLM would pad to its kernels' tile, after which the checkpoint's shape no longer fits."""
-    multiple = max(spec.fmt.multiple, spec.fmt.group_size or 1)
-    tiles = [multiple * spec.tp] * 2 if spec.fmt.multiple > 1 else list(spec.fmt.rank_tile)
+    facts = spec.fmt.trtllm
+    multiple = max(facts.multiple, spec.fmt.group_size or 1)
+    tiles = [multiple * spec.tp] * 2 if facts.multiple > 1 else list(facts.rank_tile)
     problems = []
     for module, (shape, axis) in spec.linear_shapes().items():
         if tiles == [1, 1] or spec.is_excluded(module):
             continue
-        needed = [
-            tile * (spec.tp if spec.fmt.multiple == 1 and axis == index else 1) for index, tile in enumerate(tiles)
-        ]
+        needed = [tile * (spec.tp if facts.multiple == 1 and axis == index else 1) for index, tile in enumerate(tiles)]
         if any(size % need for size, need in zip(shape, needed, strict=True)):
             name = module.removeprefix("transformer.layers.0.")
             got = f"{list(shape)} features over tp {spec.tp}"

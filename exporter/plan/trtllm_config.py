@@ -16,7 +16,7 @@ def trtllm_config(spec: ExportSpec) -> dict[str, Any]:
     config = spec.config
     body: dict[str, Any] = {
         "architecture": "MedusaForCausalLM",
-        "model_type": config.family.trtllm_model_type,
+        "model_type": config.family.trtllm.model_type,
         "dtype": spec.dtype,
         "logits_dtype": "float32",
         "vocab_size": config.vocab_size,  # never the padded one
@@ -54,22 +54,20 @@ def _rotary_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _quantization(spec: ExportSpec) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "quant_algo": spec.fmt.quant_algo,
+        "quant_algo": spec.fmt.trtllm.algo,
         "kv_cache_quant_algo": spec.kv_cache.quant_algo,
     }
-    if spec.fmt.quant_algo is not None:
+    if spec.fmt.is_quantized:
         body["exclude_modules"] = spec.exclude_modules
-    if spec.fmt.storage in ("int4", "int4_fp8"):
-        body |= {"group_size": spec.fmt.group_size, "has_zero_point": False, "pre_quant_scale": True}
-    if spec.fmt.storage == "nvfp4":
+    if spec.fmt.group_size is not None:
         body["group_size"] = spec.fmt.group_size
-    return body
+    return body | dict(spec.fmt.trtllm.config)
 
 
 def _qwen_keys(spec: ExportSpec) -> dict[str, Any]:
     """Read by the Qwen layers; releases before 1.2 build a Llama config for Medusa, which lacks them."""
     return {
-        "qwen_type": spec.config.family.trtllm_model_type,
+        "qwen_type": spec.config.family.trtllm.model_type,
         "seq_length": spec.config.max_position_embeddings,
         "use_logn_attn": False,
         "moe_intermediate_size": 0,

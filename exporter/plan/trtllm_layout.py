@@ -5,15 +5,16 @@ Source: TensorRT-LLM 0.17 .. 1.2.1, ``models/modeling_utils.py``, ``models/medus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.plan.module_names import trtllm_layer, trtllm_linear
 from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.exporter.plan.tensor_plan import Kind, Slice, TensorPlan
+from medusa_export.exporter.plan.tensor_plan import Slice, TensorPlan
 from medusa_export.heads.checkpoint import families
 from medusa_export.quantize.scales import Scales
+from medusa_export.quantize.stored_parts import Kind
 
 
 @dataclass(frozen=True)
@@ -165,67 +166,13 @@ def _vocab_projection(spec: ExportSpec, rank: int, name: str, module: str, *, qu
     yield from _stored(spec, plan, (module,) if quantized else ())
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One of the tensors that a quantized linear is stored in.
-
-    Attributes:
-        dtype: torch's name; None is that of unquantized tensors.
-        shape: from (out, in, group size) on a rank.
-    """
-
-    suffix: str
-    kind: Kind
-    dtype: str | None
-    shape: Callable[[int, int, int], tuple[int, ...]]
-
-
-def _one(suffix: str, kind: Kind) -> _Part:
-    return _Part(suffix, kind, "float32", lambda out, width, group: (1,))
-
-
-_FP8, _INPUT = "float8_e4m3fn", _one("activation_scaling_factor", Kind.INPUT_SCALE)
-_SMOOTHING = _Part("prequant_scaling_factor", Kind.SMOOTHING, None, lambda out, width, group: (width,))
-_ROW_SCALE = _Part("", Kind.ROW_SCALE, "float32", lambda out, width, group: (out,))
-_INT4 = (
-    _Part("weight", Kind.INT4, "int8", lambda out, width, group: (out // 2, width)),
-    _Part("weights_scaling_factor", Kind.GROUP_SCALE, "float32", lambda out, width, group: (out, width // group)),
-    _SMOOTHING,
-)
-_PARTS: dict[str, tuple[_Part, ...]] = {
-    "fp8": (
-        _Part("weight", Kind.FP8, _FP8, lambda out, width, group: (out, width)),
-        _one("weights_scaling_factor", Kind.WEIGHT_SCALE),
-        _INPUT,
-    ),
-    "fp8_row": (
-        _Part("weight", Kind.FP8_ROW, _FP8, lambda out, width, group: (out, width)),
-        replace(_ROW_SCALE, suffix="per_channel_scale"),
-    ),
-    "int8_row": (
-        _Part("weight", Kind.INT8_ROW, "int8", lambda out, width, group: (out, width)),
-        replace(_ROW_SCALE, suffix="weights_scaling_factor"),
-        _INPUT,
-        _SMOOTHING,
-    ),
-    "int4": _INT4,
-    "int4_fp8": (*_INT4, _one("weights_scaling_factor_2", Kind.WEIGHT_SCALE), _INPUT),
-    "nvfp4": (
-        _Part("weight", Kind.FP4, "uint8", lambda out, width, group: (out, width // 2)),
-        _Part("weights_scaling_factor", Kind.BLOCK_SCALE, _FP8, lambda out, width, group: (out, width // group)),
-        _one("weights_scaling_factor_2", Kind.WEIGHT_SCALE),
-        _INPUT,
-    ),
-}
-
-
 def _stored(spec: ExportSpec, weight: TensorPlan, modules: tuple[str, ...]) -> Iterator[TensorPlan]:
     """The tensors of a linear: its weight as it is, or what the format keeps of it, scales included."""
     if not modules:
         yield weight
         return
     prefix, (out, width) = weight.name.removesuffix("weight"), weight.shape
-    for part in _PARTS[spec.fmt.storage]:
+    for part in spec.fmt.trtllm.parts:
         shape = part.shape(out, width, spec.fmt.group_size or 1)
         dtype = part.dtype or spec.dtype
         yield replace(weight, name=prefix + part.suffix, kind=part.kind, dtype=dtype, shape=shape, modules=modules)

@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterable, Iterator
 
 from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
-from medusa_export.exporter.onnx.linear import BLOCKS, SMALL_BLOCKS, is_one_product
+from medusa_export.exporter.onnx.forms import onnx_form
+from medusa_export.exporter.onnx.linear import LINEAR_FORMS, is_one_product
 from medusa_export.exporter.plan.module_names import STORED_LINEARS, trtllm_linear
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
+from medusa_export.exporter.sizing.linears import linear_bytes
 from medusa_export.exporter.sizing.portable import portable_decoder_bytes, portable_heads_bytes
 from medusa_export.exporter.sizing.types import ENGINE_CODE, FLOAT32, Item, Request
 from medusa_export.heads.checkpoint import families
+from medusa_export.quantize.format_facts import INT8_BLOCKS, Codes, Reach
+from medusa_export.quantize.formats import FLOAT_CODES
 
 
 def _disk(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]:
@@ -24,7 +28,7 @@ def _disk(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]
         yield Item("onnx/", decoder, f"decoder, {request.form}")
         yield Item("engine/", decoder + heads + request.tokenizer_bytes, "the decoder again, heads, tokenizer")
     if request.portable is not None:
-        graphs = _portable_bytes(spec, request, request.portable)
+        graphs = _portable_bytes(spec, request)
         yield Item("onnx/", graphs, f"decoder and heads, {request.portable}")
         built = graphs + ENGINE_CODE + request.tokenizer_bytes
         yield Item("engine/", built, "the same weights in the engines, some code, tokenizer: an estimate")
@@ -33,9 +37,9 @@ def _disk(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]
     yield Item("tokenizer/", request.tokenizer_bytes, "as in the checkpoint")
 
 
-def _portable_bytes(spec: ExportSpec, request: Request, form: str) -> int:
+def _portable_bytes(spec: ExportSpec, request: Request) -> int:
     heads = portable_heads_bytes(spec, request.draft_vocab, request.shared_lm_head)
-    return portable_decoder_bytes(spec, form, request.max_length) + heads
+    return portable_decoder_bytes(spec, request.max_length) + heads
 
 
 def _aligned(tensors: Iterable[int]) -> int:
@@ -43,7 +47,7 @@ def _aligned(tensors: Iterable[int]) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in tensors if size > INLINE_BYTES)
 
 
-BLOCK_FORMS = ("int8", "int4", "int4_awq")  # ONNX Runtime keeps these as they are; it makes float32 of the others
+INT8_CODES = Codes(8, Reach.GROUP, INT8_BLOCKS, zero_points=True)  # of vocabulary projections, whatever the format
 
 
 def _decoder_bytes(spec: ExportSpec, request: Request, form: str) -> int:
@@ -51,7 +55,7 @@ def _decoder_bytes(spec: ExportSpec, request: Request, form: str) -> int:
     config, stored = spec.config, request.stored_bytes
     table = config.vocab_size * config.hidden_size
     tensors = [table * stored, *[FLOAT32 * request.max_length * config.head_dim // 2] * 2, FLOAT32 * config.hidden_size]
-    if form in BLOCK_FORMS:
+    if LINEAR_FORMS[form].in_blocks:
         tensors += _int8(config.vocab_size, config.hidden_size)
     elif not config.tie_word_embeddings:
         tensors.append(table * stored)
@@ -68,38 +72,20 @@ def _layer_tensors(spec: ExportSpec, layer: int, form: str, stored: int) -> Iter
     if is_one_product(form, [excluded[gate], excluded[up]]):
         shapes[gate], shapes[up] = (2 * config.intermediate_size, config.hidden_size), (0, 0)
     for name in STORED_LINEARS:
-        rows, width = shapes[name]
-        yield from _matrix("float" if excluded[name] else form, rows, width, spec, stored)
-        yield FLOAT32 * rows * config.has_bias(name)
+        yield from _matrix(spec, shapes[name], stored, excluded=excluded[name])
+        yield FLOAT32 * shapes[name][0] * config.has_bias(name)
     yield from [FLOAT32 * config.hidden_size] * 2
     yield from [FLOAT32 * config.head_dim * config.family.qk_norm] * 2
 
 
-def _matrix(form: str, rows: int, width: int, spec: ExportSpec, stored: int) -> tuple[int, ...]:
-    """A linear's tensors in an ONNX form: codes, scales a row or a block, zero points, factors of the inputs."""
-    size, by_row, by_input = rows * width, FLOAT32 * rows, FLOAT32 * width
-    return {
-        "float": lambda: (size * stored,),
-        "fp8": lambda: (size,),
-        "fp8_row": lambda: (size, by_row),
-        "int8_row": lambda: (size, by_row, by_input),
-        "int8": lambda: _int8(rows, width),
-        "int4": lambda: _int4(size, _block(width, SMALL_BLOCKS)),
-        "int4_awq": lambda: (*_int4(size, spec.fmt.group_size or 1), by_input),
-    }[form]()
+def _matrix(spec: ExportSpec, shape: tuple[int, ...], stored: int, *, excluded: bool) -> tuple[int, ...]:
+    """A linear's tensors in the ONNX form of the format."""
+    codes = FLOAT_CODES if excluded else onnx_form(spec.fmt).codes
+    return linear_bytes(codes, shape, spec.fmt.group_size, smooths=spec.fmt.smooths, weight=stored, number=FLOAT32)
 
 
 def _int8(rows: int, width: int) -> tuple[int, ...]:
-    blocks = rows * width // _block(width, BLOCKS)
-    return rows * width, FLOAT32 * blocks, blocks
-
-
-def _int4(size: int, block: int) -> tuple[int, ...]:
-    return size // 2, FLOAT32 * size // block, size // block // 2
-
-
-def _block(width: int, sizes: Iterable[int]) -> int:
-    return next((size for size in sizes if width % size == 0), 1)
+    return linear_bytes(INT8_CODES, (rows, width), None, smooths=False, weight=FLOAT32, number=FLOAT32)
 
 
 def _heads_bytes(spec: ExportSpec, request: Request) -> int:

@@ -69,7 +69,7 @@ def plan_export(arguments: ExportArguments, *, batch: int = 1, context: int | No
             raise ConfigError(flag, str(value), f"1 .. {most}", "correct it")
     request = Request(
         calibrates=job.has_scales and job.given_scales is None,
-        form=onnx_form(job.fmt) if job.writes_engine and job.engine.runs_here else None,
+        form=onnx_form(job.fmt).form if job.writes_engine and job.engine.runs_here else None,
         portable=tensorrt_form(job.fmt).form if job.gpus else None,
         of_checkpoint=job.writes_engine and not job.engine.has_graph,
         max_length=job.max_length,
@@ -162,7 +162,7 @@ def _layout(spec: ExportSpec, request: Request) -> dict[str, Any]:
         "medusa_layers": spec.num_medusa_layers,
         "max_draft_len": spec.max_draft_len,
         "format": spec.fmt.name,
-        "quant_algo": spec.fmt.quant_algo,
+        "quant_algo": spec.fmt.trtllm.algo,
         "kv_cache": spec.kv_cache.name,
         "dtype": spec.dtype,
         "tp": spec.tp,
@@ -199,7 +199,7 @@ def _stored(spec: ExportSpec, tensor: TensorPlan) -> tuple[str, str]:
         return tensor.dtype, f"{bits} bit in the engine"
     if tensor.dtype != spec.dtype:
         return spec.fmt.name, ""
-    return tensor.dtype, "excluded" if spec.fmt.quant_algo and spec.is_excluded(module) else ""
+    return tensor.dtype, "excluded" if spec.fmt.is_quantized and spec.is_excluded(module) else ""
 
 
 # The disk: what the ONNX writers store, tensor by tensor.

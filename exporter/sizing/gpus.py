@@ -18,8 +18,6 @@ from medusa_export.exporter.plan.tensor_plan import TensorPlan
 from medusa_export.heads.roofline import gpus
 from medusa_export.heads.roofline.gpus import Gpu
 
-BUILD_BITS = {"W8A16": 8, "W4A16": 4}  # of weights that are 16 bit in the file: trtllm-build quantizes them for its GPU
-KV_BYTES: dict[str | None, int] = {None: 2, "FP8": 1, "INT8": 1}  # of one value, by kv_cache_quant_algo
 FLOAT_BYTES, LOGIT_BYTES = 2, 4  # activations are 16 bit, logits float32 (config.json's logits_dtype)
 KV_FRACTION = 0.9  # kv_cache_free_gpu_mem_fraction: the cache's part of what the engine leaves free
 MAX_NUM_TOKENS = 8192  # of trtllm-build; it raises this to what a step of the whole batch needs
@@ -69,7 +67,7 @@ class Fit:
 
 def built_bits(spec: ExportSpec, tensor: TensorPlan) -> int | None:
     """Bits of a weight's values where trtllm-build quantizes it; None where the engine takes it as it is in the file."""
-    bits = BUILD_BITS.get(spec.fmt.quant_algo or "")
+    bits = spec.fmt.trtllm.build_bits
     module, _, kind = tensor.name.rpartition(".")
     return bits if kind == "weight" and len(tensor.shape) == 2 and bits and not spec.is_excluded(module) else None
 
@@ -87,7 +85,7 @@ def engine_bytes(spec: ExportSpec, tensors: Iterable[TensorPlan]) -> int:
 def kv_token_bytes(spec: ExportSpec) -> int:
     """Keys and values of one token on one rank, in bytes. Heads that several ranks hold count on each of them."""
     values = 2 * spec.config.num_hidden_layers * spec.local_kv_heads * spec.config.head_dim
-    return values * KV_BYTES[spec.kv_cache.quant_algo]
+    return values * spec.kv_cache.bytes
 
 
 def kv_sequence_bytes(spec: ExportSpec, context: int) -> int:

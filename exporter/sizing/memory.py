@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medusa_export.exporter.job.arguments import SMALL_MODEL
+from medusa_export.exporter.onnx.linear import LINEAR_FORMS
 from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.exporter.sizing.disk import BLOCK_FORMS, _decoder_bytes, _heads_bytes, _portable_bytes
+from medusa_export.exporter.sizing.disk import _decoder_bytes, _heads_bytes, _portable_bytes
 from medusa_export.exporter.sizing.types import (
     BUILD_COPIES,
     FLOAT16,
@@ -51,7 +52,7 @@ def _ram(spec: ExportSpec, request: Request, machine: Machine) -> Iterator[Item]
         yield Item("writing the graphs", largest, f"{ENGINE_TENSORS}x the largest tensor (docs/performance.md)")
         yield _engine_check(spec, request, request.form)
     if request.portable is not None:
-        graphs = _portable_bytes(spec, request, request.portable)
+        graphs = _portable_bytes(spec, request)
         how = f"{BUILD_COPIES}x the graphs, as measured on a small model (docs/tensorrt.md)"
         yield Item("building the engines", BUILD_COPIES * graphs, how)
 
@@ -77,7 +78,7 @@ def _engine_check(spec: ExportSpec, request: Request, form: str) -> Item:
     config = spec.config
     linears = config.num_hidden_layers * sum(map(math.prod, config.linear_shapes().values()))
     files = _decoder_bytes(spec, request, form) + _heads_bytes(spec, request)
-    copies = files if form in BLOCK_FORMS else FLOAT32 * (linears + config.vocab_size * config.hidden_size)
+    copies = files if LINEAR_FORMS[form].in_blocks else FLOAT32 * (linears + config.vocab_size * config.hidden_size)
     cache = FLOAT32 * 2 * config.num_hidden_layers * config.kv_size * request.max_length
     if linears >= SMALL_MODEL:
         return Item("checking the engine", files + copies + cache, "its weights in ONNX Runtime")

@@ -6,21 +6,22 @@ import math
 from collections.abc import Iterator
 
 from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
-from medusa_export.exporter.onnx.linear import SMALL_BLOCKS
-from medusa_export.exporter.onnx.portable.linear import FP4_BLOCK
 from medusa_export.exporter.plan.module_names import STORED_LINEARS, trtllm_linear
 from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.sizing.linears import linear_bytes
 from medusa_export.heads.checkpoint import families
+from medusa_export.quantize.formats import FLOAT_CODES
+from medusa_export.quantize.tensorrt_targets import tensorrt_form
 
 HALF = 2  # bytes of what is not quantized, and of scales
 
 
-def portable_decoder_bytes(spec: ExportSpec, form: str, max_length: int) -> int:
+def portable_decoder_bytes(spec: ExportSpec, max_length: int) -> int:
     """decoder.onnx.data: the tables, cosines and sines, the last norm, and the layers."""
     config = spec.config
     tables = [HALF * config.vocab_size * config.hidden_size] * (1 if config.tie_word_embeddings else 2)
     positions = [HALF * max_length * config.head_dim // 2] * 2 + [8 * max_length]
-    layers = (size for layer in range(config.num_hidden_layers) for size in _layer(spec, form, layer))
+    layers = (size for layer in range(config.num_hidden_layers) for size in _layer(spec, layer))
     return _aligned([*tables, *positions, HALF * config.hidden_size, *layers])
 
 
@@ -38,32 +39,17 @@ def portable_heads_bytes(spec: ExportSpec, draft_vocab: int, shared_lm_head: boo
     return _aligned([*blocks, *projections, 8 * rows * restricted])
 
 
-def _layer(spec: ExportSpec, form: str, layer: int) -> Iterator[int]:
+def _layer(spec: ExportSpec, layer: int) -> Iterator[int]:
     config, shapes = spec.config, spec.config.linear_shapes()
     shapes[families.Q_PROJ] = (config.q_size + 2 * config.kv_size, config.hidden_size)
     for name in STORED_LINEARS:
-        excluded = spec.is_excluded(trtllm_linear(name, layer))
-        yield from _matrix("float" if excluded else form, shapes[name], spec.fmt.group_size)
+        codes = FLOAT_CODES if spec.is_excluded(trtllm_linear(name, layer)) else tensorrt_form(spec.fmt).codes
+        yield from linear_bytes(
+            codes, shapes[name], spec.fmt.group_size, smooths=spec.fmt.smooths, weight=HALF, number=HALF
+        )
         yield HALF * shapes[name][0] * config.has_bias(name)
     yield from [HALF * config.hidden_size] * 2
     yield from [HALF * config.head_dim * config.family.qk_norm] * 2
-
-
-def _matrix(form: str, shape: tuple[int, ...], group_size: int | None) -> tuple[int, ...]:
-    """A linear's tensors in a form of the portable graph."""
-    rows, width = shape
-    size, by_row, by_input = rows * width, HALF * rows, HALF * width
-    block = group_size or next((block for block in SMALL_BLOCKS if width % block == 0), width)
-    return {
-        "float": (HALF * size,),
-        "fp8": (size,),
-        "fp8_row": (size, by_row),
-        "int8": (size, by_row),
-        "int8_sq": (size, by_row, by_input),
-        "int4": (size // 2, HALF * size // block),
-        "int4_awq": (size // 2, HALF * size // block, by_input),
-        "nvfp4": (size // 2, size // FP4_BLOCK),
-    }[form]
 
 
 def _aligned(tensors: list[int]) -> int:

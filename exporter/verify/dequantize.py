@@ -89,15 +89,16 @@ class StoredLinear:
     def shape(self) -> tuple[int, int]:
         """[out, in] on this rank, whatever the packing."""
         rows, columns = self.file.shape(f"{self.module}.weight")
-        if self.is_quantized and self.algo in ("W4A16_AWQ", "W4A8_AWQ"):
-            return 2 * rows, columns
-        return (rows, 2 * columns) if self.is_quantized and self.algo == "NVFP4" else (rows, columns)
+        if not self.is_quantized:
+            return rows, columns
+        decoder = DECODERS[str(self.algo)]
+        return rows * decoder.packed_rows, columns * decoder.packed_columns
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows ``start .. stop - 1``.  # [stop - start, in]"""
         if not self.is_quantized:
             return Rows(self.file.read_rows(f"{self.module}.weight", start, stop))
-        return _DECODERS[str(self.algo)](self, start, stop)
+        return DECODERS[str(self.algo)].rows(self, start, stop)
 
     def number(self, kind: str) -> float:
         """A scale a tensor: "weights_scaling_factor", "activation_scaling_factor" ..."""
@@ -164,13 +165,28 @@ def _fp8_rows(codes: torch.Tensor, scale: torch.Tensor) -> Rows:
     return Rows(codes.mul_(scale), FP8_RELATIVE, scale * FP8_ABSOLUTE)
 
 
-_DECODERS: dict[str, Callable[[StoredLinear, int, int], Rows]] = {
-    "FP8": StoredLinear._fp8,
-    "FP8_PER_CHANNEL_PER_TOKEN": StoredLinear._fp8_row,
-    "W8A8_SQ_PER_CHANNEL": StoredLinear._int8,
-    "W4A16_AWQ": StoredLinear._int4,
-    "W4A8_AWQ": StoredLinear._int4,
-    "NVFP4": StoredLinear._fp4,
+@dataclass(frozen=True)
+class Decoder:
+    """How an algorithm's weights are read.
+
+    Attributes:
+        rows: of the weight that the file's numbers stand for.
+        packed_rows, packed_columns: of the weight, in one of the file's.
+    """
+
+    rows: Callable[[StoredLinear, int, int], Rows]
+    packed_rows: int = 1
+    packed_columns: int = 1
+
+
+# By quant_algo, of those whose weights are quantized in the file.
+DECODERS: dict[str, Decoder] = {
+    "FP8": Decoder(StoredLinear._fp8),
+    "FP8_PER_CHANNEL_PER_TOKEN": Decoder(StoredLinear._fp8_row),
+    "W8A8_SQ_PER_CHANNEL": Decoder(StoredLinear._int8),
+    "W4A16_AWQ": Decoder(StoredLinear._int4, packed_rows=2),
+    "W4A8_AWQ": Decoder(StoredLinear._int4, packed_rows=2),
+    "NVFP4": Decoder(StoredLinear._fp4, packed_columns=2),
 }
 
 
@@ -183,10 +199,10 @@ def rounded_inputs(
         scale: the file's activation scale; None where there is none.
         smoothing: the file's factor of each input, undone again because the weights here are the source's.  # [in]
     """
-    if algo not in _ROUNDING:
+    if algo not in INPUT_ROUNDING:
         return x
     factor = torch.ones(()) if smoothing is None else smoothing.to(torch.float32)
-    return _ROUNDING[algo](x * factor, scale or 1.0) / factor
+    return INPUT_ROUNDING[algo](x * factor, scale or 1.0) / factor
 
 
 def _round_fp8(x: torch.Tensor, scale: Any) -> torch.Tensor:
@@ -208,7 +224,8 @@ def _round_fp4(x: torch.Tensor, scale: float) -> torch.Tensor:
     return (FP4_VALUES[nearest] * blocks.sign() * steps).reshape(x.shape)
 
 
-_ROUNDING: dict[str | None, Callable[[torch.Tensor, float], torch.Tensor]] = {
+# By quant_algo, of those that round activations.
+INPUT_ROUNDING: dict[str | None, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "FP8": _round_fp8,
     "FP8_PER_CHANNEL_PER_TOKEN": _round_token,
     "W8A8_SQ_PER_CHANNEL": _round_int8,

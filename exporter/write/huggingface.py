@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.json_fields import read_json
-from medusa_export.exporter.plan.hf_layout import _excluded
+from medusa_export.exporter.plan.hf_layout import _excluded, huggingface_form
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.tensor_plan import TensorPlan
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
@@ -50,7 +50,7 @@ def write_hf_configs(out: Path, ckpt: Path, spec: ExportSpec, files: dict[str, l
     counts = {"num_medusa_heads": spec.num_medusa_heads, "num_medusa_layers": spec.num_medusa_layers}
     config = {**read_json(ckpt / "config.json"), "dtype": spec.dtype, "medusa": counts}
     config.pop("torch_dtype", None)
-    if spec.fmt.quant_algo or spec.kv_cache.quant_algo:
+    if spec.fmt.is_quantized or spec.kv_cache.quant_algo:
         config["quantization_config"] = _quantization_config(spec)
         _write(out / "hf_quant_config.json", {"producer": _PRODUCER, "quantization": _quantization(spec)})
     _write(out / "config.json", config)
@@ -68,7 +68,7 @@ def _write(path: Path, body: dict[str, Any]) -> None:
 def _quantization(spec: ExportSpec) -> dict[str, Any]:
     group = {"group_size": spec.fmt.group_size} if spec.fmt.group_size else {}
     return {
-        "quant_algo": spec.fmt.quant_algo,
+        "quant_algo": spec.fmt.trtllm.algo,
         "kv_cache_quant_algo": spec.kv_cache.quant_algo,
         **group,
         "exclude_modules": _excluded(spec),
@@ -77,13 +77,14 @@ def _quantization(spec: ExportSpec) -> dict[str, Any]:
 
 def _quantization_config(spec: ExportSpec) -> dict[str, Any]:
     """The same in the form of config.json, which is what loaders read first."""
-    body: dict[str, Any] = {"ignore": _excluded(spec), "quant_algo": spec.fmt.quant_algo, "producer": _PRODUCER}
+    body: dict[str, Any] = {"ignore": _excluded(spec), "quant_algo": spec.fmt.trtllm.algo, "producer": _PRODUCER}
     body["quant_method"] = "modelopt"
     if spec.kv_cache.quant_algo:
         body["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    if spec.fmt.storage in ("fp8", "nvfp4"):
+    bits = huggingface_form(spec.fmt).group_bits
+    if bits is not None:
         group = {"group_size": spec.fmt.group_size} if spec.fmt.group_size else {}
-        numbers = {"dynamic": False, "num_bits": 4 if group else 8, "type": "float", **group}
+        numbers = {"dynamic": False, "num_bits": bits, "type": "float", **group}
         targets = {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}
         body["config_groups"] = {"group_0": targets}
     return body

@@ -9,12 +9,13 @@ import torch
 
 from medusa_export.core.errors import CheckpointError
 from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.exporter.plan.tensor_plan import Kind, TensorPlan
+from medusa_export.exporter.plan.tensor_plan import TensorPlan
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.quantize import numerics as codes
 from medusa_export.quantize.formats import FP8_MAX, INT8_MAX
 from medusa_export.quantize.numerics import code_scale, fused_amax, quantize_fp8
 from medusa_export.quantize.scales import Scales
+from medusa_export.quantize.stored_parts import Kind
 
 CHUNK_VALUES = (
     1 << 20

@@ -90,7 +90,7 @@ class DecoderConfig:
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias") or family.qkv_bias,
             mlp_bias=fields.flag("mlp_bias"),
-            sliding_window=_sliding_window(fields),
+            sliding_window=_sliding_window(fields, family),
             dtype=_dtype(raw, where),
             eos_token_ids=_eos(raw, generation or {}, where),
             raw=dict(raw),
@@ -194,10 +194,9 @@ def _hidden_act(raw: Mapping[str, Any], where: str) -> str:
     return "silu"
 
 
-def _sliding_window(fields: Fields) -> int | None:
+def _sliding_window(fields: Fields, family: Family) -> int | None:
     """The window in force: Qwen2 and Qwen3 carry one that ``use_sliding_window`` switches off."""
-    default_on = fields.raw["model_type"] == "mistral"
-    is_on = fields.flag("use_sliding_window", default_on) and fields.raw.get("sliding_window") is not None
+    is_on = fields.flag("use_sliding_window", family.slides) and fields.raw.get("sliding_window") is not None
     return fields.positive("sliding_window") if is_on else None
 
 

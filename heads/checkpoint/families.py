@@ -6,37 +6,67 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class TrtllmModel:
+    """What TensorRT-LLM builds a family as.
+
+    Attributes:
+        model_type: ``model_type`` of the checkpoint's config.json, of a Medusa engine and of a plain one.
+        architecture: of a plain engine.
+        is_qwen: whether MedusaForCausalLm takes its Qwen model as the base, which it does where "qwen" is in ``model_type``. That one
+            reads keys of its own and has no bias on o_proj.
+    """
+
+    model_type: str
+    architecture: str
+    is_qwen: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """How one family's Hugging Face checkpoint is laid out and what its blocks contain.
 
     Attributes:
         model_type: ``model_type`` in config.json.
         architecture: the causal-LM class name that config.json must carry.
-        trtllm_model_type: what TensorRT-LLM's MedusaConfig expects; "qwen" in it selects the Qwen base.
+        trtllm: what TensorRT-LLM builds it as.
         qkv_bias: whether q, k and v carry biases when config.json does not say (Qwen2: always).
         qk_norm: per-head RMSNorm on q and k before the rotary embedding (Qwen3).
         default_rope_theta: rotary base when config.json has none.
+        slides: whether a ``sliding_window`` is in force when config.json has no ``use_sliding_window`` (Mistral).
     """
 
     model_type: str
     architecture: str
-    trtllm_model_type: str
+    trtllm: TrtllmModel
     qkv_bias: bool = False
     qk_norm: bool = False
     default_rope_theta: float = 10000.0
+    slides: bool = False
+
+
+LLAMA = TrtllmModel("llama", "LlamaForCausalLM")
+QWEN2 = TrtllmModel("qwen2", "Qwen2ForCausalLM", is_qwen=True)
+QWEN3 = TrtllmModel("qwen3", "Qwen3ForCausalLM", is_qwen=True)
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", "llama"),
-        Family("mistral", "MistralForCausalLM", "llama"),
-        Family("qwen2", "Qwen2ForCausalLM", "qwen2", qkv_bias=True),
-        Family("qwen3", "Qwen3ForCausalLM", "qwen3", qk_norm=True),
+        Family("llama", "LlamaForCausalLM", LLAMA),
+        Family("mistral", "MistralForCausalLM", LLAMA, slides=True),
+        Family("qwen2", "Qwen2ForCausalLM", QWEN2, qkv_bias=True),
+        Family("qwen3", "Qwen3ForCausalLM", QWEN3, qk_norm=True),
     )
 }
 
-# Hugging Face names, the same in all four families. ``{}`` is the layer index.
+
+def plain_architecture(trtllm_model_type: str) -> str:
+    """The architecture of a plain TensorRT-LLM engine; Llama for what is in no row, as MedusaForCausalLm does."""
+    models = {family.trtllm.model_type: family.trtllm for family in FAMILIES.values()}
+    return models.get(trtllm_model_type, LLAMA).architecture
+
+
+# Hugging Face names, the same in all families. ``{}`` is the layer index.
 EMBED_TOKENS = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"

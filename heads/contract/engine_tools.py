@@ -29,6 +29,17 @@ class EngineBuilder(Protocol):
         """
 
 
+class NothingToBuild:
+    """The builder of engines that are complete when their graph is written."""
+
+    def require(self, target: Any) -> None:
+        """Everything is there."""
+
+    def build(self, source: Path, out: Path, progress: Progress, **request: Any) -> None:
+        """Never called."""
+        raise AssertionError(f"nothing is built of {source}")
+
+
 @dataclass(frozen=True)
 class EngineTools:
     """The engines' part of an export.

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from medusa_export.exporter.job.arguments import FORMS
-from medusa_export.exporter.plan.hf_layout import HF_FORMATS
 from medusa_export.exporter.sizing.gpus import GPUS
 from medusa_export.exporter.verify.error_table import COLUMNS
 from medusa_export.heads.checkpoint.families import FAMILIES
-from medusa_export.quantize import tensorrt_targets
+from medusa_export.quantize.format_facts import TensorRt
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 from tests.paths import ROOT
 
@@ -37,8 +36,8 @@ def matrix() -> str:
     """What is supported, and how far it was seen, from the tables that the export itself is derived from."""
     head = ["`--quant`", "TensorRT-LLM checkpoint", "TensorRT-RTX engine", "ONNX Runtime engine", "Hugging Face (`hf`)"]
     rows = [
-        [f"`{name}`", "built here, engine never run", "built here, GPU never run" if tensorrt_targets.FORMS[name].form else "-",
-         "run here" if form.onnx else "-", "built here" if name in HF_FORMATS else "-"]
+        [f"`{name}`", "built here, engine never run", "built here, GPU never run" if isinstance(form.tensorrt, TensorRt) else "-",
+         "run here" if form.onnxruntime else "-", "built here" if form.huggingface else "-"]
         for name, form in FORMATS.items()
     ]  # fmt: skip
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
@@ -48,9 +47,10 @@ def format_table() -> str:
     """Every weight format, from the table that the export itself is derived from."""
     rows = []
     for form in FORMATS.values():
-        gpus = f"{form.min_sm} and newer" if form.max_sm is None else f"{form.min_sm} .. {form.max_sm}"
-        switches = ("yes" if yes else "no" for yes in (form.needs_calibration, form.quantizes_heads, form.onnx))
-        rows.append([f"`{form.name}`", form.description, form.quant_algo or "-", gpus, *switches])
+        least, most = form.trtllm.min_sm, form.trtllm.max_sm
+        gpus = f"{least} and newer" if most is None else f"{least} .. {most}"
+        switches = ("yes" if yes else "no" for yes in (form.needs_calibration, form.quantizes_heads, form.onnxruntime))
+        rows.append([f"`{form.name}`", form.description, form.trtllm.algo or "-", gpus, *switches])
     head = ["`--quant`", "weights and activations", "`quant_algo`", "GPUs (SM)", "prompts", "heads", "CPU"]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
 

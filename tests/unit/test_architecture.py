@@ -48,7 +48,7 @@ ALLOWED: dict[str, str] = {
     " exporter/plan exporter/write heads/checkpoint heads/roofline heads/trees quantize",
     "engines/decoding": "core heads/contract heads/decoding heads/trees",
     "engines/onnxruntime": "core engines/decoding heads/contract heads/trees",
-    "engines/trtllm": "core engines/decoding heads/contract heads/trees",
+    "engines/trtllm": "core engines/decoding heads/checkpoint heads/contract heads/trees",
     "engines/tensorrt": "core core/artifacts heads/contract heads/trees",
     "engines/tensorrt/emulation": "core engines/onnxruntime engines/tensorrt",
     "engines": "core engines/onnxruntime engines/serving/triton engines/tensorrt engines/trtllm heads/contract",

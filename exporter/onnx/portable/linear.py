@@ -11,9 +11,10 @@ from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.builder import GraphBuilder
-from medusa_export.exporter.onnx.linear import SMALL_BLOCKS, _block
+from medusa_export.exporter.onnx.linear import FLOAT, _block
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.quantize import numerics as codes
+from medusa_export.quantize.format_facts import INT4_BLOCKS
 from medusa_export.quantize.formats import FP4_MAX, FP8_MAX, INT4_MAX, INT8_MAX
 from medusa_export.quantize.numerics import code_scale, fused_amax, quantize_fp8
 from medusa_export.quantize.scales import Scales
@@ -36,7 +37,7 @@ class PortableLinear:
     saturates; the codes belong to the rounded scale.
 
     Attributes:
-        form: key of the table at the end of this file.
+        form: key of ``PORTABLE_FORMS``.
         dtype: of activations, scales, and weights that are not quantized.
         scales: calibrated scales; needed by the forms with activations and by those that are smoothed.
         group_size: inputs that share a scale; needed by "int4_awq".
@@ -59,7 +60,7 @@ class PortableLinear:
             scale_with: further modules that share the scales a tensor (gate_proj and up_proj, which TensorRT-LLM fuses).
         """
         name = modules[0] if len(modules) == 1 else f"{modules[0]}+{len(modules) - 1}"
-        form = _FORMS["float" if self.excluded(modules[0]) else self.form]
+        form = PORTABLE_FORMS[FLOAT if self.excluded(modules[0]) else self.form]
         fused = modules if form.smooths else [*modules, *scale_with]
         weight = torch.cat([self.checkpoint.read(f"{module}.weight") for module in modules])  # [N, K]
         if form.smooths:
@@ -79,7 +80,7 @@ class PortableLinear:
     @property
     def opsets(self) -> dict[str, int]:
         """Of a graph with these linears: ONNX's, and TensorRT's domain where its operator is needed."""
-        return OPSETS | ({TENSORRT: 1} if _FORMS[self.form].foreign else {})
+        return OPSETS | ({TENSORRT: 1} if PORTABLE_FORMS[self.form].foreign else {})
 
     def matrix(self, graph: GraphBuilder, name: str) -> str:
         """A tensor of the checkpoint that is never quantized, in ``dtype``."""
@@ -170,7 +171,7 @@ def _int8_row(
 
 def _int4(linear: PortableLinear, graph: GraphBuilder, name: str, weight: torch.Tensor, modules: Sequence[str]) -> str:
     """[K, N] INT4 in blocks along K."""
-    block = linear.group_size or _block(weight.shape[1], name, SMALL_BLOCKS)
+    block = linear.group_size or _block(weight.shape[1], name, INT4_BLOCKS)
     scales = linear.rounded(codes.group_scales(weight.float(), block))
     values = (
         (weight.float().unflatten(1, (-1, block)) / scales.float()[..., None]).round_().clamp_(-INT4_MAX - 1, INT4_MAX)
@@ -205,7 +206,7 @@ def _scaled(graph: GraphBuilder, name: str, stored: torch.Tensor, scale: torch.T
 
 
 @dataclass(frozen=True)
-class _Form:
+class PortableForm:
     """How a form's weights and inputs are written.
 
     Attributes:
@@ -220,13 +221,13 @@ class _Form:
 
 
 _TO_FP8, _TO_INT8 = _fake_quantize(FP8_MAX, torch.float8_e4m3fn), _fake_quantize(INT8_MAX, torch.int8)
-_FORMS: dict[str, _Form] = {
-    "float": _Form(_float),
-    "fp8": _Form(_fp8, _TO_FP8),
-    "fp8_row": _Form(_fp8_row),
-    "int8_sq": _Form(_int8_row, _TO_INT8, smooths=True),
-    "int8": _Form(_int8_row),
-    "int4": _Form(_int4),
-    "int4_awq": _Form(_int4, smooths=True),
-    "nvfp4": _Form(_fp4, _fp4_activations, foreign=True),
+PORTABLE_FORMS: dict[str, PortableForm] = {
+    "float": PortableForm(_float),
+    "fp8": PortableForm(_fp8, _TO_FP8),
+    "fp8_row": PortableForm(_fp8_row),
+    "int8_sq": PortableForm(_int8_row, _TO_INT8, smooths=True),
+    "int8": PortableForm(_int8_row),
+    "int4": PortableForm(_int4),
+    "int4_awq": PortableForm(_int4, smooths=True),
+    "nvfp4": PortableForm(_fp4, _fp4_activations, foreign=True),
 }

@@ -15,8 +15,8 @@ from medusa_export.core.errors import CheckpointError, ConfigError
 from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.trtllm_loader.config import config_problems
 from medusa_export.exporter.verify.trtllm_loader.modules import (
+    ALGOS,
     BUILDER_QUANTIZES,
-    WEIGHT_ONLY,
     Needs,
     is_quantized,
     medusa_modules,
@@ -76,7 +76,8 @@ def _accepted(need: Needs, given: Needs, config: Mapping[str, Any]) -> Needs:
             need |= dict.fromkeys(pair, need[name])
             if name not in given:
                 del need[name]
-    if config["quantization"].get("quant_algo") in WEIGHT_ONLY:
+    algo = config["quantization"].get("quant_algo")
+    if algo is not None and ALGOS[algo].by_builder:
         need = _processed(need, given, config)
     for name, (dtype, shape) in list(need.items()):
         as_bytes = dtype == "float8_e4m3fn" and given.get(name) == ("int8", shape)

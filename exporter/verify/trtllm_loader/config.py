@@ -13,7 +13,6 @@ from medusa_export.exporter.verify.trtllm_loader.modules import (
     ALGOS,
     BUILDER_QUANTIZES,
     KV_ALGOS,
-    WEIGHT_ONLY,
     exclude_patterns,
     excluded,
     is_quantized,
@@ -152,7 +151,7 @@ def _module_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if algo is None:
         return
     modules = {module.name: module for module in medusa_modules(config)}
-    if algo in WEIGHT_ONLY and not excluded(patterns, "transformer.vocab_embedding"):
+    if ALGOS[algo].by_builder and not excluded(patterns, "transformer.vocab_embedding"):
         yield f"the embedding has to be excluded under {algo}, which would make it an INT8 one"
     for name, module in modules.items():
         quantized, gate = is_quantized(config, module), name.removesuffix("fc") + "gate"
@@ -162,7 +161,7 @@ def _module_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} and its gate, which trtllm-build fuses, are not both excluded"
         if module.is_linear and not ALGOS[algo].listed and quantized and excluded(patterns, name):
             yield f"{name} is excluded, but {algo} quantizes attention and MLP whatever the list says"
-        if algo in WEIGHT_ONLY and module.is_linear:
+        if ALGOS[algo].by_builder and module.is_linear:
             yield from _weight_only_problems(algo, patterns, name)
 
 

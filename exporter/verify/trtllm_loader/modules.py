@@ -72,6 +72,7 @@ class Algo:
         per_rank: whether ``multiple`` is of the rank's part; else of the whole linear, and times tp.
         listed: whether ``exclude_modules`` is read; else attention and MLP are replaced as whole classes, and nothing else is.
         group_sizes: those that have a kernel; empty where there are no groups.
+        by_builder: whether trtllm-build itself quantizes the linears of ``BUILDER_QUANTIZES``.
     """
 
     rules: tuple[Rule, ...]
@@ -79,6 +80,7 @@ class Algo:
     per_rank: bool = False
     listed: bool = True
     group_sizes: tuple[int, ...] = ()
+    by_builder: bool = False
 
 
 _FP8: tuple[Rule, ...] = (
@@ -92,11 +94,14 @@ ALGOS: dict[str, Algo] = {
         (("weight", "float8_e4m3fn", _FULL), ("per_channel_scale", "float32", lambda o, n, g: (o,))), listed=False
     ),
     "W8A16": Algo(
-        (("weight", "int8", lambda o, n, g: (n, o)), ("per_channel_scale", "model", lambda o, n, g: (o,))), (64, 64)
+        (("weight", "int8", lambda o, n, g: (n, o)), ("per_channel_scale", "model", lambda o, n, g: (o,))),
+        (64, 64),
+        by_builder=True,
     ),
     "W4A16": Algo(
         (("weight", "int8", lambda o, n, g: (n, o // 2)), ("per_channel_scale", "model", lambda o, n, g: (o,))),
         (64, 64),
+        by_builder=True,
     ),
     "W8A8_SQ_PER_CHANNEL": Algo(
         (
@@ -123,7 +128,6 @@ ALGOS: dict[str, Algo] = {
         per_rank=True,
     ),
 }
-WEIGHT_ONLY = ("W8A16", "W4A16")
 KV_ALGOS = ("FP8", "INT8")
 
 
@@ -221,7 +225,7 @@ def module_needs(config: Mapping[str, Any], module: Module, *, processed: bool =
     """
     dtype, algo = config["dtype"], config["quantization"].get("quant_algo")
     needs = {f"{module.name}.bias": (dtype, module.shape[:1])} if module.bias else {}
-    by_builder = algo in WEIGHT_ONLY and module.name.rsplit(".", 1)[-1] in BUILDER_QUANTIZES
+    by_builder = algo is not None and ALGOS[algo].by_builder and module.name.rsplit(".", 1)[-1] in BUILDER_QUANTIZES
     if not is_quantized(config, module) or (by_builder and not processed):
         return {f"{module.name}.weight": (dtype, module.shape), **needs}
     out, width = module.shape

@@ -38,7 +38,7 @@ def test_nearest_leads_to_16_bit() -> None:
 
 def test_quant_algos_are_tensorrt_llms() -> None:
     # there is no "FP8_ROWWISE": QuantAlgo raises on it
-    algos = {name: form.quant_algo for name, form in FORMATS.items()}
+    algos = {name: form.trtllm.algo for name, form in FORMATS.items()}
     assert algos == {
         "none": None,
         "fp8": "FP8",

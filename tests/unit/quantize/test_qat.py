@@ -24,8 +24,9 @@ from medusa_export.heads.training.full.output import write_output
 from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize import numerics as codes
 from medusa_export.quantize import qat
+from medusa_export.quantize.format_facts import QAT_TARGETS, Refusal
 from medusa_export.quantize.formats import FORMATS
-from medusa_export.quantize.qat import ROUNDINGS, QatArguments, Quantizers, effective_weight, train_qat
+from medusa_export.quantize.qat import QatArguments, Quantizers, effective_weight, train_qat
 from medusa_export.quantize.scales import SCALES_FILE, Scales
 
 Writer = Callable[..., Path]
@@ -34,7 +35,8 @@ FULL = ReferenceArguments(
     base="joint", heads=1, lora_rank=0, max_steps=4, batch_size=4, log_every=1, report_to=(), warmup=0, warmup_heads=0
 )
 TEXTS = [list(range(40)), list(range(40, 90))]
-BOTH = [key for key in ROUNDINGS if key[1] == "trtllm" or key[0].endswith("_wo")]
+TRAINED = [name for name, row in FORMATS.items() if not isinstance(row.qat, Refusal)]
+BOTH = [(name, target) for name in TRAINED for target in QAT_TARGETS if target == "trtllm" or name.endswith("_wo")]
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
@@ -121,7 +123,7 @@ def _deployed(out: Path, name: str, target: str, stored: dict[str, torch.Tensor]
                 scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
                 found[module] = (values.float() - 128) * scale
             else:
-                block = onnx_linear._block(weight.shape[1], module, onnx_linear.SMALL_BLOCKS)
+                block = onnx_linear._block(weight.shape[1], module, onnx_linear.INT4_BLOCKS)
                 scale = codes.group_scales(weight, block).repeat_interleave(block, dim=1)
                 found[module] = codes.int4_groups(weight, block) * scale
         return found
@@ -133,11 +135,14 @@ def _deployed(out: Path, name: str, target: str, stored: dict[str, torch.Tensor]
 
 
 def test_blocks_are_the_exporters() -> None:
-    assert ROUNDINGS["int8_wo", "onnx"].blocks == onnx_linear.BLOCKS
-    assert ROUNDINGS["int4_wo", "onnx"].blocks == onnx_linear.SMALL_BLOCKS
+    for name in ("int8_wo", "int4_wo"):
+        row = FORMATS[name]
+        assert not isinstance(row.qat, Refusal)
+        assert row.onnxruntime is not None
+        assert row.qat["onnx"].blocks == row.onnxruntime.codes.blocks != ()
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in ROUNDINGS}))
+@pytest.mark.parametrize("name", sorted(TRAINED))
 def test_every_format_trains(name: str, model_dir: Path, tmp_path: Path) -> None:
     """On the CPU: gradients pass the rounding, the base moves, and scales are written where the export takes any."""
     fmt = FORMATS[name]

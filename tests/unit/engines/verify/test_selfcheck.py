@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.verify.selfcheck import BOUNDS, MEASURED, TENSORRT_BOUNDS, check_engine, tree_error
 from medusa_export.heads.trees.tree import Tree, load_tree
-from medusa_export.quantize import tensorrt_targets
+from medusa_export.quantize.format_facts import TensorRt
 from medusa_export.quantize.formats import FORMATS
+from medusa_export.quantize.tensorrt_targets import tensorrt_form
 from tests.paths import ROOT
 
 TEXTS = [[*range(5, 45)], [*range(90, 50, -2)], [1, 2]]
@@ -29,8 +30,10 @@ def test_good_engines_pass(family: str, quant: str, tiny_engine: Callable[..., A
 
 
 def test_every_form_has_a_bound() -> None:
-    assert {fmt.onnx for fmt in FORMATS.values() if fmt.onnx} == BOUNDS.keys()
-    assert {row.form for row in tensorrt_targets.FORMS.values() if row.form} == TENSORRT_BOUNDS.keys()
+    assert {row.onnxruntime.form for row in FORMATS.values() if row.onnxruntime} == BOUNDS.keys()
+    assert {
+        row.tensorrt.form for row in FORMATS.values() if isinstance(row.tensorrt, TensorRt)
+    } == TENSORRT_BOUNDS.keys()
 
 
 def test_the_bounds_of_tensorrts_forms_follow_from_what_was_measured() -> None:
@@ -42,7 +45,7 @@ def test_the_bounds_of_tensorrts_forms_follow_from_what_was_measured() -> None:
         if not line.startswith("|"):
             break
         name, _, *cells = (cell.strip(" `%") for cell in line.strip("|").split("|"))
-        rows.setdefault(str(tensorrt_targets.FORMS[name].form), []).append([float(cell) for cell in cells])
+        rows.setdefault(tensorrt_form(FORMATS[name]).form, []).append([float(cell) for cell in cells])
     assert rows.keys() == MEASURED.keys()
     for form, found in rows.items():
         error, _, _, _, kl, agreement = (

@@ -96,12 +96,12 @@ def test_exchange_graph_of_the_other_formats(quant: str, tiny_engine: Callable[.
 
 
 def test_every_format_but_nvfp4_has_a_form() -> None:
-    without = [name for name, fmt in FORMATS.items() if fmt.onnx is None]
+    without = [name for name, fmt in FORMATS.items() if fmt.onnxruntime is None]
     assert without == ["nvfp4"]  # ONNX Runtime has no FP4 arithmetic on a CPU
     with pytest.raises(ConfigError, match=r"--quant nvfp4.*one of none, fp8, .*int4_awq.*pass --engine none"):
         onnx_form(FORMATS["nvfp4"])
     with pytest.raises(ConfigError, match="no ONNX form"):
-        onnx_form(replace(get_format("none"), onnx=None))
+        onnx_form(replace(get_format("none"), onnxruntime=None))
 
 
 def test_a_draft_vocabulary_smaller_than_the_candidates(make_case: Callable[..., Any], tmp_path: Path) -> None:

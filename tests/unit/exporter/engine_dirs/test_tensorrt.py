@@ -16,8 +16,9 @@ from medusa_export.engines.verify.selfcheck import check_engine
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import Tree
-from medusa_export.quantize.formats import get_format
-from medusa_export.quantize.tensorrt_targets import FORMS, parse_gpus
+from medusa_export.quantize.format_facts import Refusal
+from medusa_export.quantize.formats import FORMATS, get_format
+from medusa_export.quantize.tensorrt_targets import parse_gpus, tensorrt_form
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux and Windows on x86-64 only")
 TREE = Tree.from_choices([[0], [1], [0, 0]])
@@ -61,11 +62,11 @@ class Steps(list[tuple[str, int, int]]):
 steps = Steps()
 
 
-@pytest.mark.parametrize("quant", [name for name, form in FORMS.items() if form.form])
+@pytest.mark.parametrize("quant", [name for name, row in FORMATS.items() if not isinstance(row.tensorrt, Refusal)])
 def test_every_format_builds(quant: str, write: Callable[..., Path]) -> None:
     out = write(quant, "sm120" if quant == "nvfp4" else "sm89,sm120" if "fp8" in quant else "sm80")
     assert check_engine(out / "engine", None, []) == []
-    assert EngineInfo.load(out / "engine").form == FORMS[quant].form
+    assert EngineInfo.load(out / "engine").form == tensorrt_form(FORMATS[quant]).form
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])

@@ -76,7 +76,7 @@ def specs(draw: st.DrawFn) -> ExportSpec:
     """Layouts that can be built, of every family, format, size and number of ranks."""
     tp, fmt = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from(list(FORMATS.values())))
     kv_heads = draw(st.sampled_from([1, 2, 4, 8]))
-    tile = 128 * tp if fmt.multiple > 1 or fmt.rank_tile != (1, 1) else tp
+    tile = 128 * tp if fmt.trtllm.multiple > 1 or fmt.trtllm.rank_tile != (1, 1) else tp
     head_dim = draw(st.sampled_from([64, 128]))
     return make_spec(
         draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])),
@@ -89,7 +89,7 @@ def specs(draw: st.DrawFn) -> ExportSpec:
         intermediate_size=tile * draw(st.integers(1, 5)),
         num_attention_heads=8 * max(tp, kv_heads) // draw(st.sampled_from([1, 2, 4])),
         num_key_value_heads=kv_heads,
-        head_dim=head_dim if fmt.multiple == 1 and fmt.rank_tile == (1, 1) else 128,
+        head_dim=head_dim if fmt.trtllm.multiple == 1 and fmt.trtllm.rank_tile == (1, 1) else 128,
         vocab_size=tile * draw(st.integers(1, 3)) - (0 if tile > 8 else draw(st.integers(0, 7)) % tile),
         num_hidden_layers=draw(st.integers(1, 3)),
         heads=draw(st.integers(1, 5)),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
+from medusa_export.exporter.onnx.forms import onnx_form
 from medusa_export.exporter.plan.spec import ExportSpec, export_spec
 from medusa_export.exporter.plan.trtllm_layout import plan_ranks
 from medusa_export.exporter.sizing import estimate as sizing
@@ -215,11 +216,11 @@ class TestFiles:
 
     @pytest.mark.parametrize("tie", [False, True])
     @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-    @pytest.mark.parametrize("fmt", [name for name, row in FORMATS.items() if row.onnx])
+    @pytest.mark.parametrize("fmt", [name for name, row in FORMATS.items() if row.onnxruntime])
     def test_onnx(self, fmt: str, family: str, tie: bool, make_case: Callable[..., Any], tmp_path: Path) -> None:
         """To a page: the last tensor of a file ends before its page does."""
         case, tree = make_case(family, tie_word_embeddings=tie, **{**WIDE, "vocab_size": 512}), load_tree("cpu-3")
-        spec, form = self.sizes(case, fmt, tree)[0], FORMATS[fmt].onnx
+        spec, form = self.sizes(case, fmt, tree)[0], onnx_form(FORMATS[fmt]).form
         request = replace(REQUEST, form=form, max_length=96, draft_vocab=256)
         write_onnx(tmp_path / "onnx", case.checkpoint, FORMATS[fmt], case.scales, max_length=96)
         write_engine(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medusa_export.exporter.onnx.builder import GraphBuilder
-from medusa_export.exporter.onnx.portable.linear import _FORMS, ONNX_DTYPE, PortableLinear
+from medusa_export.exporter.onnx.portable.linear import ONNX_DTYPE, PORTABLE_FORMS, PortableLinear
 
 GROUP = 32
 QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
@@ -123,4 +123,4 @@ def test_rounded_scales_are_never_smaller(dtype: torch.dtype, make_case: Callabl
 
 
 def test_every_form_has_a_definition_here() -> None:
-    assert _FORMS.keys() - WEIGHTS.keys() == {"nvfp4"}, "see test_onnx_lift"
+    assert PORTABLE_FORMS.keys() - WEIGHTS.keys() == {"nvfp4"}, "see test_onnx_lift"

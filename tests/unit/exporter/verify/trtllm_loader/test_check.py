@@ -89,7 +89,7 @@ def test_a_layer_by_hand() -> None:
 def write_zeros(out: Path, fmt: str, family: str = "llama", **options: Any) -> Path:
     """What the writer writes, but for the values: its config.json, and its plan's tensors filled with zeros."""
     form = FORMATS[fmt]
-    sizes = WIDE if form.multiple > 1 or form.rank_tile != (1, 1) else SMALL
+    sizes = WIDE if form.trtllm.multiple > 1 or form.trtllm.rank_tile != (1, 1) else SMALL
     config = DecoderConfig.from_dict({"model_type": family, **sizes})
     flags = {"tp": 2, "kv_cache": "fp8", "quant_heads": False, "exclude": (), **options}
     spec = ExportSpec(
@@ -117,7 +117,7 @@ def write_zeros(out: Path, fmt: str, family: str = "llama", **options: Any) -> P
 def test_takes_what_the_writer_writes(family: str, fmt: Any, tmp_path: Path) -> None:
     for kv_cache, tp in zip(KV_CACHE, (1, 2, 4), strict=True):
         options: dict[str, Any] = {"tp": tp, "kv_cache": kv_cache, "quant_heads": fmt.quantizes_heads and tp < 4}
-        if fmt.excludable:
+        if fmt.trtllm.excludable:
             options["exclude"] = ("*mlp.proj*",) if tp == 2 else ()
         out = write_zeros(tmp_path / f"{tp}-{kv_cache}", fmt.name, family, **options)
         assert load_problems(out) == []

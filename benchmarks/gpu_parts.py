@@ -23,7 +23,10 @@ from medusa_export.engines.tensorrt.library import RTX, import_tensorrt, local_g
 from medusa_export.engines.tuning.acceptance import calibrate
 from medusa_export.engines.tuning.cost import SIZES, SingleSteps, measure_cost
 from medusa_export.engines.tuning.search import search
+from medusa_export.exporter.job.gpu_costs import Target
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
+from medusa_export.heads.roofline.gpus import GPUS, Gpu
+from medusa_export.heads.roofline.step import step_ms
 from medusa_export.heads.trees.acceptance import Acceptance, calibration
 from medusa_export.heads.trees.step_costs import cost_curve
 from medusa_export.quantize.formats import get_format
@@ -66,7 +69,7 @@ def engine(setup: Setup, quant: str) -> dict[str, Any]:
     write_graphs(directory, setup.checkpoint, setup, quant, scales, NoTensorRt())
     device = torch_device(directory / "onnx", setup.place)
     found = TensorRtEngine(directory / "engine", device)
-    costs = _costs(found, device, setup)
+    costs = _costs(found, device, setup, Target(setup.checkpoint.config, 0, 0, get_format(quant)))
     encoded = fitting_prompts(found.info, setup)
     cut = max(1, len(encoded) - TREE_PROMPTS)
     answers = calibrate(found, encoded[cut:] or encoded, max_new_tokens=min(TREE_TOKENS, setup.max_new_tokens))
@@ -100,7 +103,8 @@ def shape(setup: Setup, name: str, quant: str) -> dict[str, Any]:
     scales = made_up_scales(checkpoint) if get_format(quant).needs_calibration else None
     write_graphs(directory, checkpoint, setup, quant, scales, NoTensorRt())
     device = torch_device(directory / "onnx", setup.place)
-    costs = _costs(TensorRtEngine(directory / "engine", device), device, setup)
+    target = Target(checkpoint.config, 0, 0, get_format(quant))
+    costs = _costs(TensorRtEngine(directory / "engine", device), device, setup, target)
     return {"table": costs.pop("table"), "costs": costs}
 
 
@@ -139,8 +143,32 @@ def ptq(setup: Setup) -> dict[str, Any]:
     return {**found, "table": table}
 
 
-def _costs(found: TensorRtEngine, device: TorchDevice, setup: Setup) -> dict[str, Any]:
-    """The cost curve, and the time that reading weights and cache once would take."""
+def estimate_rows(curve: dict[str, Any], target: Target, gpu: Gpu) -> list[dict[str, Any]]:
+    """A measured curve beside its estimate: the decoder's step, heads aside, as TensorRT-LLM would run it on that GPU."""
+    deployment, past = target.on(gpu), curve["past_length"]
+    measured = {row["nodes"]: row["ms"] for row in curve["verify"]}
+    estimated = {nodes: float(step_ms(deployment, curve["batch"], nodes, past)) for nodes in measured}
+    return [
+        {
+            "nodes": nodes,
+            "measured_ms": ms,
+            "estimate_ms": round(estimated[nodes], 4),
+            "measured_ratio": round(ms / measured[1], 4),
+            "estimate_ratio": round(estimated[nodes] / estimated[1], 4),
+        }
+        for nodes, ms in measured.items()
+    ]
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """The row of the table for a name such as "NVIDIA A100-SXM4-80GB"; None where it has none."""
+    plain = name.lower().replace(" ", "").replace("-", "")
+    return next((gpu for gpu in GPUS if all(part in plain for part in gpu.key.split("-"))), None)
+
+
+def _costs(found: TensorRtEngine, device: TorchDevice, setup: Setup, target: Target) -> dict[str, Any]:
+    """The cost curve, the time that reading weights and cache once would take, and the curve's estimate where the GPU is known."""
+    gpu = known_gpu(torch.cuda.get_device_name()) if setup.place == "cuda" else None
     info = found.info
     past = min(256, info.max_length // 2)
     room = min(max(SIZES), info.max_length - past)
@@ -156,12 +184,21 @@ def _costs(found: TensorRtEngine, device: TorchDevice, setup: Setup) -> dict[str
         f"its ratio with {', '.join(map(str, shown))} nodes": ", ".join(f"{verify[nodes] / one:.2f}" for nodes in shown),
         "all heads": f"{curve['draft'][-1]['ms']:.2f} ms",
     }  # fmt: skip
+    rows = estimate_rows(curve, target, gpu) if gpu else []
+    if gpu:
+        both = (
+            f"{row['nodes']}: {row['measured_ms']:.2f} / {row['estimate_ms']:.2f} ms"
+            for row in rows
+            if row["nodes"] in (1, *shown)
+        )
+        table[f"nodes: measured / estimated for {gpu.name}"] = ", ".join(both)
     return {
         "curve": curve,
         "weight_bytes": weights,
         "cache_bytes": cache,
         "floor_ms": floor,
         "over_floor": one / floor,
+        "estimate": rows,
         "table": table,
     }
 

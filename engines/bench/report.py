@@ -66,6 +66,7 @@ def build_report(
         "reference": reference,
         "comparison": None,
         "sweeps": {},
+        "expected": [],
         "tree": {"max_draft_len": tree.max_draft_len, "medusa_choices": [list(choice) for choice in tree.choices]},
         "engine": {"backend": info.backend, "precision": info.precision, "source": info.source},
         "hardware": hardware(),

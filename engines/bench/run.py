@@ -183,7 +183,8 @@ def _acceptance(engine_dir: Path, tree: Tree) -> dict[str, Any]:
 def _expected(tree: str) -> list[dict[str, Any]]:
     """Rows of the tree's file that were estimated for a GPU; none of a preset, or where costs were measured."""
     path = Path(tree)
-    rows = read_json(path).get("crossover", []) if path.is_file() else []
+    body = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows = body.get("crossover", []) if isinstance(body, dict) else []  # a list of choices is a tree too
     return [{key: value for key, value in row.items() if key != "medusa_choices"} for row in rows if "estimated" in row]
 
 

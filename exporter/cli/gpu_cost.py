@@ -102,10 +102,11 @@ def expected_line(output: Path) -> str | None:
     if not (output / GPU_ESTIMATE).is_file():
         return None
     found = read_json(output / GPU_ESTIMATE)["predicted"]
-    speed, interval = found["tokens_per_second"], found["speedup_interval"]
+    speed, (low, high) = found["tokens_per_second"], found["speedup_interval"]
     return (
-        f"expected on {found['estimated']}, estimated from its data sheet: {speed['medusa']:.0f} tokens/s with {found['max_draft_len']} "
-        f"draft tokens, {speed['without_medusa']:.0f} without: {found['speedup']:.2f}x ({interval[0]:.2f} .. {interval[1]:.2f})"
+        f"expected on {found['estimated']}, estimated from its data sheet: {speed['medusa']:.0f} tokens/s with "
+        f"{found['max_draft_len']} draft tokens, {speed['without_medusa']:.0f} without: {found['speedup']:.2f}x "
+        f"({low:.2f} .. {high:.2f})"
     )
 
 

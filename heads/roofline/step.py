@@ -38,7 +38,7 @@ class Assumptions:
         tree_kernels: kernels of drafting and acceptance that a step with a tree has on top, the heads' aside.
         head_kernels: kernels of a head besides those of its blocks: projection and best tokens.
         block_kernels: kernels of a residual block: linear, activation, sum.
-        host_us: time of a launch on the host, where kernels are launched one by one; the step takes this if it is longer.
+        host_us: time of a launch on the host, where kernels are launched one by one; the GPU waits for it where it is faster.
     """
 
     bandwidth: Number = BANDWIDTH
@@ -126,7 +126,8 @@ class Parts:
         layers, attention, projection, heads: their weights and products; the cache; the vocabulary projection; all heads.
         collectives: between ranks.
         launches: and whatever else every kernel takes once.
-        host: of launching them one by one; 0 in a CUDA graph.
+        waiting: for a host that launches kernels one by one; 0 in a CUDA graph. What the host is late with in the layers is not
+            made up for by the large kernels behind them: projection and heads are not launched yet.
     """
 
     layers: Number
@@ -135,13 +136,13 @@ class Parts:
     heads: Number
     collectives: Number
     launches: Number
-    host: Number
+    waiting: Number
 
     @property
     def total(self) -> Number:
-        """The step's: the GPU's time, or the host's where that is longer."""
-        busy = self.layers + self.attention + self.projection + self.heads + self.collectives + self.launches
-        return np.maximum(busy, self.host)
+        """The step's."""
+        work = self.layers + self.attention + self.projection + self.heads
+        return work + self.collectives + self.launches + self.waiting
 
 
 def step_parts(
@@ -162,20 +163,19 @@ def step_parts(
     time = _Times(deployment, assumptions)
     heads = shape.heads if medusa else 0
     blocks = heads * shape.head_layers
-    kernels = _kernels(shape.layers, heads, blocks, assumptions)
+    layers = shape.layers * time.product(shape.layer_weights(tp), shape.layer_activations(tp), rows, deployment.weights)
+    attention = shape.layers * time.attention(batch, nodes, past)
+    projection = time.projection(rows, HALF)
+    block = time.product(shape.block_weights(tp), 2 * shape.hidden, rows, deployment.heads)
+    drafting = heads * time.projection(rows, deployment.heads) + blocks * block
     reduced = 2 * shape.layers * time.all_reduce(rows * shape.hidden)
     gathered = (1 + heads) * time.gather(rows * shape.vocab) + blocks * time.gather(rows * shape.hidden)
+    inner, outer = shape.layers * assumptions.layer_kernels, _outer_kernels(heads, blocks, assumptions)
     return Parts(
-        layers=shape.layers
-        * time.product(shape.layer_weights(tp), shape.layer_activations(tp), rows, deployment.weights),
-        attention=shape.layers * time.attention(batch, nodes, past),
-        projection=time.projection(rows, HALF),
-        heads=heads * time.projection(rows, deployment.heads)
-        + blocks * time.product(shape.block_weights(tp), 2 * shape.hidden, rows, deployment.heads),
-        collectives=(reduced + gathered) if tp > 1 else 0.0 * assumptions.kernel_us,
-        launches=kernels * assumptions.kernel_us / 1e3,
-        host=kernels * assumptions.host_us / 1e3,
-    )
+        layers, attention, projection, drafting, reduced + gathered,
+        launches=(inner + outer) * assumptions.kernel_us / 1e3,
+        waiting=time.waiting(inner, layers + attention + reduced) + time.waiting(outer, projection + drafting + gathered),
+    )  # fmt: skip
 
 
 def step_ms(
@@ -191,9 +191,10 @@ def step_ms(
     return step_parts(deployment, batch, nodes, past, medusa=medusa, assumptions=assumptions).total
 
 
-def _kernels(layers: int, heads: int, blocks: int, assumed: Assumptions) -> Number:
+def _outer_kernels(heads: int, blocks: int, assumed: Assumptions) -> Number:
+    """Those that no layer has."""
     drafting = heads * assumed.head_kernels + blocks * assumed.block_kernels + (heads > 0) * assumed.tree_kernels
-    return assumed.base_kernels + layers * assumed.layer_kernels + drafting
+    return assumed.base_kernels + drafting
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,15 @@ class _Times:
         """All ranks' parts of as many values."""
         return self._exchange(values)
 
+    def waiting(self, kernels: Number, work: Number) -> Number:
+        """For the host to launch kernels that do so many milliseconds of work."""
+        assumed = self.assumptions
+        return np.maximum(0.0, kernels * (assumed.host_us - assumed.kernel_us) / 1e3 - work)
+
     def _exchange(self, values: int) -> Number:
+        """Sent by every rank; nothing where there is one."""
+        if self.deployment.tp == 1:
+            return 0.0
         tp, one_way = self.deployment.tp, self.deployment.gpu.link / 2
         sent = values * ACTIVATION_BYTES * (tp - 1) / tp
         return self.assumptions.collective_us / 1e3 + 1e3 * sent / (one_way * self.assumptions.bandwidth)

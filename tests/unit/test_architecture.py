@@ -44,7 +44,7 @@ ALLOWED: dict[str, str] = {
     "exporter/job": "core core/artifacts core/text exporter/plan heads/checkpoint heads/contract heads/roofline heads/trees quantize",
     "exporter/pipeline": "core core/artifacts exporter/engine_dirs exporter/job exporter/onnx exporter/plan exporter/verify"
     " exporter/write heads/contract quantize",
-    "exporter/sizing": "core core/artifacts core/text exporter/job exporter/onnx exporter/onnx/portable exporter/pipeline"
+    "exporter/sizing": "core core/artifacts core/text exporter/job exporter/onnx exporter/pipeline"
     " exporter/plan exporter/write heads/checkpoint heads/roofline heads/trees quantize",
     "engines/decoding": "core heads/contract heads/decoding heads/trees",
     "engines/onnxruntime": "core engines/decoding heads/contract heads/trees",

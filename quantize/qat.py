@@ -24,6 +24,7 @@ from medusa_export.heads.training.full.run import ReferenceReport, train_referen
 from medusa_export.quantize.format_facts import QAT_TARGETS, Reach, Refusal, Rounding
 from medusa_export.quantize.formats import FORMATS, Format, get_format, get_kv_cache
 from medusa_export.quantize.ptq import HEADS, import_quantization, insert_quantizers, read_scales, recipe
+from medusa_export.quantize.qat_flags import QatFlags
 from medusa_export.quantize.scales import SCALES_FILE
 
 CALIBRATION_EXAMPLES = 64
@@ -33,20 +34,8 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
-class QatArguments:
-    """What is rounded, and for whom.
-
-    Attributes:
-        quant: weight format, by its name in ``formats``.
-        group_size: as for :func:`~medusa_export.quantize.formats.get_format`.
-        target: "trtllm" or "onnx", whose roundings differ for ``int8_wo`` and ``int4_wo``.
-        kv_cache: must be "none".
-    """
-
-    quant: str
-    group_size: int | None = None
-    target: str = "trtllm"
-    kv_cache: str = "none"
+class QatArguments(QatFlags):
+    """The flags, and what follows from them."""
 
     def check(self) -> tuple[Format, Rounding]:
         """The format and its rounding, or ConfigError where there is nothing that could be trained."""

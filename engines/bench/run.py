@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from medusa_export.core.json_fields import read_json
 from medusa_export.core.text.prompts import load_prompts
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.backends import BACKENDS, open_engine
+from medusa_export.engines.bench.arguments import RunArguments
 from medusa_export.engines.bench.compare import compare_engines, require_comparable
 from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
 from medusa_export.engines.bench.runner import RunResult, run_prompts
@@ -21,7 +22,6 @@ from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, requir
 from medusa_export.engines.decoding.protocols import ScoringEngine
 from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
-from medusa_export.engines.trtllm.session import TIMEOUT
 from medusa_export.engines.verify.reference import compare_with_checkpoint
 from medusa_export.engines.verify.selfcheck import bound_of
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
@@ -34,31 +34,6 @@ SHOWN_TOKENS = 24  # of a text before and after a divergence
 REFERENCE_PROMPTS = 8  # prompts on which the engine is compared with the checkpoint
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class RunArguments:
-    """The flags of medusa-run; see its --help."""
-
-    engine: Path
-    prompts: Path
-    reference: Path | None = None
-    tree: str | None = None
-    limit: int | None = None
-    max_new_tokens: int = 128
-    repeats: int = 3
-    min_speedup: float | None = None
-    threads: int = 0
-    seed: int = 0
-    save_outputs: Path | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    typical: bool = False
-    compare: Path | None = None
-    sweep_batch: tuple[int, ...] = ()
-    sweep_length: tuple[int, ...] = ()
-    trtllm_api: str = "runner"
-    timeout: float = TIMEOUT
 
 
 def run(arguments: RunArguments, progress: Progress = lambda stage, done, total: None) -> dict[str, Any]:

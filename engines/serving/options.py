@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.flags import flag
 
+INPUT, LIMITS, DECODING = "Input", "Limits", "Decoding"  # headings of --help
+MAX_QUEUE, QUEUE_HELP = 256, "Most requests that wait; further ones are refused as busy."
+MAX_TEXT_BYTES, TEXT_HELP = 1 << 20, "Most bytes of text in a request."
 MAY_BE_NOTHING = ("threads", "tree_max_batch", "grace_s")
 
 
@@ -15,33 +20,36 @@ MAY_BE_NOTHING = ("threads", "tree_max_batch", "grace_s")
 class ServingOptions:
     """Limits and defaults of a server.
 
-    Attributes:
-        max_batch: requests that are decoded at once, at most; each has a row of the KV cache.
-        kv_cache_mb: memory for the KV cache; fewer requests are decoded at once where it is not enough for ``max_batch``.
-        max_queue: requests that wait, at most; further ones are told that the server is busy.
-        max_tokens: tokens of an answer where the request does not say.
-        timeout_s: seconds of a request, waiting included, at most.
-        max_text_bytes: text of a request, at most.
-        tree_max_batch: requests at once, at most, with which the tree is used, where tree.json does not say what pays at which batch.
-        grace_s: seconds that requests in flight get when the server is told to stop; the rest hears that it does. Triton has to wait
-            longer (--exit-timeout-secs, 30).
-        prefill_tokens: of prompts that are read between two steps: fewer make steadier answers, more make earlier ones.
-        threads: CPU threads; 0 takes one a core.
+    Each request that is decoded has a row of the KV cache. On ``grace_s``: Triton has to wait longer (--exit-timeout-secs, 30).
 
     Raises:
         ConfigError: a value out of range.
     """
 
-    max_batch: int = 32
-    kv_cache_mb: int = 4096
-    max_queue: int = 256
-    max_tokens: int = 256
-    timeout_s: float = 600.0
-    max_text_bytes: int = 1 << 20
-    tree_max_batch: int = 4
-    grace_s: float = 20.0
-    prefill_tokens: int = 128
-    threads: int = 0
+    max_batch: int = flag(32, help="Most requests to decode at once.", panel=LIMITS, aliases=("--max-concurrent",))
+    kv_cache_mb: int = flag(
+        4096, help="Memory for the key/value cache; where it is too little for --max-batch, fewer are decoded at once.",
+        panel=LIMITS, metavar="MB",
+    )  # fmt: skip
+    max_queue: int = flag(MAX_QUEUE, help=QUEUE_HELP, panel=LIMITS)
+    max_tokens: int = flag(256, help="Most tokens of an answer, where the request does not say.", panel=LIMITS)
+    timeout_s: float = flag(
+        600.0, help="Most seconds that a request may take, waiting included.", panel=LIMITS, metavar="SECONDS"
+    )  # fmt: skip
+    max_text_bytes: int = flag(MAX_TEXT_BYTES, help=TEXT_HELP, panel=LIMITS, metavar="BYTES")
+    tree_max_batch: int = flag(
+        4, help="Most requests at once to use the tree with, where tree.json does not say at which batch sizes it pays.",
+        panel=DECODING,
+    )  # fmt: skip
+    grace_s: float = flag(
+        20.0, help="Seconds for requests in flight to finish when the server stops; tritonserver itself waits 30.",
+        panel=LIMITS, metavar="SECONDS",
+    )  # fmt: skip
+    prefill_tokens: int = flag(
+        128, help="Prompt tokens to read between two decoding steps: fewer make answers steadier, more start them earlier.",
+        panel=DECODING,
+    )  # fmt: skip
+    threads: int = flag(0, help="CPU threads; 0: one per core.", panel=DECODING)
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -70,3 +78,13 @@ class ServingOptions:
                 except ValueError as error:
                     raise ConfigError(item.name, repr(text), "a number", "correct config.pbtxt") from error
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class TreeChoice:
+    """The tree to decode with, where it is not the engine's own."""
+
+    tree: Path | None = flag(
+        None, help="tree.json of medusa-tree search to use instead of the engine's. One that was searched with costs of several "
+        "batch sizes says which tree to use with how many requests at once.", panel=DECODING,
+    )  # fmt: skip

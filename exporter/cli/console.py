@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,12 +19,10 @@ from medusa_export.core.errors import MedusaExportError
 
 stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
 
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")]
-
 
 def command_app() -> typer.Typer:
     """An app whose errors reach :func:`main`."""
-    return typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    return typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 @contextmanager

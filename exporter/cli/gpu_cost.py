@@ -1,49 +1,72 @@
-"""medusa-tree cost --gpu: costs of steps from a GPU's data sheet. Like the other cli files, it may import across."""
+"""medusa-tree cost --gpu: costs of steps from a GPU's data sheet."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.flags import flag
 from medusa_export.exporter.cli.console import stdout
 from medusa_export.heads.roofline.gpus import BY_KEY
-from medusa_export.heads.roofline.step import DEFAULTS
+from medusa_export.heads.roofline.step import ARITHMETIC, BANDWIDTH, COLLECTIVE_US, DEFAULTS, KERNEL_US, Assumptions
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 
 SHOWN_NODES = (8, 16, 32, 64)
 
-PANEL = "Estimate, with --gpu"
-GpuName = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu", help=f"Estimate instead of measuring, for this GPU: {', '.join(BY_KEY)}.", rich_help_panel=PANEL
-    ),
-]
-Ckpt = Annotated[Path | None, typer.Option(help="Base model; only its config.json is read.", rich_help_panel=PANEL)]
-Heads = Annotated[Path | None, typer.Option(help="Medusa heads; only headers are read.", rich_help_panel=PANEL)]
-NumHeads = Annotated[int, typer.Option(help="Heads of one block, where there are none yet.", rich_help_panel=PANEL)]
-Quant = Annotated[str, typer.Option(help=f"Weights: {', '.join(FORMATS)}.", rich_help_panel=PANEL)]
-KvCacheName = Annotated[str, typer.Option("--kv-cache", help=f"Cache: {', '.join(KV_CACHE)}.", rich_help_panel=PANEL)]
-QuantHeads = Annotated[bool, typer.Option(help="Quantize the heads too.", rich_help_panel=PANEL)]
-Tp = Annotated[int, typer.Option(help="Tensor-parallel GPUs.", rich_help_panel=PANEL)]
-Bandwidth = Annotated[float, typer.Option(help="Part of the memory bandwidth that kernels get.", rich_help_panel=PANEL)]
-Arithmetic = Annotated[float, typer.Option(help="Part of the tensor throughput that they get.", rich_help_panel=PANEL)]
-KernelUs = Annotated[float, typer.Option(help="Microseconds that a kernel takes besides.", rich_help_panel=PANEL)]
-CollectiveUs = Annotated[float, typer.Option(help="Latency of an all-reduce, microseconds.", rich_help_panel=PANEL)]
+PANEL = "Estimate, with --gpu"  # heading of --help
+GPU = "--gpu"
 
 
-def write_estimate(output: Path, given: dict[str, Any]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class EstimateFlags:
+    """What an estimate takes."""
+
+    gpu: str | None = flag(None, help="Estimate for this GPU instead of measuring.", panel=PANEL, choices=tuple(BY_KEY))
+    ckpt: Path | None = flag(None, help="Base model; only its config.json is read.", panel=PANEL, requires=GPU)
+    heads: Path | None = flag(None, help="Medusa heads; only headers are read.", panel=PANEL, requires=GPU)
+    num_heads: int = flag(4, help="Heads of one block, where there are none yet.", panel=PANEL, requires=GPU)
+    quant: str = flag("none", help="Weight format.", panel=PANEL, choices=tuple(FORMATS), requires=GPU)
+    kv_cache: str = flag("none", help="Key/value cache format.", panel=PANEL, choices=tuple(KV_CACHE), requires=GPU)
+    quant_heads: bool = flag(
+        False, help="Quantize the heads too.", panel=PANEL, opposite="--no-quant-heads", requires=GPU
+    )
+    tp: int = flag(1, help="Tensor-parallel GPUs.", panel=PANEL, requires=GPU)
+    bandwidth_efficiency: float = flag(
+        BANDWIDTH, help="Share of the memory bandwidth that kernels reach.", panel=PANEL, requires=GPU
+    )
+    arithmetic_efficiency: float = flag(
+        ARITHMETIC, help="Share of the tensor throughput that they reach.", panel=PANEL, requires=GPU
+    )
+    kernel_us: float = flag(KERNEL_US, help="Overhead per kernel, in microseconds.", panel=PANEL, requires=GPU)
+    collective_us: float = flag(
+        COLLECTIVE_US, help="Latency of an all-reduce, in microseconds.", panel=PANEL, requires=GPU
+    )
+
+    def assumptions(self) -> Assumptions:
+        """What the data sheet does not say."""
+        return replace(
+            DEFAULTS, bandwidth=self.bandwidth_efficiency, arithmetic=self.arithmetic_efficiency, kernel_us=self.kernel_us,
+            collective_us=self.collective_us,
+        )  # fmt: skip
+
+
+def write_estimate(
+    output: Path, gpu_name: str, asked: EstimateFlags, batches: Sequence[int], past_lengths: Sequence[int]
+) -> list[dict[str, Any]]:
     """Write ``cost.json`` of an estimate.
 
     Args:
-        given: values of the flags of medusa-tree cost, by name.
+        output: file to write.
+        gpu_name: which GPU.
+        asked: what is estimated.
+        batches: sequences in a step; empty for the default ones.
+        past_lengths: tokens in the cache; empty for the default ones.
 
     Raises:
         ConfigError: flags that do not go together, an unknown GPU, a format that it has not, or a model that it does not hold.
@@ -55,20 +78,19 @@ def write_estimate(output: Path, given: dict[str, Any]) -> list[dict[str, Any]]:
     from medusa_export.heads.roofline.gpus import find_gpu
     from medusa_export.quantize.formats import get_format
 
-    gpu = find_gpu(given["gpu"])
-    if given["ckpt"] is None:
+    gpu = find_gpu(gpu_name)
+    if asked.ckpt is None:
         raise ConfigError("--gpu", "no --ckpt", "the directory with config.json", "give one")
-    if given["num_heads"] < 1:
-        raise ConfigError("--num-heads", str(given["num_heads"]), "1 or more", "correct it")
-    config = DecoderConfig.from_dir(given["ckpt"])
-    found = open_heads(given["heads"], config, check_values=False) if given["heads"] else None
-    heads, layers = (found.num_heads, found.num_layers) if found else (given["num_heads"], 1)
-    fmt = get_format(given["quant"])
-    target = Target(config, heads, layers, fmt, given["kv_cache"], given["quant_heads"], given["tp"])
-    lengths = given["past_length"] or [past for past in PAST_LENGTHS if past < config.max_position_embeddings]
+    if asked.num_heads < 1:
+        raise ConfigError("--num-heads", str(asked.num_heads), "1 or more", "correct it")
+    config = DecoderConfig.from_dir(asked.ckpt)
+    found = open_heads(asked.heads, config, check_values=False) if asked.heads else None
+    heads, layers = (found.num_heads, found.num_layers) if found else (asked.num_heads, 1)
+    target = Target(config, heads, layers, get_format(asked.quant), asked.kv_cache, asked.quant_heads, asked.tp)
+    lengths = past_lengths or [past for past in PAST_LENGTHS if past < config.max_position_embeddings]
     body = estimate_costs(
-        target.on(gpu), batches=_positive("--batch", given["batch"] or BATCHES),
-        past_lengths=_positive("--past-length", lengths), plain=target.without_heads(gpu), assumptions=_assumptions(given),
+        target.on(gpu), batches=_positive("--batch", batches or BATCHES),
+        past_lengths=_positive("--past-length", lengths), plain=target.without_heads(gpu), assumptions=asked.assumptions(),
     )  # fmt: skip
     if not body["curves"]:
         raise ConfigError(gpu.name, "a model that its memory does not hold", "one that fits", "raise --tp or quantize")
@@ -108,12 +130,6 @@ def expected_line(output: Path) -> str | None:
         f"{found['max_draft_len']} draft tokens, {speed['without_medusa']:.0f} without: {found['speedup']:.2f}x "
         f"({low:.2f} .. {high:.2f})"
     )
-
-
-def _assumptions(given: dict[str, Any]) -> Any:
-    names = {"bandwidth": "bandwidth_efficiency", "arithmetic": "arithmetic_efficiency"}
-    names |= {name: name for name in ("kernel_us", "collective_us")}
-    return replace(DEFAULTS, **{name: given[flag] for name, flag in names.items()})
 
 
 def _positive(flag: str, values: Sequence[int]) -> Sequence[int]:

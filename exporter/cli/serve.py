@@ -1,73 +1,58 @@
-"""medusa-serve: parse, call one function, print. Like the other cli files, it may import across."""
+"""medusa-serve: parse, call one function, print."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.cli import serving_flags as flags
-from medusa_export.exporter.cli.console import Verbose, command_app, main, stderr, stdout
+from medusa_export.core.flags import flag
+from medusa_export.engines.serving.options import INPUT, ServingOptions, TreeChoice
+from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
+from medusa_export.exporter.cli.flags.commands import Common, command
 
 serve_app = command_app()
+SERVER = "Server"  # heading of --help
 
 
-@serve_app.command()
-def serve_command(
-    engine: Annotated[Path, typer.Option(help="The engine directory of an export.")],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option(help="The model's name. Default: that of the checkpoint's directory.")
-    ] = None,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(help="The environment variable with the key that clients have to show. Default: no key."),
-    ] = None,
-    max_batch: Annotated[
-        int | None,
-        typer.Option("--max-concurrent", "--max-batch", help="Requests decoded at once, at most. Default: 32."),
-    ] = None,
-    kv_cache_mb: flags.KvCacheMb = None,
-    max_queue: Annotated[
-        int | None, typer.Option(help="Requests that wait, at most; others get 429. Default: 256.")
-    ] = None,
-    max_tokens: flags.MaxTokens = None,
-    timeout_s: flags.TimeoutS = None,
-    max_text_bytes: flags.MaxTextBytes = None,
-    tree: flags.TreeFile = None,
-    tree_max_batch: flags.TreeMaxBatch = None,
-    prefill_tokens: flags.PrefillTokens = None,
-    threads: flags.Threads = None,
-    grace_s: flags.GraceS = None,
-    verbose: Verbose = False,
-) -> None:
+@dataclass(frozen=True)
+class ServeFlags:
+    """What medusa-serve takes besides the limits of a server."""
+
+    engine: Path = flag(help="Engine directory of an export.", panel=INPUT)
+    host: str = flag("127.0.0.1", help="Address to listen on.", panel=SERVER)
+    port: int = flag(8000, help="Port to listen on; 0: a free one.", panel=SERVER)
+    name: str | None = flag(None, help="The model's name.", panel=SERVER, default="that of the checkpoint's directory")
+    api_key_env: str | None = flag(
+        None, help="Environment variable with the key that clients have to send.", panel=SERVER, metavar="VARIABLE",
+        default="no key",
+    )  # fmt: skip
+
+
+@command(serve_app)
+def serve_command(own: ServeFlags, options: ServingOptions, choice: TreeChoice, common: Common) -> None:
     """Serve an engine with OpenAI's protocol, until SIGTERM or Ctrl-C.
 
     Example: [bold]medusa-serve --engine out/engine --port 8000[/]
     """
-    given = dict(locals())
     from medusa_export.engines.serving.decoders import require_served
     from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
     from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
     from medusa_export.engines.serving.openai.server import bind, run_front
-    from medusa_export.engines.serving.options import ServingOptions
     from medusa_export.engines.serving.text_service import TextService
     from medusa_export.heads.contract.engine_info import EngineInfo
 
-    options, info = flags.given_options(ServingOptions, given), EngineInfo.load(engine)
-    require_served(engine, info, options)
-    name = name or Path(str(info.source.get("checkpoint") or engine)).name
-    front_options = FrontOptions(host, name, _key(api_key_env))
-    with bind(host, port) as sock:
+    info = EngineInfo.load(own.engine)
+    require_served(own.engine, info, options)
+    name = own.name or Path(str(info.source.get("checkpoint") or own.engine)).name
+    front_options = FrontOptions(own.host, name, _key(own.api_key_env))
+    with bind(own.host, own.port) as sock:
         if front_options.api_key is None and not front_options.is_local:
-            warning = f"warning: {host} takes requests from other machines, and without --api-key-env from anybody"
+            warning = f"warning: {own.host} takes requests from other machines, and without --api-key-env from anybody"
             stderr.print(warning, soft_wrap=True, markup=False)
         meter = PrometheusMeter(name)
-        service = TextService(engine, options, meter, tree=tree)
+        service = TextService(own.engine, options, meter, tree=choice.tree)
         slots = service.scheduler.decoder.slots
         stdout.print(
             f"{name}: {info.precision}; {slots} requests at once, {options.max_queue} waiting",
@@ -76,7 +61,7 @@ def serve_command(
         )
         try:
             run_front(
-                OpenAIFront(service, front_options), meter, sock, grace_s=options.grace_s, log_requests=verbose,
+                OpenAIFront(service, front_options), meter, sock, grace_s=options.grace_s, log_requests=common.verbose,
                 say=lambda text: stdout.print(text, soft_wrap=True, markup=False),
             )  # fmt: skip
         finally:

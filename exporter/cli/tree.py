@@ -1,129 +1,153 @@
-"""medusa-tree: parse, call one function, print. Like the other cli files, it may import across."""
+"""medusa-tree: parse, call one function, print."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.exporter.cli import gpu_cost
-from medusa_export.exporter.cli.console import Verbose, command_app, main, progress_bars, stdout
-from medusa_export.exporter.cli.tree_tables import _print_acceptance, _print_cost, _print_crossover, _print_search
-from medusa_export.heads.roofline import step
+from medusa_export.core.flags import flag
+from medusa_export.engines.tuning.cost import PAST_LENGTH
+from medusa_export.exporter.cli.console import command_app, main, progress_bars, stdout
+from medusa_export.exporter.cli.flags.commands import callback, command, require
+from medusa_export.exporter.cli.gpu_cost import GPU, EstimateFlags, print_estimate, write_estimate
+from medusa_export.exporter.cli.tree_tables import print_acceptance, print_cost, print_crossover, print_search
 
 tree_app = command_app()
+INPUT, OUTPUT, MEASUREMENT, SEARCH = "Input", "Output", "Measurement", "Search"  # headings of --help
 
 
-Engine = Annotated[Path, typer.Option(help="The engine directory of an export.")]
-Prompts = Annotated[Path, typer.Option(help="JSONL with turns, messages or prompt.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts.")]
-NewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes one a core.")]
-MaxNodes = Annotated[int, typer.Option(help="The largest tree to measure, its root included.")]
-PastLength = Annotated[int, typer.Option(help="Tokens in the key/value cache.")]
-Rounds = Annotated[int, typer.Option(help="Interleaved repetitions of the cost's measurement.")]
+@dataclass(frozen=True)
+class PromptFlags:
+    """Prompts to run an engine on, and how."""
+
+    limit: int | None = flag(None, help="Use only the first N prompts.", panel=INPUT, metavar="N")
+    max_new_tokens: int = flag(128, help="Most tokens of an answer.", panel=MEASUREMENT)
+    threads: int = flag(0, help="CPU threads; 0: one per core.", panel=MEASUREMENT)
 
 
-@tree_app.callback()
+@dataclass(frozen=True)
+class CalibrateFlags:
+    """What medusa-tree calibrate takes."""
+
+    engine: Path = flag(help="Engine directory of an export.", panel=INPUT)
+    prompts: Path = flag(help="Prompts: JSONL with turns, messages or prompt.", panel=INPUT)
+    output: Path = flag(Path("acceptance.json"), help="File to write.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class CostFlags:
+    """What medusa-tree cost takes."""
+
+    engine: Path | None = flag(None, help="Engine directory of an export, to measure.", panel=INPUT)
+    output: Path = flag(Path("cost.json"), help="File to write.", panel=OUTPUT)
+    max_nodes: int = flag(64, help="The largest tree to measure, its root included.", panel=MEASUREMENT)
+    past_length: tuple[int, ...] = flag(
+        (),
+        help="Tokens in the key/value cache. Can be repeated.",
+        panel=MEASUREMENT,
+        default=f"{PAST_LENGTH}; with --gpu 256 to 32768",
+    )
+    batch: tuple[int, ...] = flag(
+        (),
+        help="Sequences in a step. Can be repeated.",
+        panel=MEASUREMENT,
+        default="1, the engine itself; with --gpu 1 to 64",
+    )
+    rounds: int = flag(9, help="Interleaved repetitions of the measurement.", panel=MEASUREMENT)
+    threads: int = flag(0, help="CPU threads; 0: one per core.", panel=MEASUREMENT)
+
+
+@dataclass(frozen=True)
+class SearchFlags:
+    """What medusa-tree search takes."""
+
+    engine: Path | None = flag(None, help="Engine to measure what no file says, and to run trees on.", panel=INPUT)
+    prompts: Path | None = flag(None, help="Prompts for that: JSONL with turns, messages or prompt.", panel=INPUT)
+    acceptance: Path | None = flag(None, help="acceptance.json of medusa-tree or medusa-train.", panel=INPUT)
+    cost: Path | None = flag(None, help="cost.json, measured here or on another machine.", panel=INPUT)
+    output: Path = flag(Path("tree.json"), help="File to write: other commands take it as --tree.", panel=OUTPUT)
+    picture: Path | None = flag(None, help="Draw the tree to this file: .svg or .png.", panel=OUTPUT)
+    max_draft_len: int = flag(63, help="Most draft tokens.", panel=SEARCH)
+    nodes: tuple[int, ...] = flag(
+        (), help="Consider only trees of N nodes, the root included. Can be repeated.", panel=SEARCH, metavar="N"
+    )
+    batch: int = flag(1, help="Batch size whose cost counts.", panel=SEARCH)
+    past_length: int | None = flag(
+        None, help="Tokens in the cache at which the cost counts.", panel=SEARCH, default="the first in the file"
+    )
+    confirm: int = flag(0, help="Run the N best trees and take the fastest.", panel=SEARCH, metavar="N")
+
+
+@callback(tree_app, alone=False)
 def tree_command() -> None:
     """Choose the Medusa tree by what the heads get right and by what a step costs."""
 
 
-@tree_app.command("calibrate")
-def calibrate_command(
-    engine: Engine,
-    prompts: Prompts,
-    output: Annotated[Path, typer.Option(help="acceptance.json to write.")] = Path("acceptance.json"),
-    limit: Limit = None,
-    max_new_tokens: NewTokens = 128,
-    threads: Threads = 0,
-    verbose: Verbose = False,
-) -> None:
+@command(tree_app, "calibrate")
+def calibrate_command(own: CalibrateFlags, asked: PromptFlags) -> None:
     """Count, along the engine's own greedy answers, which rank every true token has in every head.
 
     Example: [bold]medusa-tree calibrate --engine out/engine --prompts chats.jsonl[/]
     """
-    _require_parent(output)
-    opened, encoded = _open(engine, prompts, limit, max_new_tokens, threads)
+    from medusa_export.heads.trees.acceptance import write_calibration
+
+    _require_parent(own.output)
+    opened, encoded = _open(own.engine, own.prompts, asked)
     with progress_bars() as progress:
-        body = _calibrate(
-            opened, encoded, max_new_tokens, progress, output, {"engine": str(engine), "prompts": str(prompts)}
-        )
-    _print_acceptance(body)
-    stdout.print(f"wrote {output}", soft_wrap=True)
+        answers = _answers(opened, encoded, asked, "prompts", progress)
+    source = {"engine": str(own.engine), "prompts": str(own.prompts), "engine_source": opened.info.source}
+    print_acceptance(write_calibration(own.output, answers, source))
+    stdout.print(f"wrote {own.output}", soft_wrap=True)
 
 
-@tree_app.command("cost")
-def cost_command(
-    engine: Annotated[Path | None, typer.Option(help="The engine directory of an export, to measure.")] = None,
-    output: Annotated[Path, typer.Option(help="cost.json to write.")] = Path("cost.json"),
-    max_nodes: MaxNodes = 64,
-    past_length: Annotated[
-        list[int] | None, typer.Option(help="Tokens in the cache; may be given again. Default: 256.")
-    ] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences in a step; may be given again. Default: 1, the engine itself.")
-    ] = None,
-    rounds: Rounds = 9,
-    threads: Threads = 0,
-    gpu: gpu_cost.GpuName = None,
-    ckpt: gpu_cost.Ckpt = None,
-    heads: gpu_cost.Heads = None,
-    num_heads: gpu_cost.NumHeads = 4,
-    quant: gpu_cost.Quant = "none",
-    kv_cache: gpu_cost.KvCacheName = "none",
-    quant_heads: gpu_cost.QuantHeads = False,
-    tp: gpu_cost.Tp = 1,
-    bandwidth_efficiency: gpu_cost.Bandwidth = step.BANDWIDTH,
-    arithmetic_efficiency: gpu_cost.Arithmetic = step.ARITHMETIC,
-    kernel_us: gpu_cost.KernelUs = step.KERNEL_US,
-    collective_us: gpu_cost.CollectiveUs = step.COLLECTIVE_US,
-    verbose: Verbose = False,
-) -> None:
+@command(tree_app, "cost")
+def cost_command(own: CostFlags, estimate: EstimateFlags) -> None:
     """Measure what a step costs by the number of nodes, and a draft by the number of heads; or estimate it for a GPU.
 
-    With --batch, steps of several sequences are measured, of one too if 1 is among them: those of the server. With --gpu, nothing
-    runs: costs follow from the model's shape and the GPU's data sheet, by default for 1 to 64 sequences behind 256 to 32768 tokens.
+    With --batch, measures the server's steps with several sequences, and with one if 1 is among them. With --gpu, nothing
+    runs: costs follow from the model's shape and the GPU's data sheet.
 
     Example: [bold]medusa-tree cost --engine out/engine[/]
 
     Example: [bold]medusa-tree cost --gpu h100 --ckpt model --quant fp8[/]
     """
-    given = dict(locals())
-    _require_parent(output)
-    if (engine is None) == (gpu is None):
-        got = "neither --engine nor --gpu" if engine is None else "--engine and --gpu"
-        raise ConfigError("--engine", got, "one of them: an engine to measure, or a GPU to estimate for", "give one")
-    if gpu is not None:
-        gpu_cost.print_estimate(gpu_cost.write_estimate(output, given))
+    _require_parent(own.output)
+    if own.engine is not None and estimate.gpu is not None:
+        raise ConfigError(
+            "--engine", "--gpu too", "one of them: an engine to measure, or a GPU to estimate for", "choose"
+        )
+    require(estimate, {GPU: estimate.gpu is not None})
+    if estimate.gpu is not None:
+        print_estimate(write_estimate(own.output, estimate.gpu, estimate, own.batch, own.past_length))
+    elif own.engine is not None:
+        _write_measured(own, own.engine)
     else:
-        _write_measured(output, given)
-    stdout.print(f"wrote {output}", soft_wrap=True)
+        expected = "one of them: an engine to measure, or a GPU to estimate for"
+        raise ConfigError("--engine", "neither --engine nor --gpu", expected, "give one")
+    stdout.print(f"wrote {own.output}", soft_wrap=True)
 
 
-def _write_measured(output: Path, given: dict[str, Any]) -> None:
-    from medusa_export.engines.tuning.cost import PAST_LENGTH, measure_cost, write_costs
+def _write_measured(own: CostFlags, engine: Path) -> None:
+    from medusa_export.engines.tuning.cost import measure_cost, write_costs
 
-    past_length, max_nodes, rounds = (given[name] for name in ("past_length", "max_nodes", "rounds"))
-    info, measured = _steps(given["engine"], given["batch"], given["threads"])
-    lengths = past_length or [PAST_LENGTH]
+    info, measured = _steps(engine, own.batch, own.threads)
     with progress_bars() as progress:
         curves = [
             measure_cost(
-                steps, max_nodes=max_nodes, past_length=past, rounds=rounds,
+                steps, max_nodes=own.max_nodes, past_length=past, rounds=own.rounds,
                 progress=lambda *at, name=f"cost, batch {steps.batch}, past {past}": progress(name, *at),
             )
             for steps in measured
-            for past in lengths
+            for past in own.past_length or (PAST_LENGTH,)
         ]  # fmt: skip
-    write_costs(output, curves, info)
+    write_costs(own.output, curves, info)
     for curve in curves:
-        _print_cost(curve)
+        print_cost(curve)
 
 
-def _steps(engine: Path, batches: list[int] | None, threads: int) -> Any:
+def _steps(engine: Path, batches: tuple[int, ...], threads: int) -> Any:
     """EngineInfo, and what to measure: the engine's own steps, or those of every batch size."""
     from medusa_export.engines.backends import open_engine
     from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
@@ -138,116 +162,84 @@ def _steps(engine: Path, batches: list[int] | None, threads: int) -> Any:
     return decoder.info, [BatchSteps(decoder, batch) for batch in batches]
 
 
-@tree_app.command("search")
-def search_command(
-    engine: Annotated[
-        Path | None, typer.Option(help="Engine to measure on what no file says, and to run trees.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompts for that: JSONL with turns, messages or prompt.")
-    ] = None,
-    acceptance: Annotated[Path | None, typer.Option(help="acceptance.json, of medusa-tree or medusa-train.")] = None,
-    cost: Annotated[Path | None, typer.Option(help="cost.json, measured here or on another machine.")] = None,
-    output: Annotated[Path, typer.Option(help="tree.json to write: --tree of the other commands.")] = Path("tree.json"),
-    picture: Annotated[Path | None, typer.Option(help="Draw the tree here: .svg or .png.")] = None,
-    max_draft_len: Annotated[int, typer.Option(help="Draft tokens, at most.")] = 63,
-    sizes: Annotated[
-        list[int] | None, typer.Option("--nodes", help="Only trees of so many nodes, the root included.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Take the cost at this batch size.")] = 1,
-    past_length: Annotated[
-        int | None, typer.Option(help="Take the cost at this length. Default: the first in the file.")
-    ] = None,
-    confirm: Annotated[int, typer.Option(help="Run so many of the best trees and take the fastest.")] = 0,
-    limit: Limit = None,
-    max_new_tokens: NewTokens = 128,
-    threads: Threads = 0,
-    verbose: Verbose = False,
-) -> None:
-    """Find the tree that yields most tokens a second. What --acceptance and --cost do not say is measured on --engine.
+@command(tree_app, "search")
+def search_command(own: SearchFlags, asked: PromptFlags) -> None:
+    """Find the tree that yields most tokens a second. Measures on --engine what --acceptance and --cost do not say.
 
     Example: [bold]medusa-tree search --engine out/engine --prompts chats.jsonl --confirm 3 --picture tree.svg[/]
     """
     from medusa_export.engines.tuning.crossover import advice, crossover_rows
     from medusa_export.engines.tuning.picture import draw
-    from medusa_export.engines.tuning.search import confirm as run_trees
-    from medusa_export.engines.tuning.search import search, sentence, tree_json
+    from medusa_export.engines.tuning.search import sentence, tree_json
+
+    _check_search(own)
+    found, counted, curves = _search(own, asked)
+    crossover = crossover_rows(counted, curves, own.max_draft_len)
+    own.output.write_text(tree_json(found, crossover), encoding="utf-8")
+    if own.picture:
+        draw(own.picture, found, counted)
+    print_search(found)
+    if len(crossover) > 1:
+        print_crossover(crossover)
+    for line in filter(None, (sentence(found), advice(crossover))):
+        stdout.print(line, soft_wrap=True)
+    stdout.print(f"wrote {own.output}", soft_wrap=True)
+
+
+def _search(own: SearchFlags, asked: PromptFlags) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """What was found, the acceptance and the cost curves that it rests on; measured where no file has them."""
+    from medusa_export.engines.tuning.search import confirm, search
     from medusa_export.heads.trees.acceptance import Acceptance
     from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
 
-    given = dict(locals())
-    _check_search(given)
-    counted = Acceptance.load(acceptance) if acceptance else None
-    curves = load_costs(cost) if cost else []
+    counted = Acceptance.load(own.acceptance) if own.acceptance else None
+    curves = load_costs(own.cost) if own.cost else []
     if curves:
-        select(curves, batch=batch, past_length=past_length)
+        select(curves, batch=own.batch, past_length=own.past_length)
     opened, encoded = None, []
-    if engine and (counted is None or not curves or confirm):
-        opened, encoded = _open(engine, prompts, limit, max_new_tokens, threads)
+    if own.engine and (counted is None or not curves or own.confirm):
+        opened, encoded = _open(own.engine, own.prompts, asked)
     with progress_bars() as progress:
-        counted = counted or _count(opened, encoded, max_new_tokens, progress)
-        curves = curves or [_measure_cost(opened, max_draft_len + 1, past_length, progress)]
-        curve = cost_curve(select(curves, batch=batch, past_length=past_length))
-        found = search(counted, curve, max_draft_len=max_draft_len, sizes=sizes)
-        if confirm and opened is not None:  # it was opened for that
+        counted = counted or Acceptance.from_answers(_answers(opened, encoded, asked, "acceptance", progress))
+        curves = curves or [_measure_cost(opened, own, progress)]
+        curve = cost_curve(select(curves, batch=own.batch, past_length=own.past_length))
+        found = search(counted, curve, max_draft_len=own.max_draft_len, sizes=own.nodes or None)
+        if own.confirm and opened is not None:  # it was opened for that
             ids = [input_ids for _, _, input_ids in encoded]
-            found = run_trees(
-                found, counted, opened, ids, count=confirm, max_new_tokens=max_new_tokens,
+            found = confirm(
+                found, counted, opened, ids, count=own.confirm, max_new_tokens=asked.max_new_tokens,
                 progress=lambda *at: progress("trees", *at),
             )  # fmt: skip
-    crossover = crossover_rows(counted, curves, max_draft_len)
-    output.write_text(tree_json(found, crossover), encoding="utf-8")
-    if picture:
-        draw(picture, found, counted)
-    _print_search(found)
-    if len(crossover) > 1:
-        _print_crossover(crossover)
-    for line in filter(None, (sentence(found), advice(crossover))):
-        stdout.print(line, soft_wrap=True)
-    stdout.print(f"wrote {output}", soft_wrap=True)
+    return found, counted, curves
 
 
-def _count(opened: Any, encoded: Any, max_new_tokens: int, progress: Any) -> Any:
-    """Acceptance of the engine's heads on the prompts."""
-    from medusa_export.engines.tuning.acceptance import calibrate
-    from medusa_export.heads.trees.acceptance import Acceptance
-
-    done = iter(range(1, len(encoded) + 1))
-    answers = calibrate(
-        opened, encoded, max_new_tokens=max_new_tokens,
-        progress=lambda: progress("acceptance", next(done), len(encoded)),
-    )  # fmt: skip
-    return Acceptance.from_answers(answers)
-
-
-def _measure_cost(opened: Any, max_nodes: int, past_length: int | None, progress: Any) -> dict[str, Any]:
-    from medusa_export.engines.tuning.cost import PAST_LENGTH, SingleSteps, measure_cost
+def _measure_cost(opened: Any, own: SearchFlags, progress: Any) -> dict[str, Any]:
+    from medusa_export.engines.tuning.cost import SingleSteps, measure_cost
 
     return measure_cost(
-        SingleSteps(opened), max_nodes=max_nodes, past_length=past_length or PAST_LENGTH,
+        SingleSteps(opened), max_nodes=own.max_draft_len + 1, past_length=own.past_length or PAST_LENGTH,
         progress=lambda *at: progress("cost", *at),
     )  # fmt: skip
 
 
-def _check_search(given: dict[str, Any]) -> None:
+def _check_search(own: SearchFlags) -> None:
     """Raise ConfigError or OutputError for what cannot work, before anything is measured."""
-    missing = [f"--{name}" for name in ("acceptance", "cost") if given[name] is None]
-    if given["confirm"]:
-        missing.append("--confirm")
-    if missing and given["engine"] is None:
-        expected = "--engine, to measure it on" if missing[0] != "--confirm" else "--engine, to run trees on"
-        raise ConfigError(f"--{missing[0].strip('-')}", "no engine", expected, "give one")
-    if given["prompts"] is None and (given["acceptance"] is None or given["confirm"]):
+    missing = [name for name, path in (("--acceptance", own.acceptance), ("--cost", own.cost)) if path is None]
+    if missing and own.engine is None:
+        raise ConfigError(missing[0], "no engine", "--engine, to measure it on", "give one")
+    if own.confirm and own.engine is None:
+        raise ConfigError("--confirm", "no engine", "--engine, to run trees on", "give one")
+    if own.prompts is None and (own.acceptance is None or own.confirm):
         raise ConfigError("--prompts", "nothing", "prompts to run the engine on", "give a JSONL file")
-    if given["cost"] is None and given["batch"] != 1:
-        raise ConfigError("--batch", f"{given['batch']}", "1, or --cost with that batch size", "give a file")
-    if given["max_draft_len"] < 1:
-        raise ConfigError("--max-draft-len", f"{given['max_draft_len']}", "1 or more", "correct it")
-    for name in ("output", "picture"):
-        if given[name] is not None:
-            _require_parent(given[name])
-    if given["picture"] is not None and given["picture"].suffix not in (".svg", ".png"):
-        raise ConfigError("--picture", f"{given['picture']}", "a name that ends with .svg or .png", "rename it")
+    if own.cost is None and own.batch != 1:
+        raise ConfigError("--batch", f"{own.batch}", "1, or --cost with that batch size", "give a file")
+    if own.max_draft_len < 1:
+        raise ConfigError("--max-draft-len", f"{own.max_draft_len}", "1 or more", "correct it")
+    for path in (own.output, own.picture):
+        if path is not None:
+            _require_parent(path)
+    if own.picture is not None and own.picture.suffix not in (".svg", ".png"):
+        raise ConfigError("--picture", f"{own.picture}", "a name that ends with .svg or .png", "rename it")
 
 
 def _require_parent(path: Path) -> None:
@@ -255,33 +247,30 @@ def _require_parent(path: Path) -> None:
         raise OutputError(str(path), "no such directory", "an existing one", "create it first")
 
 
-def _open(engine: Path, prompts: Path | None, limit: int | None, max_new_tokens: int, threads: int) -> Any:
+def _open(engine: Path, prompts: Path | None, asked: PromptFlags) -> Any:
     """The engine, and the prompts as it takes them."""
     from medusa_export.core.text.prompts import load_prompts
     from medusa_export.core.text.tokenizer import read_tokenizer
     from medusa_export.engines.backends import open_engine
     from medusa_export.engines.measure.prompts import encode_prompts
 
-    if max_new_tokens < 2:
-        raise ConfigError("--max-new-tokens", f"{max_new_tokens}", "2 or more", "raise it")
-    loaded = load_prompts(prompts, limit) if prompts else []
+    if asked.max_new_tokens < 2:
+        raise ConfigError("--max-new-tokens", f"{asked.max_new_tokens}", "2 or more", "raise it")
+    loaded = load_prompts(prompts, asked.limit) if prompts else []
     tokenizer = read_tokenizer(engine)
-    opened = open_engine(engine, threads=threads)
-    return opened, encode_prompts(tokenizer, opened.info, loaded, max_new_tokens=max_new_tokens)
+    opened = open_engine(engine, threads=asked.threads)
+    return opened, encode_prompts(tokenizer, opened.info, loaded, max_new_tokens=asked.max_new_tokens)
 
 
-def _calibrate(
-    opened: Any, encoded: Any, max_new_tokens: int, progress: Any, output: Path, source: dict[str, Any]
-) -> Any:
+def _answers(opened: Any, encoded: Any, asked: PromptFlags, stage: str, progress: Any) -> Any:
+    """The engine's greedy answers, with the ranks that its heads gave to every token."""
     from medusa_export.engines.tuning.acceptance import calibrate
-    from medusa_export.heads.trees.acceptance import write_calibration
 
     done = iter(range(1, len(encoded) + 1))
-    answers = calibrate(
-        opened, encoded, max_new_tokens=max_new_tokens,
-        progress=lambda: progress("prompts", next(done), len(encoded)),
+    return calibrate(
+        opened, encoded, max_new_tokens=asked.max_new_tokens,
+        progress=lambda: progress(stage, next(done), len(encoded)),
     )  # fmt: skip
-    return write_calibration(output, answers, {**source, "engine_source": opened.info.source})
 
 
 def tree_main() -> None:

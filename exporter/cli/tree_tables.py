@@ -11,7 +11,7 @@ from medusa_export.exporter.cli.console import stdout
 SHOWN = (1, 2, 3, 5, 10)
 
 
-def _print_acceptance(body: dict[str, Any]) -> None:
+def print_acceptance(body: dict[str, Any]) -> None:
     title = f"{body['prompts']} prompts, {body['positions']} positions"
     heads = Table("head", "token", *(f"top {k}" for k in SHOWN), "top 1, 95% CI", title=title, title_justify="left")
     for head, row in enumerate(body["heads"]):
@@ -29,7 +29,7 @@ def _print_acceptance(body: dict[str, Any]) -> None:
     stdout.print(f"tokens per step with the best {len(tree['choices'])} draft tokens: {tree['tokens_per_step']:.2f}")
 
 
-def _print_cost(curve: dict[str, Any]) -> None:
+def print_cost(curve: dict[str, Any]) -> None:
     title = f"batch {curve['batch']}, {curve['past_length']} tokens in the cache"
     table = Table("nodes", "ms", "95% CI", "ratio", "outliers", title=title, title_justify="left")
     base = curve["verify"][0]["ms"]
@@ -47,7 +47,7 @@ def _print_cost(curve: dict[str, Any]) -> None:
     stdout.print(table)
 
 
-def _print_search(found: Any) -> None:
+def print_search(found: Any) -> None:
     table = Table("draft tokens", "depth", "tokens per step", "cost", "predicted", "measured")
     ran = {item.tree: item for item in found.measured}
     near = sorted(found.sizes, key=lambda item: -item.speedup)[:5]
@@ -63,7 +63,7 @@ def _print_search(found: Any) -> None:
     stdout.print(table)
 
 
-def _print_crossover(rows: list[dict[str, Any]]) -> None:
+def print_crossover(rows: list[dict[str, Any]]) -> None:
     others = list(dict.fromkeys(name for row in rows for name in row.get("alternatives", ())))
     origin = f"costs estimated for {rows[0]['estimated']}, not measured" if "estimated" in rows[0] else "costs measured"
     title = f"best tree by batch and context; tokens/s of the whole batch; {origin}"

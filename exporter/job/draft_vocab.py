@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from medusa_export.core.text.prompts import Prompt
+    from medusa_export.core.text.prompts import Prompt
 
 DEFAULT_SIZE = 8192
 
@@ -22,6 +23,8 @@ def most_frequent_tokens(tokenizer: Any, prompts: Iterable[Prompt], *, size: int
     Returns:
         int64 token ids.  # [min(size, vocab_size)]
     """
+    import torch
+
     counts: Counter[int] = Counter()
     for prompt in prompts:
         text = prompt.answer or prompt.messages[-1]["content"]

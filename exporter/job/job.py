@@ -11,6 +11,7 @@ import torch
 
 from medusa_export.core.artifacts.input_files import InputFiles
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.flags import requirement_error
 from medusa_export.core.text.prompts import Prompt, load_prompts
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES, read_tokenizer
 from medusa_export.exporter.job.arguments import AUTO, DEFAULT_CALIB, FORMS, MAX_LENGTH, ExportArguments
@@ -250,7 +251,7 @@ class Job:
             require_hf(spec)
         if arguments.gpu is not None and not (self.writes_engine and self.engine.takes_gpus):
             takers = " or ".join(name for name, kind in ENGINES.items() if kind.takes_gpus)
-            raise ConfigError("--gpu", arguments.gpu, f"no --gpu without --engine {takers}", "leave it out")
+            raise requirement_error("--gpu", arguments.gpu, f"--engine {takers}")
         self._check_tree()
         if arguments.draft_vocab < 0:
             raise ConfigError("--draft-vocab", str(arguments.draft_vocab), "0 (all) or more", "correct it")

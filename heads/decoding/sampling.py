@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.flags import flag
 
 Logits = npt.NDArray[Any]  # [vocab_size]
 
+PANEL = "Sampling"  # heading of --help
 _SORTED = 1024  # tokens that are sorted at first: a whole vocabulary takes milliseconds
 
 
@@ -113,19 +115,18 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        temperature: 0 takes the best token.
-        top_p: tokens are drawn from the smallest set with this probability.
-        max_tokens: tokens of an answer, at most; a longer one is cut.
-        seed: of the draws; None for another one every time.
+        max_tokens: a longer answer is cut.
 
     Raises:
         ConfigError: a value out of range.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 256
-    seed: int | None = None
+    temperature: float = flag(0.0, help="Temperature; 0: take the best token, as greedy decoding does.", panel=PANEL)
+    top_p: float = flag(1.0, help="Draw from the smallest set of tokens with this probability.", panel=PANEL)
+    max_tokens: int = flag(
+        256, help="Most tokens of an answer; a longer one is not usable as training data.", panel=PANEL
+    )
+    seed: int | None = flag(None, help="Seed for the draws.", panel=PANEL, default="another one every time")
 
     def __post_init__(self) -> None:
         rules = {

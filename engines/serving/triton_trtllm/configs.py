@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from medusa_export.core.flags import flag
+from medusa_export.engines.serving.options import LIMITS, MAX_QUEUE, MAX_TEXT_BYTES, QUEUE_HELP, TEXT_HELP
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
 from medusa_export.heads.trees.tree import Tree
 
 Config = dict[str, Any]
+PANEL = "TensorRT-LLM engines"  # heading of --help
 MOUNT = "/models"  # where the repository lies in the container
 PREPROCESSING, ENGINE, POSTPROCESSING = "preprocessing", "tensorrt_llm", "postprocessing"
 ENSEMBLE, BLS = "ensemble", "tensorrt_llm_bls"
@@ -49,13 +52,20 @@ class EngineFacts:
 
 @dataclass(frozen=True)
 class TrtllmServing:
-    """What a user may choose. Attributes: as the flags of medusa-triton."""
+    """What a user may choose: flags of medusa-triton."""
 
-    max_queue: int = 256
-    kv_fraction: float = 0.9
-    decoupled: bool = True
-    chunked_context: bool = False
-    max_text_bytes: int = 1 << 20
+    max_queue: int = flag(MAX_QUEUE, help=QUEUE_HELP, panel=LIMITS)
+    kv_fraction: float = flag(0.9, help="Share of the free GPU memory for the key/value cache.", panel=PANEL)
+    decoupled: bool = flag(
+        True, help="Stream answers; without it, plain calls get one response.", panel=PANEL, opposite="--no-decoupled"
+    )
+    chunked_context: bool = flag(
+        False,
+        help="Read long prompts in parts, between other requests' steps.",
+        panel=PANEL,
+        opposite="--no-chunked-context",
+    )
+    max_text_bytes: int = flag(MAX_TEXT_BYTES, help=TEXT_HELP, panel=LIMITS, metavar="BYTES")
 
 
 def _tensor(

@@ -18,8 +18,9 @@ from medusa_export.core.artifacts.manifest import hash_files, package_versions
 from medusa_export.core.artifacts.staging import publish
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
+from medusa_export.heads.training.cached.arguments import HeadShape, TrainArguments
 from medusa_export.heads.training.cached.state import TrainState
-from medusa_export.heads.training.cached.trainer import TrainArguments, train_heads
+from medusa_export.heads.training.cached.trainer import train_heads
 from medusa_export.heads.training.dataset import Example, data_hash
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows, build_cache, cache_bytes
@@ -28,21 +29,6 @@ from medusa_export.heads.training.workdir import training_work
 
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Heads, residual blocks of each, and whether each has a vocabulary projection of its own ("version 1")."""
-
-    num_heads: int = 4
-    num_layers: int = 1
-    own_lm_head: bool = False
-
-    def check(self) -> None:
-        """Raise ConfigError for a shape without heads or layers."""
-        for name in ("num_heads", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, str(getattr(self, name)), "at least 1", "correct it")
 
 
 def train_fast(

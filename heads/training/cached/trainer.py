@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.heads.training.cached.arguments import TrainArguments
 from medusa_export.heads.training.cached.objective import BatchLoss, Objective, batches
 from medusa_export.heads.training.cached.state import TrainState, load_state, save_state
 from medusa_export.heads.training.head_module import MedusaHeads
@@ -21,59 +20,6 @@ from medusa_export.heads.trees.acceptance import accuracies, mean_accuracy
 EVALUATED_ROWS = 4096
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class TrainArguments:
-    """How heads are trained.
-
-    Attributes:
-        epochs: passes over all rows.
-        max_steps: optimizer steps; wins over the epochs.
-        lr: the largest learning rate; it rises over ``warmup`` of the steps and falls as a cosine to 0.
-        batch_rows: positions a step.
-        distill: share of the loss that is the base model's own distribution; the rest is the token that came.
-        vocab: tokens that the loss is taken over, the most frequent labels; 0 for all.
-        bf16: products with the vocabulary are taken in bfloat16.
-        patience: epochs without a better held-out accuracy after which training ends; 0: never. The best heads are kept anyway.
-        checkpoint_every: steps between checkpoints.
-    """
-
-    epochs: float = 3.0
-    max_steps: int | None = None
-    lr: float = 1e-3
-    batch_rows: int = 1024
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    distill: float = 0.0
-    vocab: int = 0
-    bf16: bool = False
-    patience: int = 0
-    seed: int = 0
-    checkpoint_every: int = 200
-    log_every: int = 10
-
-    def check(self) -> None:
-        """Raise ConfigError for values that train nothing."""
-        for name in ("batch_rows", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise _error(name, getattr(self, name), "at least 1")
-        for name in ("vocab", "patience", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise _error(name, getattr(self, name), "0 or more")
-        for name in ("epochs", "lr"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise _error(name, getattr(self, name), "a number above 0")
-        if not 0 <= self.distill <= 1:
-            raise _error("distill", self.distill, "0 .. 1")
-        if not 0 <= self.warmup < 1:
-            raise _error("warmup", self.warmup, "0 or more, and below 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise _error("max_steps", self.max_steps, "at least 1")
-
-    def recorded(self) -> dict[str, Any]:
-        """JSON of everything that shapes the result."""
-        return asdict(self)
 
 
 def train_heads(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.flags import flag
+from medusa_export.heads.training.arguments import HEADS, OPTIMIZATION, RUN, SharedArguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -26,8 +28,12 @@ RAMPS: dict[str, Callable[[float], float]] = {
 }
 
 
+WITH_MODEL, JOINT = "--reference, --joint or --quant", "--joint"
+PANEL = "Training the base model (--joint)"  # heading of --help
+
+
 @dataclass(frozen=True)
-class ReferenceArguments:
+class ReferenceArguments(SharedArguments):
     """How heads are trained, with the base model as it is ("frozen", Medusa-1) or along with it ("joint", Medusa-2).
 
     Source of the defaults: arXiv 2401.10774, sections 2.2.2 and 2.3.2. Steps are optimizer steps.
@@ -37,7 +43,6 @@ class ReferenceArguments:
         heads, layers: heads, and residual blocks of each.
         layout: "v1" (every head has its own lm_head), "v2" (all share the base's) or "modelopt" (one checkpoint with the base).
         share_lm_head: the heads' lm_head is the base's and is not trained for them; None: as the layout stores it.
-        epochs, max_steps: length of the training; max_steps wins.
         batch_size: sequences of a micro-batch, in every process.
         accumulate: micro-batches of a step.
         learning_rate: of the base model; None: 5e-4 for adapters, 2e-5 for all weights.
@@ -48,41 +53,49 @@ class ReferenceArguments:
         heads_weight, ramp: joint: weight of all heads against the base's loss, and how it is reached: "constant", "linear", "sine".
         lora_rank: joint: rank of the base's adapters, merged in the end; 0 trains all weights.
         distill: joint: the base is held to its own predictions from before the training; otherwise to the text.
-        bf16: compute in bfloat16; what is trained stays float32, and so does all of the base where it is trained.
+        bf16: what is trained stays float32, and so does all of the base where it is trained.
         gradient_checkpointing: compute the base's activations twice instead of keeping them.
-        checkpoint_every: steps between checkpoints, and between evaluations where there is held-out data.
-        patience: stop after so many evaluations without a better top-1 accuracy of head 0, and take the best; 0: never.
+        checkpoint_every: steps between evaluations too, where there is held-out data.
+        patience: counts the top-1 accuracy of head 0; the best heads are taken.
         report_to: trackers of transformers, for instance "tensorboard".
         trainer: further ``TrainingArguments``, for instance fsdp and fsdp_config.
     """
 
     base: str = "frozen"
-    heads: int = 4
-    layers: int = 1
-    layout: str = "v2"
+    heads: int = flag(4, help="Medusa heads.", panel=HEADS, name="--num-heads")
+    layers: int = flag(1, help="Residual blocks of each head.", panel=HEADS, name="--num-layers")
+    layout: str = flag(
+        "v2", help="Layout of the heads' checkpoint.", panel=HEADS,
+        choices={
+            "v1": "each head has its own lm_head", "v2": "heads share the base's lm_head",
+            "modelopt": "one checkpoint with the base; with --reference, --joint or --quant",
+        },
+    )  # fmt: skip
     share_lm_head: bool | None = None
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float | None = None
-    head_lr_factor: float = 4.0
+    batch_size: int = flag(8, help="Conversations per micro-batch.", panel=OPTIMIZATION, requires=WITH_MODEL)
+    accumulate: int = flag(1, help="Micro-batches per step.", panel=OPTIMIZATION, requires=WITH_MODEL)
+    learning_rate: float | None = flag(None, help="Learning rate of the base model.", panel=OPTIMIZATION, name="--lr")
+    head_lr_factor: float = flag(4.0, help="The heads' learning rate, in base rates.", panel=PANEL, requires=JOINT)
     schedule: str = "cosine"
     warmup: float = 0.03
-    weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    warmup_heads: float = 0.2
+    warmup_heads: float = flag(
+        0.2, help="Share of the steps that train the heads alone, at first.", panel=PANEL, requires=JOINT
+    )
     head_decay: float = 0.8
-    heads_weight: float = 0.2
-    ramp: str = "constant"
-    lora_rank: int = 16
-    distill: bool = True
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    checkpoint_every: int = 200
+    heads_weight: float = flag(0.2, help="Weight of the heads in the joint loss.", panel=PANEL, requires=JOINT)
+    ramp: str = flag("constant", help="How that weight is reached.", panel=PANEL, choices=tuple(RAMPS), requires=JOINT)
+    lora_rank: int = flag(
+        16, help="Rank of the base model's adapters; 0: train all weights.", panel=PANEL, requires=JOINT
+    )
+    distill: bool = flag(
+        True, help="Hold the base model to its own predictions, rather than to the text.", panel=PANEL, name="--hold-base",
+        opposite="--no-hold-base", requires=JOINT,
+    )  # fmt: skip
+    gradient_checkpointing: bool = flag(
+        False, help="Save memory by computing activations twice.", panel=RUN, requires=WITH_MODEL
+    )
     log_every: int = 10
-    patience: int = 0
     report_to: tuple[str, ...] = ("tensorboard",)
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -153,8 +166,10 @@ def training_arguments(
     """``TrainingArguments`` of one stage.
 
     Args:
+        arguments: of the whole training.
         directory: of its checkpoints.
         steps: optimizer steps.
+        seed: of the order of the data.
         evaluates: there is held-out data.
 
     Raises:
@@ -164,9 +179,40 @@ def training_arguments(
     from transformers import TrainingArguments
 
     has_accelerator = torch.accelerator.is_available()
-    picks_best = evaluates and arguments.patience > 0
     options: dict[str, Any] = {
         "output_dir": str(directory),
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": not has_accelerator,  # bf16 asks to be told
+        "dataloader_pin_memory": has_accelerator,
+        **_optimization(arguments, steps),
+        **_checkpoints(arguments, evaluates),
+        **_REPORTING,
+        "logging_steps": arguments.log_every,
+        "report_to": list(arguments.report_to) or "none",
+        **arguments.trainer,
+    }
+    try:
+        made = TrainingArguments(**options)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(
+            "training arguments", f"a refusal of transformers ({error})", "arguments that it takes", "correct them"
+        ) from error
+    made._n_gpu = min(made.n_gpu, 1)  # a process a GPU, through torchrun: DataParallel would split the loss's divisor
+    return made
+
+
+_REPORTING = {
+    "logging_nan_inf_filter": False,  # it would show the mean of what was before instead
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "average_tokens_across_devices": True,
+    "ddp_find_unused_parameters": False,
+}
+
+
+def _optimization(arguments: ReferenceArguments, steps: int) -> dict[str, Any]:
+    return {
         "max_steps": steps,
         "per_device_train_batch_size": arguments.batch_size,
         "per_device_eval_batch_size": arguments.batch_size,
@@ -179,8 +225,12 @@ def training_arguments(
         "bf16": arguments.bf16,
         "gradient_checkpointing": arguments.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind needs inputs with gradients
-        "seed": seed,
-        "data_seed": seed,
+    }
+
+
+def _checkpoints(arguments: ReferenceArguments, evaluates: bool) -> dict[str, Any]:
+    picks_best = evaluates and arguments.patience > 0
+    return {
         "save_strategy": "steps",
         "save_steps": arguments.checkpoint_every,
         "save_total_limit": 2,
@@ -190,25 +240,7 @@ def training_arguments(
         "metric_for_best_model": BEST_METRIC if picks_best else None,
         "greater_is_better": True if picks_best else None,
         "restore_callback_states_from_checkpoint": True,  # or patience would start anew
-        "logging_steps": arguments.log_every,
-        "logging_nan_inf_filter": False,  # it would show the mean of what was before instead
-        "report_to": list(arguments.report_to) or "none",
-        "remove_unused_columns": False,
-        "average_tokens_across_devices": True,
-        "ddp_find_unused_parameters": False,
-        "disable_tqdm": True,
-        "use_cpu": not has_accelerator,  # bf16 asks to be told
-        "dataloader_pin_memory": has_accelerator,
-        **arguments.trainer,
     }
-    try:
-        made = TrainingArguments(**options)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(
-            "training arguments", f"a refusal of transformers ({error})", "arguments that it takes", "correct them"
-        ) from error
-    made._n_gpu = min(made.n_gpu, 1)  # a process a GPU, through torchrun: DataParallel would split the loss's divisor
-    return made
 
 
 def _error(name: str, got: object, expected: str, action: str = "correct it") -> ConfigError:

@@ -246,14 +246,14 @@ ERRORS: dict[str, tuple[Callable[[Inputs], dict[str, object]], str]] = {
     ),
     "unknown format": (
         flags(quant="fp9"),
-        f"format 'fp9': got an unknown name; expected one of {', '.join(FORMATS)};",
+        f"--quant: got 'fp9'; expected one of {', '.join(FORMATS)}; did you mean fp8?",
     ),
-    "unknown cache": (flags(kv_cache="fp4"), "kv cache format 'fp4': got an unknown name"),
+    "unknown cache": (flags(kv_cache="fp4"), "--kv-cache: got 'fp4'; expected one of none, fp8, int8"),
     "unknown engine": (
         flags(engine="vllm"),
-        "--engine: got 'vllm'; expected onnxruntime, tensorrt, tensorrt-llm or none",
+        "--engine: got 'vllm'; expected one of onnxruntime, tensorrt, tensorrt-llm, none; choose one of them",
     ),
-    "unknown dtype": (flags(dtype="int4"), "dtype 'int4'"),
+    "unknown dtype": (flags(dtype="int4"), "--dtype: got 'int4'; expected one of auto, float16, bfloat16;"),
     "16-bit heads only": (flags(quant_heads=""), "leave the heads in 16 bit"),
     "dims of int8": (
         flags(quant="int8_wo"),
@@ -317,7 +317,10 @@ ERRORS: dict[str, tuple[Callable[[Inputs], dict[str, object]], str]] = {
     "tp does not divide": (flags(tp=3), "4 query heads over tp 3; expected a multiple of 3; use tp 1, 2, 4"),
     "tp 0": (flags(tp=0), "tp: got 0; expected at least 1"),
     "long context": (flags(engine="onnxruntime", max_length=129), "--max-length: got 129; expected 16 .. 128"),
-    "GPUs of nothing": (flags(gpu="sm89"), "--gpu: got sm89; expected it only with --engine tensorrt"),
+    "GPUs of nothing": (
+        flags(gpu="sm89"),
+        "--gpu: got sm89; expected none: --gpu requires --engine tensorrt; leave --gpu out",
+    ),
     "unknown GPU": (flags(engine="tensorrt", gpu="h100"), "--gpu: got 'h100'; expected some of sm80, sm86, sm89"),
     "FP8 on Ampere": (
         flags(engine="tensorrt", gpu="sm80,sm89", quant="fp8"),
@@ -573,7 +576,7 @@ class TestHelp:
 
     def test_defaults_are_those_of_the_functions(self, run: Run, inputs: Inputs, monkeypatch: Any) -> None:
         seen = spy(monkeypatch, "medusa_export.engines.bench.run.run", {"failures": []})
-        monkeypatch.setattr(cli, "_print_report", lambda result: None)
+        monkeypatch.setattr("medusa_export.engines.bench.report.print_report", lambda *_: None)
         assert run("run", "--engine", "e", "--prompts", "p").code == 0
         assert seen == [RunArguments(Path("e"), Path("p"))]
 

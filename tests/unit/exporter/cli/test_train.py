@@ -119,12 +119,12 @@ def test_killed_and_continued(given: list[str], tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora-rank", "4"], "--lora-rank: got 4; expected it only with --joint"),
-        (["--batch-size", "4"], "expected it only with --reference or --joint"),
-        (["--reference", "--distill", "1"], "expected it only with the default way"),
+        (["--lora-rank", "4"], "--lora-rank: got 4; expected none: --lora-rank requires --joint; leave"),
+        (["--batch-size", "4"], "--batch-size requires --reference, --joint or --quant"),
+        (["--reference", "--distill", "1"], "--distill requires the default training, without --reference"),
         (["--joint", "--cache", "x"], "--cache: got x"),
         (["--fsdp"], "--fsdp: got True"),
-        (["--target", "onnx"], "expected it only with --quant"),
+        (["--target", "onnx"], "--target requires --quant"),
         (["--layout", "modelopt"], "--layout: got modelopt"),
         (["--epochs", "0"], "epochs: got 0.0"),
         (["--num-heads", "0"], "num_heads: got 0"),

@@ -89,7 +89,7 @@ def test_a_failed_build_leaves_nothing(
         ({"max_batch": 0}, "--max-batch: got 0"),
         ({"trtllm_version": "1.3.0"}, "no engine backend and so no Medusa"),
         ({"tree": "auto"}, "--engine onnxruntime"),
-        ({"gpu": "sm89"}, "it only with --engine tensorrt"),
+        ({"gpu": "sm89"}, "--gpu requires --engine tensorrt"),
     ],
 )
 def test_refusals(flags: dict[str, Any], message: str, run: Export, tmp_path: Path) -> None:

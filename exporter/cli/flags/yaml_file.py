@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,23 @@ def read_flags(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     flags = {name.replace("-", "_"): value for name, value in _mapping(path).items()}
-    known = {parameter.name for parameter in context.command.params}
-    opposites = {
-        option.removeprefix("--").replace("-", "_"): parameter.name
-        for parameter in context.command.params
-        for option in parameter.secondary_opts
-    }
-    for name in [name for name in flags if name in opposites]:
-        flags[str(opposites[name])] = not flags.pop(name)
-    if unknown := sorted(flags.keys() - known):
-        expected = f"flags of {context.info_name}"
-        raise ConfigError(str(path), f"the key {unknown[0]}", expected, f"see {context.info_name} --help")
-    context.default_map = {**(context.default_map or {}), **flags}
+    known: dict[str, str] = {}
+    opposites: dict[str, str] = {}
+    for parameter in context.command.params:
+        known |= {_key(option): str(parameter.name) for option in (*parameter.opts, str(parameter.name))}
+        opposites |= {_key(option): str(parameter.name) for option in parameter.secondary_opts}
+    values = {known[name]: value for name, value in flags.items() if name in known}
+    values |= {opposites[name]: not value for name, value in flags.items() if name in opposites}
+    for name in flags.keys() - known.keys() - opposites.keys():
+        near = difflib.get_close_matches(name, (*known, *opposites), n=1)
+        action = f"did you mean {near[0]}?" if near else f"see {context.command_path} --help"
+        raise ConfigError(str(path), f"the key {name}", f"flags of {context.command_path}", action)
+    context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def _key(option: str) -> str:
+    return option.lstrip("-").replace("-", "_")
 
 
 def _mapping(path: Path) -> dict[str, Any]:

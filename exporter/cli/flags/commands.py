@@ -1,0 +1,163 @@
+"""Commands from dataclasses: every field that is a flag (core/flags.py) becomes one, and the command gets an instance."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, TypeVar, get_type_hints
+
+import typer
+
+from medusa_export.core.errors import ConfigError
+from medusa_export.core.flags import FlagField, flag, flags_of, requirement_error
+from medusa_export.exporter.cli.flags.parameters import CONTEXT, general_parameters, parameter
+
+T = TypeVar("T")
+Body = Callable[..., None]
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+@dataclass(frozen=True)
+class Common:
+    """The flags of every command."""
+
+    verbose: bool = flag(False, aliases=("-v",), help="Log what happens, and show tracebacks.")
+
+
+class Given(dict[str, Any]):
+    """The flags that were given, by ``FlagField.key``, where several dataclasses could take them."""
+
+    def build(self, kind: type[T], **more: Any) -> T:
+        """An instance of one of them; flags that were not given keep its defaults, and flags of others are passed over.
+
+        Args:
+            kind: the dataclass.
+            more: fields that are no flags, or that win over them.
+        """
+        return kind(**{item.field: self[item.key] for item in flags_of(kind) if item.key in self} | more)
+
+    def without(self, *kinds: type) -> list[str]:
+        """The keys of given flags that none of these dataclasses has."""
+        return sorted(self.keys() - {item.key for kind in kinds for item in flags_of(kind)})
+
+    def require(self, kinds: Iterable[type], holding: Mapping[str, bool]) -> None:
+        """As :func:`require`, for flags of these dataclasses."""
+        for item, _ in _distinct(kinds).values():
+            if item.key in self and item.flag.requires and not holding[item.flag.requires]:
+                raise requirement_error(item.name, self[item.key], item.flag.requires)
+
+
+def require(arguments: object, holding: Mapping[str, bool]) -> None:
+    """Raise ConfigError for a flag that is not at its default although what it requires does not hold.
+
+    Args:
+        arguments: an instance of a dataclass of flags.
+        holding: every ``Flag.requires`` of it, and whether it is met.
+    """
+    for item in flags_of(type(arguments)):
+        value = getattr(arguments, item.field)
+        if item.flag.requires and not holding[item.flag.requires] and value != item.value:
+            raise requirement_error(item.name, value, item.flag.requires)
+
+
+def command(app: typer.Typer, name: str | None = None, *, either: tuple[type, ...] = ()) -> Callable[[Body], Body]:
+    """Add a command to ``app``: its parameters that are dataclasses become flags, in their order.
+
+    A parameter of type :class:`Given` gets what was given of the flags of ``either``.
+
+    Args:
+        app: what the command is added to.
+        name: of a sub-command; None for an app of one command.
+        either: dataclasses of which the body builds one, depending on what is asked for. Flags of one name are one flag.
+    """
+
+    def decorate(body: Body) -> Body:
+        app.command(name, context_settings=SETTINGS)(_entry(body, either, is_root=name is None))
+        return body
+
+    return decorate
+
+
+def callback(app: typer.Typer, *, either: tuple[type, ...] = (), alone: bool = True) -> Callable[[Body], Body]:
+    """As :func:`command`, for what ``app`` does without a sub-command.
+
+    Args:
+        app: what it is added to.
+        either: as for :func:`command`.
+        alone: whether it can be called without a sub-command; otherwise it only describes the app.
+    """
+
+    def decorate(body: Body) -> Body:
+        entry = _entry(body, either, is_root=True)
+        app.callback(invoke_without_command=alone, context_settings=SETTINGS)(entry)
+        return body
+
+    return decorate
+
+
+def _entry(body: Body, either: tuple[type, ...], *, is_root: bool) -> Body:
+    """What typer calls: it has a parameter for every flag, and calls ``body`` with instances."""
+    hints = {name: kind for name, kind in get_type_hints(body).items() if name != "return"}
+    kinds = {name: kind for name, kind in hints.items() if kind is not Given}
+    items = _distinct((*kinds.values(), *either, Common))
+    chosen = {item.key for item, _ in _distinct(either).values()}
+
+    def entry(**values: Any) -> None:
+        context: typer.Context = values.pop(CONTEXT)
+        if context.invoked_subcommand:
+            return
+        given = {key: _checked(item, values[key]) for key, (item, _) in items.items()}
+        present = Given({key: given[key] for key in chosen if given[key] is not None})
+        body(**{name: present if kind is Given else _instance(kind, given, context) for name, kind in hints.items()})
+
+    parameters = [parameter(item, kind, unset=key in chosen) for key, (item, kind) in items.items()]
+    entry.__signature__ = inspect.Signature([*general_parameters(is_root), *parameters])  # type: ignore[attr-defined]
+    entry.__annotations__ = {}  # typer reads both
+    entry.__name__, entry.__doc__ = body.__name__, body.__doc__
+    return entry
+
+
+def _distinct(kinds: Iterable[type]) -> dict[str, tuple[FlagField, Any]]:
+    """The flags of several dataclasses by key, each with its field's type; of those with one name, the first."""
+    found: dict[str, tuple[FlagField, Any]] = {}
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for item in flags_of(kind):
+            found.setdefault(item.key, (item, hints[item.field]))
+    return found
+
+
+def _checked(item: FlagField, value: Any) -> Any:
+    """The value, of a flag that may be repeated a tuple.
+
+    Raises:
+        ConfigError: one that is not among the flag's choices.
+    """
+    if isinstance(value, list):
+        return tuple(_checked(item, each) for each in value)
+    choices = item.flag.choices
+    if value is not None and choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        action = f"did you mean {near[0]}?" if near else "choose one of them"
+        raise ConfigError(item.name, repr(value), f"one of {', '.join(choices)}", action)
+    return value
+
+
+def _instance(kind: type[T], given: Mapping[str, Any], context: typer.Context) -> T:
+    """The dataclass from the values of all flags.
+
+    Raises:
+        ConfigError: a flag without a default was not given, or the dataclass refuses a value.
+    """
+    values: dict[str, Any] = {}
+    for item in flags_of(kind):
+        value = given[item.key]
+        if value is None and item.flag.derive is not None:
+            value = item.flag.derive(given)
+        elif value is None and item.value is MISSING:
+            expected = f"a value ({item.flag.help.split('. ')[0].rstrip('.')})"
+            raise ConfigError(item.name, "nothing", expected, f"see {context.command_path} --help")
+        values[item.field] = item.value if value is None else value
+    return kind(**values)

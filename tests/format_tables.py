@@ -13,7 +13,7 @@ from medusa_export.engines.serving import decoders
 from medusa_export.engines.serving.triton import repository
 from medusa_export.engines.trtllm import command
 from medusa_export.engines.verify import selfcheck
-from medusa_export.exporter.job import engine_kinds
+from medusa_export.exporter.job import engine_kinds, gpu_costs
 from medusa_export.exporter.onnx import linear
 from medusa_export.exporter.onnx.portable import linear as portable
 from medusa_export.exporter.pipeline import engine_writers
@@ -21,6 +21,7 @@ from medusa_export.exporter.verify import agreement, dequantize
 from medusa_export.exporter.verify.trtllm_loader import modules
 from medusa_export.exporter.write import tensor_maker
 from medusa_export.heads.checkpoint import families
+from medusa_export.heads.roofline.gpus import GPUS
 from medusa_export.quantize import formats
 from medusa_export.quantize.format_facts import QAT_TARGETS, Refusal, TensorRt
 from medusa_export.quantize.stored_parts import Kind
@@ -81,6 +82,7 @@ def format_tables() -> list[Table]:
         Table("engines/verify/selfcheck.py MEASURED", {*selfcheck.MEASURED}, tensorrt),
         Table("engines/verify/selfcheck.py ROUNDING", {*selfcheck.ROUNDING}, rounded),
         Table("engines/verify/selfcheck.py EXACT", {*selfcheck.EXACT}, tensorrt, is_subset=True),
+        Table("exporter/job/gpu_costs.py COMPARED", {*gpu_costs.COMPARED}, {*formats.FORMATS}, is_subset=True),
         Table("exporter/write/tensor_maker.py", {*tensor_maker._NUMBERS, *tensor_maker._CHUNKS}, {*Kind}),
     ]
 
@@ -116,6 +118,8 @@ def row_problems() -> Iterator[str]:
             yield f"{name}: qat has {sorted(row.qat)}"
         if row.smooths and row.huggingface:
             yield f"{name}: a smoothed format in the unified checkpoint"
+        if not any(row.trtllm.products in gpu.operations for gpu in GPUS):
+            yield f"{name}: no GPU has products in {row.trtllm.products}"
         if not row.trtllm.parts and row.needs_calibration:
             yield f"{name}: calibrated, and nothing of it is stored"
     for family in families.FAMILIES.values():  # TensorRT-LLM's own rule, as the verifier has it

@@ -25,12 +25,8 @@ OTHER_LITERALS = {
     ("core/artifacts/manifest.py", "_PACKAGES"),
     ("engines/measure/machine.py", "PACKAGES"),
     ("benchmarks/gpu.py", "FORMS"),  # the two that it runs
-    (
-        "heads/roofline/gpus.py",
-        "HOPPER_OPERATIONS",
-    ),  # datatypes of products; test_gpu_costs.py holds rows and GPUs together
-    ("heads/roofline/gpus.py", "GPUS"),
-    ("exporter/job/gpu_costs.py", "COMPARED"),  # what people would take instead
+    ("heads/roofline/gpus.py", "GPUS"),  # what products are made in
+    ("heads/roofline/gpus.py", "HOPPER_OPERATIONS"),
 }
 
 

@@ -7,7 +7,7 @@ export VIRTUAL_ENV :=
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart tensorrt test test-fast coverage docs types check format bench container-check clean
+.PHONY: quickstart tensorrt test test-fast coverage docs types check format bench container-check client-check clean
 
 quickstart: .venv/ready
 	$(BIN)/python examples/smollm2.py quickstart/model
@@ -54,6 +54,18 @@ $(CLEAN)/ready: Makefile
 	$(CLEAN)/bin/pip install --quiet --disable-pip-version-check $(CONTAINER_PACKAGES)
 	touch $@
 
+# Others' clients against the engine of `make quickstart`, in an environment of their own.
+CLIENTS := .venv-clients
+CLIENT_PACKAGES := 'openai==3.57.0' 'litellm==1.110.2' 'langchain-openai==1.7.4'
+client-check: .venv/ready $(CLIENTS)/ready
+	test -d quickstart/out/engine || $(MAKE) quickstart
+	LITELLM_LOCAL_MODEL_COST_MAP=True $(CLIENTS)/bin/python tests/client_check.py $(BIN)/medusa-serve quickstart/out
+
+$(CLIENTS)/ready: Makefile
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check $(CLIENT_PACKAGES)
+	touch $@
+
 # The folders under the names that they are imported by, for mypy, pyright and editors.
 TYPES := build/types/medusa_export
 types:
@@ -70,4 +82,4 @@ format: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-container quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-container .venv-clients quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,7 +18,8 @@ class MedusaExportError(Exception):
         super().__init__(f"{where}: got {got}; expected {expected}; {action}")
 
     def __str__(self) -> str:
-        line = " ".join(super().__str__().split())  # messages of other libraries may span lines; a user gets one
+        line = f"{self.where}: got {self.got}; expected {self.expected}; {self.action}"
+        line = " ".join(line.split())  # messages of other libraries may span lines; a user gets one
         return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in line)  # names come from files
 
 

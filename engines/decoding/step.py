@@ -10,6 +10,7 @@ import numpy.typing as npt
 from medusa_export.engines.decoding.protocols import StepDecoder
 from medusa_export.heads.decoding.accept import Typical, accept_drawn, accept_greedy, accept_typical
 from medusa_export.heads.decoding.sampling import Sampler
+from medusa_export.heads.decoding.token_choice import TokenChooser
 from medusa_export.heads.trees.tree import Tree
 
 PREFILL = 256  # prompt tokens a run: bounds the memory of scores
@@ -20,7 +21,7 @@ def decode_step(
     decoder: StepDecoder,
     tree: Tree,
     last: Sequence[int],
-    samplers: Sequence[Sampler | None] = (),
+    samplers: Sequence[Sampler | TokenChooser | None] = (),
     typical: Typical | None = None,
 ) -> list[list[int]]:
     """One step of every active sequence: draft, verify, accept, commit.
@@ -28,7 +29,7 @@ def decode_step(
     Args:
         tree: one for all sequences; each needs room for its nodes.
         last: the newest token of each, which no cache holds yet.
-        samplers: what draws the tokens of each; None, or none at all: greedy.
+        samplers: what draws or chooses the tokens of each; None, or none at all: greedy.
         typical: where tokens are drawn, let drafts stand by this rule instead: not lossless.
 
     Returns:
@@ -61,13 +62,13 @@ def _accept(
     tree: Tree,
     node_ids: npt.NDArray[np.int64],
     logits: npt.NDArray[np.float32],
-    sampler: Sampler | None,
+    sampler: Sampler | TokenChooser | None,
     *,
     typical: Typical | None,
 ) -> tuple[npt.NDArray[np.int64], list[int]]:
     """Path and tokens of a sequence whose logits are known.  # [N], [N, V]"""
     if sampler is None:
         return accept_greedy(tree, node_ids, logits.argmax(-1))
-    if typical:
+    if typical and isinstance(sampler, Sampler):
         return accept_typical(tree, node_ids, logits, sampler, typical)
     return accept_drawn(tree, node_ids, lambda node: sampler.draw(logits[node]))

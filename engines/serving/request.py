@@ -7,11 +7,27 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from medusa_export.core.errors import ConfigError, MedusaExportError
-from medusa_export.heads.decoding.sampling import Sampler, Sampling
+from medusa_export.heads.decoding.sampling import Sampling
+from medusa_export.heads.decoding.token_choice import TokenChooser
 
 
 class PromptError(ConfigError):
-    """A prompt that leaves no room for an answer."""
+    """A prompt that leaves no room for an answer.
+
+    By the first sentence clients tell this error from others: litellm by its words, which are OpenAI's, langchain by the code.
+
+    Args:
+        tokens: that it has.
+        context: tokens of prompt and answer, at most.
+    """
+
+    def __init__(self, where: str, tokens: int, context: int) -> None:
+        self.tokens, self.context = tokens, context
+        super().__init__(where, f"{tokens} tokens", f"1 .. {context - 1}", "shorten it, or allow longer sequences")
+
+    def __str__(self) -> str:
+        said = f"This model's maximum context length is {self.context} tokens, and the prompt has {self.tokens} (context_length_exceeded)"
+        return f"{said}. {super().__str__()}"
 
 
 class BusyError(MedusaExportError):
@@ -67,7 +83,7 @@ class RequestHandle:
     input_ids: Sequence[int]
     sampling: Sampling
     callbacks: TokenCallbacks
-    sampler: Sampler | None
+    chooser: TokenChooser | None
     submitted: float
     deadline: float
     tokens: list[int] = field(default_factory=list)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.protocols import TreeDecoder
 from medusa_export.engines.decoding.step import PREFILL, ROOT, decode_step
-from medusa_export.engines.serving.meter import Meter
+from medusa_export.engines.serving.meter import Load, Meter
 from medusa_export.engines.serving.request import (
     BusyError,
     ClosedError,
@@ -20,7 +20,8 @@ from medusa_export.engines.serving.request import (
     RequestHandle,
     TokenCallbacks,
 )
-from medusa_export.heads.decoding.sampling import Sampler, Sampling
+from medusa_export.heads.decoding.sampling import Sampling
+from medusa_export.heads.decoding.token_choice import TokenChooser, token_chooser
 from medusa_export.heads.trees.tree import Tree
 
 PREFILL_TOKENS = 128  # of prompts that are read between two steps of the others
@@ -75,30 +76,25 @@ class Scheduler:
         return not self._closed and self._thread.is_alive()
 
     def submit(
-        self,
-        input_ids: Sequence[int],
-        sampling: Sampling,
-        callbacks: TokenCallbacks,
-        *,
-        timeout_s: float = float("inf"),
-    ) -> RequestHandle:
+        self, input_ids: Sequence[int], sampling: Sampling, callbacks: TokenCallbacks, *, timeout_s: float = float("inf"),
+        chooser: TokenChooser | None = None,
+    ) -> RequestHandle:  # fmt: skip
         """Queue a request; the callbacks hear of it from now on.
 
         Args:
             timeout_s: it ends after so long, waiting included.
+            chooser: what chooses its tokens. Default: as ``sampling`` says.
 
         Raises:
             PromptError: a prompt that leaves no room for an answer.
             BusyError: the queue is full.
             ClosedError: the scheduler is stopping.
         """
-        longest = self.decoder.max_length - 1
-        if not 0 < len(input_ids) <= longest:
-            got, limit = f"{len(input_ids)} tokens", f"1 .. {longest}"
-            raise PromptError("prompt", got, limit, "shorten it, or allow longer sequences")
-        sampler = Sampler(sampling.temperature, sampling.seed, sampling.top_p) if sampling.temperature else None
+        if not 0 < len(input_ids) < self.decoder.max_length:
+            raise PromptError("prompt", len(input_ids), self.decoder.max_length)
+        chooser = chooser or token_chooser(sampling, input_ids, self._eos)
         now = time.monotonic()
-        handle = RequestHandle(input_ids, sampling, callbacks, sampler, submitted=now, deadline=now + timeout_s)
+        handle = RequestHandle(input_ids, sampling, callbacks, chooser, submitted=now, deadline=now + timeout_s)
         with self._wake:
             if self._closed:
                 raise ClosedError("server", "a request while it stops", "one before", "ask another server")
@@ -133,8 +129,13 @@ class Scheduler:
             except Exception as error:  # whoever waits has to hear of it, and the next request may fare better
                 logger.exception("a step failed")
                 self._end_all("error", error)
-            self._meter.load(self.running, self.waiting)
+            self._meter.load(Load(self.running, self.waiting, self._cache_use()))
         self._end_all("closed")
+
+    def _cache_use(self) -> float:
+        """Part of the cache's rows that hold tokens."""
+        free = sum(self.decoder.remaining(slot) for slot in range(len(self._running)))
+        return (len(self._running) * self.decoder.max_length - free) / (self.decoder.slots * self.decoder.max_length)
 
     def _wait(self) -> bool:
         """Sleep while there is nothing to do. False when the scheduler has stopped."""
@@ -185,13 +186,13 @@ class Scheduler:
         if logits is None:
             return
         try:
-            token = handle.sampler.draw(logits) if handle.sampler else int(logits.argmax())
+            token = handle.chooser.draw(logits) if handle.chooser else int(logits.argmax())
         except Exception:
             self.decoder.release(len(self._running))
             raise
         self._filling = None
         self._running.append(handle)
-        self._take(len(self._running) - 1, [token])
+        self._take(len(self._running) - 1, [token], 0)
 
     def _stop_filling(self, reason: str, error: BaseException | None = None) -> None:
         handle, self._filling = self._filling, None
@@ -201,10 +202,11 @@ class Scheduler:
 
     def _step(self) -> None:
         last = [handle.tokens[-1] for handle in self._running]
-        new = decode_step(self.decoder, self._step_tree(), last, [handle.sampler for handle in self._running])
+        tree = self._step_tree()
+        new = decode_step(self.decoder, tree, last, [handle.chooser for handle in self._running])
         for slot in reversed(range(len(self._running))):
             self._running[slot].steps += 1
-            self._take(slot, new[slot])
+            self._take(slot, new[slot], tree.num_nodes - 1)
 
     def _step_tree(self) -> Tree:
         """The tree of so many sequences, if each has room for it."""
@@ -212,13 +214,16 @@ class Scheduler:
         remaining = min(self.decoder.remaining(slot) for slot in range(len(self._running)))
         return tree if remaining >= tree.num_nodes else ROOT
 
-    def _take(self, slot: int, tokens: Sequence[int]) -> None:
-        """New tokens of a request, of which one may be its last."""
+    def _take(self, slot: int, tokens: Sequence[int], drafts: int) -> None:
+        """New tokens of a request, of which one may be its last, from a step with so many drafts."""
         handle, reason, taken = self._running[slot], "", 0
+        if handle.chooser and handle.chooser.error:
+            self._release(slot, "error", handle.chooser.error)
+            return
         for taken, token in enumerate(tokens, start=1):  # noqa: B007
             handle.tokens.append(token)
             wants_more = handle.callbacks.take(token)
-            if token in self._eos or not wants_more:
+            if (token in self._eos and not handle.sampling.ignore_eos) or not wants_more:
                 reason = "stop"
             elif len(handle.tokens) >= handle.sampling.max_tokens:
                 reason = "length"
@@ -227,7 +232,7 @@ class Scheduler:
         now, before = time.monotonic(), handle.last_token_at
         handle.last_token_at = now
         if handle.steps:
-            self._meter.tokens(taken, now - before)
+            self._meter.tokens(taken, now - before, drafts)
         else:
             self._meter.first_token(now - handle.submitted)
         if reason or not self.decoder.remaining(slot):
@@ -235,14 +240,14 @@ class Scheduler:
         else:
             handle.callbacks.flush()
 
-    def _release(self, slot: int, reason: str) -> None:
+    def _release(self, slot: int, reason: str, error: BaseException | None = None) -> None:
         """Free a slot; the last request moves into it, as in the decoder."""
         handle = self._running[slot]
         self.decoder.release(slot)
         last = self._running.pop()
         if last is not handle:
             self._running[slot] = last
-        self._end(handle, reason)
+        self._end(handle, reason, error)
 
     def _end(self, handle: RequestHandle, reason: str, error: BaseException | None = None) -> None:
         seconds = time.monotonic() - handle.submitted

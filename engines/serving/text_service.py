@@ -12,6 +12,7 @@ from medusa_export.core.json_lines import is_text
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.serving.decoders import SERVED, require_served
+from medusa_export.engines.serving.grammar import Grammar, GrammarCompiler
 from medusa_export.engines.serving.meter import Meter
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.request import FinishInfo, RequestHandle
@@ -19,6 +20,7 @@ from medusa_export.engines.serving.scheduler import Scheduler
 from medusa_export.engines.serving.text_stream import TextStream
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.decoding.sampling import Sampling
+from medusa_export.heads.decoding.token_choice import TokenChooser, TokenLogprob, token_chooser
 
 MAX_STOP_WORDS = 16
 
@@ -29,8 +31,11 @@ class TextRequest:
 
     Attributes:
         messages: a conversation, for the model's chat template; or
-        prompt: text that the model goes on from. Special tokens are read as such here, as nobody else writes them.
+        prompt: text that the model goes on from. Special tokens are read as such here, as nobody else writes them; or
+        prompt_ids: the tokens of such a text.
         stop: words that end the text and are not part of it.
+        grammar: what the answer has to look like.
+        prompt_only: no answer is wanted, only what the prompt is in tokens.
     """
 
     messages: Sequence[Mapping[str, str]] = ()
@@ -38,6 +43,9 @@ class TextRequest:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     timeout_s: float | None = None
+    prompt_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
+    prompt_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,13 @@ class Piece:
         text: what is new, whole characters only.
         token_ids: what is new; their text may come with a later piece.
         end: how the answer ended, with its last piece.
+        logprobs: of the new tokens, where they were asked for.
     """
 
     text: str
     token_ids: list[int]
     end: FinishInfo | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class TextService:
@@ -73,6 +83,8 @@ class TextService:
         self.options, self.tokenizer = options, read_tokenizer(engine_dir)
         self._encoding = threading.Lock()  # a tokenizer remembers how special tokens are read
         require_served(engine_dir, info, options)
+        self._grammars = GrammarCompiler(self.tokenizer, info.vocab_size, info.eos_token_ids)
+        self._vocab_size, self._eos = info.vocab_size, info.eos_token_ids
         decoder = SERVED[info.backend].open(engine_dir, options, trees)
         self.max_length = decoder.max_length
         self.name = Path(str(info.source.get("checkpoint", engine_dir))).name
@@ -80,26 +92,57 @@ class TextService:
             decoder, trees=trees, max_queue=options.max_queue, prefill_tokens=options.prefill_tokens, meter=meter
         )
 
-    def submit(self, request: TextRequest, say: Callable[[Piece], None]) -> RequestHandle:
+    def submit(self, request: TextRequest, say: Callable[[Piece], None]) -> RequestHandle | None:
         """Queue a request; ``say`` gets its answer in pieces, in the scheduler's thread, the last one with its end. From any thread.
+
+        Returns:
+            what cancels it; None where no answer was wanted, and ``say`` has been told everything.
 
         Raises:
             ConfigError: a request that cannot be answered.
             BusyError: too many wait.
             ClosedError: the server is stopping.
         """
+        input_ids = self.encode(request)
+        if request.prompt_only:
+            say(Piece("", [], FinishInfo("length", len(input_ids), 0, 0, 0.0)))
+            return None
+        timeout_s = min(request.timeout_s or self.options.timeout_s, self.options.timeout_s)
+        rule = self._grammars.rule(request.grammar) if request.grammar else None
+        chooser = token_chooser(request.sampling, input_ids, self._eos, rule)
+        callbacks = _TextCallbacks(TextStream(self.tokenizer, request.stop), say, chooser)
+        return self.scheduler.submit(input_ids, request.sampling, callbacks, timeout_s=timeout_s, chooser=chooser)
+
+    def encode(self, request: TextRequest) -> list[int]:
+        """The tokens of a request's prompt. From any thread.
+
+        Raises:
+            ConfigError: a request that cannot be answered.
+        """
         self._check(request)
         with self._encoding:
-            input_ids = self._encode(request)
-        timeout_s = min(request.timeout_s or self.options.timeout_s, self.options.timeout_s)
-        callbacks = _TextCallbacks(TextStream(self.tokenizer, request.stop), say)
-        return self.scheduler.submit(input_ids, request.sampling, callbacks, timeout_s=timeout_s)
+            return self._encode(request)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out.
+
+        Raises:
+            ConfigError: a number that is no token.
+        """
+        self._require_tokens("tokens", token_ids)
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_text(self, token: int) -> str:
+        """How one token is told of: its own text, special tokens by their names."""
+        return str(self.tokenizer.decode([token]))
 
     def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         """See :meth:`~medusa_export.engines.serving.scheduler.Scheduler.close`."""
         self.scheduler.close(drain=drain, timeout_s=timeout_s)
 
     def _encode(self, request: TextRequest) -> list[int]:
+        if request.prompt_ids:
+            return list(request.prompt_ids)
         if request.messages:
             try:
                 return encode_chat(self.tokenizer, request.messages)
@@ -114,20 +157,28 @@ class TextService:
         size, limit = sum(len(text.encode()) for text in texts), self.options.max_text_bytes
         if size > limit:
             raise ConfigError("text", f"{size} bytes", f"at most {limit}", "shorten it")
-        if not any(text.strip() for text in texts):
+        self._require_tokens("prompt", request.prompt_ids)
+        self._require_tokens("logit_bias", tuple(request.sampling.logit_bias))
+        if not request.prompt_ids and not any(text.strip() for text in texts):
             raise ConfigError("text", "nothing", "a question or a text to go on from", "add one")
         if len(request.stop) > MAX_STOP_WORDS:
             raise ConfigError("stop", f"{len(request.stop)} words", f"at most {MAX_STOP_WORDS}", "leave some out")
         if request.timeout_s is not None and not 0 < request.timeout_s < float("inf"):
             raise ConfigError("timeout_s", f"{request.timeout_s:g}", "seconds, more than 0", "change it")
 
+    def _require_tokens(self, where: str, tokens: Sequence[int]) -> None:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
+            got = f"token {min(tokens) if min(tokens) < 0 else max(tokens)}"
+            raise ConfigError(where, got, f"0 .. {self._vocab_size - 1}", "correct the request")
+
 
 class _TextCallbacks:
     """Tokens of the scheduler into pieces of text."""
 
-    def __init__(self, stream: TextStream, say: Callable[[Piece], None]) -> None:
+    def __init__(self, stream: TextStream, say: Callable[[Piece], None], chooser: TokenChooser | None) -> None:
         self._stream, self._say = stream, say
-        self._text, self._token_ids = "", list[int]()
+        self._logprobs = chooser.logprobs if chooser else []
+        self._text, self._token_ids, self._told = "", list[int](), 0
 
     def take(self, token: int) -> bool:
         self._token_ids.append(token)
@@ -143,6 +194,8 @@ class _TextCallbacks:
         self._say(self._piece(end))
 
     def _piece(self, end: FinishInfo | None) -> Piece:
-        piece = Piece(self._text, self._token_ids, end)
+        told = self._told + len(self._token_ids)
+        piece = Piece(self._text, self._token_ids, end, tuple(self._logprobs[self._told : told]))
+        self._told = told
         self._text, self._token_ids = "", []
         return piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -18,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from medusa_export.core.errors import MedusaExportError
 
 stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a device that output goes to
 
 
 def command_app() -> typer.Typer:
@@ -72,11 +75,19 @@ def main(app: typer.Typer) -> None:
         if signals and not succeeded:
             left = next(iter(getattr(error, "__notes__", ())), "nothing half-written is left")
             _fail(f"stopped by {signal.Signals(signals[0]).name}; {left}", 128 + signals[0])
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+            _give_up_stdout()
+            _fail(f"standard output: {error.strerror}; nothing more can be said there", 2)
         if not isinstance(error, MedusaExportError):
             raise
         if verbose:
             stderr.print_exception()
         _fail(str(error), 2)
+
+
+def _give_up_stdout() -> None:
+    """What is left in the buffer cannot be written when the interpreter ends either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> NoReturn:

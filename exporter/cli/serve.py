@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ SERVER = "Server"  # heading of --help
 class ServeFlags:
     """What medusa-serve takes besides the limits of a server."""
 
-    engine: Path = flag(help="Engine directory of an export.", panel=INPUT)
+    engine: Path = flag(help="Engine directory of an export, or the export itself.", panel=INPUT)
     host: str = flag("127.0.0.1", help="Address to listen on.", panel=SERVER)
     port: int = flag(8000, help="Port to listen on; 0: a free one.", panel=SERVER)
     name: str | None = flag(None, help="The model's name.", panel=SERVER, default="that of the checkpoint's directory")
@@ -28,6 +29,14 @@ class ServeFlags:
         None, help="Environment variable with the key that clients have to send.", panel=SERVER, metavar="VARIABLE",
         default="no key",
     )  # fmt: skip
+    strict: bool = flag(False, help="Refuse unknown fields of requests instead of passing them over.", panel=SERVER)
+    cors_origin: tuple[str, ...] = flag(
+        (), help="Let web pages of this origin ask; * for all; repeat it for more.", panel=SERVER, metavar="ORIGIN",
+        default="no page may",
+    )  # fmt: skip
+    log_format: str = flag("text", help="How log lines are written.", panel=SERVER, choices=("text", "json"))
+    max_connections: int = flag(1024, help="Most open connections; 0: any number.", panel=SERVER)
+    max_client_connections: int = flag(256, help="Most open connections of one address; 0: any number.", panel=SERVER)
 
 
 @command(serve_app)
@@ -36,36 +45,50 @@ def serve_command(own: ServeFlags, options: ServingOptions, choice: TreeChoice, 
 
     Example: [bold]medusa-serve --engine out/engine --port 8000[/]
     """
-    from medusa_export.engines.serving.decoders import require_served
+    from medusa_export.engines.serving.decoders import find_engine, require_served
+    from medusa_export.engines.serving.openai.connections import Connections
     from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
     from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
+    from medusa_export.engines.serving.openai.request_log import configure_logging
     from medusa_export.engines.serving.openai.server import bind, run_front
     from medusa_export.engines.serving.text_service import TextService
     from medusa_export.heads.contract.engine_info import EngineInfo
 
-    info = EngineInfo.load(own.engine)
-    require_served(own.engine, info, options)
-    name = own.name or Path(str(info.source.get("checkpoint") or own.engine)).name
-    front_options = FrontOptions(own.host, name, _key(own.api_key_env))
+    as_json = own.log_format == "json"
+    configure_logging(as_json=as_json)
+    engine = find_engine(own.engine)
+    info = EngineInfo.load(engine)
+    require_served(engine, info, options)
+    name = own.name or Path(str(info.source.get("checkpoint") or engine)).name
+    front_options = FrontOptions(own.host, name, _key(own.api_key_env), own.strict, own.cors_origin)
+    connections, say = Connections(own.max_connections, own.max_client_connections), _say_as_json if as_json else _say
     with bind(own.host, own.port) as sock:
         if front_options.api_key is None and not front_options.is_local:
             warning = f"warning: {own.host} takes requests from other machines, and without --api-key-env from anybody"
             stderr.print(warning, soft_wrap=True, markup=False)
         meter = PrometheusMeter(name)
-        service = TextService(own.engine, options, meter, tree=choice.tree)
+        service = TextService(engine, options, meter, tree=choice.tree)
         slots = service.scheduler.decoder.slots
-        stdout.print(
-            f"{name}: {info.precision}; {slots} requests at once, {options.max_queue} waiting",
-            soft_wrap=True,
-            markup=False,
-        )
+        say(f"{name}: {info.precision}; {slots} requests at once, {options.max_queue} waiting")
         try:
-            run_front(
-                OpenAIFront(service, front_options), meter, sock, grace_s=options.grace_s, log_requests=common.verbose,
-                say=lambda text: stdout.print(text, soft_wrap=True, markup=False),
-            )  # fmt: skip
+            run_front(OpenAIFront(service, front_options, meter), sock, connections, grace_s=options.grace_s, say=say)
         finally:
             service.close()
+
+
+def _say(text: str) -> None:
+    stdout.print(text, soft_wrap=True, markup=False)
+
+
+def _say_as_json(text: str) -> None:
+    """On stdout, in the form of the log, so that both can be read as one."""
+    from medusa_export.engines.serving.openai.request_log import Formatter
+
+    _say(
+        Formatter(as_json=True).format(
+            logging.makeLogRecord({"name": "medusa-serve", "levelname": "INFO", "msg": text})
+        )
+    )
 
 
 def _key(variable: str | None) -> str | None:

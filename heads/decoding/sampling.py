@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,14 @@ class Sampling:
 
     Attributes:
         max_tokens: a longer answer is cut.
+        top_k: tokens are drawn from so many of the likeliest; 0 from all.
+        min_p: tokens less likely than this part of the likeliest one's probability are never drawn.
+        presence_penalty, frequency_penalty: taken from the logits of a token that the answer has, once or each time it does.
+        repetition_penalty: what the logits of a token that prompt or answer have are divided by, or multiplied with below 0.
+        logit_bias: added to the logits of a token.
+        min_tokens: the end of sequence is not chosen before so many tokens.
+        ignore_eos: the end of sequence does not end the answer.
+        logprobs: so many of the likeliest tokens are told beside each token, with their log-probabilities; None for nothing at all.
 
     Raises:
         ConfigError: a value out of range.
@@ -127,6 +136,16 @@ class Sampling:
         256, help="Most tokens of an answer; a longer one is not usable as training data.", panel=PANEL
     )
     seed: int | None = flag(None, help="Seed for the draws.", panel=PANEL, default="another one every time")
+    # What servers are asked for; no flags.
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         rules = {
@@ -134,6 +153,14 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "min_p": (0 <= self.min_p <= 1, "0 .. 1"),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a number above 0"),
+            "logit_bias": (all(math.isfinite(bias) for bias in self.logit_bias.values()), "finite numbers"),
+            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, "0 .. max_tokens"),
+            "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
         }
         for name, (holds, expected) in rules.items():
             if not holds:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from medusa_export.engines.serving.openai.errors import REFUSALS, UNFINISHED
-from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS
+from medusa_export.engines.serving.openai.protocol.errors import REFUSALS, UNFINISHED
+from medusa_export.engines.serving.openai.protocol.fields import CHAT, COMPLETIONS
 from tests.integration.openai_fixture import Served
 from tests.integration.triton_fixture import endless_engine
 
@@ -66,7 +66,7 @@ def test_the_commands(served: Served) -> None:
     assert json.loads(done.stdout.partition("data: ")[0])["choices"][0]["message"]["content"] == text
     assert done.stdout.count("data: [DONE]") == 1
     assert '{"status":"ok"}' in done.stdout
-    assert f'medusa_tokens_total{{model="{NAME}"}} 140.0' in done.stdout
+    assert f'vllm:generation_tokens_total{{model_name="{NAME}"}} 140.0' in done.stdout
 
 
 def test_the_command_with_a_key() -> None:

@@ -105,7 +105,7 @@ def is_of_the_server(dump: Path) -> bool:
 def requests_so_far(served: Served) -> float:
     """That have come: those that ended are counted first, so that none counts twice."""
     ended = sum(served.metrics.read("medusa_requests_ended_total", reason=reason) for reason in REASONS)
-    return ended + served.metrics.read("medusa_requests_running") + served.metrics.read("medusa_requests_waiting")
+    return ended + served.metrics.read("vllm:num_requests_running") + served.metrics.read("vllm:num_requests_waiting")
 
 
 def test_clients_that_leave_die_or_do_not_read(start: Callable[..., Served], tmp_path: Path) -> None:
@@ -141,11 +141,11 @@ def test_clients_that_leave_die_or_do_not_read(start: Callable[..., Served], tmp
         assert found == expected
         before = _resident(stubs)
         wait_until(
-            lambda: served.metrics.read("medusa_requests_running") == 0, SECONDS
+            lambda: served.metrics.read("vllm:num_requests_running") == 0, SECONDS
         )  # what nobody reads is complete too
         assert _resident(stubs) - before < 50e6
     time.sleep(3 * FLUSH_SECONDS)
-    assert served.metrics.read("medusa_requests_waiting") == 0
+    assert served.metrics.read("vllm:num_requests_waiting") == 0
     ended = {reason: served.metrics.read("medusa_requests_ended_total", reason=reason) for reason in REASONS}
     assert sum(ended.values()) == 30 + 3 + 1, ended
     assert ended["length"] + ended["cancelled"] == 34, ended
@@ -282,7 +282,7 @@ def test_a_stub_that_dies_ends_the_server(model: str, start: Callable[..., Serve
     stubs, found = served.server.stubs(), dict[str, Any]()
     (stub,) = [pid for pid in stubs if f"/{model}/1/" in Path(f"/proc/{pid}/cmdline").read_text()]
     threads = _ask_in_all_ways(served, 3900, found)
-    wait_until(lambda: served.metrics.read("medusa_requests_running") > 0)
+    wait_until(lambda: served.metrics.read("vllm:num_requests_running") > 0)
     os.kill(stub, signal.SIGKILL)
     wait_until(lambda: served.server.process.poll() is not None)
     assert not served.server.is_ready()
@@ -298,7 +298,7 @@ def test_a_server_that_is_killed_leaves_nothing(start: Callable[..., Served]) ->
     served = start()
     stubs, found = served.server.stubs(), dict[str, Any]()
     threads = _ask_in_all_ways(served, 3900, found)
-    wait_until(lambda: served.metrics.read("medusa_requests_running") > 0)
+    wait_until(lambda: served.metrics.read("vllm:num_requests_running") > 0)
     assert served.server.shared_memory()
     served.server.process.kill()
     served.server.process.wait()

@@ -190,11 +190,11 @@ def test_a_cancelled_grpc_stream_frees_its_slot(served: Served) -> None:
         stream.ask(key, text_input=QUESTION, max_tokens=3900, stream=True)
     stream.next()
     served.metrics.wait_for(
-        "medusa_requests_running", 3
+        "vllm:num_requests_running", 3
     )  # one that has not arrived yet would not be cancelled but never start
     stream.close(cancel=True)
     served.metrics.wait_for("medusa_requests_ended_total", before + 3, reason="cancelled")
-    served.metrics.wait_for("medusa_requests_running", 0)
+    served.metrics.wait_for("vllm:num_requests_running", 0)
 
 
 def test_a_client_that_hangs_up_frees_its_slot(served: Served) -> None:
@@ -203,7 +203,7 @@ def test_a_client_that_hangs_up_frees_its_slot(served: Served) -> None:
     next(events)
     events.close()
     served.metrics.wait_for("medusa_requests_ended_total", before + 1, reason="cancelled")
-    served.metrics.wait_for("medusa_requests_running", 0)
+    served.metrics.wait_for("vllm:num_requests_running", 0)
 
 
 def test_a_cancelled_unary_call_frees_its_slot(served: Served) -> None:
@@ -213,12 +213,12 @@ def test_a_cancelled_unary_call_frees_its_slot(served: Served) -> None:
         inputs = tensors(text_input=QUESTION, max_tokens=3900)
         call = client.async_infer("medusa_unary", inputs, callback=lambda result, error: done.set())
         deadline = time.monotonic() + SECONDS
-        while not served.metrics.read("medusa_requests_running"):
+        while not served.metrics.read("vllm:num_requests_running"):
             assert time.monotonic() < deadline
         call.cancel()
         assert done.wait(SECONDS)
         served.metrics.wait_for("medusa_requests_ended_total", before + 1, reason="cancelled")
-    served.metrics.wait_for("medusa_requests_running", 0)
+    served.metrics.wait_for("vllm:num_requests_running", 0)
 
 
 def test_a_full_queue_answers_busy(served: Served) -> None:
@@ -244,13 +244,17 @@ def test_a_time_limit(served: Served) -> None:
 
 
 def test_metrics(served: Served) -> None:
-    names = ("medusa_time_to_first_token_seconds_count", "medusa_inter_token_seconds_count", "medusa_tokens_total")
+    names = (
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:inter_token_latency_seconds_count",
+        "vllm:generation_tokens_total",
+    )
     time.sleep(3 * FLUSH_SECONDS)  # what earlier requests left is handed on
     before = [served.metrics.read(name) for name in names]
     served.generate(text_input=QUESTION, max_tokens=11)
     for name, old, grown in zip(names, before, (1, 10, 11), strict=True):
         served.metrics.wait_for(name, old + grown)
-    assert served.metrics.read("medusa_drafts_accepted_total") > 0
+    assert served.metrics.read("vllm:spec_decode_num_accepted_tokens_total") > 0
 
 
 def test_the_server_says_what_it_serves(served: Served) -> None:

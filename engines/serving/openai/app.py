@@ -3,35 +3,44 @@
 # Annotations of the routes are read when the application is made, and their types are imported there: no postponed evaluation.
 
 import logging
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from medusa_export.core.errors import MedusaExportError, missing_package
-from medusa_export.engines.serving.openai.answers import CHAT_SHAPE, TEXT_SHAPE
-from medusa_export.engines.serving.openai.errors import (
+from medusa_export.engines.serving.openai.front import OpenAIFront
+from medusa_export.engines.serving.openai.protocol.answers import CHAT_SHAPE, TEXT_SHAPE
+from medusa_export.engines.serving.openai.protocol.errors import (
     END_MESSAGES,
     INTERNAL,
     Refusal,
-    UnknownModelError,
     body_of,
     error_body,
     refusal_of,
 )
-from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS
-from medusa_export.engines.serving.openai.front import OpenAIFront
-from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
+from medusa_export.engines.serving.openai.protocol.fields import CHAT, COMPLETIONS
+from medusa_export.engines.serving.openai.protocol.messages import messages_reader
+from medusa_export.engines.serving.openai.protocol.readers import flag, text, wrong
+from medusa_export.engines.serving.openai.request_log import HEADER, RequestLog
+from medusa_export.engines.serving.text_service import TextRequest
+
+PATHS = (
+    "/v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /version, /health, /ready and /metrics"
+)
 
 logger = logging.getLogger(__name__)
 
 
-def build_app(front: OpenAIFront, meter: PrometheusMeter) -> Any:
+def build_app(front: OpenAIFront) -> Any:
     """The application.
 
     Raises:
         MissingPackageError: no fastapi.
     """
     try:
-        from fastapi import APIRouter, Depends, FastAPI, Request, Response
-        from fastapi.responses import JSONResponse
+        from fastapi import APIRouter, Depends, FastAPI, Request
+        from starlette.middleware.cors import CORSMiddleware
     except ImportError as error:
         raise missing_package("fastapi", "serve") from error
 
@@ -40,6 +49,29 @@ def build_app(front: OpenAIFront, meter: PrometheusMeter) -> Any:
 
     app = FastAPI(title="medusa-serve", openapi_url=None, docs_url=None, redoc_url=None)
     guarded = APIRouter(dependencies=[Depends(guard)])
+    _add_answers(guarded, front)
+    _add_tokens(guarded, front)
+    _add_state(app, guarded, front)
+    app.include_router(guarded)
+    _handle_errors(app, front)
+    if front.options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=front.options.cors_origins, allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", HEADER], expose_headers=[HEADER],
+        )  # fmt: skip
+    return RequestLog(app)
+
+
+def _add_answers(guarded: Any, front: OpenAIFront) -> None:
+    """What the model says, and which model that is."""
+    from fastapi import Request, Response
+    from fastapi.responses import JSONResponse
+
+    started = int(time.time())
+
+    def described() -> dict[str, Any]:
+        about = {"id": front.options.name, "object": "model", "created": started, "owned_by": "medusa-export"}
+        return {**about, "root": front.options.name, "parent": None, "max_model_len": front.service.max_length}
 
     @guarded.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -51,50 +83,101 @@ def build_app(front: OpenAIFront, meter: PrometheusMeter) -> Any:
 
     @guarded.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model(front.options.name)]})
+        return JSONResponse({"object": "list", "data": [described()]})
 
     @guarded.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        if name != front.options.name:
-            raise UnknownModelError("model", repr(name[:64]), front.options.name, "see /v1/models")
-        return JSONResponse(_model(name))
+        front.require_model(name)
+        return JSONResponse(described())
+
+
+def _add_tokens(guarded: Any, front: OpenAIFront) -> None:
+    """Texts into tokens and back, as vLLM's server does it."""
+    from fastapi import Request, Response
+    from fastapi.responses import JSONResponse
+
+    @guarded.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await front.read_body(request)
+        front.require_model(text("model", body.get("model", front.options.name)))
+        asked = _tokenized(body)
+        tokens = await front.run(lambda: front.service.encode(asked))
+        told = {"count": len(tokens), "max_model_len": front.service.max_length, "tokens": tokens}
+        if flag("return_token_strs", body.get("return_token_strs") or False):
+            told["token_strs"] = [front.service.token_text(token) for token in tokens]
+        return JSONResponse(told)
+
+    @guarded.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await front.read_body(request)
+        front.require_model(text("model", body.get("model", front.options.name)))
+        tokens = body.get("tokens")
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise wrong("tokens", tokens, "a list of token ids")
+        return JSONResponse({"prompt": await front.run(lambda: front.service.decode(tokens))})
+
+
+def _tokenized(body: Mapping[str, Any]) -> TextRequest:
+    if body.get("messages") is not None:
+        return TextRequest(messages_reader([])("messages", body["messages"]))
+    return TextRequest(prompt=text("prompt", body.get("prompt")))
+
+
+def _add_state(app: Any, guarded: Any, front: OpenAIFront) -> None:
+    """How the server is."""
+    from fastapi import Response
+    from fastapi.responses import JSONResponse
 
     @guarded.get("/metrics")
     async def metrics() -> Response:
-        content, media_type = meter.render()
+        content, media_type = front.meter.render()
         return Response(content, media_type=media_type)
 
-    @app.get("/health")
+    @guarded.get("/version")
+    async def told_version() -> Response:
+        return JSONResponse({"version": version("medusa-export")})
+
+    def state(is_well: bool) -> Response:
+        return JSONResponse({"status": "ok" if is_well else "stopping"}, 200 if is_well else 503)
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        is_open = front.service.scheduler.is_open
-        return JSONResponse({"status": "ok" if is_open else "stopping"}, 200 if is_open else 503)
+        return state(front.service.scheduler.is_open)
 
-    app.include_router(guarded)
-    _handle_errors(app)
-    return app
+    @app.api_route("/ready", methods=["GET", "HEAD"])
+    async def ready() -> Response:
+        """Whether a request would be taken now: not while the server stops, nor while its queue is full."""
+        scheduler = front.service.scheduler
+        if scheduler.is_open and scheduler.waiting >= front.service.options.max_queue:
+            return JSONResponse({"status": "busy"}, 503)
+        return state(scheduler.is_open)
 
 
-def _handle_errors(app: Any) -> None:
+def _handle_errors(app: Any, front: OpenAIFront) -> None:
     """Every error in the protocol's words, without what is inside."""
     from fastapi import Request, Response
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
+    def told(refusal: Refusal, body: dict[str, Any], headers: Mapping[str, str]) -> Response:
+        front.meter.refused(refusal.code)
+        return JSONResponse(body, refusal.status, dict(headers))
+
     @app.exception_handler(MedusaExportError)
     async def refused(_: Request, error: MedusaExportError) -> Response:
         refusal = refusal_of(error)
         if refusal is INTERNAL:
             logger.error("%s", error)
-        return JSONResponse(body_of(error), refusal.status, dict(refusal.headers))
+        else:
+            logger.info("refused", extra={"code": refusal.code, "reason": str(error)})
+        return told(refusal, body_of(error), refusal.headers)
 
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, error: HTTPException) -> Response:
-        refusal = Refusal(
-            error.status_code, "invalid_request_error", "not_found" if error.status_code == 404 else "not_allowed"
-        )
-        message = f"{error.detail}; there are /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics"
-        return JSONResponse(error_body(refusal, message), refusal.status, dict(error.headers or {}))
+        code = "not_found" if error.status_code == 404 else "not_allowed"
+        refusal = Refusal(error.status_code, "invalid_request_error", code)
+        return told(refusal, error_body(refusal, f"{error.detail}; there are {PATHS}"), error.headers or {})
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, error: ClientDisconnect) -> Response:
@@ -102,8 +185,4 @@ def _handle_errors(app: Any) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:  # the server logs it
-        return JSONResponse(error_body(INTERNAL, END_MESSAGES["error"]), INTERNAL.status, dict(INTERNAL.headers))
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "medusa-export"}
+        return told(INTERNAL, error_body(INTERNAL, END_MESSAGES["error"]), INTERNAL.headers)

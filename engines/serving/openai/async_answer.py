@@ -1,13 +1,14 @@
-"""One answer of a text service, from the scheduler's thread to a coroutine that may go away at any time."""
+"""The answers of one request, from the scheduler's thread to a coroutine that may go away at any time."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
+from functools import partial
 
-from medusa_export.engines.serving.request import FinishInfo, RequestHandle
+from medusa_export.engines.serving.request import RequestHandle
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 
 
@@ -15,18 +16,19 @@ class AsyncAnswer:
     """Made in a running event loop, and asked there.
 
     Args:
+        requests: one for each choice; they are decoded side by side.
         executor: where requests are encoded: a long one takes as long as many steps.
     """
 
-    def __init__(self, service: TextService, request: TextRequest, executor: Executor) -> None:
-        self._service, self._request, self._executor = service, request, executor
+    def __init__(self, service: TextService, requests: Sequence[TextRequest], executor: Executor) -> None:
+        self._service, self._requests, self._executor = service, requests, executor
         self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()  # at most a piece a token
-        self._handle: RequestHandle | None = None
+        self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()  # at most a piece a token
+        self._handles: list[RequestHandle] = []
         self._is_cancelled = False
 
     async def submit(self) -> None:
-        """Queue the request.
+        """Queue the requests, all or none.
 
         Raises:
             MedusaExportError: as :meth:`~medusa_export.engines.serving.text_service.TextService.submit`.
@@ -34,36 +36,31 @@ class AsyncAnswer:
         await asyncio.shield(self._loop.run_in_executor(self._executor, self._submit))
 
     def cancel(self) -> None:
-        """Free its slot before the next step, however far it is; nothing happens where it has ended."""
+        """Free its slots before the next step, however far it is; nothing happens where it has ended."""
         self._is_cancelled = True
-        if self._handle is not None:
-            self._handle.cancel()
+        for handle in list(self._handles):
+            handle.cancel()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """What is said, to the end, which the last piece has."""
-        end = None
-        while end is None:
-            piece = await self._pieces.get()
-            end = piece.end
-            yield piece
-
-    async def whole(self) -> tuple[str, FinishInfo]:
-        """All text, and how it ended."""
-        texts, end = [], None
-        async for piece in self.pieces():
-            texts.append(piece.text)
-            end = piece.end
-        assert end is not None, "the last piece has it"
-        return "".join(texts), end
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """What is said, and in which choice, to the end of all, which each one's last piece has."""
+        open_choices = len(self._requests)
+        while open_choices:
+            index, piece = await self._pieces.get()
+            open_choices -= piece.end is not None
+            yield index, piece
 
     def _submit(self) -> None:
-        """In the executor. Whoever cancels meanwhile sees the handle, or is seen here."""
-        if not self._is_cancelled:
-            self._handle = self._service.submit(self._request, self._say)
-        if self._is_cancelled and self._handle is not None:
-            self._handle.cancel()
+        """In the executor. Whoever cancels meanwhile sees the handles, or is seen here."""
+        for index, request in enumerate(self._requests):
+            if self._is_cancelled:
+                break
+            handle = self._service.submit(request, partial(self._say, index))
+            if handle is not None:
+                self._handles.append(handle)
+        if self._is_cancelled:
+            self.cancel()
 
-    def _say(self, piece: Piece) -> None:
+    def _say(self, index: int, piece: Piece) -> None:
         """In the scheduler's thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))

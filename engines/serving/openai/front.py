@@ -6,17 +6,23 @@ import asyncio
 import functools
 import hmac
 import ipaddress
-from collections.abc import AsyncIterator, Awaitable
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.serving.openai.answers import Shape, Writer, event, text_request
 from medusa_export.engines.serving.openai.async_answer import AsyncAnswer
-from medusa_export.engines.serving.openai.errors import (
+from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
+from medusa_export.engines.serving.openai.protocol.answers import Shape, Writer, event
+from medusa_export.engines.serving.openai.protocol.asked import Asked, read_asked
+from medusa_export.engines.serving.openai.protocol.errors import (
     BodySizeError,
+    FramingError,
     HostRefusedError,
     KeyRefusedError,
     MediaTypeError,
@@ -26,9 +32,10 @@ from medusa_export.engines.serving.openai.errors import (
     body_of,
     require_answer,
 )
-from medusa_export.engines.serving.openai.fields import Endpoint, read_body
+from medusa_export.engines.serving.openai.protocol.fields import Endpoint
+from medusa_export.engines.serving.openai.protocol.readers import read_body
 from medusa_export.engines.serving.request import BusyError
-from medusa_export.engines.serving.text_service import TextService
+from medusa_export.engines.serving.text_service import Piece, TextService
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -37,7 +44,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BODY_SECONDS = 30.0  # in which a body has to come
+PROMPT_BODY_SECONDS = 1.0  # in which most do
+SLOW_BODIES = 16  # of one client that take longer
 JSON_GROWTH, JSON_ROOM = 6, 65_536  # JSON can spell a byte of text in six; a request has other fields too
+logger = logging.getLogger(__name__)
+
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -49,11 +60,15 @@ class FrontOptions:
         host: where it listens.
         name: the model's, as clients know it.
         api_key: what clients have to show; None: nothing.
+        strict: refuse fields that would be passed over.
+        cors_origins: of web pages that may ask; "*" for all.
     """
 
     host: str
     name: str
     api_key: str | None = None
+    strict: bool = False
+    cors_origins: tuple[str, ...] = ()
 
     @property
     def is_local(self) -> bool:
@@ -67,10 +82,11 @@ class FrontOptions:
 class OpenAIFront:
     """Takes requests and answers them."""
 
-    def __init__(self, service: TextService, options: FrontOptions) -> None:
-        self.service, self.options = service, options
+    def __init__(self, service: TextService, options: FrontOptions, meter: PrometheusMeter) -> None:
+        self.service, self.options, self.meter = service, options, meter
         self._executor = ThreadPoolExecutor(1, "medusa-export-requests")  # one after the other, as they came
         self._coming = 0  # requests that are read and encoded
+        self._slow: Counter[str] = Counter()  # bodies that take long, by client
 
     @property
     def max_body_bytes(self) -> int:
@@ -84,7 +100,11 @@ class OpenAIFront:
             KeyRefusedError: no key, or a wrong one.
             HostRefusedError: without a key, on loopback: a web page that calls this machine by another name (DNS rebinding).
             MediaTypeError: a web page could send it without asking, which it cannot for JSON.
+            FramingError: a proxy might see another request in it than we do (request smuggling).
         """
+        if "transfer-encoding" in request.headers and "content-length" in request.headers:
+            got = "both Content-Length and Transfer-Encoding"
+            raise FramingError("headers", got, "one of them", "leave Content-Length out")
         key = self.options.api_key
         if key is not None and not _shows(request.headers.get("authorization", ""), key):
             raise KeyRefusedError(
@@ -107,46 +127,82 @@ class OpenAIFront:
         """
         from starlette.responses import JSONResponse
 
-        values, answer = await self._queue(endpoint, request)
-        writer = Writer(shape, self.options.name, bool(values.get("stream_options")))
+        asked, answer = await self._queue(endpoint, request)
+        writer = self._writer(shape, asked)
         try:
-            if not values.get("stream"):
-                text, end = await while_connected(request, answer.whole())
-                require_answer(end)
-                return JSONResponse(writer.whole(text, end))
+            if not asked.streams:
+                await while_connected(request, _take_all(writer, answer))
+                return JSONResponse(writer.whole())
             pieces = answer.pieces()
             first = await while_connected(request, anext(pieces))
-            require_answer(first.end)  # while there still is a status to say it with
+            require_answer(first[1].end)  # while there still is a status to say it with
             return _stream_class()(_events(writer, first, pieces), answer)
         except BaseException:
             answer.cancel()
             raise
 
-    async def _queue(self, endpoint: Endpoint, request: Request) -> tuple[dict[str, Any], AsyncAnswer]:
-        """The values of a request, and its answer to come."""
+    async def read_body(self, request: Request) -> dict[str, Any]:
+        """The JSON object of a request.
+
+        Raises:
+            ConfigError: none, too large a one, or one that does not come.
+        """
         limit = self.service.scheduler.decoder.slots + self.service.options.max_queue
         if self._coming >= limit:  # a body of each is in memory
             raise BusyError("server", f"a request while {limit} come in", "fewer", "try again in a moment")
         self._coming += 1
         try:
             data = await self._read(request)
-            loop = asyncio.get_running_loop()  # parsed elsewhere: large bodies would hold up everybody's answers
-            values = await loop.run_in_executor(self._executor, lambda: endpoint.read(read_body(data)))
-            if values["model"] != self.options.name:
-                raise UnknownModelError("model", repr(values["model"][:64]), self.options.name, "see /v1/models")
-            asked = text_request(values, self.service.options.max_tokens)
-            answer = AsyncAnswer(self.service, asked, self._executor)
-            try:
-                await answer.submit()
-            except ConfigError as error:  # the service knows no fields
-                where = error.where if error.where in endpoint.readers else endpoint.content
-                raise type(error)(where, error.got, error.expected, error.action) from error
-            except BaseException:
-                answer.cancel()
-                raise
-            return values, answer
+            # Parsed elsewhere: large bodies would hold up everybody's answers.
+            return await asyncio.get_running_loop().run_in_executor(self._executor, read_body, data)
         finally:
             self._coming -= 1
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of work that takes long, where requests are encoded, one after the other."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def require_model(self, name: str) -> None:
+        """Raise UnknownModelError for another model than the one that is served."""
+        if name != self.options.name:
+            raise UnknownModelError("model", repr(name[:64]), self.options.name, "see /v1/models")
+
+    async def _queue(self, endpoint: Endpoint, request: Request) -> tuple[Asked, AsyncAnswer]:
+        """What a request asks for, and its answer to come."""
+        body = await self.read_body(request)
+        strict = self.options.strict
+        values, passed_over = endpoint.read(body, strict=strict)
+        for name in passed_over:
+            if self.meter.passed_over(name):
+                logger.warning("a field that this server does not know is passed over", extra={"field": name})
+        self.require_model(values["model"])
+        asked = await self.run(lambda: read_asked(values, self.service.options.max_tokens))
+        answer = AsyncAnswer(self.service, asked.requests, self._executor)
+        try:
+            self._require_room(asked)
+            await answer.submit()
+        except ConfigError as error:  # the service knows no fields
+            answer.cancel()
+            if error.where not in endpoint.readers:
+                error.where = endpoint.content
+            raise
+        except BaseException:
+            answer.cancel()
+            raise
+        return asked, answer
+
+    def _require_room(self, asked: Asked) -> None:
+        limit = self.service.scheduler.decoder.slots + self.service.options.max_queue
+        if len(asked.requests) > limit:
+            raise ConfigError(
+                "n", f"{len(asked.requests)} answers", f"at most {limit}, of all prompts", "ask for fewer"
+            )
+
+    def _writer(self, shape: Shape, asked: Asked) -> Writer:
+        prompts = [
+            request.prompt or self.service.decode(request.prompt_ids) for request in asked.requests if asked.echoes
+        ]
+        return Writer(shape, self.options.name, asked, self.service.token_text, prompts)
 
     async def _read(self, request: Request) -> bytes:
         """The body, if it comes in time and is not too large."""
@@ -162,10 +218,37 @@ class OpenAIFront:
 
         if not said.isdecimal() or int(said[:20]) > limit:
             raise BodySizeError("body", f"{said[:20]} bytes", f"at most {limit}", "shorten the request")
+        coming = asyncio.ensure_future(collect())
         try:
-            return await asyncio.wait_for(collect(), BODY_SECONDS)
-        except asyncio.TimeoutError as error:
-            raise SlowBodyError("body", "a part", f"all of it within {BODY_SECONDS:g} s", "send it faster") from error
+            done, _ = await asyncio.wait([coming], timeout=min(PROMPT_BODY_SECONDS, BODY_SECONDS))
+            if not done:
+                with self._slow_body(request):
+                    await asyncio.wait([coming], timeout=BODY_SECONDS)
+            if not coming.done():
+                raise SlowBodyError("body", "a part", f"all of it within {BODY_SECONDS:g} s", "send it faster")
+            return coming.result()
+        finally:
+            coming.cancel()
+
+    @contextmanager
+    def _slow_body(self, request: Request) -> Iterator[None]:
+        """One client may have a few bodies that come slowly: all that come in have to share what is there for them."""
+        client = request.client.host if request.client else ""
+        if self._slow[client] >= SLOW_BODIES:
+            got = f"{SLOW_BODIES} unfinished bodies of one client"
+            raise SlowBodyError("body", got, f"more within {PROMPT_BODY_SECONDS:g} s", "send them whole")
+        self._slow[client] += 1
+        try:
+            yield
+        finally:
+            self._slow[client] -= 1
+            if not self._slow[client]:
+                del self._slow[client]
+
+
+async def _take_all(writer: Writer, answer: AsyncAnswer) -> None:
+    async for index, piece in answer.pieces():
+        writer.take(index, piece)
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -192,22 +275,18 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _events(writer: Writer, first: Any, pieces: AsyncIterator[Any]) -> AsyncIterator[str]:
+async def _events(
+    writer: Writer, first: tuple[int, Piece], pieces: AsyncIterator[tuple[int, Piece]]
+) -> AsyncIterator[str]:
     """The events of a stream."""
     yield writer.first()
-    piece = first
-    while True:
-        if piece.text:
-            yield writer.text(piece.text)
-        if piece.end is not None:
-            break
-        piece = await anext(pieces)
     try:
-        require_answer(piece.end)
+        yield writer.piece(*first)
+        async for index, piece in pieces:
+            if events := writer.piece(index, piece):
+                yield events
     except UnfinishedError as error:  # its status is gone, and OpenAI's clients raise on such an event
         yield event(body_of(error))
-    else:
-        yield writer.last(piece.end)
 
 
 @functools.cache

@@ -1,25 +1,37 @@
-"""What a server counts, for Prometheus: the metrics of the Triton model under the same names."""
+"""What a server counts, for Prometheus: the metrics of the Triton model under the same names, and refused requests."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from medusa_export.core.errors import missing_package
 from medusa_export.engines.serving.meter import (
-    ACCEPTED,
+    ANSWERED,
+    ANSWERS,
     BETWEEN,
+    CACHE_USE,
     ENDED,
     FAMILIES,
     FIRST,
+    LABELLED,
+    MODEL_LABEL,
+    PASSED_OVER,
+    PROMPT_TOKENS,
     REASONS,
+    REFUSED,
     RUNNING,
     SECONDS,
-    STEPS,
     TOKENS,
     WAITING,
+    WHOLE,
+    Load,
     Meter,
+    step_counts,
 )
 from medusa_export.engines.serving.request import FinishInfo
+
+MOST_FIELDS, OTHERS = 64, "(others)"  # names of fields that clients made up: so many have a counter of their own
 
 
 class PrometheusMeter(Meter):
@@ -37,34 +49,59 @@ class PrometheusMeter(Meter):
             import prometheus_client as client
         except ImportError as error:
             raise missing_package("prometheus_client", "serve") from error
-        self._client, self._registry = client, client.CollectorRegistry()
+        self._client, self._registry, self._model = client, client.CollectorRegistry(), model
         kinds = {"HISTOGRAM": client.Histogram, "COUNTER": client.Counter, "GAUGE": client.Gauge}
         self._metrics: dict[str, Any] = {}
         for name, (kind, text) in FAMILIES.items():
             more: dict[str, Any] = {"buckets": SECONDS} if kind == "HISTOGRAM" else {}
-            metric = kinds[kind](name, text, ["model"], registry=self._registry, **more)
+            metric = kinds[kind](name, text, [MODEL_LABEL], registry=self._registry, **more)
             self._metrics[name] = metric.labels(model)
-        text = "Requests that ended, by reason"
-        ended = client.Counter(ENDED, text, ["model", "reason"], registry=self._registry)
-        self._ended = {reason: ended.labels(model, reason) for reason in REASONS}
+        self._labelled = {
+            name: client.Counter(name, text, [MODEL_LABEL, label], registry=self._registry)
+            for name, (label, text) in LABELLED.items()
+        }
+        for name, reasons in ((ANSWERED, ANSWERS), (ENDED, REASONS)):
+            for reason in reasons:
+                self._labelled[name].labels(model, reason)  # so that it is there, at 0
+        text = "Fields of requests that were passed over, by name"
+        self._passed_over = client.Counter(PASSED_OVER, text, [MODEL_LABEL, "field"], registry=self._registry)
+        self._fields: set[str] = set()
+        self._lock = threading.Lock()
 
     def first_token(self, seconds: float) -> None:
         self._metrics[FIRST].observe(seconds)
         self._metrics[TOKENS].inc()
 
-    def tokens(self, count: int, seconds: float) -> None:
+    def tokens(self, count: int, seconds: float, drafts: int) -> None:
         for _ in range(count):
             self._metrics[BETWEEN].observe(seconds / count)
-        self._metrics[TOKENS].inc(count)
-        self._metrics[STEPS].inc()
-        self._metrics[ACCEPTED].inc(count - 1)
+        for name, number in step_counts(count, drafts).items():
+            self._metrics[name].inc(number)
 
-    def ended(self, end: FinishInfo) -> None:
-        self._ended[end.reason].inc()
+    def ended(self, finish: FinishInfo) -> None:
+        self._labelled[ENDED].labels(self._model, finish.reason).inc()
+        self._metrics[PROMPT_TOKENS].inc(finish.prompt_tokens)
+        if finish.reason in ANSWERS:
+            self._labelled[ANSWERED].labels(self._model, finish.reason).inc()
+            self._metrics[WHOLE].observe(finish.seconds)
 
-    def load(self, running: int, waiting: int) -> None:
-        self._metrics[RUNNING].set(running)
-        self._metrics[WAITING].set(waiting)
+    def load(self, load: Load) -> None:
+        self._metrics[RUNNING].set(load.running)
+        self._metrics[WAITING].set(load.waiting)
+        self._metrics[CACHE_USE].set(load.cache_use)
+
+    def refused(self, reason: str) -> None:
+        """A request was refused: a code of the protocol's."""
+        self._labelled[REFUSED].labels(self._model, reason).inc()
+
+    def passed_over(self, field: str) -> bool:
+        """A field of a request was passed over; whether that is the first time for its name."""
+        with self._lock:
+            is_new = field not in self._fields and len(self._fields) < MOST_FIELDS
+            if is_new:
+                self._fields.add(field)
+        self._passed_over.labels(self._model, field if field in self._fields else OTHERS).inc()
+        return is_new
 
     def render(self) -> tuple[bytes, str]:
         """What Prometheus reads, and its media type."""

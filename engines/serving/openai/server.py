@@ -12,8 +12,8 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError, missing_package
 from medusa_export.engines.serving.openai.app import build_app
+from medusa_export.engines.serving.openai.connections import Connections, protocol_class
 from medusa_export.engines.serving.openai.front import OpenAIFront
-from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 
 MARGIN_SECONDS = 5.0  # for errors to reach clients once the grace time is over
 BACKLOG = 1024
@@ -42,16 +42,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run_front(
     front: OpenAIFront,
-    meter: PrometheusMeter,
     sock: socket.socket,
+    connections: Connections,
     *,
     grace_s: float,
-    log_requests: bool,
     say: Callable[[str], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT; then running requests finish, for a while, and further ones are refused.
 
     Args:
+        connections: how many there may be, and for how long they may be idle.
         grace_s: for requests in flight; those that take longer end with an error that says so.
         say: is told that it serves, and that it stops.
 
@@ -80,8 +80,9 @@ def run_front(
             await drained
 
     config = uvicorn.Config(
-        build_app(front, meter), log_config=None, access_log=log_requests, http="h11", loop="asyncio", ws="none", lifespan="off",
-        proxy_headers=False, server_header=False, backlog=BACKLOG, timeout_graceful_shutdown=round(grace_s + MARGIN_SECONDS),
+        build_app(front), log_config=None, access_log=False, http=protocol_class(connections), loop="asyncio", ws="none",
+        lifespan="off", proxy_headers=False, server_header=False, backlog=BACKLOG,
+        timeout_graceful_shutdown=round(grace_s + MARGIN_SECONDS),
     )  # fmt: skip
     server = Server(config)
     with _stopped_by_signals(server):

@@ -7,21 +7,30 @@ from collections import deque
 from typing import Any
 
 from medusa_export.engines.serving.meter import (
-    ACCEPTED,
+    ANSWERED,
+    ANSWERS,
     BETWEEN,
+    CACHE_USE,
     ENDED,
     FAMILIES,
     FIRST,
+    LABELLED,
+    MODEL_LABEL,
+    PROMPT_TOKENS,
     REASONS,
+    REFUSED,
     RUNNING,
     SECONDS,
-    STEPS,
     TOKENS,
     WAITING,
+    WHOLE,
+    Load,
     Meter,
+    step_counts,
 )
 from medusa_export.engines.serving.request import FinishInfo
 
+REFUSALS = ("INVALID_ARG", "UNAVAILABLE")  # Triton's codes of requests that are not taken
 FLUSH_SECONDS = 0.1
 
 
@@ -40,11 +49,17 @@ class TritonMeter(Meter):
         self._metrics: dict[str, Any] = {}
         for name, (kind, text) in FAMILIES.items():
             buckets = {"buckets": SECONDS} if kind == "HISTOGRAM" else {}
-            self._metrics[name] = self._family(pb_utils, name, kind, text).Metric(labels={"model": model}, **buckets)
-        family = self._family(pb_utils, ENDED, "COUNTER", "Requests that ended, by reason")
-        self._metrics |= {reason: family.Metric(labels={"model": model, "reason": reason}) for reason in REASONS}
+            self._metrics[name] = self._family(pb_utils, name, kind, text).Metric(
+                labels={MODEL_LABEL: model}, **buckets
+            )
+        for name, values in ((ANSWERED, ANSWERS), (ENDED, REASONS), (REFUSED, REFUSALS)):
+            label, text = LABELLED[name]
+            family = self._family(pb_utils, name, "COUNTER", text)
+            self._metrics |= {
+                f"{name} {value}": family.Metric(labels={MODEL_LABEL: model, label: value}) for value in values
+            }
         self._pending: deque[tuple[str, float]] = deque()  # (histogram or counter, value)
-        self._load = 0, 0
+        self._load = Load(0, 0)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="medusa-export-metrics", daemon=True)
         self._thread.start()
@@ -52,15 +67,21 @@ class TritonMeter(Meter):
     def first_token(self, seconds: float) -> None:
         self._pending += [(FIRST, seconds), (TOKENS, 1)]
 
-    def tokens(self, count: int, seconds: float) -> None:
+    def tokens(self, count: int, seconds: float, drafts: int) -> None:
         self._pending += [(BETWEEN, seconds / count)] * count
-        self._pending += [(TOKENS, count), (STEPS, 1), (ACCEPTED, count - 1)]
+        self._pending += step_counts(count, drafts).items()
 
-    def ended(self, end: FinishInfo) -> None:
-        self._pending.append((end.reason, 1))
+    def ended(self, finish: FinishInfo) -> None:
+        self._pending += [(f"{ENDED} {finish.reason}", 1), (PROMPT_TOKENS, finish.prompt_tokens)]
+        if finish.reason in ANSWERS:
+            self._pending += [(f"{ANSWERED} {finish.reason}", 1), (WHOLE, finish.seconds)]
 
-    def load(self, running: int, waiting: int) -> None:
-        self._load = running, waiting
+    def load(self, load: Load) -> None:
+        self._load = load
+
+    def refused(self, code: str) -> None:
+        """A request was not taken: one of ``REFUSALS``."""
+        self._pending.append((f"{REFUSED} {code}", 1))
 
     def close(self) -> None:
         """Hand on what is left, and stop. Metrics and families go now: one that lives until the interpreter ends asks a server that
@@ -79,15 +100,18 @@ class TritonMeter(Meter):
         sums: dict[str, float] = {}
         for _ in range(len(self._pending)):
             name, value = self._pending.popleft()
-            if name in (FIRST, BETWEEN):
+            if name in (FIRST, BETWEEN, WHOLE):
                 self._metrics[name].observe(value)
             else:
                 sums[name] = sums.get(name, 0) + value
         for name, value in sums.items():
             self._metrics[name].increment(value)
-        running, waiting = self._load
-        self._metrics[RUNNING].set(running)
-        self._metrics[WAITING].set(waiting)
+        for name, value in (
+            (RUNNING, self._load.running),
+            (WAITING, self._load.waiting),
+            (CACHE_USE, self._load.cache_use),
+        ):
+            self._metrics[name].set(value)
 
     def _family(self, pb_utils: Any, name: str, kind: str, text: str) -> Any:
         family = pb_utils.MetricFamily(name=name, description=text, kind=getattr(pb_utils.MetricFamily, kind))

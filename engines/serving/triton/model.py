@@ -89,6 +89,7 @@ class MedusaModel:
         except MedusaExportError as error:
             self.forget(answer)
             code = "UNAVAILABLE" if isinstance(error, (BusyError, ClosedError)) else "INVALID_ARG"
+            self._meter.refused(code)
             answer.fail(code, str(error))
         except Exception:
             self.forget(answer)

@@ -19,7 +19,14 @@ BODY = {"model": "m", "prompt": "hi"}
 
 
 def respond(
-    method: str, path: str, error: Exception | None = None, *, is_open: bool = True, **options: Any
+    method: str,
+    path: str,
+    error: Exception | None = None,
+    *,
+    is_open: bool = True,
+    waiting: int = 0,
+    origins: tuple[str, ...] = (),
+    **options: Any,
 ) -> httpx.Response:
     """The application's response, without a socket."""
 
@@ -27,10 +34,13 @@ def respond(
         assert error is not None
         raise error
 
-    scheduler = SimpleNamespace(decoder=SimpleNamespace(slots=1), is_open=is_open)
-    service: Any = SimpleNamespace(options=ServingOptions(), scheduler=scheduler, submit=submit)
-    front = OpenAIFront(service, FrontOptions("127.0.0.1", "m"))
-    transport = httpx.ASGITransport(build_app(front, PrometheusMeter("m")), raise_app_exceptions=False)
+    scheduler = SimpleNamespace(decoder=SimpleNamespace(slots=1), is_open=is_open, waiting=waiting)
+    service: Any = SimpleNamespace(
+        options=ServingOptions(max_queue=5), scheduler=scheduler, submit=submit, max_length=77, token_text=lambda token: f"<{token}>",
+        encode=lambda request: [len(request.prompt), 9], decode=lambda tokens: " ".join(map(str, tokens)),
+    )  # fmt: skip
+    front = OpenAIFront(service, FrontOptions("127.0.0.1", "m", cors_origins=origins), PrometheusMeter("m"))
+    transport = httpx.ASGITransport(build_app(front), raise_app_exceptions=False)
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -75,3 +85,41 @@ def test_browsers_get_no_leave_to_send_json() -> None:
     response = respond("OPTIONS", "/v1/completions", headers=asked)
     assert response.status_code == 405
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_origins_that_may_ask() -> None:
+    asked = {"Origin": "http://good.example", "Access-Control-Request-Method": "POST"}
+    response = respond("OPTIONS", "/v1/completions", headers=asked, origins=("http://good.example",))
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, "http://good.example")
+    refused = respond(
+        "OPTIONS",
+        "/v1/completions",
+        headers={**asked, "Origin": "http://evil.example"},
+        origins=("http://good.example",),
+    )
+    assert "access-control-allow-origin" not in refused.headers
+
+
+def test_ready_tells_of_a_full_queue() -> None:
+    assert [respond("GET", "/ready", waiting=waiting).status_code for waiting in (4, 5)] == [200, 503]
+    assert respond("GET", "/ready", is_open=False).json() == {"status": "stopping"}
+    assert respond("HEAD", "/health").status_code == 200
+
+
+def test_models_tokens_and_version() -> None:
+    assert respond("GET", "/v1/models").json()["data"][0]["max_model_len"] == 77
+    told = respond("POST", "/tokenize", json={"prompt": "four", "return_token_strs": True}).json()
+    assert told == {"count": 2, "max_model_len": 77, "tokens": [4, 9], "token_strs": ["<4>", "<9>"]}
+    assert respond("POST", "/detokenize", json={"tokens": [1, 2]}).json() == {"prompt": "1 2"}
+    assert respond("POST", "/detokenize", json={"tokens": "1"}).json()["error"]["param"] == "tokens"
+    assert set(respond("GET", "/version").json()) == {"version"}
+
+
+@pytest.mark.parametrize(
+    ("given", "is_taken"), [("my-id.1", True), ("a b", False), ("x" * 129, False), ("a\\nb", False)]
+)
+def test_ids_of_requests(given: str, is_taken: bool) -> None:
+    """Taken where they are harmless, else made, and in the answer to a refused request too."""
+    shown = respond("POST", "/v1/completions", json={}, headers={"X-Request-Id": given}).headers["x-request-id"]
+    assert (shown == given) == is_taken
+    assert shown

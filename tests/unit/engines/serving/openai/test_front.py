@@ -14,17 +14,19 @@ from starlette.requests import ClientDisconnect, Request
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.serving.openai import front as openai_front
-from medusa_export.engines.serving.openai.answers import CHAT_SHAPE, TEXT_SHAPE
-from medusa_export.engines.serving.openai.errors import (
+from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
+from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
+from medusa_export.engines.serving.openai.protocol.answers import CHAT_SHAPE, TEXT_SHAPE
+from medusa_export.engines.serving.openai.protocol.errors import (
     BodySizeError,
+    FramingError,
     HostRefusedError,
     KeyRefusedError,
     MediaTypeError,
     SlowBodyError,
     UnfinishedError,
 )
-from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS
-from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
+from medusa_export.engines.serving.openai.protocol.fields import CHAT, COMPLETIONS
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.request import BusyError, FinishInfo
 from medusa_export.engines.serving.text_service import Piece, TextRequest
@@ -53,6 +55,9 @@ class StandInService:
             say(piece)
         return SimpleNamespace(cancel=self.cancelled.set)
 
+    def token_text(self, token: int) -> str:
+        return f"t{token}"
+
 
 class Client:
     """The other end of a request: what it sends, and whether it has hung up."""
@@ -80,7 +85,7 @@ class Client:
 
 def front(service: StandInService | None = None, **options: Any) -> OpenAIFront:
     made: Any = service or StandInService()
-    return OpenAIFront(made, FrontOptions(**{"host": "127.0.0.1", "name": "m", **options}))
+    return OpenAIFront(made, FrontOptions(**{"host": "127.0.0.1", "name": "m", **options}), PrometheusMeter("m"))
 
 
 def test_keys() -> None:
@@ -163,6 +168,35 @@ def test_bodies_that_are_too_large_or_do_not_come(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SlowBodyError):
         asyncio.run(ask(small, slow))
     assert small._coming == 0
+
+
+def test_one_client_s_slow_bodies_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones may take their time, further ones are refused as soon as they are slow: nobody else is kept out."""
+    monkeypatch.setattr(openai_front, "PROMPT_BODY_SECONDS", 0.01)
+    monkeypatch.setattr(openai_front, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(openai_front, "SLOW_BODIES", 2)
+
+    async def run() -> None:
+        service = StandInService(max_queue=100)
+        service.says = [Piece("", [1], FinishInfo("stop", 1, 1, 0, 0.0))]
+        asked, clients = front(service), [Client(b"{", b"") for _ in range(6)]
+        for client in clients:
+            client.messages.get_nowait()
+            client.messages.get_nowait()
+        slow = [asyncio.ensure_future(ask(asked, client)) for client in clients]
+        done, _ = await asyncio.wait(slow, timeout=0.2)
+        assert len(done) == 4
+        assert all(isinstance(refused.exception(), SlowBodyError) for refused in done)
+        assert (await ask(asked, Client(BODY))).status_code == 200
+        await asyncio.wait(slow)
+        assert not asked._slow
+
+    asyncio.run(run())
+
+
+def test_two_lengths_of_a_body_are_refused() -> None:
+    with pytest.raises(FramingError):
+        front().guard(Client(headers={"content-length": "2", "transfer-encoding": "chunked"}).request)
 
 
 def test_requests_that_come_in_at_once_are_limited() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medusa_export.core.errors import CheckpointError, ConfigError, MedusaExportError
-from medusa_export.engines.serving.openai.errors import (
+from medusa_export.engines.serving.openai.protocol.errors import (
     END_MESSAGES,
     REFUSALS,
     UnfinishedError,
@@ -22,7 +22,7 @@ from medusa_export.engines.serving.request import BusyError, ClosedError, Finish
     [
         (ConfigError("seed", "x", "y", "z"), 400, "invalid_value", "seed"),
         (UnsupportedError("n", "2", "1", "z"), 400, "unsupported_parameter", "n"),
-        (PromptError("messages", "9", "8", "z"), 400, "context_length_exceeded", "messages"),
+        (PromptError("messages", 9, 8), 400, "context_length_exceeded", "messages"),
         (BusyError("server", "x", "y", "z"), 429, "server_busy", None),
         (ClosedError("server", "x", "y", "z"), 503, "server_stopping", None),
         (ConfigError("\ud800", "x", "y", "z"), 400, "invalid_value", None),
@@ -37,7 +37,14 @@ def test_statuses(error: MedusaExportError, status: int, code: str, param: str |
 def test_no_rule_hides_another() -> None:
     """The first rule whose class an error has decides: a base class before its subclass would take its errors."""
     for kind, refusal in REFUSALS.items():
-        assert refusal_of(kind("a", "b", "c", "d")) is refusal
+        error = PromptError("a", 9, 8) if kind is PromptError else kind("a", "b", "c", "d")
+        assert refusal_of(error) is refusal
+
+
+def test_a_full_context_is_told_in_the_words_that_clients_know() -> None:
+    assert (
+        "This model's maximum context length is 8 tokens" in body_of(PromptError("messages", 9, 8))["error"]["message"]
+    )
 
 
 def test_what_is_ours_stays_inside() -> None:

@@ -8,8 +8,9 @@ from typing import Any, get_type_hints
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.serving.openai.errors import UnknownFieldError, UnsupportedError
-from medusa_export.engines.serving.openai.fields import CHAT, COMPLETIONS, Endpoint, read_body
+from medusa_export.engines.serving.openai.protocol.errors import UnknownFieldError, UnsupportedError
+from medusa_export.engines.serving.openai.protocol.fields import CHAT, COMPLETIONS, Endpoint, StreamOptions
+from medusa_export.engines.serving.openai.protocol.readers import read_body
 
 BODIES: dict[str, tuple[Endpoint, dict[str, Any]]] = {
     "chat": (CHAT, {"model": "m", "messages": [{"role": "user", "content": "hi"}]}),
@@ -30,7 +31,8 @@ def neutral_values() -> list[Any]:
 def test_values_that_change_nothing_pass(name: str, field: str, value: Any) -> None:
     endpoint, body = BODIES[name]
     assert field not in endpoint.readers
-    assert endpoint.read({**body, field: value}).keys() == body.keys()
+    values, passed_over = endpoint.read({**body, field: value}, strict=True)
+    assert (values.keys(), passed_over) == (body.keys(), [])
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -45,7 +47,7 @@ def test_all_others_do_not(name: str) -> None:
             -0.5,
             *(not item for item in neutral if type(item) is bool),
         ):
-            if value in neutral:  # both values of parallel_tool_calls
+            if value in neutral:
                 continue
             with pytest.raises(UnsupportedError) as refused:
                 endpoint.read({**body, field: value})
@@ -55,7 +57,7 @@ def test_all_others_do_not(name: str) -> None:
 @pytest.mark.parametrize("value", [True, 1.0, "1"])
 def test_only_the_number_is_the_number(value: object) -> None:
     with pytest.raises(UnsupportedError):
-        CHAT.read({**BODIES["chat"][1], "n": value})
+        CHAT.read({**BODIES["chat"][1], "best_of": value})
 
 
 def test_protocols_of_the_installed_client_are_covered() -> None:
@@ -64,7 +66,7 @@ def test_protocols_of_the_installed_client_are_covered() -> None:
     from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
 
     for params, endpoint in ((ChatParams, CHAT), (TextParams, COMPLETIONS)):
-        known = endpoint.readers.keys() | endpoint.neutral.keys()
+        known = {*endpoint.readers, *endpoint.neutral, *endpoint.silent, *endpoint.nested}
         fields = set(get_type_hints(params))
         assert len(fields) > 10
         assert fields - known == set()
@@ -76,30 +78,61 @@ def test_values_are_read() -> None:
         "temperature": 1, "stop": "x", "stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False},
         "seed": None,
     }  # fmt: skip
-    values = CHAT.read(body)
+    values, passed_over = CHAT.read(body, strict=True)
     assert values["messages"] == [{"role": "system", "content": "ab"}]
-    assert (values["temperature"], values["stop"], values["stream_options"]) == (1.0, ("x",), True)
+    assert (values["temperature"], values["stop"], values["stream_options"]) == (1.0, ("x",), StreamOptions(usage=True))
     assert "seed" not in values
-    assert COMPLETIONS.read({"model": "m", "prompt": ["hi"]})["prompt"] == "hi"
+    assert passed_over == []
+    for prompt, read in (("hi", ["hi"]), (["a", "b"], ["a", "b"]), ([1, 2], [(1, 2)]), ([[1], [2, 3]], [(1,), (2, 3)])):
+        assert COMPLETIONS.read({"model": "m", "prompt": prompt})[0]["prompt"] == read
+
+
+def test_what_others_know_and_we_do_not_is_passed_over() -> None:
+    message = {"role": "user", "content": "a", "name": "me", "weight": 1}
+    body = {**BODIES["chat"][1], "messages": [message], "foo": 1, "bar": None, "stream_options": {"include_all": True}}
+    values, passed_over = CHAT.read(body)
+    assert passed_over == ["messages.name", "messages.weight", "foo", "bar", "stream_options.include_all"]
+    assert "foo" not in values
+    for field in ("foo", "stream_options", "messages"):
+        with pytest.raises(UnknownFieldError):
+            CHAT.read({**BODIES["chat"][1], field: body[field]}, strict=True)
+
+
+def test_messages_of_assistants_and_tools() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "7"},
+        {"role": "assistant", "content": ""}, {"role": "assistant", "content": "so", "tool_calls": [call]},
+    ]  # fmt: skip
+    said = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    assert CHAT.read({**BODIES["chat"][1], "messages": messages})[0]["messages"] == [
+        {"role": "assistant", "content": said}, {"role": "user", "content": "<tool_response>\n7\n</tool_response>"},
+        {"role": "assistant", "content": ""}, {"role": "assistant", "content": f"so\n{said}"},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("change", "error", "where"),
     [
-        ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, UnknownFieldError, "messages[0].weight"),
-        ({"messages": [{"role": "user", "content": "a", "name": "me"}]}, UnsupportedError, "messages[0].name"),
-        ({"messages": [{"role": "assistant", "content": None}]}, ConfigError, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, ConfigError, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "a", "audio": {"id": 1}}]}, UnsupportedError, "messages[0].audio"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, ConfigError, "messages[0].tool_calls"),
+        ({"response_format": {"type": "xml"}}, UnsupportedError, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, ConfigError, "response_format.json_schema.schema"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, ConfigError, "tools[0].function.name"),
+        ({"tools": [{"type": "browser"}]}, UnsupportedError, "tools[0].type"),
+        ({"tool_choice": "some"}, ConfigError, "tool_choice"),
+        ({"logit_bias": {"a": 1}}, ConfigError, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, ConfigError, "logit_bias.1"),
+        ({"n": 0}, ConfigError, "n"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, ConfigError, "messages[0].content[0].text"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, ConfigError, "messages[0].role"),
         ({"messages": {"role": "user"}}, ConfigError, "messages"),
-        ({"stream_options": {"include_all": True}}, UnknownFieldError, "stream_options.include_all"),
-        ({"stream_options": {"include_obfuscation": True}}, UnsupportedError, "stream_options.include_obfuscation"),
         ({"stream_options": True}, ConfigError, "stream_options"),
         ({"stop": [1]}, ConfigError, "stop"),
         ({"temperature": "1"}, ConfigError, "temperature"),
         ({"temperature": True}, ConfigError, "temperature"),
         ({"model": None}, ConfigError, "model"),
-        ({"y" * 1000: 1}, UnknownFieldError, "y" * 64),
     ],
 )
 def test_what_is_refused_is_named(change: dict[str, Any], error: type[ConfigError], where: str) -> None:

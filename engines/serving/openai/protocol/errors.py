@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medusa_export.core.errors import ConfigError, MedusaExportError
+from medusa_export.core.errors import ConfigError, MedusaExportError, MissingPackageError
 from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo, PromptError
 
 
@@ -40,6 +40,10 @@ class BodySizeError(ConfigError):
 
 class SlowBodyError(ConfigError):
     """A body that does not come."""
+
+
+class FramingError(ConfigError):
+    """A body whose end two headers tell differently."""
 
 
 class UnfinishedError(MedusaExportError):
@@ -86,6 +90,8 @@ REFUSALS: dict[type[MedusaExportError], Refusal] = {  # of a subclass before tha
     BodySizeError: Refusal(413, _INVALID, "request_too_large"),
     SlowBodyError: Refusal(408, _INVALID, "request_timeout"),
     PromptError: Refusal(400, _INVALID, "context_length_exceeded"),
+    MissingPackageError: Refusal(400, _INVALID, "unsupported_parameter"),
+    FramingError: Refusal(400, _INVALID, "bad_framing", {"Connection": "close"}),
     BusyError: Refusal(429, "rate_limit_error", "server_busy", _LATER),
     ClosedError: Refusal(503, "server_error", "server_stopping", _LATER),
     ConfigError: Refusal(400, _INVALID, "invalid_value"),

@@ -1,0 +1,93 @@
+"""Limits of connections: how many there are, in all and of one client, and how long one may say nothing or half a request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+HEADER_SECONDS = 10.0  # in which a request's headers have to be there, from the connection or the last answer on
+
+
+@dataclass
+class Connections:
+    """Counts the open ones.
+
+    Attributes:
+        most, most_per_client: at once; 0 for any number. Clients are told apart by their addresses.
+    """
+
+    most: int
+    most_per_client: int
+    header_s: float = HEADER_SECONDS
+    _open: Counter[str] = field(default_factory=Counter)
+
+    def enter(self, client: str) -> bool:
+        """Count one more, if it may be."""
+        if self.most and self._open.total() >= self.most:
+            return False
+        if self.most_per_client and self._open[client] >= self.most_per_client:
+            return False
+        self._open[client] += 1
+        return True
+
+    def leave(self, client: str) -> None:
+        """One has ended."""
+        self._open[client] -= 1
+        if not self._open[client]:
+            del self._open[client]
+
+
+def protocol_class(connections: Connections) -> Any:
+    """uvicorn's HTTP protocol with these limits."""
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class LimitedProtocol(H11Protocol):
+        _client = ""  # where it is counted
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            client = self.client[0] if self.client else ""
+            if not connections.enter(client):
+                transport.close()
+                return
+            self._client = client
+            self._arm()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._client:
+                connections.leave(self._client)
+            self._disarm()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if not self.transport.is_closing():  # one that was refused
+                super().data_received(data)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.conn.their_state is h11.SEND_BODY:  # of a body that was refused, the rest is not waited for
+                self.transport.close()
+            elif not self._is_busy():
+                self._arm()
+
+        def _is_busy(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _arm(self) -> None:
+            self._disarm()
+            self._timer = self.loop.call_later(connections.header_s, self._close_idle)
+
+        def _disarm(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _close_idle(self) -> None:
+            if not self._is_busy():
+                self.transport.close()
+
+    return LimitedProtocol

@@ -1,0 +1,1 @@
+"""What OpenAI's protocol says: fields of requests, answers, errors."""

@@ -1,0 +1,96 @@
+"""Connections that say nothing, half a request, or too much at once; on real sockets, with an application that answers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+
+from medusa_export.engines.serving.openai.connections import Connections, protocol_class
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@contextlib.asynccontextmanager
+async def serving(connections: Connections) -> AsyncIterator[int]:
+    sock = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, http=protocol_class(connections), lifespan="off", log_config=None, loop="asyncio", ws="none"
+    )
+    server = uvicorn.Server(config)
+    task = asyncio.ensure_future(server._serve([sock]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield sock.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def talk(port: int, said: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(said)
+    return reader, writer
+
+
+def test_silence_and_half_requests_end() -> None:
+    async def run() -> None:
+        connections = Connections(0, 0, header_s=0.3)
+        async with serving(connections) as port:
+            for said in (b"", b"GET / HTTP/1.1\r\nHo", GET, GET + b"GET /"):
+                reader, writer = await talk(port, said)
+                heard = await asyncio.wait_for(reader.read(), 30)  # to the end: closed by the server
+                assert heard.count(b"200 OK") == said.count(GET)
+                writer.close()
+            assert not connections._open
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_does_not_wait_for_the_body_closes() -> None:
+    async def run() -> None:
+        async with serving(Connections(0, 0, header_s=60)) as port:
+            reader, writer = await talk(port, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+            assert b"200 OK" in await asyncio.wait_for(reader.read(), 30)
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_connections_are_counted() -> None:
+    async def run() -> None:
+        connections = Connections(0, 2, header_s=60)
+        async with serving(connections) as port:
+            held = [await talk(port, GET) for _ in range(2)]
+            for reader, _ in held:
+                assert b"200" in await reader.readline()
+            reader, writer = await talk(port, b"")
+            assert await asyncio.wait_for(reader.read(), 30) == b""
+            writer.close()
+            held[0][1].close()
+            while connections._open["127.0.0.1"] > 1:
+                await asyncio.sleep(0.01)
+            reader, writer = await talk(port, GET)
+            assert b"200" in await reader.readline()
+            writer.close()
+            held[1][1].close()
+
+    asyncio.run(run())
+
+
+def test_limits() -> None:
+    connections = Connections(3, 2)
+    assert [connections.enter(client) for client in "aaabb"] == [True, True, False, True, False]
+    connections.leave("a")
+    assert connections.enter("b")
+    assert Connections(0, 0).enter("a")

@@ -1,0 +1,172 @@
+"""Grammars: answers follow them, the same with a tree as without one, and what cannot be followed is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.tokenizer import read_tokenizer
+from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
+from medusa_export.engines.serving.grammar import Grammar, GrammarCompiler, token_bytes
+from medusa_export.engines.serving.openai.protocol.tools import CHOICES, ToolParser, read_tools, tool_grammar
+from medusa_export.engines.serving.scheduler import Scheduler
+from medusa_export.heads.decoding.sampling import Sampling
+from medusa_export.heads.decoding.token_choice import TokenRule, token_chooser
+from medusa_export.heads.trees.tree import Tree
+from tests.integration.openai_fixture import byte_tokenizer
+from tests.unit.engines.serving.test_scheduler import TREE, Ears
+
+SCHEMA = {
+    "type": "object", "properties": {"a": {"enum": [True, False]}, "b": {"type": "string", "maxLength": 3}}, "required": ["a", "b"],
+    "additionalProperties": False,
+}  # fmt: skip
+TOOLS = read_tools(
+    "tools",
+    [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"x": {"enum": [1]}},
+      "required": ["x"], "additionalProperties": False}}} for name in ("f", "g")],
+)  # fmt: skip
+END = 256
+
+
+@pytest.fixture
+def engine(tiny_engine: Callable[..., Any]) -> Path:
+    """One that reads bytes, of which the first 256 tokens are."""
+    path: Path = tiny_engine(drafts_well=True, vocab_size=260, max_length=128).path
+    byte_tokenizer(path)
+    return path
+
+
+@pytest.fixture
+def compiler(engine: Path) -> GrammarCompiler:
+    return GrammarCompiler(read_tokenizer(engine), 260, [END])
+
+
+@pytest.fixture
+def answer(engine: Path) -> Iterator[Callable[..., tuple[list[int], int]]]:
+    """``answer(tree, sampling, rule) -> (tokens, steps)``"""
+    made: list[Scheduler] = []
+
+    def run(tree: Tree, sampling: Sampling, rule: TokenRule | None = None) -> tuple[list[int], int]:
+        made.append(Scheduler(TreeBatchDecoder(engine, slots=2), trees=BatchTrees({2: tree})))
+        made[-1]._eos = {END}
+        ears, prompt = Ears(), [3, 4, 5]
+        made[-1].submit(prompt, sampling, ears, chooser=token_chooser(sampling, prompt, [END], rule))
+        return ears.tokens, ears.wait().steps
+
+    yield run
+    for scheduler in made:
+        scheduler.close()
+
+
+def text_of(tokens: list[int]) -> str:
+    return bytes(token for token in tokens if token < 256).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.5, "seed": 5}], ids=["greedy", "drawn"])
+def test_json_that_fits_its_schema_with_and_without_drafts(
+    compiler: GrammarCompiler, answer: Callable[..., Any], engine: Path, drawn: dict[str, Any]
+) -> None:
+    sampling = Sampling(max_tokens=100, **drawn)
+    plain, plain_steps = answer(Tree(()), sampling, compiler.rule(Grammar("response_format", SCHEMA)))
+    drafted, steps = answer(TREE, sampling, compiler.rule(Grammar("response_format", SCHEMA)))
+    assert plain == drafted
+    assert steps <= plain_steps
+    text = read_tokenizer(engine).decode(plain, skip_special_tokens=True)
+    found = json.loads(text)
+    assert found.keys() == {"a", "b"}
+    assert isinstance(found["a"], bool)
+    assert len(found["b"]) <= 3
+    assert answer(TREE, sampling)[0] != plain, "a grammar that shows nothing"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"repetition_penalty": 1.3}, {"presence_penalty": 1.5, "frequency_penalty": 0.5}, {"logit_bias": {7: 2.0}, "min_tokens": 9},
+     {"temperature": 0.9, "seed": 3, "top_k": 40, "min_p": 0.001, "frequency_penalty": 0.3}],
+)  # fmt: skip
+def test_penalties_are_lossless(answer: Callable[..., Any], given: dict[str, Any]) -> None:
+    sampling = Sampling(max_tokens=60, **given)
+    plain, drafted = answer(Tree(()), sampling), answer(TREE, sampling)
+    assert plain[0] == drafted[0]
+    assert plain[0] != answer(TREE, Sampling(max_tokens=60))[0], "rules that show nothing"
+
+
+def test_drafts_stand_under_a_mask(compiler: GrammarCompiler, answer: Callable[..., Any]) -> None:
+    """A grammar that allows everything: the tree saves as many steps as without one."""
+    anything = Grammar("tools", lark="%llguidance {}\nstart: TEXT\nTEXT: /(.|\\n)*/\n")
+    free, steps = answer(TREE, Sampling(max_tokens=60, min_tokens=60))
+    masked, masked_steps = answer(TREE, Sampling(max_tokens=60), compiler.rule(anything))
+    assert steps < 59
+    if masked == free:
+        assert masked_steps == steps
+    assert masked_steps < len(masked) - 1
+
+
+def test_an_answer_ends_when_its_grammar_does(compiler: GrammarCompiler, answer: Callable[..., Any]) -> None:
+    tokens, _ = answer(TREE, Sampling(max_tokens=50), compiler.rule(Grammar("x", {"const": 5})))
+    assert tokens[-1] == END
+    assert len(tokens) == 2
+
+
+@pytest.mark.parametrize("schema", [{"type": "foo"}, {"type": "string", "pattern": "("}, {"$ref": "#/nowhere"}])
+def test_schemas_that_cannot_be_followed(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compiler.rule(Grammar("response_format", schema))
+    assert refused.value.where == "response_format"
+    assert len(str(refused.value)) < 400
+
+
+def accepts(compiler: GrammarCompiler, engine: Path, grammar: Grammar, text: str) -> bool:
+    matcher = compiler.rule(grammar)._matcher
+    tokens = read_tokenizer(engine)(text, add_special_tokens=False)["input_ids"]
+    return matcher.validate_tokens([*tokens, END]) == len(tokens) + 1
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "text", "is_taken"),
+    [
+        ("auto", True, "no tool", True),
+        ("auto", True, f"let me see {CALL}{CALL}", True),
+        ("auto", False, f"let me see {CALL}", True),
+        ("auto", False, f"{CALL}{CALL}", False),
+        ("auto", True, "<tool_call>\n{}", False),
+        ("required", True, "no tool", False),
+        ("required", True, f"{CALL}\n{CALL.replace('f', 'g', 0)}", True),
+        ("required", False, f"{CALL}\n{CALL}", False),
+        ("required", True, CALL.replace("1", "2"), False),
+    ],
+)
+def test_calls(compiler: GrammarCompiler, engine: Path, choice: str, parallel: bool, text: str, is_taken: bool) -> None:
+    grammar = tool_grammar(TOOLS, CHOICES[choice], parallel=parallel)
+    assert accepts(compiler, engine, grammar, text) == is_taken
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_are_found_however_they_come(size: int) -> None:
+    text = f"a < b. {CALL}{CALL} <tool"
+    parser, said, calls = ToolParser(), "", list[Any]()
+    parts = [text[at : at + size] for at in range(0, len(text), size)]
+    for index, part in enumerate(parts):
+        new, more = parser.feed(part, is_last=index + 1 == len(parts))
+        said, calls = said + new, calls + more
+    assert said == "a < b.  <tool"
+    assert [call["function"] for call in calls] == [{"name": "f", "arguments": '{"x": 1}'}] * 2
+    assert [call["index"] for call in calls] == [0, 1]
+    cut = ToolParser().feed('<tool_call>\n{"name', is_last=True)
+    assert cut == ('<tool_call>\n{"name', [])
+
+
+def test_bytes_of_tokens(engine: Path) -> None:
+    tokenizer = read_tokenizer(engine)
+    found = list(token_bytes(tokenizer, 260))
+    assert sorted(found[:256]) == [bytes([number]) for number in range(256)]
+    assert all(tokenizer.decode([number]).encode() == found[number] for number in range(256) if found[number] < b"\x80")

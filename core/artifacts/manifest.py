@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -110,7 +110,9 @@ def is_up_to_date(out: Path, inputs: Mapping[str, str], arguments: Mapping[str, 
     if not has_manifest(out):
         return False
     manifest = read_manifest(out)
-    return not _differences(manifest, inputs, arguments) and not _listing_problems(out, manifest["files"])
+    return not _differences(manifest, inputs, arguments) and not _listing_problems(
+        out, manifest["files"], _list_files(out)
+    )
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
@@ -134,14 +136,20 @@ def read_manifest(out: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_manifest(out: Path) -> list[str]:
-    """What is wrong with a directory, one line each; every file is read. Empty when all is as it was written."""
+def verify_manifest(out: Path, *, left_by_use: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a directory, one line each; every file is read. Empty when all is as it was written.
+
+    Args:
+        left_by_use: names of folders that are there once it has been used, such as Python's compiled files.
+    """
     try:
         files = read_manifest(out)["files"]
     except OutputError as error:
         return [str(error)]
-    problems = _listing_problems(out, files)
-    present = _list_files(out)
+    present = {
+        name: path for name, path in _list_files(out).items() if not set(left_by_use) & set(Path(name).parts[:-1])
+    }
+    problems = _listing_problems(out, files, present)
     whole = [name for name in present if name in files and _is_whole(present[name], files[name])]
     for name, digest in zip(whole, sha256_all(present[name] for name in whole), strict=True):
         if digest != files[name]["sha256"]:
@@ -196,7 +204,7 @@ def _refuse_occupied(out: Path, hashes: Callable[[], Mapping[str, str]], argumen
     manifest = read_manifest(out)
     if differences := _differences(manifest, hashes(), arguments):
         raise OutputError(str(out), f"an output with other {differences[0]}", "the same inputs and arguments", other)
-    if problems := _listing_problems(out, manifest["files"]):
+    if problems := _listing_problems(out, manifest["files"], _list_files(out)):
         raise OutputError(str(out), f"a damaged output ({problems[0]})", "a complete one", "delete it and run again")
     raise OutputError(
         str(out), "an output that is complete and up to date", "nothing to do", "delete it to make it again"
@@ -237,9 +245,8 @@ def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == entry["size"]
 
 
-def _listing_problems(out: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _listing_problems(out: Path, files: Mapping[str, Mapping[str, Any]], present: Mapping[str, Path]) -> list[str]:
     """Missing files, surplus files and wrong sizes."""
-    present = _list_files(out)
     problems = [f"{out / name}: missing" for name in files if name not in present]
     problems += [f"{path}: not in {MANIFEST}" for name, path in present.items() if name not in files]
     for name, path in present.items():

@@ -26,8 +26,8 @@ class PromptError(ConfigError):
         super().__init__(where, f"{tokens} tokens", f"1 .. {context - 1}", "shorten it, or allow longer sequences")
 
     def __str__(self) -> str:
-        said = f"This model's maximum context length is {self.context} tokens, and the prompt has {self.tokens} (context_length_exceeded)"
-        return f"{said}. {super().__str__()}"
+        said = f"This model's maximum context length is {self.context} tokens, and the prompt has {self.tokens}"
+        return f"{said} (context_length_exceeded). {super().__str__()}"
 
 
 class BusyError(MedusaExportError):

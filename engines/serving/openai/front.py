@@ -147,16 +147,8 @@ class OpenAIFront:
         Raises:
             ConfigError: none, too large a one, or one that does not come.
         """
-        limit = self.service.scheduler.decoder.slots + self.service.options.max_queue
-        if self._coming >= limit:  # a body of each is in memory
-            raise BusyError("server", f"a request while {limit} come in", "fewer", "try again in a moment")
-        self._coming += 1
-        try:
-            data = await self._read(request)
-            # Parsed elsewhere: large bodies would hold up everybody's answers.
-            return await asyncio.get_running_loop().run_in_executor(self._executor, read_body, data)
-        finally:
-            self._coming -= 1
+        with self._coming_in():
+            return await self._parsed(request)
 
     async def run(self, work: Callable[[], T]) -> T:
         """The result of work that takes long, where requests are encoded, one after the other."""
@@ -169,27 +161,44 @@ class OpenAIFront:
 
     async def _queue(self, endpoint: Endpoint, request: Request) -> tuple[Asked, AsyncAnswer]:
         """What a request asks for, and its answer to come."""
-        body = await self.read_body(request)
-        strict = self.options.strict
-        values, passed_over = endpoint.read(body, strict=strict)
-        for name in passed_over:
-            if self.meter.passed_over(name):
-                logger.warning("a field that this server does not know is passed over", extra={"field": name})
-        self.require_model(values["model"])
-        asked = await self.run(lambda: read_asked(values, self.service.options.max_tokens))
-        answer = AsyncAnswer(self.service, asked.requests, self._executor)
+        with self._coming_in():
+            body = await self._parsed(request)
+            values, passed_over = endpoint.read(body, strict=self.options.strict)
+            for name in passed_over:
+                if self.meter.passed_over(name):
+                    logger.warning("a field that this server does not know is passed over", extra={"field": name})
+            self.require_model(values["model"])
+            asked = await self.run(lambda: read_asked(values, self.service.options.max_tokens))
+            answer = AsyncAnswer(self.service, asked.requests, self._executor)
+            try:
+                self._require_room(asked)
+                await answer.submit()
+            except ConfigError as error:  # the service knows no fields
+                answer.cancel()
+                if error.where not in endpoint.readers:
+                    error.where = endpoint.content
+                raise
+            except BaseException:
+                answer.cancel()
+                raise
+            return asked, answer
+
+    @contextmanager
+    def _coming_in(self) -> Iterator[None]:
+        """Count a request whose body is in memory, until it is queued."""
+        limit = self.service.scheduler.decoder.slots + self.service.options.max_queue
+        if self._coming >= limit:
+            raise BusyError("server", f"a request while {limit} come in", "fewer", "try again in a moment")
+        self._coming += 1
         try:
-            self._require_room(asked)
-            await answer.submit()
-        except ConfigError as error:  # the service knows no fields
-            answer.cancel()
-            if error.where not in endpoint.readers:
-                error.where = endpoint.content
-            raise
-        except BaseException:
-            answer.cancel()
-            raise
-        return asked, answer
+            yield
+        finally:
+            self._coming -= 1
+
+    async def _parsed(self, request: Request) -> dict[str, Any]:
+        """A body, parsed elsewhere: large ones would hold up everybody's answers."""
+        data = await self._read(request)
+        return await self.run(lambda: read_body(data))
 
     def _require_room(self, asked: Asked) -> None:
         limit = self.service.scheduler.decoder.slots + self.service.options.max_queue

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.artifacts.hashing import list_files
-from medusa_export.core.artifacts.manifest import hash_files, output_directory, read_manifest, verify_manifest
+from medusa_export.core.artifacts.manifest import MANIFEST, hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
@@ -16,6 +16,7 @@ from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.triton.tensors import INPUTS, OUTPUTS
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 
+LEFT_BY_USE = ("__pycache__",)  # Triton's python backend compiles the models where they lie
 KIND = "python"  # the backend of Triton that runs it
 ENGINE = "engine"  # in the model's version directory
 UNARY = "_unary"
@@ -26,12 +27,25 @@ from {module} import {name} as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
+LAUNCH = """#!/usr/bin/env bash
+# Starts tritonserver on this repository: bash launch.sh [further flags of tritonserver]. On loopback; HOST=0.0.0.0 lets others in.
+set -euo pipefail
+cd "$(dirname "$0")"
+command -v tritonserver >/dev/null || {
+  echo "error: tritonserver: got no such program; expected NVIDIA's container or a PATH that has it; run it there" >&2
+  exit 2
+}
+# Triton recurses through an HTTP body: with the usual stack of 8 MB, one of 4 MB ends the server.
+ulimit -s 262144 2>/dev/null || echo "warning: the stack stays at $(ulimit -s) KB: keep large bodies away from this server" >&2
+exec tritonserver --model-repository . --disable-auto-complete-config --http-address "${HOST:-127.0.0.1}" \\
+  --grpc-address "${HOST:-127.0.0.1}" --metrics-address "${HOST:-127.0.0.1}" "$@"
+"""
 README = """# {name}: {precision}
 
 Text in, text out, decoded with Medusa. Made from `{source}`; nothing outside this directory is needed but the package `medusa-export`
 in the server's Python environment, with {packages}.
 
-    tritonserver --model-repository {directory} --disable-auto-complete-config --http-address 127.0.0.1 --grpc-address 127.0.0.1
+    bash {directory}/launch.sh
     curl -s 127.0.0.1:8000/v2/models/{name}/generate_stream -d '{{"text_input": "Why is the sky blue?", "stream": true}}'
     curl -s 127.0.0.1:8000/v2/models/{name}/generate -d '{{"text_input": "Why is the sky blue?"}}'
 
@@ -98,6 +112,7 @@ def write_repository(
             work.write_text(f"{model}/config.pbtxt", render(config))
             work.write_text(f"{model}/{VERSION}/model.py", _code(model, name))
         work.write_text("README.md", _readme(name, output, info))
+        work.write_text("launch.sh", LAUNCH)
 
 
 def repository_configs(name: str, options: ServingOptions) -> dict[str, dict[str, Any]]:
@@ -129,11 +144,11 @@ def render(config: dict[str, Any]) -> str:
 
 def verify_repository(repository: Path) -> list[str]:
     """What is wrong with a repository, one line each: files, configurations, engine and tokenizer."""
-    problems = verify_manifest(repository)
-    if problems:
+    problems = verify_manifest(repository, left_by_use=LEFT_BY_USE)
+    if not (repository / MANIFEST).is_file():
         return problems
-    arguments = read_manifest(repository)["arguments"]
     try:
+        arguments = read_manifest(repository)["arguments"]
         expected = repository_configs(arguments["name"], ServingOptions.from_text(arguments))
         for model, config in expected.items():
             path = repository / model / "config.pbtxt"

@@ -117,6 +117,8 @@ def model_configs(facts: EngineFacts, serving: TrtllmServing) -> dict[str, Confi
         ENSEMBLE: _ensemble(),
         BLS: {
             **_python(BLS, [*TEXT_INPUTS, STREAM], _bls_outputs(facts)),
+            # An instance waits for the answer of its request: as many as the engine decodes at once.
+            "instance_group": [{"count": facts.max_batch_size, "kind": "KIND_CPU"}],
             **decoupled,
             "parameters": _parameters(acceptance=str(facts.counts_drafts).lower()),
         },

@@ -34,15 +34,20 @@ class Parameter:
 
 
 def _one_of(*values: str, since: tuple[int, ...] = FIRST, required: bool = False) -> Parameter:
-    return Parameter(" or ".join(values), lambda text: text in values, since, required)
+    return Parameter(" or ".join(value or "nothing" for value in values), lambda text: text in values, since, required)
 
 
 def _matching(pattern: str, expected: str, *, since: tuple[int, ...] = FIRST, required: bool = False) -> Parameter:
     return Parameter(expected, lambda text: re.fullmatch(pattern, text) is not None, since, required)
 
 
-def _flag(since: tuple[int, ...] = FIRST) -> Parameter:
-    return _one_of("true", "false", since=since)
+TRUE, FALSE = ("true", "True", "TRUE", "1"), ("false", "False", "FALSE", "0")  # how the backend reads them
+
+
+def _flag(*allowed: tuple[str, ...], required: bool = False) -> Parameter:
+    known = allowed or (TRUE, FALSE)
+    expected = " or ".join(values[0] for values in known)
+    return Parameter(expected, lambda text: any(text in values for values in known), required=required)
 
 
 def _count(least: int = 0, since: tuple[int, ...] = FIRST) -> Parameter:
@@ -92,22 +97,37 @@ PARAMETERS: dict[str, Parameter] = {
     "enable_chunked_context": _flag(),
     "max_attention_window_size": _matching(r"\d+(,\d+)*", "numbers of tokens with commas between them"),
     "sink_token_length": _count(),
-    "exclude_input_in_output": _one_of("true", required=True),  # our models expect the answer alone
+    "exclude_input_in_output": _flag(TRUE, required=True),  # our models expect the answer alone
     "normalize_log_probs": _flag(),
     "cancellation_check_period_ms": _count(1),
-    "stats_check_period_ms": _count(1, MOVED),
+    "stats_check_period_ms": _count(1),
     "iter_stats_max_iterations": _count(),
     "request_stats_max_iterations": _count(),
     "gpu_device_ids": _matching(r"\d+(,\d+)*(;\d+(,\d+)*)*", "device numbers: commas within an instance, semicolons between"),
-    "participant_ids": _matching(r"\d+(,\d+)*(;\d+(,\d+)*)*", "ranks: commas within an instance, semicolons between", since=MOVED),
+    "participant_ids": _matching(r"\d+(,\d+)*(;\d+(,\d+)*)*", "ranks: commas within an instance, semicolons between"),
     "num_nodes": _count(1, MOVED),
     "executor_worker_path": _matching(r"/.*trtllmExecutorWorker", "the path of trtllmExecutorWorker"),
-    "multi_block_mode": _one_of("false"),  # Medusa does not run with it
+    "multi_block_mode": _flag(FALSE),  # Medusa does not run with it
     "enable_context_fmha_fp32_acc": _flag(),
     "cuda_graph_mode": _flag(),
     "cuda_graph_cache_size": _count(),
     "gpu_weights_percent": Parameter("a fraction, above 0 and at most 1", _is_fraction),
-    "recv_poll_period_ms": _count(0, MOVED),
+    "recv_poll_period_ms": _count(),
+    "kv_cache_onboard_blocks": _flag(),
+    "cross_kv_cache_fraction": _one_of(""),  # of encoder-decoder models
+    "encoder_model_path": _one_of(""),
+    "worker_path": _matching(r"/.*trtllmExecutorWorker", "the path of trtllmExecutorWorker"),  # its name before executor_worker_path
+    "lora_cache_max_adapter_size": _count(1),
+    "lora_cache_optimal_adapter_size": _count(1),
+    "lora_cache_gpu_memory_fraction": Parameter("a fraction, above 0 and at most 1", _is_fraction),
+    "lora_cache_host_memory_bytes": _count(1),
+    "lora_prefetch_dir": _matching("/.*", "an absolute path in the container"),
+    # Of other ways to draft, which would take Medusa's place.
+    "speculative_decoding_fast_logits": _flag(FALSE),
+    "lookahead_window_size": _one_of(""),
+    "lookahead_ngram_size": _one_of(""),
+    "lookahead_verification_set_size": _one_of(""),
+    "eagle_choices": _one_of(""),
     # Read without a fallback by later releases: they have to be there, and empty.
     "tokenizer_dir": _one_of("", required=True),
     "guided_decoding_backend": _one_of("", required=True),

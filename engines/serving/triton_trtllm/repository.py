@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.artifacts.hashing import list_files
-from medusa_export.core.artifacts.manifest import hash_files, output_directory, read_manifest, verify_manifest
+from medusa_export.core.artifacts.manifest import MANIFEST, hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.core.json_fields import read_json
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving import text_stream as stream_text
-from medusa_export.engines.serving.triton.repository import render
+from medusa_export.engines.serving.triton.repository import LEFT_BY_USE, render
 from medusa_export.engines.serving.triton_trtllm import model_bls as trtllm_bls
 from medusa_export.engines.serving.triton_trtllm import model_postprocessing as trtllm_postprocessing
 from medusa_export.engines.serving.triton_trtllm import model_preprocessing as trtllm_preprocessing
@@ -129,8 +129,8 @@ def write_trtllm_repository(engine_dir: Path, output: Path, serving: TrtllmServi
 
 def verify_trtllm_repository(repository: Path) -> list[str]:
     """What is wrong with a repository, one line each: files, configurations, parameters, engine, tree and tokenizer."""
-    problems = verify_manifest(repository)
-    if problems:
+    problems = verify_manifest(repository, left_by_use=LEFT_BY_USE)
+    if not (repository / MANIFEST).is_file():
         return problems
     try:
         serving = _serving(read_manifest(repository)["arguments"])

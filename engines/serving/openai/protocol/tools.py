@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
@@ -160,7 +160,8 @@ class ToolParser:
     """Splits an answer as it comes into text and calls. Text that may be the beginning of a call is held back."""
 
     calls: int = 0
-    _held: str = field(default="")
+    _held: str = ""
+    _is_behind_call: bool = False  # blanks there part calls, and are no text
 
     def feed(self, text: str, *, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
         """New text of an answer, and its complete new calls, as the protocol words them.
@@ -174,18 +175,24 @@ class ToolParser:
             before, opened, rest = self._held.partition(OPEN)
             if not opened:
                 held = 0 if is_last else _overlap(self._held, OPEN)
-                said += self._held[: len(self._held) - held]
+                said += self._text(self._held[: len(self._held) - held])
                 self._held = self._held[len(self._held) - held :]
                 break
             body, closed, after = rest.partition(CLOSE)
             if not closed and not is_last:
-                said, self._held = said + before, opened + rest
+                said, self._held = said + self._text(before), opened + rest
                 break
             call = self._call(body) if closed else None
-            said += before if call else before + opened + body + closed
+            said += self._text(before if call else before + opened + body + closed)
             calls += [call] if call else []
+            self._is_behind_call = call is not None
             self._held = after
-        return ("" if self.calls and not said.strip() else said), calls
+        return said, calls
+
+    def _text(self, text: str) -> str:
+        text = text.lstrip() if self._is_behind_call else text
+        self._is_behind_call = self._is_behind_call and not text
+        return text
 
     def _call(self, body: str) -> dict[str, Any] | None:
         try:

@@ -68,27 +68,35 @@ def text_of(tokens: list[int]) -> str:
     return bytes(token for token in tokens if token < 256).decode("utf-8", "replace")
 
 
-@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.5, "seed": 5}], ids=["greedy", "drawn"])
-def test_json_that_fits_its_schema_with_and_without_drafts(
-    compiler: GrammarCompiler, answer: Callable[..., Any], engine: Path, drawn: dict[str, Any]
+LIST = '%llguidance {}\nstart: "[" NUMBER ("," NUMBER){0,4} "]"\nNUMBER: /[1-9][0-9]{0,2}/\n'
+
+
+@pytest.mark.parametrize(
+    ("grammar", "drawn"),
+    [(Grammar("x", SCHEMA), {}), (Grammar("x", lark=LIST), {"temperature": 1.5, "seed": 5})],
+    ids=["greedy", "drawn"],
+)
+def test_what_a_grammar_asks_for_with_and_without_drafts(
+    compiler: GrammarCompiler, answer: Callable[..., Any], engine: Path, grammar: Grammar, drawn: dict[str, Any]
 ) -> None:
     sampling = Sampling(max_tokens=100, **drawn)
-    plain, plain_steps = answer(Tree(()), sampling, compiler.rule(Grammar("response_format", SCHEMA)))
-    drafted, steps = answer(TREE, sampling, compiler.rule(Grammar("response_format", SCHEMA)))
+    plain, plain_steps = answer(Tree(()), sampling, compiler.rule(grammar))
+    drafted, steps = answer(TREE, sampling, compiler.rule(grammar))
     assert plain == drafted
     assert steps <= plain_steps
-    text = read_tokenizer(engine).decode(plain, skip_special_tokens=True)
-    found = json.loads(text)
-    assert found.keys() == {"a", "b"}
-    assert isinstance(found["a"], bool)
-    assert len(found["b"]) <= 3
+    found = json.loads(read_tokenizer(engine).decode(plain, skip_special_tokens=True))
+    if drawn:
+        assert 1 <= len(found) <= 5
+    else:
+        assert isinstance(found["a"], bool)
+        assert len(found["b"]) <= 3
     assert answer(TREE, sampling)[0] != plain, "a grammar that shows nothing"
 
 
 @pytest.mark.parametrize(
     "given",
-    [{"repetition_penalty": 1.3}, {"presence_penalty": 1.5, "frequency_penalty": 0.5}, {"logit_bias": {7: 2.0}, "min_tokens": 9},
-     {"temperature": 0.9, "seed": 3, "top_k": 40, "min_p": 0.001, "frequency_penalty": 0.3}],
+    [{"repetition_penalty": 0.02}, {"presence_penalty": -80.0, "frequency_penalty": -9.0}, {"logit_bias": {84: -999.0}},
+     {"temperature": 0.9, "seed": 3, "top_k": 40, "min_p": 0.001, "repetition_penalty": 0.02}],
 )  # fmt: skip
 def test_penalties_are_lossless(answer: Callable[..., Any], given: dict[str, Any]) -> None:
     sampling = Sampling(max_tokens=60, **given)
@@ -158,7 +166,7 @@ def test_calls_are_found_however_they_come(size: int) -> None:
     for index, part in enumerate(parts):
         new, more = parser.feed(part, is_last=index + 1 == len(parts))
         said, calls = said + new, calls + more
-    assert said == "a < b.  <tool"
+    assert said == "a < b. <tool"
     assert [call["function"] for call in calls] == [{"name": "f", "arguments": '{"x": 1}'}] * 2
     assert [call["index"] for call in calls] == [0, 1]
     cut = ToolParser().feed('<tool_call>\n{"name', is_last=True)

@@ -16,7 +16,7 @@ from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.serving.meter import Meter
+from medusa_export.engines.serving.meter import Load, Meter
 from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo
 from medusa_export.engines.serving.scheduler import Scheduler
 from medusa_export.heads.decoding.sampling import Sampler, Sampling
@@ -28,7 +28,7 @@ SECONDS = 60
 
 
 class Ears:
-    """A callbacks that remembers, and can be told to have enough, or to hold the scheduler's thread."""
+    """Callbacks that remember, and can be told to want no more, or to hold the scheduler's thread."""
 
     def __init__(self, enough: int = 10**6) -> None:
         self.tokens: list[int] = []
@@ -304,14 +304,17 @@ def test_what_is_counted(schedule: Callable[..., Scheduler]) -> None:
             self.first += 1
             assert 0 <= seconds < SECONDS
 
-        def tokens(self, count: int, seconds: float) -> None:
+        def tokens(self, count: int, seconds: float, drafts: int) -> None:
             self.later += count
+            assert drafts == 0
 
         def ended(self, end: FinishInfo) -> None:
             self.reasons.append(end.reason)
 
-        def load(self, running: int, waiting: int) -> None:
-            self.most_running = max(self.most_running, running)
+        def load(self, load: Load) -> None:
+            self.most_running = max(self.most_running, load.running)
+            assert load.running or not load.cache_use
+            assert load.cache_use < 1
 
     counter = Counter()
     scheduler, callbacks = schedule(slots=2, meter=counter), [Ears() for _ in range(5)]

@@ -106,6 +106,26 @@ class TestParameters:
         assert f"parameter {name}: " in problem
         assert expected in problem
 
+    @pytest.mark.parametrize("text", ["True", "TRUE", "1", "true"])
+    def test_what_is_true(self, text: str) -> None:
+        given = {**engine_parameters(FACTS, SERVING), "enable_kv_cache_reuse": text, "exclude_input_in_output": text}
+        assert parameter_problems(given, FACTS.release) == []
+
+    def test_what_the_first_release_reads(self) -> None:
+        more = {
+            "stats_check_period_ms": "100",
+            "participant_ids": "0,1",
+            "recv_poll_period_ms": "0",
+            "kv_cache_onboard_blocks": "1",
+        }
+        given = {**engine_parameters(FACTS, SERVING), **more}
+        assert parameter_problems(given, find_release("0.17")) == []
+
+    def test_other_ways_to_draft_are_known_and_refused(self) -> None:
+        for name in ("eagle_choices", "lookahead_window_size"):
+            (problem,) = parameter_problems({**engine_parameters(FACTS, SERVING), name: "3"}, FACTS.release)
+            assert "expected nothing" in problem
+
     def test_missing(self) -> None:
         problems = parameter_problems({}, FACTS.release)
         assert {problem.split(":")[0].split(" ")[1] for problem in problems} == {
@@ -113,7 +133,7 @@ class TestParameters:
         }
 
     def test_what_a_release_does_not_know_yet(self) -> None:
-        given = {**engine_parameters(FACTS, SERVING), "stats_check_period_ms": "100"}
+        given = {**engine_parameters(FACTS, SERVING), "num_nodes": "2"}
         assert parameter_problems(given, find_release("1.0")) == []
         (problem,) = parameter_problems(given, find_release("0.17"))
         assert "known from TensorRT-LLM 0.19 on; 0.17.0.post1 would ignore it" in problem
@@ -181,6 +201,26 @@ class TestRepository:
         assert "preprocessing/1/tokenizer/tokenizer.json" in files
         assert not [name for name in files if "build.json" in name]
         assert verify_trtllm_repository(repository) == []
+
+    def test_use_leaves_compiled_files(self, repository: Path) -> None:
+        for folder in ("preprocessing/1/__pycache__", "tensorrt_llm_bls/1/__pycache__"):
+            (repository / folder).mkdir()
+            (repository / folder / "model.cpython-312.pyc").write_bytes(b"x")
+        assert verify_trtllm_repository(repository) == []
+        (repository / "preprocessing" / "1" / "other.pyc").write_bytes(b"x")
+        assert len(verify_trtllm_repository(repository)) == 1
+
+    def test_an_edited_configuration_is_explained(self, repository: Path) -> None:
+        path = repository / "tensorrt_llm" / "config.pbtxt"
+        path.write_text(
+            path.read_text().replace('"guaranteed_no_evict"', '"max_util"').replace('"max_utilization"', '"max_util"')
+        )
+        problems = verify_trtllm_repository(repository)
+        assert any("SHA-256" in problem or "bytes" in problem for problem in problems)
+        assert any(
+            "parameter batch_scheduler_policy" in problem and "expected guaranteed_no_evict" in problem
+            for problem in problems
+        )
 
     def test_nothing_is_left_to_fill_in(self, repository: Path, engine_dir: Path) -> None:
         for path in repository.glob("*/config.pbtxt"):

@@ -28,7 +28,7 @@ class EstimateFlags:
     """What an estimate takes."""
 
     gpu: str | None = flag(None, help="Estimate for this GPU instead of measuring.", panel=PANEL, choices=tuple(BY_KEY))
-    ckpt: Path | None = flag(None, help="Base model; only its config.json is read.", panel=PANEL, requires=GPU)
+    ckpt: Path | None = flag(None, help="Base model, or its name on the hub; only config.json is read.", panel=PANEL, requires=GPU)
     heads: Path | None = flag(None, help="Medusa heads; only headers are read.", panel=PANEL, requires=GPU)
     num_heads: int = flag(4, help="Heads of one block, where there are none yet.", panel=PANEL, requires=GPU)
     quant: str = flag("none", help="Weight format.", panel=PANEL, choices=tuple(FORMATS), requires=GPU)
@@ -71,6 +71,7 @@ def write_estimate(
     Raises:
         ConfigError: flags that do not go together, an unknown GPU, a format that it has not, or a model that it does not hold.
     """
+    from medusa_export.core.hub import HEADS, find_model
     from medusa_export.exporter.job.gpu_costs import Target
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
     from medusa_export.heads.checkpoint.head_layouts import open_heads
@@ -80,11 +81,12 @@ def write_estimate(
 
     gpu = find_gpu(gpu_name)
     if asked.ckpt is None:
-        raise ConfigError("--gpu", "no --ckpt", "the directory with config.json", "give one")
+        raise ConfigError("--gpu", "no --ckpt", "a directory with config.json, or a name on the hub", "give one")
     if asked.num_heads < 1:
         raise ConfigError("--num-heads", str(asked.num_heads), "1 or more", "correct it")
-    config = DecoderConfig.from_dir(asked.ckpt)
-    found = open_heads(asked.heads, config, check_values=False) if asked.heads else None
+    config = DecoderConfig.from_dir(find_model(asked.ckpt, wanted=()).path)
+    place = find_model(asked.heads, wanted=HEADS).path if asked.heads else None
+    found = open_heads(place, config, check_values=False) if place else None
     heads, layers = (found.num_heads, found.num_layers) if found else (asked.num_heads, 1)
     target = Target(config, heads, layers, get_format(asked.quant), asked.kv_cache, asked.quant_heads, asked.tp)
     lengths = past_lengths or [past for past in PAST_LENGTHS if past < config.max_position_embeddings]

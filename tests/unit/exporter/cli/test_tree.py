@@ -14,6 +14,7 @@ from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.exporter.cli import tree as cli_tree
 from medusa_export.heads.trees.acceptance import Acceptance
 from medusa_export.heads.trees.tree import load_tree
+from tests.unit.heads.roofline.test_shape import LLAMA_8B
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -66,6 +67,53 @@ def test_one_after_the_other(
     assert [row["past_length"] for row in body["crossover"]] == [10, 40]
     assert load_tree(str(tree)).max_draft_len == body["max_draft_len"] <= 5
     assert picture.read_text().rstrip().endswith("</svg>")
+
+
+def test_costs_of_a_gpu_that_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From config.json alone to a tree, a table and a picture, all of which say that costs are estimated."""
+    model, cost, tree = tmp_path / "model", tmp_path / "c.json", tmp_path / "t.json"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LLAMA_8B))
+    flags = ["--gpu", "h100", "--ckpt", model, "--quant", "fp8", "--kv-cache", "fp8", "--batch", "1", "--batch", "512"]
+    assert run(monkeypatch, "cost", *flags, "--past-length", "1024", "--output", cost) == 0
+    assert "estimated for H100-80GB, not measured" in " ".join(capfd.readouterr().out.split())
+    body = json.loads(cost.read_text())
+    assert (body["estimated"]["weights"]["bits"], body["estimated"]["kv_bits"]) == (8.0, 8)
+    paths = [{"choice": [0] * depth, "count": 90 - 20 * depth} for depth in (1, 2, 3)]
+    acceptance = tmp_path / "a.json"
+    acceptance.write_text(json.dumps({"positions": 100, "paths": paths}))
+    picture = tmp_path / "t.svg"
+    files = ["--acceptance", acceptance, "--cost", cost, "--output", tree, "--picture", picture]
+    assert run(monkeypatch, "search", *files) == 0
+    out = " ".join(capfd.readouterr().out.split())
+    assert "costs are estimated for H100-80GB, not measured" in out
+    assert "fp8 without Medusa" in out or "16 bit" in out
+    one, many = json.loads(tree.read_text())["crossover"]
+    assert one["speedup_interval"][0] < one["speedup"] < one["speedup_interval"][1]
+    assert one["tokens_per_second"] > one["without_medusa"]
+    assert many["speedup"] < one["speedup"]  # so many sequences fill the GPU without drafts
+    assert "costs estimated for H100-80GB" in picture.read_text()
+
+
+def test_efficiencies_and_formats_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    for flags, said in (
+        (["--bandwidth-efficiency", "1.5"], "efficiencies"),
+        (["--quant", "nvfp4"], "nvfp4 needs SM 100"),
+        (["--tp", "3"], "--tp"),
+        (["--num-heads", "0"], "--num-heads"),
+        (["--batch", "0"], "--batch"),
+        (["--batch", "4096", "--past-length", "32768"], "memory does not hold"),
+    ):
+        output = tmp_path / "c.json"
+        assert run(monkeypatch, "cost", "--gpu", "h100", "--ckpt", tmp_path, *flags, "--output", output) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert said in line
+        assert not output.exists()
 
 
 def test_batches(
@@ -134,6 +182,11 @@ def test_free_nodes_are_all_taken(
         (["calibrate", "--engine", "ENGINE", "--prompts", "PROMPTS", "--max-new-tokens", "1"], "--max-new-tokens"),
         (["calibrate", "--engine", "ENGINE", "--prompts", "absent.jsonl"], "absent.jsonl"),
         (["cost", "--engine", "absent"], "absent"),
+        (["cost"], "neither --engine nor --gpu"),
+        (["cost", "--engine", "ENGINE", "--gpu", "h100"], "--engine and --gpu"),
+        (["cost", "--gpu", "h100"], "no --ckpt"),
+        (["cost", "--gpu", "v100", "--ckpt", "absent"], "'v100'"),
+        (["cost", "--gpu", "h100", "--ckpt", "absent"], "absent"),
         (["cost", "--engine", "ENGINE", "--batch", "0"], "--batch"),
         (["cost", "--engine", "ENGINE", "--past-length", "5000"], "--past-length"),
     ],

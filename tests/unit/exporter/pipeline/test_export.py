@@ -615,6 +615,26 @@ class TestMeasuredTree:
         assert export(replace(given, tree_cost=costs), engine_tools(check_engine, choose_tree))
         assert json.loads((given.output / "trtllm/config.json").read_text())["max_draft_len"] == 3
 
+    def test_costs_estimated_for_a_gpu(self, given: ExportArguments, caplog: pytest.LogCaptureFixture) -> None:
+        """A model so small that launches take all the time: nodes are free, and the heads' launches are what a tree costs."""
+        assert export(replace(given, gpu_model="h100"), engine_tools(check_engine, choose_tree))
+        body = json.loads((given.output / "gpu-estimate.json").read_text())
+        draft_len = json.loads((given.output / "trtllm/config.json").read_text())["max_draft_len"]
+        assert (
+            body["predicted"]["max_draft_len"] == draft_len == load_tree(str(given.output / "tree.json")).max_draft_len
+        )
+        assert body["predicted"]["estimated"] == load_costs(given.output / "gpu-estimate.json")[0]["estimated"]
+        low, high = body["predicted"]["speedup_interval"]
+        assert low < body["predicted"]["speedup"] < high
+        assert body["estimated"]["tp"] == 2
+        assert verify_export(given.output) == []
+        assert "cost the same" not in caplog.text
+
+    def test_the_assumption_is_said(self, given: ExportArguments, caplog: pytest.LogCaptureFixture) -> None:
+        assert export(given, engine_tools(check_engine, choose_tree))
+        assert "as if all trees up to 64 nodes cost the same" in caplog.text
+        assert not (given.output / "gpu-estimate.json").exists()
+
     def test_an_interruption_costs_no_measurement(
         self, given: ExportArguments, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -636,6 +656,10 @@ class TestMeasuredTree:
             ({"engine": "none"}, "the engine that it is measured on"),
             ({"tree_cost": Path("absent.json")}, "absent.json"),
             ({"prompts": None, "tree_cost": Path("cost.json")}, "it only where the tree is measured"),
+            ({"prompts": None, "gpu_model": "h100"}, "it only where the tree is measured"),
+            ({"gpu_model": "v100"}, "'v100'"),
+            ({"gpu_model": "a100-80gb", "quant": "fp8"}, "fp8 needs SM 89"),
+            ({"gpu_model": "h100", "tree_cost": Path("cost.json")}, "--tree-cost too"),
         ],
     )
     def test_refusals(self, change: dict[str, Any], message: str, given: ExportArguments) -> None:

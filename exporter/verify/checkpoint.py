@@ -14,6 +14,7 @@ import torch
 from medusa_export.core.artifacts.manifest import MANIFEST, verify_manifest
 from medusa_export.core.errors import CheckpointError, ConfigError
 from medusa_export.core.json_fields import read_json
+from medusa_export.exporter.verify.causes import config_causes
 from medusa_export.exporter.verify.comparison import Comparison, weight_problems
 from medusa_export.exporter.verify.trtllm_loader.check import open_ranks, rank_problems
 from medusa_export.exporter.verify.trtllm_loader.config import config_problems
@@ -46,7 +47,7 @@ def verify_trtllm(
     """
     try:
         config = read_json(trt_dir / "config.json")
-        problems = config_problems(config) or _file_problems(trt_dir, config, values=checkpoint is None)
+        problems = config_problems(config) or file_problems(trt_dir, config, values=checkpoint is None)
         if not problems and checkpoint is not None:
             problems = weight_problems(trt_dir, checkpoint, compared)
     except (CheckpointError, ConfigError) as error:
@@ -54,14 +55,15 @@ def verify_trtllm(
     return problems
 
 
-def _file_problems(trt_dir: Path, config: dict[str, Any], *, values: bool) -> list[str]:
+def file_problems(trt_dir: Path, config: dict[str, Any], *, values: bool) -> list[str]:
     """Ranks and what is in them.
 
     Args:
         values: look at the values of matrices too; a comparison with the source does it better.
     """
-    problems = []
-    for name, source in open_ranks(trt_dir, config).items():
+    files = open_ranks(trt_dir, config)
+    problems = config_causes(config, [source for source in files.values() if not isinstance(source, str)])
+    for name, source in files.items() if not problems else ():
         if isinstance(source, str):
             problems.append(f"{name}: {source}")
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Difference:
 
     Attributes:
         wrong: values further off than the format rounds.
+        wrong_copies: the same, of what other ranks hold a second time.
         noise, energy: sums of squares, of the differences and of the source's values.
     """
 
@@ -70,10 +71,11 @@ class Difference:
     largest: float = 0.0
     noise: float = 0.0
     energy: float = 0.0
+    wrong_copies: int = 0
 
     def add(self, other: Difference) -> None:
         """Take another part of the same tensor in."""
-        self.wrong += other.wrong
+        self.wrong, self.wrong_copies = self.wrong + other.wrong, self.wrong_copies + other.wrong_copies
         self.largest = max(self.largest, other.largest)
         self.noise, self.energy = self.noise + other.noise, self.energy + other.energy
 
@@ -170,10 +172,8 @@ class Comparison:
             expected = self._checkpoint.shape(name)
             if name in shapes and shapes[name] != expected:
                 problems.append(f"{name}: shape {list(shapes[name])}, the source has {list(expected)}")
-            elif (found := all_found.get(name)) and found.wrong:
-                relative = math.sqrt(found.noise / max(found.energy, 1e-30))
-                what = f"{found.wrong} of {math.prod(expected)} values are not the source's"
-                problems.append(f"{name}: {what} (relative error {relative:.3g})")
+            elif found := all_found.get(name):
+                problems += _wrong_values(name, found, math.prod(expected))
         return problems
 
     def errors(self) -> dict[str, WeightError]:
@@ -241,6 +241,14 @@ def config_differences(config: Mapping[str, Any], checkpoint: MedusaCheckpoint) 
     ]
 
 
+def _wrong_values(name: str, found: Difference, count: int) -> Iterator[str]:
+    if found.wrong:
+        relative = math.sqrt(found.noise / max(found.energy, 1e-30))
+        yield f"{name}: {found.wrong} of {count} values are not the source's (relative error {relative:.3g})"
+    elif found.wrong_copies:
+        yield f"{name}: {found.wrong_copies} values are not the source's on ranks that hold it again"
+
+
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -258,7 +266,7 @@ def _difference(name: str, place: Place, checkpoint: MedusaCheckpoint) -> Differ
             continue
         found.add(_rounding(rows, source.to(torch.float32)))
     # what a rank holds besides says nothing new of the format
-    return Difference(found.wrong) if place.is_copy else found
+    return Difference(wrong_copies=found.wrong) if place.is_copy else found
 
 
 def _rounding(rows: Rows, expected: torch.Tensor) -> Difference:

@@ -196,7 +196,7 @@ def input_forms(trt_dir: Path) -> dict[str, InputForm]:
         smoothing = (torch.cat(parts) if split else parts[0]) if parts else None
         scale = linear.number("activation_scaling_factor") if ranks.has(f"{module}.activation_scaling_factor") else None
         form = InputForm(scale, smoothing)
-        forms.update(dict.fromkeys(_hf_modules(module, ranks.config["num_medusa_layers"]), form))
+        forms.update(dict.fromkeys(hf_modules(module, ranks.config["num_medusa_layers"]), form))
     return forms
 
 
@@ -312,7 +312,7 @@ _LINEARS = {
 _QUANTIZABLE = {*(name.split(".")[-1] for name in _LINEARS), "linear", "lm_head"}
 
 
-def _hf_modules(module: str, num_medusa_layers: int) -> list[str]:
+def hf_modules(module: str, num_medusa_layers: int) -> list[str]:
     """``transformer.layers.0.mlp.fc`` -> ``model.layers.0.mlp.gate_proj`` and so on."""
     parts = module.split(".")
     if parts[0] == "medusa_heads":

@@ -1,0 +1,1 @@
+"""Everything that an export writes, part by part, against its source or against each other."""

@@ -1,0 +1,73 @@
+"""``heads/``: Medusa heads alone, in the layout that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medusa_export.core.json_fields import read_json
+from medusa_export.exporter.verify.dequantize import Rows
+from medusa_export.exporter.verify.findings import Findings
+from medusa_export.exporter.verify.numbers import SourceNumbers, weight_differences
+from medusa_export.exporter.verify.parts.source import Source
+from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.checkpoint.tensor_source import TensorSource
+
+COUNTS = ("medusa_num_heads", "num_heads")
+SIZES = ("hidden_size", "vocab_size", "truncated_vocab_size")
+
+
+@dataclass(frozen=True)
+class HeadTensor:
+    """One tensor of heads, under its canonical name."""
+
+    name: str
+    shape: tuple[int, ...]
+    checkpoint: MedusaCheckpoint
+
+    def row_numbers(self, start: int, stop: int) -> torch.Tensor | None:
+        return None
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return Rows(self.checkpoint.read_rows(self.name, start, stop))
+
+
+def check_heads(path: Path, source: Source | None, findings: Findings) -> None:
+    """Say what is wrong with the directory; without a source, what it says against itself."""
+    with findings.guarded("heads"):
+        if source is None:
+            findings.say("heads", _own_problems(path))
+            return
+        written, original = MedusaCheckpoint.open(source.ckpt, path), source.checkpoint
+        counts = [(each.num_medusa_heads, each.num_medusa_layers) for each in (written, original)]
+        if counts[0] != counts[1]:
+            findings.say("heads", [f"{counts[0]} heads and layers; the source has {counts[1]}"])
+            return
+        names = original.heads.canonical_names()
+        tensors = [HeadTensor(name, written.shape(name), written) for name in names]
+        findings.say("heads", weight_differences(tensors, SourceNumbers(original), "the source's"))
+        findings.say("heads", (f"{n}: {written.dtype(n)}; the source has {original.dtype(n)}" for n in names if written.dtype(n) != original.dtype(n)))
+        sizes = {"hidden_size": original.config.hidden_size, "vocab_size": original.config.vocab_size}
+        sizes["truncated_vocab_size"] = sizes["vocab_size"]
+        config = read_json(path / "config.json")
+        findings.say("heads", (f"config.json: {key} is {config[key]}, the source has {sizes[key]}" for key in SIZES if key in config and config[key] != sizes[key]))
+
+
+def _own_problems(path: Path) -> Iterator[str]:
+    file, config = TensorSource.open(path), read_json(path / "config.json")
+    numbers = {part for name in file.names for part in [next((p for p in name.split(".") if p.isdigit()), "")] if part}
+    count = next((config[key] for key in COUNTS if key in config), None)
+    blocks = {name for name in file.names if "linear" in name or name.startswith("blocks.")}
+    heads = {next(part for part in name.split(".") if part.isdigit()) for name in blocks}
+    if count != len(heads) or not heads >= numbers:
+        yield f"config.json: {count} heads, and there are {len(heads)}"
+    shapes = {file.shape(name) for name in blocks if name.endswith("weight")}
+    hidden = config.get("hidden_size")
+    if shapes != {(hidden, hidden)}:
+        yield f"config.json: hidden_size {hidden}, and the blocks are {sorted(shapes)}"
+    for name in file.names:
+        if not bool(torch.isfinite(file.read(name).to(torch.float32)).all()):
+            yield f"{name} has values that are not finite"

@@ -1,0 +1,56 @@
+"""Tokenizers: against the vocabulary, and against the source's or another copy in the same export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medusa_export.core.text.tokenizer import read_tokenizer
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+
+
+def tokenizer_problems(path: Path, vocab_size: int, other: Path | None, whose: str) -> list[str]:
+    """What is wrong with a directory's tokenizer.
+
+    Args:
+        vocab_size: of the model; ids are below it.
+        other: a directory whose tokenizer it has to be; None: there is none to compare with.
+        whose: that one's owner, for the message.
+
+    Raises:
+        ConfigError: no tokenizer that can be read.
+    """
+    tokenizer: Any = read_tokenizer(path)
+    problems = []
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        problems.append(f"{path.name}: the tokenizer has the id {largest}; the model has {vocab_size} tokens")
+    if other is not None:
+        problems += [f"{path.name}: {what} is not {whose}" for what in _differences(tokenizer, read_tokenizer(other))]
+    return problems
+
+
+def _differences(one: Any, other: Any) -> Iterator[str]:
+    mine, theirs = (_description(each) for each in (one, other))
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            yield f"the tokenizer's {key}"
+    if one.chat_template != other.chat_template:
+        yield "the chat template"
+    for name in (*SPECIAL, "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
+        if getattr(one, name, None) != getattr(other, name, None):
+            yield f"the tokenizer's {name}"
+    if one.get_vocab() != other.get_vocab():
+        yield "the vocabulary"
+
+
+def _description(tokenizer: Any) -> dict[str, Any]:
+    """All rules of a fast tokenizer; of a slow one nothing but what its methods tell."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {}
+    body: dict[str, Any] = json.loads(backend.to_str())
+    return {key: value for key, value in body.items() if key not in ("truncation", "padding")}

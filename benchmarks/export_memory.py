@@ -12,7 +12,8 @@ Every case runs in a process of its own. Two peaks are measured, both above what
 - resident: VmHWM, the kernel's own mark. Pages of the mapped source files count here as long as the kernel cares to keep them.
 
 The last case reads every tensor and keeps it: what an export that did not stream would take, and a check of the measurement.
-"export" includes hashing the inputs and the outputs and comparing every weight with the source. After every run ``cp -r`` copies what
+"export" includes hashing the inputs and the outputs and comparing every weight with the source; "verify" is medusa-export verify on
+what such an export left, without an engine. After every run ``cp -r`` copies what
 it has read, and what it has written. Times end when the files are on the disk (fsync), and nothing that is read is in the page cache
 beforehand.
 """
@@ -47,6 +48,7 @@ from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_o
 from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.pipeline.export import export
+from medusa_export.exporter.verify.parts.export import verify
 from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.families import EMBED_TOKENS
@@ -77,6 +79,14 @@ def _export(quant: str, tp: int = 1) -> Case:
         return export(arguments, EngineTools(lambda *_: [], lambda *_: "", TensorRtBuilder()))  # no engine is written
 
     return run
+
+
+def _verify(source: Path, out: Path) -> object:
+    """All of an export that is there, against its source."""
+    result = verify(out, ckpt=source / "model", heads=source / "heads")
+    if result.findings:
+        raise ValueError(f"the export has findings: {result.findings[0]}")
+    return result
 
 
 def _modelopt(source: Path, out: Path) -> object:
@@ -134,7 +144,11 @@ CASES: dict[str, Case] = {
     "export none, tp 4": _export("none", 4),
     "export int8_wo, tp 4": _export("int8_wo", 4),
     "export fp8, tp 4": _export("fp8", 4),
+    "verify none": _verify,
+    "verify fp8, tp 4": _verify,
 }
+# What lies in the output before a case begins; not measured.
+PREPARED: dict[str, str] = {case: case.replace("verify", "export") for case in CASES if case.startswith("verify")}
 LARGE = tuple(case for case in CASES if case.endswith("tp 4"))
 
 
@@ -334,6 +348,9 @@ def _copy_seconds(folder: Path, copy: Path) -> float:
 
 
 def _once(case: str, source: Path, out: Path) -> dict[str, float]:
+    if case in PREPARED:
+        measure(PREPARED[case], source, out)
+        _forget(out)
     _forget(source)
     found = measure(case, source, out)
     if out.exists():

@@ -66,7 +66,7 @@ def verdict(report: Mapping[str, Any]) -> dict[str, str]:
     if parity["ties"]:
         same += f", and {parity['ties']} that part at a tie"
     if report["failures"]:
-        return {"kind": "bad", "text": "; ".join(report["failures"])}
+        return {"kind": "bad", "text": "; ".join(report["failures"][:3])}
     if low > 1:
         return {"kind": "good", "text": f"{speed['median']:.2f} times as fast with Medusa, {same}"}
     kind, word = ("bad", "slower") if high < 1 else ("even", "no clear difference in speed")

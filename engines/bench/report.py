@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SHOWN_FINDINGS = 5
 MODES = ("baseline", "medusa")
 ALL_MODES = (*MODES, "other_baseline", "other_medusa")
 
@@ -67,6 +68,9 @@ def build_report(
         "comparison": None,
         "sweeps": {},
         "expected": [],
+        "tree_logits": None,
+        "foretold": None,
+        "findings": [],
         "tree": {"max_draft_len": tree.max_draft_len, "medusa_choices": [list(choice) for choice in tree.choices]},
         "engine": {"backend": info.backend, "precision": info.precision, "source": info.source},
         "hardware": hardware(),
@@ -192,6 +196,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_row(
         "tokens per step", f"{report['tokens_per_step']:.2f} with a tree of {report['tree']['max_draft_len']}"
     )
+    if foretold := report["foretold"]:
+        low, high = foretold["interval"]
+        table.add_row("foretold by acceptance.json", f"{foretold['tokens_per_step']:.2f} ({low:.2f} .. {high:.2f})")
     if counted := report["counted_drafts"]:
         table.add_row("drafts accepted, by the runtime", f"{counted['accepted']} of {counted['drafts']}")
     table.add_row("step, without / with", f"{step['baseline']:.1f} / {step['medusa']:.1f} ms")
@@ -215,8 +222,21 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for item in parity["divergences"]:
         gap = "an output ended early" if item["logit_gap"] is None else f"logit gap {item['logit_gap']:.2g}"
         console.print(f"{item['verdict']}: prompt {item['prompt']} at token {item['position']}, {gap}")
-    for failure in report["failures"]:
-        console.print(f"FAILED: {failure}", style="bold red")
+    for line in finding_lines(report):
+        console.print(line, style="bold red")
+
+
+def finding_lines(report: dict[str, Any]) -> list[str]:
+    """Findings by name, at most five of each."""
+    by_name: dict[str, list[str]] = {}
+    for finding in report["findings"]:
+        by_name.setdefault(finding["name"], []).append(finding["message"])
+    lines = []
+    for name, messages in by_name.items():
+        lines += [f"FAILED {name}: {message}" for message in messages[:SHOWN_FINDINGS]]
+        if len(messages) > SHOWN_FINDINGS:
+            lines.append(f"FAILED {name}: ... and {len(messages) - SHOWN_FINDINGS} more")
+    return lines
 
 
 def sweep_rows(name: str, sweep: Sequence[dict[str, Any]]) -> Sequence[tuple[str, ...]]:

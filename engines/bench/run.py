@@ -11,11 +11,19 @@ from typing import Any
 from medusa_export.core.artifacts.hashing import describe, list_files
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_fields import read_json
-from medusa_export.core.text.prompts import load_prompts
+from medusa_export.core.text.prompts import Prompt, load_prompts
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.backends import BACKENDS, open_engine
 from medusa_export.engines.bench.arguments import RunArguments
 from medusa_export.engines.bench.compare import compare_engines, require_comparable
+from medusa_export.engines.bench.findings import (
+    Named,
+    accepted_findings,
+    expectation_of,
+    reference_findings,
+    run_findings,
+    step_findings,
+)
 from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
 from medusa_export.engines.bench.runner import RunResult, run_prompts
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
@@ -23,7 +31,6 @@ from medusa_export.engines.decoding.protocols import ScoringEngine
 from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.verify.reference import compare_with_checkpoint
-from medusa_export.engines.verify.selfcheck import bound_of
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
@@ -73,6 +80,7 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         progress=lambda: progress("prompts", next(done), len(encoded) * arguments.repeats),
     )  # fmt: skip
     reference = _reference(engine, result, arguments, progress) if arguments.reference else None
+    step_noise, found = step_findings(engine, tree, result, arguments.seed)
     plain = {key: _plain(value) for key, value in asdict(arguments).items()}
     report = build_report(result, tree, engine.info, plain, reference, num_gpus=getattr(engine, "num_gpus", 1))
     report |= {"files": describe(list_files(arguments.engine, arguments.engine)), **_acceptance(arguments.engine, tree)}
@@ -84,7 +92,8 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         entry["text"] = _texts(entry, result, tokenizer)
     if arguments.save_outputs:
         _save_outputs(arguments.save_outputs, result, tokenizer)
-    return report | {"failures": _failures(report, arguments, engine.info)}
+    report |= {"tree_logits": step_noise, **_findings(report, arguments, engine, tree, prompts, result, found)}
+    return report
 
 
 def _plain(value: Any) -> Any:
@@ -202,18 +211,22 @@ def _reference(engine: Any, result: RunResult, arguments: RunArguments, progress
     )
 
 
-def _failures(report: dict[str, Any], arguments: RunArguments, info: EngineInfo) -> list[str]:
-    """Why this run should fail, one line each."""
-    failures = []
-    if report["parity"]["mismatches"]:
-        failures.append(f"{report['parity']['mismatches']} prompts differ with Medusa by more than numerical noise")
-    speed = report["speedup"]["median"]
-    if arguments.min_speedup is not None and speed < arguments.min_speedup:
-        failures.append(f"speed-up {speed:.3f} is below --min-speedup {arguments.min_speedup}")
-    found, bound = report["reference"], bound_of(info)
-    if found and not (found["kl_mean"] <= bound.max_kl and found["greedy_agreement"] >= bound.min_agreement):  # NaN too
-        failures.append(
-            f"the engine is not the checkpoint: KL {found['kl_mean']:.3g} (at most {bound.max_kl}), "
-            f"{found['greedy_agreement']:.1%} equal tokens (at least {bound.min_agreement:.0%})"
+def _findings(
+    report: dict[str, Any], arguments: RunArguments, engine: Any, tree: Tree, prompts: list[Prompt], result: RunResult,
+    found: list[Named],
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that is wrong, by name, and why this run should fail, one line each."""
+    greedy = not arguments.temperature
+    foretold = expectation_of(arguments.engine, tree, result) if greedy else None
+    found = [*run_findings(report, engine.info, arguments.min_speedup), *found]
+    if greedy:
+        found += accepted_findings(report, tree, result, foretold, ignore=arguments.no_expectation)
+    if greedy and arguments.reference:
+        found += reference_findings(
+            engine, arguments.reference, prompts[: len(result.prompts)], result, arguments.max_new_tokens
         )
-    return failures
+    return {
+        "foretold": foretold.as_dict() if foretold else None,
+        "findings": [{"name": name, "message": message} for name, message in found],
+        "failures": [message for _, message in found],
+    }

@@ -45,6 +45,12 @@ class VerifyFlags:
     out: Path = flag(
         help="A directory that medusa-export wrote, or any TensorRT-LLM Medusa checkpoint.", positional=True
     )
+    ckpt: Path | None = flag(
+        None, help="What it was made from.", panel="Source", default="what the manifest records, where it is still the same"
+    )
+    heads: Path | None = flag(None, help="Medusa heads, when they are not inside CKPT.", panel="Source")
+    require_source: bool = flag(False, help="Fail where there is no source to compare with.", panel="Source")
+    quick: bool = flag(False, help="Do not run the engine.", panel="Source")
 
 
 @callback(export_app)
@@ -100,26 +106,15 @@ def plan_command(arguments: ExportArguments, own: PlanFlags) -> None:
 
 @command(export_app, "verify")
 def verify_command(own: VerifyFlags) -> None:
-    """Check an export again: hashes, what TensorRT-LLM's loader asks for, scales. Prints what quantization did to the weights.
+    """Check an export again: every number against its source, every file against the others, the engine by running it.
 
     Exit code 1 when something is wrong.
 
     Example: [bold]medusa-export verify out[/]
     """
-    from medusa_export.core.artifacts.manifest import MANIFEST, read_manifest
-    from medusa_export.exporter.verify.checkpoint import verify_export
-    from medusa_export.exporter.verify.error_table import error_table
+    from medusa_export.exporter.cli.verify import verify_directory
 
-    problems = verify_export(own.out)
-    if (own.out / MANIFEST).is_file() and not problems:
-        errors = read_manifest(own.out).get("quantization_error")
-        if errors:
-            stdout.print(error_table(errors))
-    for problem in problems:
-        stdout.print(problem, soft_wrap=True)
-    if problems:
-        raise typer.Exit(1)
-    stdout.print(f"{own.out}: complete and consistent", soft_wrap=True)
+    verify_directory(own.out, ckpt=own.ckpt, heads=own.heads, require_source=own.require_source, quick=own.quick)
 
 
 def export_main() -> None:

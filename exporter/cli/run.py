@@ -32,7 +32,8 @@ class ReportFlags:
 def run_command(arguments: RunArguments, files: ReportFlags) -> None:
     """Run an engine without and with Medusa on the same prompts; measure the speed-up and prove that outputs are equal.
 
-    Exit code 1: an output differs by more than numerical noise, or --min-speedup is missed.
+    Exit code 1: an output differs by more than numerical noise, drafts are accepted less often than acceptance.json foretells,
+    a check finds something, or --min-speedup is missed.
 
     Example: [bold]medusa-run --engine out/engine --prompts chats.jsonl --report report.json --html report.html[/]
     """

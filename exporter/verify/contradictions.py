@@ -49,7 +49,9 @@ def shared_scale_contradictions(config: Config, files: Files) -> Iterator[str]:
         for layer in range(config["num_hidden_layers"]):
             for kind in MLP_SCALES:
                 pair = [f"transformer.layers.{layer}.mlp.{linear}.{kind}" for linear in ("fc", "gate")]
-                if all(name in file and file.shape(name) in ((1,), ()) for name in pair) and not _equal(map(file.read, pair)):
+                if all(name in file and file.shape(name) in ((1,), ()) for name in pair) and not _equal(
+                    map(file.read, pair)
+                ):
                     yield f"rank{rank}: {pair[0]} and that of gate differ; trtllm-build fuses the two"
 
 
@@ -134,11 +136,15 @@ def _unequal_rows(one: Rebuilt, other: Rebuilt) -> int:
 
 def _head_projections(config: Config, items: Mapping[str, Rebuilt]) -> Iterator[str]:
     """Heads that share the model's lm_head do so all of them, and whole."""
-    heads = {head: items[f"medusa_heads.{head}.{config['num_medusa_layers']}.weight"] for head in range(config["num_medusa_heads"])}
+    heads = {
+        head: items[f"medusa_heads.{head}.{config['num_medusa_layers']}.weight"]
+        for head in range(config["num_medusa_heads"])
+    }
     if any(item.is_quantized for item in heads.values()):
         return
     unequal = {head: _unequal_rows(item, items[LM_HEAD]) for head, item in heads.items()}
     shared = [head for head, rows in unequal.items() if not rows]
     for head, rows in unequal.items():
         if rows and (rows <= (1 - ALMOST) * config["vocab_size"] or len(shared) * 2 > len(heads)):
-            yield f"medusa_heads.{head}.lm_head differs from lm_head in {rows} of {config['vocab_size']} rows, and is one with it elsewhere"
+            of = f"{rows} of {config['vocab_size']} rows"
+            yield f"medusa_heads.{head}.lm_head differs from lm_head in {of}, and is one with it elsewhere"

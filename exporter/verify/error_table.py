@@ -23,11 +23,10 @@ def recorded(errors: Mapping[str, WeightError]) -> Recorded:
     return {name: {"max": error.largest, "snr_db": round(error.snr_db, 2)} for name, error in errors.items()}
 
 
-def error_table(errors: Recorded) -> Table:
+def error_table(errors: Recorded, when: str = "measured now") -> Table:
     """Worst signal-to-noise ratio (dB) of every kind of linear, by layer, and the largest difference of any weight in it."""
-    table = Table(
-        "layer", *COLUMNS, "max |error|", title="quantization error: signal-to-noise ratio in dB, worst of each"
-    )
+    title = f"quantization error, {when}: signal-to-noise ratio in dB, worst of each"
+    table = Table("layer", *COLUMNS, "max |error|", title=title)
     layers: dict[str, dict[str, dict[str, float]]] = {}
     for name, error in errors.items():
         parts = name.split(".")

@@ -147,9 +147,7 @@ def _difference(weight: Weight, numbers: Numbers, other: str, stop_point: StopPo
     if not wrong:
         return None
     relative = math.sqrt(noise / max(energy, 1e-30))
-    return (
-        f"{weight.name}: {wrong} of {math.prod(weight.shape)} values are not {other} (relative error {relative:.3g})"
-    )
+    return f"{weight.name}: {wrong} of {math.prod(weight.shape)} values are not {other} (relative error {relative:.3g})"
 
 
 def _unequal(ours: Rows, theirs: Rows, is_source: bool) -> tuple[int, float, float]:

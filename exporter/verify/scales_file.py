@@ -31,6 +31,7 @@ CODES: dict[str | None, Codes] = {
     "NVFP4": Codes(FP4 * FP8, FP4 * FP8, "weights_scaling_factor_2"),
 }
 KV_CODES = {"FP8": (FP8, 1.0), "INT8": (INT8, 0.0)}  # largest code, smallest scale
+DTYPES = {**dict.fromkeys(("input_amax", "weight_amax", "kv_amax"), "float64"), "pre_quant_scale": "float32"}
 TOLERANCE = 1e-6  # relative; float32 against float64
 
 
@@ -43,6 +44,17 @@ class ScalesFile:
 
     def __init__(self, path: Path) -> None:
         self.source = TensorSource.open(path)
+
+    def problems(self) -> list[str]:
+        """What is no calibration: another dtype than is written, or a value that is no magnitude."""
+        found = []
+        for name in self.source.names:
+            dtype, value = self.source.dtype(name), self.source.read(name).to(torch.float64)
+            if dtype != DTYPES.get(name.partition("/")[0], dtype):
+                found.append(f"{name} is {dtype}; expected {DTYPES[name.partition('/')[0]]}")
+            elif not bool((torch.isfinite(value) & (value > 0)).all()):
+                found.append(f"{name} has a value that is not finite and above 0")
+        return found
 
     def amax(self, kind: str, modules: Sequence[str]) -> float | None:
         """The largest magnitude of linears that share a scale; None where one is missing."""
@@ -70,7 +82,9 @@ class ScalesFile:
 def scale_differences(config: Mapping[str, Any], files: Sequence[TensorSource], scales: ScalesFile) -> list[str]:
     """What of the ranks' scales is not what the calibration gives, one line each."""
     return [
-        f"rank{rank}: {line}" for rank, file in enumerate(files) for line in _rank(config, rank, file, len(files), scales)
+        f"rank{rank}: {line}"
+        for rank, file in enumerate(files)
+        for line in _rank(config, rank, file, len(files), scales)
     ]
 
 
@@ -87,7 +101,8 @@ def _rank(config: Mapping[str, Any], rank: int, file: TensorSource, tp: int, sca
         elif kind == codes.weight_name and codes.weight:
             yield from _differs(name, file, scales.amax("weight_amax", _sharing(config, module, file)), codes.weight)
         elif kind == "prequant_scaling_factor":
-            yield from _factors(name, file, scales.factors(hf_modules(module, config["num_medusa_layers"])[0]), rank, tp)
+            for linear in hf_modules(module, config["num_medusa_layers"]):  # linears in one matrix share the factors
+                yield from _factors(name, file, scales.factors(linear), rank, tp)
 
 
 def _sharing(config: Mapping[str, Any], module: str, file: TensorSource) -> list[str]:

@@ -111,6 +111,11 @@ class Acceptance:
         return _yield(map(_walk, counted)) if len(counted) == len(self.answers) else None
 
 
+def steps_of(tree: Tree, ranks: Ranks) -> tuple[int, int]:
+    """Tokens and steps of one answer that is decoded with the tree, the first token aside.  # [T, H]"""
+    return _walk(_accepted(tree, ranks))
+
+
 def accuracies(ranks: Ranks) -> list[dict[str, float]]:
     """For every head the share of positions at which the true token is among the best 1, 2, ... TOP_K."""
     found = []

@@ -38,6 +38,9 @@ ALLOWED: dict[str, str] = {
     "exporter/onnx/portable": "core exporter/onnx heads/checkpoint heads/contract quantize",
     "exporter/verify/trtllm_loader": "core heads/checkpoint",
     "exporter/verify": "core core/artifacts exporter/verify/trtllm_loader heads/checkpoint",
+    "exporter/verify/graphs": "core exporter/verify heads/checkpoint heads/contract",
+    "exporter/verify/parts": "core core/artifacts core/text exporter/verify exporter/verify/graphs exporter/verify/trtllm_loader"
+    " heads/checkpoint heads/contract heads/trees",
     "exporter/write": "core core/artifacts core/text exporter/plan exporter/verify heads/checkpoint heads/trees quantize",
     "exporter/engine_dirs": "core core/text exporter/onnx exporter/onnx/portable exporter/plan heads/checkpoint heads/contract"
     " heads/trees quantize",

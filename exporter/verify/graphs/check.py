@@ -12,8 +12,8 @@ import torch
 from medusa_export.core.errors import CheckpointError
 from medusa_export.exporter.verify.findings import Findings
 from medusa_export.exporter.verify.graphs.facts import Facts
-from medusa_export.exporter.verify.graphs.onnx_file import OnnxFile
 from medusa_export.exporter.verify.graphs.input_scales import input_scale_problems
+from medusa_export.exporter.verify.graphs.onnx_file import OnnxFile, attributes
 from medusa_export.exporter.verify.graphs.structure import operator_problems
 from medusa_export.exporter.verify.graphs.weights import GraphWeight, graph_weights, placed
 from medusa_export.exporter.verify.numbers import Numbers, weight_differences
@@ -73,7 +73,9 @@ class GraphCheck:
         if self.numbers is not None:
             weights = placed(graph_weights(file), self.numbers.shape)
             lines = list(_known(weights, self.numbers))
-            findings.say(f"{name}-weights", (f"{where}: {line}" for line in weight_differences(lines, self.numbers, self.owner)))
+            findings.say(
+                f"{name}-weights", (f"{where}: {line}" for line in weight_differences(lines, self.numbers, self.owner))
+            )
             findings.say(f"{name}-weights", (f"{where}: {line}" for line in _missing(lines, self.facts)))
 
     def _beside(self, file: OnnxFile, decoder: OnnxFile, name: str, findings: Findings) -> None:
@@ -91,7 +93,10 @@ class GraphCheck:
         largest = files[max(files)]
         heads = self.facts.num_medusa_heads
         expected = [0] if 0 in files else list(range(1, heads + 1))
-        findings.say(f"{name}-heads", [] if sorted(files) == expected else [f"graphs of the depths {sorted(files)}, heads are {heads}"])
+        findings.say(
+            f"{name}-heads",
+            [] if sorted(files) == expected else [f"graphs of the depths {sorted(files)}, heads are {heads}"],
+        )
         for file in files.values():
             findings.say(f"{name}-heads", (f"{file.path.name}: {line}" for line in _heads_problems(file, self.facts)))
             findings.say(f"{name}-heads", (f"{file.path.name}: {line}" for line in _other_places(file, largest)))
@@ -102,9 +107,9 @@ class GraphCheck:
             findings.say(f"{name}-weights", (f"{largest.path.name}: {line}" for line in lines))
             blocks = {weight.name for weight in weights}
             wanted = (f"medusa_heads.{head}.0.linear.weight" for head in range(heads))
-            findings.say(f"{name}-weights", (f"{largest.path.name}: no {each}" for each in wanted if each not in blocks))
-
-
+            findings.say(
+                f"{name}-weights", (f"{largest.path.name}: no {each}" for each in wanted if each not in blocks)
+            )
 
 
 def _constants(file: OnnxFile, value: str) -> set[str]:
@@ -144,6 +149,15 @@ def _other_places(file: OnnxFile, other: OnnxFile) -> Iterator[str]:
             yield f"{name} is another tensor than in {other.path.name}"
         elif file.external(name) != other.external(name) or proto.raw_data != theirs.raw_data:
             yield f"{name} is read from other bytes than in {other.path.name}"
+        elif _readings(file, name) != _readings(other, name):
+            yield f"{name} is dequantized otherwise than in {other.path.name}"
+
+
+def _readings(file: OnnxFile, name: str) -> set[str]:
+    """The operators that give a constant its meaning, with their attributes."""
+    meanings = ("DequantizeLinear", "Cast", "Transpose")
+    nodes = [node for node in file.consumers(name) if node.op_type in meanings]
+    return {f"{node.op_type} {sorted(attributes(node).items())}" for node in nodes}
 
 
 def _heads_problems(file: OnnxFile, facts: Facts) -> Iterator[str]:
@@ -151,6 +165,10 @@ def _heads_problems(file: OnnxFile, facts: Facts) -> Iterator[str]:
     (output,) = file.shapes(file.graph.output).values()
     match = HEADS_GRAPH.fullmatch(file.path.name)
     depth = int((match and match["depth"]) or facts.num_medusa_heads)
+    position = {name: index for index, node in enumerate(file.graph.node) for name in node.output}
+    for node in file.graph.node:
+        if node.op_type == "Concat" and (places := [position.get(name, -1) for name in node.input]) != sorted(places):
+            yield f"{node.name} does not have the heads in their order"
     if output[-2] != depth:
         yield f"it drafts for {output[-2]} heads; expected {depth}"
     for node in file.graph.node:
@@ -159,4 +177,6 @@ def _heads_problems(file: OnnxFile, facts: Facts) -> Iterator[str]:
     if "draft_vocab" in file.initializers:
         tokens = file.value("draft_vocab")
         if bool(((tokens < 0) | (tokens >= facts.vocab_size)).any()) or len(torch.unique(tokens)) != len(tokens):
-            raise CheckpointError(f"{file.path}: draft_vocab", "ids twice or outside of the vocabulary", "each once", "export again")
+            raise CheckpointError(
+                f"{file.path}: draft_vocab", "ids twice or outside of the vocabulary", "each once", "export again"
+            )

@@ -65,7 +65,9 @@ class Facts:
 
 def _llama3(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
     """Long waves are stretched, short ones kept, those in between blended."""
-    old, low, high = (scaling[f"{name}"] for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+    old, low, high = (
+        scaling[f"{name}"] for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
     length = 2 * math.pi / frequencies
     smooth = ((old / length - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies

@@ -136,7 +136,9 @@ class OnnxFile:
         whole = self._file(location)
         start, length = int(place.get("offset", 0)), int(place.get("length", 0))
         if start + length > len(whole):
-            raise _damaged(self.path, f"{proto.name}: bytes up to {start + length} of {location}, which has {len(whole)}")
+            raise _damaged(
+                self.path, f"{proto.name}: bytes up to {start + length} of {location}, which has {len(whole)}"
+            )
         return whole[start : start + length]
 
     def _file(self, location: str) -> torch.Tensor:

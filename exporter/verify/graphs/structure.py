@@ -14,14 +14,25 @@ from onnx import NodeProto
 from medusa_export.exporter.verify.graphs.facts import Facts
 from medusa_export.exporter.verify.graphs.onnx_file import OnnxFile, attributes
 
-LAYER = re.compile(r"(?P<kind>model\.layers|medusa_heads|past_key_values|present|attention)\.(?P<number>\d+)(?P<rest>.*)")
-ROTARY_TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}  # float32 angles of thousands of radians
+LAYER = re.compile(
+    r"(?P<kind>model\.layers|medusa_heads|past_key_values|present|attention)\.(?P<number>\d+)(?P<rest>.*)"
+)
+ROTARY_TOLERANCE = {
+    torch.float32: 2e-3,
+    torch.float16: 3e-3,
+    torch.bfloat16: 1e-2,
+}  # float32 angles of thousands of radians
 Signature = tuple[Any, ...]
 
 
 def operator_problems(file: OnnxFile, facts: Facts, *, of: str = "model.layers") -> list[str]:
     """Attributes that do not follow from the model, and layers that differ from each other."""
-    return [*_attribute_problems(file, facts), *_int_problems(file), *_rotary_problems(file, facts), *_layer_problems(file, of)]
+    return [
+        *_attribute_problems(file, facts),
+        *_int_problems(file),
+        *_rotary_problems(file, facts),
+        *_layer_problems(file, of),
+    ]
 
 
 def _expected(facts: Facts) -> dict[str, dict[str, Any]]:
@@ -112,8 +123,9 @@ def _numbers(file: OnnxFile, node: NodeProto, of: str) -> Iterator[int]:
 def _signatures(file: OnnxFile, starts: dict[int, int], layer: int) -> list[Signature]:
     """A layer's operators, up to the next one's first; of the last layer, up to its last product."""
     nodes, first = file.graph.node, starts[layer]
+    period = starts[1] - starts[0]
     own = [index for index, node in enumerate(nodes) if layer in _numbers(file, node, _kind_of(file, starts))]
-    end = starts.get(layer + 1, own[-1] + 1)
+    end = starts.get(layer + 1, max(index for index in own if index < first + period) + 1)
     positions = {name: index for index, node in enumerate(nodes) for name in node.output if name}
     return [_signature(file, nodes[index], index, layer, first, starts[0], positions) for index in range(first, end)]
 

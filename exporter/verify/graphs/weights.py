@@ -70,10 +70,8 @@ class GraphWeight:
         low, high = self.first + start, self.first + stop
         if len(self.shape) == 1:
             return Rows(self.constant.matrix()[low:high])
-        if self.transposed:
-            codes = self.constant.columns(low, high).T.contiguous()
-        else:
-            codes = self.constant.matrix()[low:high]
+        across = self.transposed
+        codes = self.constant.columns(low, high).T.contiguous() if across else self.constant.matrix()[low:high]
         rows = Rows(codes) if self.scaling is None else self._dequantized(codes, low, high)
         if self.smoothing is None:
             return rows
@@ -249,5 +247,7 @@ def placed(weights: Iterator[GraphWeight], shape_of: Any) -> Iterator[GraphWeigh
         at, height = first.get(weight.constant.name, 0), shape_of(weight.name)[0]
         first[weight.constant.name] = at + height
         if at + height > weight.shape[0]:
-            raise CheckpointError(weight.constant.name, f"{weight.shape[0]} rows", f"at least {at + height}", "export again")
+            raise CheckpointError(
+                weight.constant.name, f"{weight.shape[0]} rows", f"at least {at + height}", "export again"
+            )
         yield replace(weight, first=at, shape=(height, *weight.shape[1:]))

@@ -124,7 +124,11 @@ def _graph_problems(path: Path, info: EngineInfo) -> Iterator[str]:
         yield f"engine.json: form {info.form!r} is none that ONNX Runtime gets"
         return
     kind, options = FORMS[info.form]
-    kinds = {proto.data_type for name, proto in file.initializers.items() if name.endswith("_proj.weight") or "_proj+" in name}
+    kinds = {
+        proto.data_type
+        for name, proto in file.initializers.items()
+        if name.endswith("_proj.weight") or "_proj+" in name
+    }
     if kind is not None and kind not in kinds:
         yield f"engine.json: form {info.form!r}; the graph stores its weights otherwise"
     if info.session_options != options or (info.max_depth and info.heads_session_options != BLOCKS):

@@ -39,6 +39,8 @@ ALGOS: dict[str, str | None] = {
     "none": None, "fp8": "FP8", "fp8_rowwise": "FP8_PER_CHANNEL_PER_TOKEN", "int8_sq": "W8A8_SQ_PER_CHANNEL",
     "int8_wo": "W8A16", "int4_wo": "W4A16", "int4_awq": "W4A16_AWQ", "w4a8_awq": "W4A8_AWQ", "nvfp4": "NVFP4",
 }  # fmt: skip
+NEVER = ("*router", "*vocab_embedding", "*position_embedding", "*block_embedding")  # quantized
+HEADS_TOO = ("lm_head*", *NEVER)  # what stays in 16 bit where the heads do not
 KV_ALGOS = {"none": None, "fp8": "FP8", "int8": "INT8"}
 
 
@@ -59,7 +61,9 @@ class Verification:
     measured: bool = False
 
 
-def verify(out: Path, *, ckpt: Path | None = None, heads: Path | None = None, run_engine: RunEngine | None = None) -> Verification:
+def verify(
+    out: Path, *, ckpt: Path | None = None, heads: Path | None = None, run_engine: RunEngine | None = None
+) -> Verification:
     """Check everything that lies in a directory.
 
     Args:
@@ -84,6 +88,18 @@ def verify(out: Path, *, ckpt: Path | None = None, heads: Path | None = None, ru
     return Verification(out, "no manifest", findings)
 
 
+def verify_engine(engine: Path, result: Verification, run_engine: RunEngine | None) -> None:
+    """An engine directory that lies somewhere else, as in a Triton repository; adds to the findings of ``result``."""
+    source = None if isinstance(result.source, str) else result.source
+    facts = Facts.of_source(source.checkpoint.config, source.checkpoint.num_medusa_heads) if source else None
+    before = len(result.findings)
+    if source and facts and (engine / "decoder.onnx").is_file():
+        GraphCheck(facts, SourceNumbers(source.checkpoint), "the source's").directory(engine, "engine", result.findings)
+    EngineFiles(facts, source, {}).check(engine, result.findings)
+    if len(result.findings) == before and run_engine is not None:
+        result.findings.say("engine-run", run_engine(engine, source.ckpt if source else None))
+
+
 class _Parts:
     """One directory's parts, in the order in which a fault of one explains those of the next."""
 
@@ -106,15 +122,16 @@ class _Parts:
         with found.guarded("scales"):
             if (self.out / SCALES).is_file():
                 self.scales = ScalesFile(self.out / SCALES)
+                found.say("scales", self.scales.problems())
         if self.trt_dir.is_dir():
             with found.guarded("config"):
                 self._check_trtllm()
         with found.guarded("record"):
             found.say("record", self._record_problems())
         if (self.out / "hf").is_dir():
-            check_unified(self.out / "hf", self.source, self.scales, found)
+            check_unified(self.out / "hf", self.source, self.scales, self._algos(), found)
         if (self.out / "heads").is_dir():
-            check_heads(self.out / "heads", self.source, found)
+            check_heads(self.out / "heads", self.source, str(self.arguments.get("ckpt")), found)
         self._check_graphs()
         if not self.result.errors and self.manifest:
             self.result.errors = self.manifest.get("quantization_error") or {}
@@ -144,7 +161,9 @@ class _Parts:
         if (self.out / "tokenizer").is_dir():
             with found.guarded("tokenizer"):
                 other = self.source.ckpt if self.source else None
-                found.say("tokenizer", tokenizer_problems(self.out / "tokenizer", config["vocab_size"], other, "the source's"))
+                found.say(
+                    "tokenizer", tokenizer_problems(self.out / "tokenizer", config["vocab_size"], other, "the source's")
+                )
 
     def _check_values(self, config: dict[str, Any]) -> None:
         found, files = self.result.findings, open_ranks(self.trt_dir, config)
@@ -158,16 +177,33 @@ class _Parts:
             found.say("weights", compared.problems())
             self.result.errors, self.result.measured = recorded(compared.errors()), True
 
+    def _algos(self) -> dict[str, str | None]:
+        """What the recorded arguments make of the weights and of the cache."""
+        quant, cache = (self.arguments.get(name, "none") for name in ("quant", "kv_cache"))
+        return {
+            "quant_algo": ALGOS.get(quant, f"that of {quant}"),
+            "kv_cache_quant_algo": KV_ALGOS.get(cache, f"that of {cache}"),
+        }
+
     def _record_problems(self) -> Iterator[str]:
         """What the manifest says of what was written, against what is there."""
         if not self.manifest:
             return
         quantization = self.config.get("quantization", {})
         if self.config:
-            said = {"quant_algo": ALGOS.get(self.arguments.get("quant", "none")), "kv_cache_quant_algo": KV_ALGOS.get(self.arguments.get("kv_cache", "none"))}  # fmt: skip
-            for key, value in said.items():
+            for key, value in self._algos().items():
                 if quantization.get(key) != value:
                     yield f"{MANIFEST}: the arguments give {key} {value}; config.json has {quantization.get(key)}"
+            if self.arguments.get("dtype") not in ("auto", self.config["dtype"]):
+                yield f"{MANIFEST}: --dtype {self.arguments.get('dtype')}; config.json has {self.config['dtype']}"
+            if quantization.get("quant_algo") is not None:
+                given = [
+                    pattern if pattern.endswith("*") else f"{pattern}*"
+                    for pattern in self.arguments.get("exclude") or ()
+                ]
+                first = HEADS_TOO if self.arguments.get("quant_heads") else ("*lm_head", *NEVER, "*medusa_heads*")
+                if quantization.get("exclude_modules") != [*first, *given]:
+                    yield f"{MANIFEST}: the arguments exclude {[*first, *given]}; config.json {quantization.get('exclude_modules')}"
             if self.config["mapping"]["tp_size"] != self.arguments.get("tp"):
                 yield f"{MANIFEST}: --tp {self.arguments.get('tp')}; config.json has {self.config['mapping']['tp_size']}"
         if self.scales is not None and self.manifest.get("scales") != self.scales.summary():
@@ -190,7 +226,9 @@ class _Parts:
                 check.directory(engine, "engine", found)
         if engine.is_dir():
             tokenizer = self.out / "tokenizer"
-            EngineFiles(self.facts, self.source, self.arguments, tokenizer if tokenizer.is_dir() else None).check(engine, found)
+            EngineFiles(self.facts, self.source, self.arguments, tokenizer if tokenizer.is_dir() else None).check(
+                engine, found
+            )
             if len(found) == before and self.run_engine is not None:
                 found.say("engine-run", self.run_engine(engine, self.source.ckpt if self.source else None))
 

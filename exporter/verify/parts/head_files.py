@@ -17,7 +17,6 @@ from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 COUNTS = ("medusa_num_heads", "num_heads")
-SIZES = ("hidden_size", "vocab_size", "truncated_vocab_size")
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,12 @@ class HeadTensor:
         return Rows(self.checkpoint.read_rows(self.name, start, stop))
 
 
-def check_heads(path: Path, source: Source | None, findings: Findings) -> None:
-    """Say what is wrong with the directory; without a source, what it says against itself."""
+def check_heads(path: Path, source: Source | None, ckpt: str, findings: Findings) -> None:
+    """Say what is wrong with the directory; without a source, what it says against itself.
+
+    Args:
+        ckpt: the base model that the manifest records.
+    """
     with findings.guarded("heads"):
         if source is None:
             findings.say("heads", _own_problems(path))
@@ -49,11 +52,36 @@ def check_heads(path: Path, source: Source | None, findings: Findings) -> None:
         names = original.heads.canonical_names()
         tensors = [HeadTensor(name, written.shape(name), written) for name in names]
         findings.say("heads", weight_differences(tensors, SourceNumbers(original), "the source's"))
-        findings.say("heads", (f"{n}: {written.dtype(n)}; the source has {original.dtype(n)}" for n in names if written.dtype(n) != original.dtype(n)))
-        sizes = {"hidden_size": original.config.hidden_size, "vocab_size": original.config.vocab_size}
-        sizes["truncated_vocab_size"] = sizes["vocab_size"]
+        findings.say(
+            "heads",
+            (
+                f"{n}: {written.dtype(n)}; the source has {original.dtype(n)}"
+                for n in names
+                if written.dtype(n) != original.dtype(n)
+            ),
+        )
+        expected = _expected(original)
         config = read_json(path / "config.json")
-        findings.say("heads", (f"config.json: {key} is {config[key]}, the source has {sizes[key]}" for key in SIZES if key in config and config[key] != sizes[key]))
+        findings.say(
+            "heads",
+            (
+                f"config.json: {key} is {config[key]!r}, the source has {value!r}"
+                for key, value in expected.items()
+                if key in config and config[key] != value
+            ),
+        )
+        base = config.get("base_model_name_or_path", ckpt)
+        if base not in (ckpt, str(source.ckpt), original.config.raw.get("_name_or_path")):
+            findings.say("heads", [f"config.json: base_model_name_or_path is {base!r}; the manifest says {ckpt!r}"])
+
+
+def _expected(checkpoint: MedusaCheckpoint) -> dict[str, object]:
+    """Values of config.json, in whichever layout."""
+    config, heads, layers = checkpoint.config, checkpoint.num_medusa_heads, checkpoint.num_medusa_layers
+    return {
+        "medusa_num_heads": heads, "medusa_num_layers": layers, "num_heads": heads, "num_hidden_layers": layers,
+        "hidden_size": config.hidden_size, "vocab_size": config.vocab_size, "truncated_vocab_size": config.vocab_size,
+    }  # fmt: skip
 
 
 def _own_problems(path: Path) -> Iterator[str]:

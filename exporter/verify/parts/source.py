@@ -43,7 +43,9 @@ def find_source(manifest: Mapping[str, Any] | None, ckpt: Path | None, heads: Pa
         return changed
     given = heads or (Path(arguments["heads"]) if arguments.get("heads") else None)
     try:
-        return Source(Path(arguments["ckpt"]), MedusaCheckpoint.open(Path(arguments["ckpt"]), given, check_values=False))
+        return Source(
+            Path(arguments["ckpt"]), MedusaCheckpoint.open(Path(arguments["ckpt"]), given, check_values=False)
+        )
     except MedusaExportError as error:
         return str(error)
 

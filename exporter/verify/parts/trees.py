@@ -65,12 +65,18 @@ def acceptance_problems(path: Path) -> list[str]:
     if not answers:
         return []
     again = json.loads(json.dumps(calibration(answers)))
-    return [f"{path.name}: {key} does not follow from its answers" for key in again if not _same(body.get(key), again[key])]
+    return [
+        f"{path.name}: {key} does not follow from its answers" for key in again if not _same(body.get(key), again[key])
+    ]
 
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, float) or isinstance(other, float):
-        return isinstance(one, (int, float)) and isinstance(other, (int, float)) and math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+        return (
+            isinstance(one, (int, float))
+            and isinstance(other, (int, float))
+            and math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+        )
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):

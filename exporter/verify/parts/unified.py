@@ -56,15 +56,19 @@ class UnifiedWeight:
         return Rows(stored.to(torch.float32) * scale, FP8_RELATIVE, scale * FP8_ABSOLUTE)
 
 
-def check_unified(path: Path, source: Source | None, scales: ScalesFile | None, findings: Findings) -> None:
+def check_unified(
+    path: Path, source: Source | None, scales: ScalesFile | None, algos: Mapping[str, str | None], findings: Findings
+) -> None:
     """Say what is wrong with the directory.
 
     Args:
+        algos: quant_algo and kv_cache_quant_algo that the manifest's arguments give.
         scales: the recorded calibration; None where the format needs none.
     """
     with findings.guarded("hf"):
         file, config = TensorSource.open(path), read_json(path / "config.json")
         findings.say("hf", _own_problems(path, file, config))
+        findings.say("hf", _quantization_problems(path, file, config, algos))
         if scales is not None:
             findings.say("scales", (f"hf: {line}" for line in _scale_problems(file, config, scales)))
         if source is not None:
@@ -79,27 +83,78 @@ def _own_problems(path: Path, file: TensorSource, config: Mapping[str, Any]) -> 
     layers = {name.split(".")[2] for name in file.names if name.startswith("model.layers.")}
     heads = {name.split(".")[1] for name in file.names if name.startswith("medusa_heads.")}
     counts = {"num_hidden_layers": layers, "medusa.num_medusa_heads": heads}
-    said = {"num_hidden_layers": config.get("num_hidden_layers"), **{f"medusa.{k}": v for k, v in (config.get("medusa") or {}).items()}}
+    said = {
+        "num_hidden_layers": config.get("num_hidden_layers"),
+        **{f"medusa.{k}": v for k, v in (config.get("medusa") or {}).items()},
+    }
     for key, found in counts.items():
         if said.get(key) != len(found):
             yield f"config.json: {key} is {said.get(key)}, and there are {len(found)}"
     norm = "model.norm.weight"
     if norm in file and file.dtype(norm) != config.get("dtype"):
         yield f"config.json: dtype {config.get('dtype')}, but the tensors are {file.dtype(norm)}"
+
+
+def _quantization_problems(
+    path: Path, file: TensorSource, config: Mapping[str, Any], algos: Mapping[str, str | None]
+) -> Iterator[str]:
+    """The two places that say how it is quantized, the manifest, and the tensors."""
     quantization, beside = config.get("quantization_config"), path / "hf_quant_config.json"
-    if (quantization is not None) != beside.is_file():
-        yield "config.json and hf_quant_config.json: one says quantized, the other does not"
-    elif quantization is not None:
-        other = read_json(beside).get("quantization", {})
-        for key, theirs in (("quant_algo", "quant_algo"), ("ignore", "exclude_modules")):
-            if quantization.get(key) != other.get(theirs):
-                yield f"config.json: {key} {quantization.get(key)}; hf_quant_config.json says {other.get(theirs)}"
-        if bool(other.get("kv_cache_quant_algo")) != ("kv_cache_scheme" in quantization):
-            yield "config.json and hf_quant_config.json: one quantizes the cache, the other does not"
-        stored = {file.dtype(name) for name in file.names if name.endswith("_proj.weight")}
-        wanted = "uint8" if quantization.get("quant_algo") == "NVFP4" else "float8_e4m3fn"
-        if quantization.get("quant_algo") and wanted not in stored:
-            yield f"config.json: quant_algo {quantization['quant_algo']}, but the weights are {sorted(stored)}"
+    if (quantization is not None) != beside.is_file() or (quantization is None) != (not any(algos.values())):
+        yield f"config.json says {'quantized' if quantization else '16 bit'}; hf_quant_config.json or the manifest do not"
+    if quantization is None or not beside.is_file():
+        return
+    body = read_json(beside)
+    other = body.get("quantization", {})
+    pairs = [(key, other.get(key), value) for key, value in algos.items()]
+    pairs += [
+        (key, quantization.get(key), other.get(theirs))
+        for key, theirs in (("quant_algo", "quant_algo"), ("ignore", "exclude_modules"))
+    ]
+    pairs += [
+        ("producer", quantization.get("producer"), body.get("producer")),
+        ("quant_method", quantization.get("quant_method"), "modelopt"),
+    ]
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"} if algos["kv_cache_quant_algo"] else None
+    pairs.append(("kv_cache_scheme", quantization.get("kv_cache_scheme"), scheme))
+    pairs.append(
+        ("config_groups", quantization.get("config_groups"), _groups(algos["quant_algo"], other.get("group_size")))
+    )
+    yield from (
+        f"hf_quant_config.json, config.json: {key} is {got!r}; expected {wanted!r}"
+        for key, got, wanted in pairs
+        if got != wanted
+    )
+    with_heads = "medusa_heads*" not in (quantization.get("ignore") or ())
+    for name in file.names:
+        if name.endswith("_proj.weight") or (
+            with_heads and name.startswith("medusa_heads.") and name.endswith(".weight")
+        ):
+            module = name.removesuffix(".weight")
+            for suffix in [*PARTS.get(algos["quant_algo"], ()), *_cache_parts(module, bool(scheme))]:
+                if f"{module}.{suffix}" not in file:
+                    yield f"{module}.{suffix} is missing"
+
+
+# quant_algo -> tensors beside the weight.
+PARTS: dict[str | None, tuple[str, ...]] = {
+    "FP8": ("weight_scale", "input_scale"),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("weight_scale",),
+    "NVFP4": ("weight_scale", "weight_scale_2", "input_scale"),
+}
+
+
+def _cache_parts(module: str, quantized: bool) -> list[str]:
+    return [f"{module[-6]}_scale"] if quantized and module.endswith(("k_proj", "v_proj")) else []
+
+
+def _groups(algo: str | None, group_size: int | None) -> dict[str, Any] | None:
+    """ModelOpt's description of a format that its loaders read."""
+    if algo not in ("FP8", "NVFP4"):
+        return None
+    group = {"group_size": group_size} if algo == "NVFP4" else {}
+    numbers = {"dynamic": False, "num_bits": 4 if group else 8, "type": "float", **group}
+    return {"group_0": {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}}
 
 
 def _config_problems(config: Mapping[str, Any], source: Source) -> Iterator[str]:

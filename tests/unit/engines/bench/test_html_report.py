@@ -46,6 +46,8 @@ def whole(prompts: list[Any], **changes: Any) -> dict[str, Any]:
         entry["text"] = {"before": "the answer is ", "baseline": "<b>four</b>", "medusa": "five"}
     extra = {
         "failures": [],
+        "findings": [{"name": "tree-logits", "message": "a tree step differs <b>"}],
+        "foretold": {"tokens_per_step": 2.5, "interval": [2.0, 3.0]},
         "files": {"decoder.onnx": {"size": 3, "sha256": "ab" * 32}},
         "heads": [],
         "path_shares": [],

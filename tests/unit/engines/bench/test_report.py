@@ -174,13 +174,17 @@ def test_printed_form_says_what_matters() -> None:
         "positions": 9, "greedy_agreement": 0.875, "kl_mean": 0.0123, "kl_max": 1.0, "logit_max_abs_diff": 2.0,
         "perplexity": {"engine": 5.5, "checkpoint": 5.4},
     }  # fmt: skip
-    body = report(prompts) | {"reference": reference, "failures": ["something is wrong"]}
+    body = report(prompts) | {
+        "reference": reference,
+        "findings": [{"name": "parity", "message": f"wrong {n}"} for n in range(7)],
+    }
     text = io.StringIO()
     print_report(body, Console(file=text, width=160))
     for expected in (
         "1.86x (1.86 .. 1.86)", "2 exact, 1 ties, 1 mismatches", "2.00 with a tree of 3", "10.0 / 10.0 ms",
         "87.5% of tokens, KL 0.012 nats", "tie: prompt c at token 3, logit gap 0.005",
-        "mismatch: prompt d at token 5, an output ended early", "FAILED: something is wrong", "code", "float32 for the test",
+        "mismatch: prompt d at token 5, an output ended early", "FAILED parity: wrong 4",
+        "FAILED parity: ... and 2 more", "code", "float32 for the test",
     ):  # fmt: skip
         assert expected in text.getvalue(), expected
 

@@ -1,0 +1,82 @@
+"""What a run found, by name: the names are those of docs/trust.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from medusa_export.core.text.prompts import Prompt
+from medusa_export.core.text.tokenizer import TOKENIZER_FILES
+from medusa_export.engines.bench.runner import RunResult
+from medusa_export.engines.verify.expectation import Expectation, expectation_findings, foretell
+from medusa_export.engines.verify.run_checks import choice_findings, end_findings, prompt_findings, sampled_tree_error
+from medusa_export.engines.verify.selfcheck import bound_of
+from medusa_export.heads.contract.engine_info import EngineInfo
+from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.trees.tree import Tree
+
+Named = tuple[str, str]
+
+
+def expectation_of(engine_dir: Path, tree: Tree, result: RunResult) -> Expectation | None:
+    """What the engine's own acceptance.json foretells for the run's prompts; None where nothing was counted."""
+    path = engine_dir / ACCEPTANCE_FILE
+    if not path.is_file():
+        return None
+    return foretell(Acceptance.load(path), tree, [prompt.category for prompt in result.prompts])
+
+
+def run_findings(report: dict[str, Any], info: EngineInfo, min_speedup: float | None) -> Iterator[Named]:
+    """Parity, speed, and the comparison with the checkpoint."""
+    if report["parity"]["mismatches"]:
+        yield "parity", f"{report['parity']['mismatches']} prompts differ with Medusa by more than numerical noise"
+    speed = report["speedup"]["median"]
+    if min_speedup is not None and speed < min_speedup:
+        yield "speed-up", f"speed-up {speed:.3f} is below --min-speedup {min_speedup}"
+    found, bound = report["reference"], bound_of(info)
+    if found and not (found["kl_mean"] <= bound.max_kl and found["greedy_agreement"] >= bound.min_agreement):  # NaN too
+        yield (
+            "reference",
+            f"the engine is not the checkpoint: KL {found['kl_mean']:.3g} (at most {bound.max_kl}), "
+            f"{found['greedy_agreement']:.1%} equal tokens (at least {bound.min_agreement:.0%})",
+        )
+
+
+def step_findings(engine: Any, tree: Tree, result: RunResult, seed: int) -> tuple[dict[str, float] | None, list[Named]]:
+    """Tree steps against their paths on a sample of steps; nothing where a runtime decodes whole answers itself."""
+    if not hasattr(engine, "tree_logits") or not tree.max_draft_len:
+        return None, []
+    texts = [(prompt.input_ids, prompt.baseline[0].tokens) for prompt in result.prompts]
+    error, bound = sampled_tree_error(engine, tree, texts, seed)
+    measured = {"error": error, "bound": bound}
+    if error <= bound:  # NaN is not
+        return measured, []
+    message = f"a tree step differs from its paths by {error:.3g} logits; the engine's noise allows {bound:.3g}"
+    return measured, [("tree-logits", message)]
+
+
+def accepted_findings(
+    report: dict[str, Any], tree: Tree, result: RunResult, expected: Expectation | None, *, ignore: bool
+) -> list[Named]:
+    """Tokens per step against what is foretold."""
+    if not tree.max_draft_len:
+        return []
+    accepted = [count for prompt in result.prompts for count in prompt.medusa[0].accepted]
+    messages = expectation_findings(expected, accepted, report["tokens_per_step"], ignore=ignore)
+    return [("tokens-per-step", message) for message in messages]
+
+
+def reference_findings(
+    engine: Any, checkpoint: Path, prompts: Sequence[Prompt], result: RunResult, max_new_tokens: int
+) -> list[Named]:
+    """Prompts, tokens and ends against the checkpoint's own files; of greedy runs."""
+    runs = [(p.prompt_id, p.input_ids, run) for p in result.prompts for run in (p.baseline[0], p.medusa[0])]
+    found = [("greedy-choice", line) for line in choice_findings(engine, runs, result.tolerance)]
+    found += [("answer-end", line) for line in end_findings(checkpoint, runs, max_new_tokens)]
+    if any((checkpoint / name).is_file() for name in TOKENIZER_FILES[:3]):
+        encoded = [
+            (p.prompt_id, prompt.messages, p.input_ids) for p, prompt in zip(result.prompts, prompts, strict=True)
+        ]
+        found += [("prompt", line) for line in prompt_findings(checkpoint, encoded)]
+    return found

@@ -1,0 +1,96 @@
+"""What medusa-export verify does: the exporter's checks and the engines', put together; Triton repositories likewise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from medusa_export.core.errors import MedusaExportError, OutputError
+from medusa_export.exporter.cli.console import stdout
+
+CHECK_TEXTS, CHECK_TOKENS = 2, 32  # what an engine is run on
+TRITON = ("python", "tensorrt-llm")  # kinds of repositories, as their manifests name them
+
+
+def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, require_source: bool, quick: bool) -> None:
+    """Check, print, and raise typer.Exit(1) when something is wrong; the arguments are the flags.
+
+    Raises:
+        MedusaExportError: a source that was named and cannot be read, or that has to be there and is not.
+    """
+    from medusa_export.exporter.verify.error_table import error_table
+    from medusa_export.exporter.verify.findings import shortened
+    from medusa_export.exporter.verify.parts.export import verify
+
+    found = _repository(out, ckpt, heads, quick)
+    if found is None:
+        found = verify(out, ckpt=ckpt, heads=heads, run_engine=None if quick else _run_engine)
+    if isinstance(found.source, str):
+        if require_source:
+            raise OutputError(str(out), found.source, "the source, to compare with", "pass --ckpt")
+        stdout.print(f"source not compared: {found.source}; pass --ckpt", soft_wrap=True, markup=False)
+    elif not found.findings:
+        stdout.print(f"compared with {found.source.ckpt}", soft_wrap=True, markup=False)
+    if found.errors and not found.findings:
+        when = "measured now" if found.measured else "as recorded at export, not measured now"
+        stdout.print(error_table(found.errors, when))
+    for line in shortened(found.findings):
+        stdout.print(line, soft_wrap=True, markup=False)
+    if found.findings:
+        raise typer.Exit(1)
+    stdout.print(f"{out}: complete and consistent", soft_wrap=True, markup=False)
+
+
+def _run_engine(engine: Path, ckpt: Path | None) -> list[str]:
+    """The engine on the built-in prompts; against the checkpoint as far as that fits into memory beside it."""
+    from medusa_export.core.text.prompts import load_prompts
+    from medusa_export.core.text.tokenizer import read_tokenizer
+    from medusa_export.engines.verify.written_engine import run_engine
+    from medusa_export.exporter.job.arguments import DEFAULT_CALIB, SMALL_MODEL
+    from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+    from medusa_export.quantize.calibration_data import token_batches
+
+    try:
+        prompts = load_prompts(DEFAULT_CALIB, CHECK_TEXTS)
+        texts = token_batches(read_tokenizer(engine), prompts, max_prompts=CHECK_TEXTS, max_length=CHECK_TOKENS)
+        if ckpt is not None:
+            config = DecoderConfig.from_dir(ckpt)
+            layer = sum(rows * width for rows, width in config.linear_shapes().values())
+            ckpt = ckpt if config.num_hidden_layers * layer < SMALL_MODEL else None
+        return run_engine(engine, ckpt, texts)
+    except MedusaExportError as error:
+        return [str(error)]
+
+
+def _repository(out: Path, ckpt: Path | None, heads: Path | None, quick: bool) -> Any:
+    """What is wrong with a Triton repository; None for other directories."""
+    from medusa_export.core.artifacts.manifest import has_manifest, read_manifest
+    from medusa_export.exporter.verify.findings import Findings
+    from medusa_export.exporter.verify.parts.export import Verification, verify_engine
+    from medusa_export.exporter.verify.parts.source import find_source
+
+    try:
+        arguments = read_manifest(out)["arguments"] if has_manifest(out) else {}
+    except OutputError:
+        return None  # said by the check of the files
+    if arguments.get("kind") not in TRITON:
+        return None
+    result = Verification(out, find_source(None, ckpt, heads), Findings())
+    engine = _repository_problems(out, arguments, result.findings)
+    if engine is not None:
+        verify_engine(engine, result, None if quick else _run_engine)
+    return result
+
+
+def _repository_problems(out: Path, arguments: dict[str, Any], findings: Any) -> Path | None:
+    """The repository's own checks; its engine directory, where this project's engines can check it further."""
+    from medusa_export.engines.serving.triton.repository import ENGINE, VERSION, verify_repository
+    from medusa_export.engines.serving.triton_trtllm.repository import verify_trtllm_repository
+
+    if arguments["kind"] == "tensorrt-llm":
+        findings.say("repository", verify_trtllm_repository(out))
+        return None
+    findings.say("repository", verify_repository(out))
+    return out / str(arguments.get("name")) / VERSION / ENGINE

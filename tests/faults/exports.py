@@ -1,0 +1,112 @@
+"""Small exports to damage, each made by the real export from inputs of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from medusa_export.engines.tensorrt.build import TensorRtBuilder
+from medusa_export.engines.tuning.auto import choose_tree
+from medusa_export.engines.verify.selfcheck import check_engine
+from medusa_export.exporter.job.arguments import ExportArguments
+from medusa_export.exporter.pipeline.export import export
+from medusa_export.heads.contract.engine_tools import EngineTools
+
+HIDDEN, VOCAB, WORDS, HEADS = 64, 101, 97, 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One export.
+
+    Attributes:
+        config: of the model, besides the sizes here.
+        arguments: of the export.
+    """
+
+    family: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+KINDS: dict[str, Kind] = {
+    "fp8, two ranks, engine": Kind("llama", {}, {"quant": "fp8", "kv_cache": "fp8", "tp": 2, "calib_prompts": 2}),
+    "16 bit, tied, biases, engine": Kind("qwen2", {"tie_word_embeddings": True}, {"quant": "none"}),
+    "int8_sq, heads too": Kind(
+        "qwen3", {"head_dim": 32}, {"quant": "int8_sq", "quant_heads": True, "engine": "none", "calib_prompts": 2}
+    ),
+    "hf, fp8": Kind("llama", {}, {"quant": "fp8", "format": "hf", "kv_cache": "fp8", "calib_prompts": 2}),
+    "heads alone": Kind("llama", {}, {"format": "medusa-v1"}),
+}  # fmt: skip
+
+
+def make(kind: str, root: Path, seed: int = 0) -> Path:
+    """Inputs in ``root``, and the export ``root/out``.
+
+    Args:
+        seed: of the weights; another one gives an export of the same shapes.
+    """
+    chosen = KINDS[kind]
+    _model(root / "model", chosen, seed)
+    _heads(root / "heads", seed)
+    arguments = {"ckpt": root / "model", "heads": root / "heads", "output": root / "out", **chosen.arguments}
+    export(ExportArguments(**arguments), EngineTools(check_engine, choose_tree, TensorRtBuilder()))
+    return root / "out"
+
+
+def _model(path: Path, kind: Kind, seed: int) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.family, **{**sizes, **kind.config}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_(noise + 1.0 if name.endswith("norm.weight") else noise)
+    model.to(torch.float16).save_pretrained(path)
+    _tokenizer(path)
+
+
+def _heads(path: Path, seed: int) -> None:
+    generator, tensors = torch.Generator().manual_seed(100 + seed), {}
+    for head in range(HEADS):
+        shapes = {"0.linear.weight": (HIDDEN, HIDDEN), "0.linear.bias": (HIDDEN,), "1.weight": (VOCAB, HIDDEN)}
+        for name, shape in shapes.items():
+            tensors[f"{head}.{name}"] = (torch.randn(shape, generator=generator) * 0.2).to(torch.float16)
+    path.mkdir(parents=True)
+    save_file(tensors, path / "medusa_lm_head.safetensors")
+    (path / "config.json").write_text('{"medusa_num_heads": 3, "medusa_num_layers": 1}')
+
+
+def _tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<user>", "<assistant>"]
+    words = [*special, *(f"w{index}" for index in range(WORDS - len(special)))]
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special[3:],
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(path)

@@ -1,0 +1,44 @@
+"""The share of faults, put in by machine, that verify finds; it may not fall. ``python -m tests.faults`` draws more of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.faults.exports import KINDS, make
+from tests.faults.measure import measure
+from tests.faults.mutations import drawn, faults
+
+COUNT, SEED = 24, 7
+# Faults that no check can see, with the reason; docs/trust.md has the same list.
+BLIND = {
+    r"alter (is_local|local_files_only|backend|model_max_length|.*_token.*)? ?.*tokenizer_config\.json": "keys that nothing reads here",
+    r"alter arguments\..* in medusa\.json": "arguments that leave no trace in the files",
+    r"\w+ (weight|kv|input)_amax/.* in scales\.safetensors": "calibrations that no written number depends on",
+    r"alter .*producer.*": "labels of the maker",
+}
+LEAST = {True: 0.95, False: 0.7}  # share with the source, and without
+
+
+@pytest.mark.parametrize("with_source", [True, False], ids=["with the source", "without"])
+@pytest.mark.parametrize("kind", ["fp8, two ranks, engine", "hf, fp8"])
+def test_the_share_does_not_fall(kind: str, with_source: bool, tmp_path: Path) -> None:
+    out, other = make(kind, tmp_path / "a"), make(kind, tmp_path / "b", seed=1)
+    chosen = drawn(list(faults(out, other)), COUNT, SEED)
+    assert {fault.kind for fault in chosen} >= {"alter", "drop", "scale"}
+    if not with_source:
+        (tmp_path / "a/model").rename(tmp_path / "a/hidden")
+    outcome = measure(out, chosen, tmp_path, with_source=with_source)
+    assert outcome.crashed == {}
+    assert outcome.share >= (LEAST[with_source] if kind == "fp8, two ranks, engine" else LEAST[with_source] - 0.25), (
+        outcome.missed
+    )
+    if with_source:
+        unexplained = [name for name in outcome.missed if not any(re.fullmatch(pattern, name) for pattern in BLIND)]
+        assert unexplained == []
+
+
+def test_every_kind_of_export_has_faults_to_draw() -> None:
+    assert len(KINDS) == 5

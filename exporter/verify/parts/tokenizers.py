@@ -40,7 +40,7 @@ def _differences(one: Any, other: Any) -> Iterator[str]:
             yield f"the tokenizer's {key}"
     if one.chat_template != other.chat_template:
         yield "the chat template"
-    for name in (*SPECIAL, "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
+    for name in (*SPECIAL, "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_max_length"):
         if getattr(one, name, None) != getattr(other, name, None):
             yield f"the tokenizer's {name}"
     if one.get_vocab() != other.get_vocab():

@@ -60,6 +60,8 @@ class RunArguments:
         choices={"runner": "ModelRunnerCpp", "llm": "the LLM API, 0.20 and later"},
     )  # fmt: skip
     no_expectation: bool = flag(
-        False, help="Do not compare tokens per step with acceptance.json: the prompts are of another kind.", panel=EXTRAS
+        False,
+        help="Do not compare tokens per step with acceptance.json: the prompts are of another kind.",
+        panel=EXTRAS,
     )
     timeout: float = flag(TIMEOUT, help="Seconds to wait for a step.", panel=TRTLLM)

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from medusa_export.core.errors import OutputError
 from medusa_export.core.flags import flag
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stderr, stdout
@@ -46,7 +44,10 @@ class VerifyFlags:
         help="A directory that medusa-export wrote, or any TensorRT-LLM Medusa checkpoint.", positional=True
     )
     ckpt: Path | None = flag(
-        None, help="What it was made from.", panel="Source", default="what the manifest records, where it is still the same"
+        None,
+        help="What it was made from.",
+        panel="Source",
+        default="what the manifest records, where it is still the same",
     )
     heads: Path | None = flag(None, help="Medusa heads, when they are not inside CKPT.", panel="Source")
     require_source: bool = flag(False, help="Fail where there is no source to compare with.", panel="Source")

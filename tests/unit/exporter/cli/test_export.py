@@ -521,7 +521,7 @@ class TestVerify:
         run("export", *inputs.flags(quant="fp8", calib_prompts=1, exclude="*layers.1.mlp.proj*"))
         result = run("export", "verify", out)
         assert (result.code, result.err) == (0, "")
-        assert "quantization error: signal-to-noise ratio in dB" in " ".join(result.out.split())
+        assert "quantization error, measured now: signal-to-noise ratio in dB" in " ".join(result.out.split())
         rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.out.splitlines() if "│" in line]
         assert [(row[0], row[4]) for row in rows] == [("0", rows[0][4]), ("1", "16 bit")]
         for value in (*rows[0][1:5], *rows[1][1:4]):
@@ -531,14 +531,22 @@ class TestVerify:
     def test_good_and_flipped(self, run: Run, inputs: Inputs) -> None:
         out = inputs.root / "out"
         run("export", *inputs.flags())
-        assert run("export", "verify", out) == (0, f"{out}: complete and consistent\n", "")
+        compared = f"compared with {inputs.model}\n"
+        assert run("export", "verify", out) == (0, f"{compared}{out}: complete and consistent\n", "")
         path = out / "trtllm/rank0.safetensors"
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
         result = run("export", "verify", out)
         assert (result.code, result.err) == (1, "")
-        assert result.out == f"{path}: its content is not what was written (SHA-256 differs)\n"
+        first, second = result.out.splitlines()
+        assert first == f"files: {path}: its content is not what was written (SHA-256 differs)"
+        assert second.startswith("weights: medusa_heads."), "and what it is, in the model's words"
+        (inputs.model / "config.json").unlink()
+        result = run("export", "verify", out)
+        assert f"source not compared: {inputs.model}/config.json is not there any more; pass --ckpt" in result.out
+        line = one_line(run("export", "verify", out, "--require-source"))
+        assert line.endswith("expected the source, to compare with; pass --ckpt")
         path.unlink()
         result = run("export", "verify", out)
         assert (result.code, result.err) == (1, "")

@@ -222,8 +222,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for item in parity["divergences"]:
         gap = "an output ended early" if item["logit_gap"] is None else f"logit gap {item['logit_gap']:.2g}"
         console.print(f"{item['verdict']}: prompt {item['prompt']} at token {item['position']}, {gap}")
-    for line in finding_lines(report):
-        console.print(line, style="bold red")
+    for failed in finding_lines(report):
+        console.print(failed, style="bold red")
 
 
 def finding_lines(report: dict[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ def batch_problems(engine_dir: Path, texts: Sequence[Sequence[int]]) -> list[str
         together.begin(text[:-1])
         logits = None
         while logits is None:
-            logits = together.fill(len(text))
+            logits = together.prefill_chunk(len(text))
         prompts.append(logits)
     steps = together.step([text[-1] for text in usable])  # [B, V]
     found = [np.stack(pair) for pair in zip(prompts, steps, strict=True)]

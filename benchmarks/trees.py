@@ -67,7 +67,7 @@ def main(
         json_file.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
-def _table(measured: dict[Tree, Measured], predicted: dict[Tree, Candidate], chosen: Tree) -> Table:
+def _table(measured: dict[Tree, Measured[Tree]], predicted: dict[Tree, Candidate], chosen: Tree) -> Table:
     table = Table("draft tokens", "depth", "tokens per step", "predicted", "measured", "95% CI")
     for tree, item in sorted(measured.items(), key=lambda pair: pair[0].max_draft_len):
         candidate = predicted.get(tree)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_export.core.flags import flag
+from medusa_export.engines.decoding.draft_kinds import DRAFTS_CHOICES, DRAFTS_HELP
 from medusa_export.engines.trtllm.session import TIMEOUT
 
 INPUT, RUN, SAMPLING, EXTRAS, TRTLLM = (
@@ -45,6 +46,10 @@ class RunArguments:
     top_p: float = flag(1.0, help="Draw from the smallest set of tokens with this probability.", panel=SAMPLING)
     typical: bool = flag(
         False, help="Accept drafts by the Medusa paper's typical acceptance, which is not lossless.", panel=SAMPLING
+    )
+    drafts: str = flag("heads", help=DRAFTS_HELP, panel=RUN, choices=DRAFTS_CHOICES)
+    each_drafts: bool = flag(
+        False, help="Also run with the other drafts, interleaved, and say what each is worth.", panel=EXTRAS
     )
     compare: Path | None = flag(
         None, help="Another engine of the same model, run interleaved: tokens, distributions, speed.", panel=EXTRAS

@@ -57,6 +57,7 @@ def build_report(
             ],
         },
         **_speed(prompts, int(arguments.get("seed", 0))),
+        "drafts": _drafts(prompts, arguments.get("drafts", "heads")),
         "step_ms": {mode: round(steps[mode][0], 4) for mode in MODES},
         "overhead_ms": {mode: round(steps[mode][1], 4) for mode in MODES},
         "categories": _categories(prompts, int(arguments.get("seed", 0))),
@@ -140,6 +141,33 @@ def _categories(prompts: Sequence[PromptResult], seed: int) -> list[dict[str, An
     return rows
 
 
+def _drafts(prompts: Sequence[PromptResult], measured: str) -> list[dict[str, Any]]:
+    """Every drafter's decoding against none, on all prompts, the prefill not counted; the one that is measured first."""
+    found = []
+    for name in (measured, *prompts[0].ways):
+        rows = [
+            (prompt.baseline, prompt.medusa if name == measured else prompt.ways[name]) for prompt in prompts
+        ]  # fmt: skip
+        ms = [sum(median(run.decode_ms for run in row[side]) for row in rows) for side in (0, 1)]
+        tokens = [sum(len(row[side][0].tokens) - 1 for row in rows) for side in (0, 1)]
+        steps = sum(len(row[1][0].accepted) for row in rows)
+        speed = (tokens[1] / ms[1]) / (tokens[0] / ms[0]) if all(ms) and tokens[0] else 1.0
+        found.append(
+            {
+                "drafts": name,
+                "decode_speedup": round(speed, 4),
+                "tokens_per_step": round(tokens[1] / steps, 4) if steps else 1.0,
+                "equal_outputs": sum(row[0][0].tokens == row[1][0].tokens for row in rows),
+            }
+        )
+    return found
+
+
+def drafts_line(rows: Sequence[dict[str, Any]]) -> str:
+    """All drafters in one line: "heads 1.08x, text 1.21x, both 1.38x"."""
+    return ", ".join(f"{row['drafts']} {row['decode_speedup']:.2f}x" for row in rows)
+
+
 def _accepted(prompts: Sequence[PromptResult]) -> list[int]:
     """How many steps yielded 1, 2, 3 ... tokens."""
     counts = Counter(tokens for prompt in prompts for tokens in prompt.medusa[0].accepted)
@@ -193,14 +221,14 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_row("tokens/s without Medusa", f"{per_second['baseline']:.1f}")
     table.add_row("tokens/s with Medusa", f"{per_second['medusa']:.1f}")
     table.add_row("speed-up (95% CI)", f"{speed['median']:.2f}x ({low_high[0]:.2f} .. {low_high[1]:.2f})")
-    table.add_row(
-        "tokens per step", f"{report['tokens_per_step']:.2f} with a tree of {report['tree']['max_draft_len']}"
-    )
+    table.add_row("tokens per step", f"{report['tokens_per_step']:.2f} with {_drafted_by(report)}")
     if foretold := report["foretold"]:
         low, high = foretold["interval"]
         table.add_row("foretold by acceptance.json", f"{foretold['tokens_per_step']:.2f} ({low:.2f} .. {high:.2f})")
     if counted := report["counted_drafts"]:
         table.add_row("drafts accepted, by the runtime", f"{counted['accepted']} of {counted['drafts']}")
+    if len(report["drafts"]) > 1:
+        table.add_row("drafts of, decoding alone", drafts_line(report["drafts"]))
     table.add_row("step, without / with", f"{step['baseline']:.1f} / {step['medusa']:.1f} ms")
     table.add_row("parity", _parity_line(parity))
     if report["reference"]:
@@ -237,6 +265,12 @@ def finding_lines(report: dict[str, Any]) -> list[str]:
         if len(messages) > SHOWN_FINDINGS:
             lines.append(f"FAILED {name}: ... and {len(messages) - SHOWN_FINDINGS} more")
     return lines
+
+
+def _drafted_by(report: dict[str, Any]) -> str:
+    """What drafted."""
+    drafts = report["drafts"][0]["drafts"]
+    return f"a tree of {report['tree']['max_draft_len']}" if drafts == "heads" else f"drafts: {drafts}"
 
 
 def sweep_rows(name: str, sweep: Sequence[dict[str, Any]]) -> Sequence[tuple[str, ...]]:

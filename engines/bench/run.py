@@ -27,7 +27,10 @@ from medusa_export.engines.bench.findings import (
 from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
 from medusa_export.engines.bench.runner import RunResult, run_prompts
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
-from medusa_export.engines.decoding.protocols import ScoringEngine
+from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.draft_kinds import DRAFTS, Engine, drafts_possible, open_drafter, require_drafts
+from medusa_export.engines.decoding.drafters import Drafter
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, ScoringEngine
 from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.verify.reference import compare_with_checkpoint
@@ -69,13 +72,15 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         raise ConfigError("--sweep-batch", f"the engine {engine.info.backend}", able, "leave it out")
     tree = load_tree(arguments.tree or str(arguments.engine / TREE_FILE))
     engine.info.require_tree(tree)
+    require_drafts(arguments.drafts, engine.info)
+    way, ways = _ways(engine, tree, arguments)
     encoded = encode_prompts(tokenizer, engine.info, prompts, max_new_tokens=arguments.max_new_tokens)
     longest = engine.info.max_length - arguments.max_new_tokens
     require_sweeps(arguments.sweep_batch, arguments.sweep_length, prompts=len(encoded), longest=longest)
     other = _open_other(arguments, engine.info) if arguments.compare else None
     done = iter(range(1, len(encoded) * arguments.repeats + 1))
     result = run_prompts(
-        engine, tree, encoded, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,
+        engine, way, encoded, ways=ways, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,
         temperature=arguments.temperature, top_p=arguments.top_p, typical=Typical() if arguments.typical else None, other=other,
         progress=lambda: progress("prompts", next(done), len(encoded) * arguments.repeats),
     )  # fmt: skip
@@ -85,7 +90,7 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     report = build_report(result, tree, engine.info, plain, reference, num_gpus=getattr(engine, "num_gpus", 1))
     report |= {"files": describe(list_files(arguments.engine, arguments.engine)), **_acceptance(arguments.engine, tree)}
     report["expected"] = _expected(arguments.tree or str(arguments.engine / TREE_FILE))
-    report["sweeps"] = _sweeps(engine, tree, encoded, arguments, progress)
+    report["sweeps"] = _sweeps(engine, way, encoded, arguments, progress)
     references = [prompt.reference for prompt in prompts]
     report["comparison"] = _comparison(engine, other, result, references, tokenizer, progress) if other else None
     for entry in report["parity"]["divergences"]:
@@ -94,6 +99,23 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         _save_outputs(arguments.save_outputs, result, tokenizer)
     report |= {"tree_logits": step_noise, **_findings(report, arguments, engine, tree, prompts, result, found)}
     return report
+
+
+def _ways(engine: Any, tree: Tree, arguments: RunArguments) -> tuple[Tree | Drafter, dict[str, Tree | Drafter]]:
+    """The drafts that are measured, and with --each-drafts the others."""
+    every: dict[str, Callable[[], Tree | Drafter]] = {"heads": lambda: tree, "none": lambda: AUTOREGRESSIVE}
+
+    def opened(drafts: str) -> Tree | Drafter:
+        if drafts in every:
+            return every[drafts]()
+        target = Engine(arguments.engine, engine.info, BatchTrees({1: tree}), engine.max_nodes)
+        return open_drafter(drafts, target)
+
+    if arguments.each_drafts:
+        require_drafts("text", engine.info)
+    names = [name for name in DRAFTS if drafts_possible(name, engine.info)] if arguments.each_drafts else []
+    others = {name: opened(name) for name in names if name not in ("none", arguments.drafts)}
+    return opened(arguments.drafts), others
 
 
 def _plain(value: Any) -> Any:
@@ -137,7 +159,11 @@ def _comparison(
 
 
 def _sweeps(
-    engine: ScoringEngine, tree: Tree, encoded: list[EncodedPrompt], arguments: RunArguments, progress: Progress
+    engine: ScoringEngine,
+    tree: Tree | Drafter,
+    encoded: list[EncodedPrompt],
+    arguments: RunArguments,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What --sweep-batch and --sweep-length ask for."""
     prompts, found = [ids for _, _, ids in encoded], dict[str, Any]()
@@ -176,7 +202,7 @@ def _texts(entry: dict[str, Any], result: RunResult, tokenizer: Any) -> dict[str
     """What both outputs say before and after they part."""
     prompt = next(prompt for prompt in result.prompts if prompt.prompt_id == entry["prompt"])
     at = entry["position"]
-    parting = next(run for run in prompt.medusa if run.tokens != prompt.baseline[0].tokens)
+    parting = next(run for run in prompt.drafted if run.tokens != prompt.baseline[0].tokens)
     return {
         "before": tokenizer.decode(prompt.baseline[0].tokens[max(0, at - SHOWN_TOKENS) : at]),
         "baseline": tokenizer.decode(prompt.baseline[0].tokens[at : at + SHOWN_TOKENS]),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from medusa_export.engines.decoding.drafters import Drafter
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation, ScoringEngine
 from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
@@ -25,6 +26,7 @@ class PromptResult:
 
     Attributes:
         baseline, medusa: one Generation a repeat.
+        ways: the same with other drafts, by their name.
         other_baseline, other_medusa: those of the engine that this one is compared with, if any.
         verdict: "exact", "tie" or "mismatch", the worst over the repeats; "other" for an output that differs and may, with
             typical acceptance.
@@ -39,6 +41,17 @@ class PromptResult:
     verdict: str = "exact"
     other_baseline: list[Generation] = field(default_factory=list)
     other_medusa: list[Generation] = field(default_factory=list)
+    ways: dict[str, list[Generation]] = field(default_factory=dict)
+
+    @property
+    def drafted(self) -> list[Generation]:
+        """All runs of this engine with drafts."""
+        return [*self.medusa, *(run for runs in self.ways.values() for run in runs)]
+
+    def runs(self, name: str) -> list[Generation]:
+        """Of a mode, or of other drafts."""
+        found: list[Generation] = self.ways[name] if name in self.ways else getattr(self, name)
+        return found
 
     def total_ms(self, mode: str) -> float:
         """Median time of the whole prompt, prefill included. ``mode`` names a list of runs."""
@@ -59,7 +72,7 @@ class RunResult:
 
 def run_prompts(
     engine: ScoringEngine,
-    tree: Tree,
+    tree: Tree | Drafter,
     prompts: Sequence[tuple[str, str, list[int]]],
     *,
     max_new_tokens: int,
@@ -69,6 +82,7 @@ def run_prompts(
     top_p: float = 1.0,
     typical: Typical | None = None,
     other: tuple[ScoringEngine, Tree] | None = None,
+    ways: Mapping[str, Tree | Drafter] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Measure and judge.
@@ -84,12 +98,13 @@ def run_prompts(
         top_p: draw from the smallest set of tokens with this probability.
         typical: how drafts are accepted with a tree; None: losslessly. Needs a temperature.
         other: another engine and its tree, to be run in between.
+        ways: other drafts for this engine, to be run in between too, by name.
     """
-    results = [PromptResult(key, category, ids, [], []) for key, category, ids in prompts]
+    results = [
+        PromptResult(key, category, ids, [], [], ways={way: [] for way in ways or {}}) for key, category, ids in prompts
+    ]
     eos = engine.info.eos_token_ids
-    modes = [("baseline", engine, AUTOREGRESSIVE), ("medusa", engine, tree)]
-    if other:
-        modes += [("other_baseline", other[0], AUTOREGRESSIVE), ("other_medusa", *other)]
+    modes = _modes(engine, tree, other, ways or {})
 
     def sampler(index: int) -> Sampler | None:
         return Sampler(temperature, (seed, index), top_p) if temperature else None
@@ -107,22 +122,48 @@ def run_prompts(
                     mode_engine, result.input_ids, mode_tree,
                     max_new_tokens=max_new_tokens, eos_token_ids=eos, sampler=sampler(index), typical=typical,
                 )  # fmt: skip
-                getattr(result, name).append(run)
+                result.runs(name).append(run)
             progress()
     if typical:
-        for result in results:
-            result.verdict = "exact" if first_divergence(result.baseline[0], result.medusa[0]) is None else "other"
-        return RunResult(results, 0.0)
-    return RunResult(results, _judge(engine, tree, results, sampler))
+        return _not_judged(results)
+    widest = max(_most_nodes(way) for _, mode_engine, way in modes if mode_engine is engine)
+    return RunResult(results, _judge(engine, widest, results, sampler))
+
+
+def _not_judged(results: list[PromptResult]) -> RunResult:
+    """Of typical acceptance: outputs may differ."""
+    for result in results:
+        result.verdict = "exact" if first_divergence(result.baseline[0], result.medusa[0]) is None else "other"
+    return RunResult(results, 0.0)
+
+
+def _modes(
+    engine: ScoringEngine,
+    tree: Tree | Drafter,
+    other: tuple[ScoringEngine, Tree] | None,
+    ways: Mapping[str, Tree | Drafter],
+) -> list[tuple[str, ScoringEngine, Tree | Drafter]]:
+    """What is run in turn: its name, the engine and its drafts."""
+    modes: list[tuple[str, ScoringEngine, Tree | Drafter]] = [
+        ("baseline", engine, AUTOREGRESSIVE),
+        ("medusa", engine, tree),
+        *((name, engine, way) for name, way in ways.items()),
+    ]
+    return [*modes, ("other_baseline", other[0], AUTOREGRESSIVE), ("other_medusa", *other)] if other else modes
+
+
+def _most_nodes(way: Tree | Drafter) -> int:
+    """Of a step."""
+    return max(tree.num_nodes for tree in ([way] if isinstance(way, Tree) else way.trees))
 
 
 def _judge(
-    engine: ScoringEngine, tree: Tree, results: list[PromptResult], sampler: Callable[[int], Sampler | None]
+    engine: ScoringEngine, nodes: int, results: list[PromptResult], sampler: Callable[[int], Sampler | None]
 ) -> float:
     """Fill in every prompt's verdict; returns the tolerance, which is the measured noise."""
     diverging = []
     for index, result in enumerate(results):
-        for medusa in result.medusa:
+        for medusa in result.drafted:
             found = explain(engine, result.input_ids, result.baseline[0], medusa, sampler(index))
             if found is not None:
                 result.divergence = found
@@ -132,7 +173,7 @@ def _judge(
     for result in [*results[:NOISE_PROMPTS], *diverging]:
         answer = result.baseline[0].tokens
         answer = answer if result.divergence else answer[:NOISE_TOKENS]
-        noise = max(noise, logit_noise(engine, result.input_ids, answer, tree.num_nodes))
+        noise = max(noise, logit_noise(engine, result.input_ids, answer, nodes))
     for result in results:
         result.verdict = verdict(result.divergence, noise)
     return noise

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.engines.decoding.drafters import Drafted, Drafter, TreeDrafter
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.decoding.step import decode_step
 from medusa_export.engines.measure.side_by_side import compare
@@ -54,24 +55,34 @@ class Served:
 
 
 def serve(
-    decoder: TreeBatchDecoder, tree: Tree, prompts: Sequence[Sequence[int]], *, batch: int, max_new_tokens: int
+    decoder: TreeBatchDecoder,
+    tree: Tree | Drafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch: int,
+    max_new_tokens: int,
 ) -> Served:
     """Answer all prompts greedily, ``batch`` at once; a sequence that ends makes room for the next prompt.
 
     Args:
         decoder: with no active sequence.
+        tree: of the heads' drafts, or a drafter of this engine.
         batch: sequences at once, at most the decoder's slots.
     """
-    result = Served([[] for _ in prompts])
+    result, sequences = Served([[] for _ in prompts]), dict[int, Drafted]()
+    drafter: Drafter = TreeDrafter([tree], decoder.info) if isinstance(tree, Tree) else tree
     ends, waiting, active = set(decoder.info.eos_token_ids), list(range(len(prompts)))[::-1], list[int]()
     while waiting or active:
         while waiting and len(active) < batch:
             active.append(waiting.pop())
-            result.tokens[active[-1]].append(int(decoder.admit(prompts[active[-1]]).argmax()))
+            first, prompt = result.tokens[active[-1]], prompts[active[-1]]
+            first.append(int(decoder.admit(prompt).argmax()))
+            sequences[active[-1]] = drafter.begin([*prompt, *first])
         start = time.perf_counter()
-        fits = all(decoder.remaining(slot) >= tree.num_nodes for slot in range(len(active)))
-        last = [result.tokens[index][-1] for index in active]
-        new = decode_step(decoder, tree if fits else AUTOREGRESSIVE, last)
+        remaining = min(decoder.remaining(slot) for slot in range(len(active)))
+        new = decode_step(decoder, *drafter.draft(decoder, [sequences[index] for index in active], remaining))
+        for index, tokens in zip(active, new, strict=True):
+            sequences[index].extend(tokens)
         result.decode_seconds += time.perf_counter() - start
         result.steps += 1
         result.sequence_steps += len(active)
@@ -86,7 +97,7 @@ def serve(
 
 def batch_sweep(
     decoder: TreeBatchDecoder,
-    tree: Tree,
+    tree: Tree | Drafter,
     prompts: Sequence[Sequence[int]],
     batches: Sequence[int],
     *,
@@ -94,7 +105,7 @@ def batch_sweep(
     repeats: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Throughput of every batch size without and with a tree, prefills not counted.
+    """Throughput of every batch size without and with drafts, prefills not counted.
 
     Args:
         batches: sequences at once; the decoder has as many slots as the largest.
@@ -113,7 +124,7 @@ def batch_sweep(
 
 def length_sweep(
     engine: StepEngine,
-    tree: Tree,
+    tree: Tree | Drafter,
     prompts: Sequence[Sequence[int]],
     lengths: Sequence[int],
     *,

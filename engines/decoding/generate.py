@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation, StepEngine, WholeEngine
+from medusa_export.engines.decoding.drafters import Drafter, TreeDrafter
+from medusa_export.engines.decoding.protocols import Generation, StepEngine, WholeEngine
 from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.decoding.step import decode_step
 from medusa_export.heads.decoding.accept import Typical
@@ -17,7 +18,7 @@ from medusa_export.heads.trees.tree import Tree
 def generate(
     engine: StepEngine | WholeEngine,
     input_ids: Sequence[int],
-    tree: Tree,
+    tree: Tree | Drafter,
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
@@ -27,6 +28,7 @@ def generate(
     """Greedy decoding; lossless: the tree changes the speed, not the tokens. An empty tree is autoregressive decoding.
 
     Args:
+        tree: of the heads' drafts, or a drafter of this engine.
         sampler: draw tokens with it instead; with the same seed, a tree changes the speed only here too.
         typical: with a sampler, let drafts stand by this rule instead: not lossless.
 
@@ -37,30 +39,34 @@ def generate(
         got, limit = f"{len(input_ids)} tokens", engine.info.max_length
         raise ConfigError("prompt", got, f"1 .. {limit - 1}", "shorten it, or export with a larger --max-length")
     if not isinstance(engine, WholeEngine):
-        return _decode_by_steps(engine, input_ids, tree, max_new_tokens, eos_token_ids, sampler, typical)
+        drafter = TreeDrafter([tree], engine.info) if isinstance(tree, Tree) else tree
+        return _decode_by_steps(engine, input_ids, drafter, max_new_tokens, eos_token_ids, sampler, typical)
     if sampler is not None or typical is not None:
         got = f"the engine {engine.info.backend}, which draws with random numbers of its own"
         raise ConfigError("temperature", got, "greedy decoding", "leave --temperature out")
+    if not isinstance(tree, Tree):
+        got = f"the engine {engine.info.backend}, whose runtime drafts with its own heads"
+        raise ConfigError("--drafts", got, "heads or none", "leave --drafts out")
     return engine.decode(input_ids, tree, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
 
 
 def _decode_by_steps(
-    engine: StepEngine, input_ids: Sequence[int], tree: Tree, max_new_tokens: int, eos_token_ids: Sequence[int],
+    engine: StepEngine, input_ids: Sequence[int], drafter: Drafter, max_new_tokens: int, eos_token_ids: Sequence[int],
     sampler: Sampler | None, typical: Typical | None,
 ) -> Generation:  # fmt: skip
     result, eos, decoder = Generation(), set(eos_token_ids), OneSequence(engine)
     start = time.perf_counter()
     first = sampler.draw(engine.prefill_logits(input_ids)) if sampler else engine.prefill(input_ids)
     result.tokens.append(first)
-    new = [first]
+    new, sequence = [first], drafter.begin([*input_ids, first])
     decode_start, backend_start = time.perf_counter(), engine.backend_seconds
     while not (reason := _finished(result.tokens, new, eos, max_new_tokens)):
         remaining = engine.info.max_length - engine.length
         if not remaining:
             reason = "context"
             break
-        fitting = tree if remaining >= tree.num_nodes else AUTOREGRESSIVE
-        (new,) = decode_step(decoder, fitting, result.tokens[-1:], (sampler,), typical)
+        (new,) = decode_step(decoder, *drafter.draft(decoder, (sequence,), remaining), (sampler,), typical)
+        sequence.extend(new)
         result.tokens += new
         result.accepted.append(len(new))
     result.finish_reason = _cut(result.tokens, eos, max_new_tokens) or reason

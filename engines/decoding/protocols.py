@@ -29,9 +29,10 @@ class Step(Protocol):
 
 
 class StepEngine(Protocol):
-    """An engine whose steps this process drives; the decode loop below does the rest."""
+    """An engine whose steps this process drives; the decode loop does the rest."""
 
     info: EngineInfo
+    max_nodes: int  # that a step takes, the root included
 
     def prefill(self, input_ids: Sequence[int]) -> int:
         """Empty the KV cache, run the prompt, and return the greedy next token."""
@@ -100,8 +101,12 @@ class TreeDecoder(StepDecoder, Protocol):
 
     info: EngineInfo
     max_length: int
+    max_nodes: int  # that a step takes, the root included
     slots: int
     active: int
+
+    def prepare(self, trees: Sequence[Tree]) -> None:
+        """Make steps with these trees ready, so that nobody's first step waits for it; ConfigError for one that is too large."""
 
     def remaining(self, slot: int) -> int:
         """Tokens that still fit."""

@@ -22,9 +22,15 @@ class OneSequence:
 
     def __init__(self, engine: StepEngine) -> None:
         self.info, self.max_length, self.active = engine.info, engine.info.max_length, 0
+        self.max_nodes = engine.max_nodes
         self._engine = engine
         self._prompt, self._unread = list[int](), 0
         self._step: Step | None = None
+
+    def prepare(self, trees: Sequence[Tree]) -> None:
+        """Bind trees before the first step needs them."""
+        for tree in trees:
+            self._engine.prepare(tree)
 
     def remaining(self, slot: int) -> int:
         """Tokens that still fit."""

@@ -1,4 +1,4 @@
-"""One decode step, of one sequence or of many: draft, verify, accept, commit."""
+"""One decode step, of one sequence or of many: verify what was drafted, accept, commit."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ ROOT = Tree(())
 def decode_step(
     decoder: StepDecoder,
     tree: Tree,
-    last: Sequence[int],
+    node_ids: npt.NDArray[np.int64],
     samplers: Sequence[Sampler | TokenChooser | None] = (),
     typical: Typical | None = None,
 ) -> list[list[int]]:
-    """One step of every active sequence: draft, verify, accept, commit.
+    """One step of every active sequence: verify, accept, commit; whoever drafted.
 
     Args:
         tree: one for all sequences; each needs room for its nodes.
-        last: the newest token of each, which no cache holds yet.
+        node_ids: their tokens; the root's is the newest of its sequence, which no cache holds yet.  # [active, N]
         samplers: what draws or chooses the tokens of each; None, or none at all: greedy.
         typical: where tokens are drawn, let drafts stand by this rule instead: not lossless.
 
     Returns:
         The new tokens of each: accepted drafts and the base model's own next one.
     """
-    node_ids = draft_nodes(decoder, tree, last)
     if any(samplers):
         logits = decoder.verify_logits(tree, node_ids)  # [active, N, V]
         accepted = [
@@ -46,16 +45,6 @@ def decode_step(
         accepted = [accept_greedy(tree, *row) for row in zip(node_ids, next_ids, strict=True)]
     decoder.commit([path for path, _ in accepted])
     return [tokens for _, tokens in accepted]
-
-
-def draft_nodes(decoder: StepDecoder, tree: Tree, last: Sequence[int]) -> npt.NDArray[np.int64]:
-    """The tokens of a tree of the heads' ranks for every active sequence.  # [active, N]"""
-    node_ids = np.empty((len(last), tree.num_nodes), dtype=np.int64)
-    node_ids[:, 0] = last
-    if tree.max_draft_len:
-        heads, ranks = tree.heads_and_ranks
-        node_ids[:, 1:] = decoder.draft(tree.depth)[:, heads, ranks]
-    return node_ids
 
 
 def _accept(

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.intervals import bootstrap
+from medusa_export.engines.decoding.drafters import Drafter
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
 from medusa_export.heads.trees.tree import Tree
 
 WARMUP_TOKENS = 16
 
+Way = TypeVar("Way", bound=Tree | Drafter)
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Generic[Way]):
     """A tree's decoding against decoding without one, on the same prompts, the prefill not counted.
 
     Attributes:
@@ -29,7 +31,7 @@ class Measured:
         tokens_per_step: of the tree's runs.
     """
 
-    tree: Tree
+    tree: Way
     speedup: float
     interval: tuple[float, float]
     tokens_per_step: float
@@ -37,20 +39,20 @@ class Measured:
 
 def compare(
     engine: StepEngine,
-    trees: Sequence[Tree],
+    trees: Sequence[Way],
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
     repeats: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Measured]:
-    """Measure trees, in their order.
+) -> list[Measured[Way]]:
+    """Measure trees or other drafters, in their order.
 
     Args:
         prompts: input_ids of each.
         repeats: runs of each tree on each prompt; the median counts.
     """
-    modes = [AUTOREGRESSIVE, *trees]
+    modes: list[Tree | Drafter] = [AUTOREGRESSIVE, *trees]
     eos = engine.info.eos_token_ids
     for tree in modes:
         generate(engine, prompts[0], tree, max_new_tokens=WARMUP_TOKENS, eos_token_ids=())
@@ -67,7 +69,7 @@ def compare(
     return [_measured(tree, np.median(times, 0), counts, mode) for mode, tree in enumerate(trees, start=1)]
 
 
-def _measured(tree: Tree, ms: Array, counts: Array, mode: int) -> Measured:
+def _measured(tree: Way, ms: Array, counts: Array, mode: int) -> Measured[Way]:
     tokens, steps = counts[:, mode].sum(0)
     if not tokens:
         return Measured(tree, 1.0, (1.0, 1.0), 1.0)

@@ -18,7 +18,7 @@ from medusa_export.engines.onnxruntime.engine import MASKED, open_decoder, open_
 from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 from medusa_export.engines.onnxruntime.slots import Slots
 from medusa_export.heads.contract.engine_info import BATCH_DECODER_FILE, EngineInfo
-from medusa_export.heads.trees.tree import Tree
+from medusa_export.heads.trees.tree import MAX_CHOICES, Tree
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +36,8 @@ class TreeBatchDecoder(Slots):
         threads: intra-op threads; 0 takes one a core.
     """
 
+    max_nodes = MAX_CHOICES + 1
+
     def __init__(self, engine_dir: Path, *, slots: int, max_length: int | None = None, threads: int = 0) -> None:
         super().__init__(engine_dir, slots, max_length)
         self._dir = engine_dir
@@ -48,6 +50,9 @@ class TreeBatchDecoder(Slots):
         self._spare, self._rest = slots - 1, list[int]()  # where a prompt is filled in, and what is left of it
         self._blocks: dict[tuple[int, int, int], _Block] = {}  # (first slot, batch, size)
         self._block: _Block | None = None  # the last verified one
+
+    def prepare(self, trees: Sequence[Tree]) -> None:
+        """Any tree is ready: buffers depend on how many sequences there are."""
 
     def admit(self, input_ids: Sequence[int]) -> Array:
         """Run a prompt in the next free slot.  # [S] -> logits [vocab_size]
@@ -142,7 +147,6 @@ class TreeBatchDecoder(Slots):
             self._hidden[target] = self._hidden[source]
 
     def _verify(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> _Block:
-        self.info.require_tree(tree)
         key = (0, *node_ids.shape)
         block = self._blocks.get(key)
         if block is None:

@@ -18,19 +18,21 @@ import numpy.typing as npt
 from medusa_export.core.errors import ConfigError, missing_package
 from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 from medusa_export.heads.contract.engine_info import DECODER_FILE, EngineInfo, heads_file
-from medusa_export.heads.trees.tree import Tree
+from medusa_export.heads.trees.tree import MAX_CHOICES, Tree
 
 MASKED = np.float32(-1e30)
 Array = npt.NDArray[Any]
 
 
 class OnnxRuntimeEngine:
-    """Batch 1, greedy. See :class:`medusa_export.engines.decoding.protocols.StepEngine` for the methods.
+    """Batch 1. See :class:`medusa_export.engines.decoding.protocols.StepEngine` for the methods.
 
     Args:
         engine_dir: directory with engine.json, decoder.onnx and heads-{depth}.onnx.
         threads: intra-op threads, shared by both graphs; 0 takes one a core.
     """
+
+    max_nodes = MAX_CHOICES + 1
 
     def __init__(self, engine_dir: Path, *, threads: int = 0) -> None:
         self._ort = _import_onnxruntime()
@@ -67,7 +69,6 @@ class OnnxRuntimeEngine:
     def prepare(self, tree: Tree) -> OnnxRuntimeStep:
         step = self._steps.get(id(tree))
         if step is None:
-            self.info.require_tree(tree)
             step = self._steps[id(tree)] = OnnxRuntimeStep(self, tree)
         return step
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.draft_kinds import Engine, open_drafter, require_drafts
+from medusa_export.engines.decoding.drafters import Drafter
 from medusa_export.engines.decoding.protocols import TreeDecoder
 from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
@@ -15,19 +17,15 @@ from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.heads.contract.engine_info import ENGINE_FILE, EngineInfo
 
 
-def _many(engine_dir: Path, options: ServingOptions, trees: BatchTrees) -> TreeDecoder:
+def _many(engine_dir: Path, options: ServingOptions) -> TreeDecoder:
     slots = min(options.max_batch, cache_slots(EngineInfo.load(engine_dir), options.kv_cache_mb))
     return TreeBatchDecoder(engine_dir, slots=slots, threads=options.threads)
 
 
-def _one(engine_dir: Path, options: ServingOptions, trees: BatchTrees) -> TreeDecoder:
+def _one(engine_dir: Path, options: ServingOptions) -> TreeDecoder:
     from medusa_export.engines.tensorrt.engine import TensorRtEngine
 
-    engine = TensorRtEngine(engine_dir)
-    engine.prepare(
-        trees(1)
-    )  # one that is too large for the engine is refused here, and nobody's first step waits for it
-    return OneSequence(engine)
+    return OneSequence(TensorRtEngine(engine_dir))
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,11 @@ class Backend:
     """How a server decodes with the engines of one backend.
 
     Attributes:
-        open: the decoder of an engine directory, for some trees.
+        open: the decoder of an engine directory.
         unused: options that mean nothing to it.
     """
 
-    open: Callable[[Path, ServingOptions, BatchTrees], TreeDecoder]
+    open: Callable[[Path, ServingOptions], TreeDecoder]
     unused: tuple[str, ...] = ()
 
 
@@ -55,11 +53,26 @@ def find_engine(directory: Path) -> Path:
     return inside if not (directory / ENGINE_FILE).is_file() and (inside / ENGINE_FILE).is_file() else directory
 
 
+def open_served(
+    engine_dir: Path, info: EngineInfo, options: ServingOptions, trees: BatchTrees
+) -> tuple[TreeDecoder, Drafter]:
+    """What decodes an engine's sequences, and what drafts for them.
+
+    Args:
+        trees: of the heads' drafts, by the number of sequences.
+    """
+    decoder = SERVED[info.backend].open(engine_dir, options)
+    drafter = open_drafter(options.drafts, Engine(engine_dir, info, trees, decoder.max_nodes))
+    decoder.prepare(drafter.trees)
+    return decoder, drafter
+
+
 def require_served(engine_dir: Path, info: EngineInfo, options: ServingOptions) -> None:
     """Raise ConfigError for an engine that this project's own servers do not decode with, or options that it has no use for."""
     if info.backend not in SERVED:
         got, expected = f"an engine for {info.backend}", f"one for {' or '.join(SERVED)}"
         raise ConfigError(str(engine_dir), got, expected, "see medusa-triton for tensorrt-llm")
+    require_drafts(options.drafts, info)
     for name in SERVED[info.backend].unused:
         if getattr(options, name) != getattr(ServingOptions(), name):
             flag = f"--{name.replace('_', '-')}"

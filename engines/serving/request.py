@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from medusa_export.core.errors import ConfigError, MedusaExportError
 from medusa_export.heads.decoding.sampling import Sampling
@@ -87,6 +87,7 @@ class RequestHandle:
     submitted: float
     deadline: float
     tokens: list[int] = field(default_factory=list)
+    drafted: Any = None  # its text, as the drafter sees it
     steps: int = 0
     last_token_at: float = 0.0
     is_cancelled: bool = False

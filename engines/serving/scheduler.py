@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.drafters import Drafter, TreeDrafter
 from medusa_export.engines.decoding.protocols import TreeDecoder
 from medusa_export.engines.decoding.step import PREFILL, ROOT, decode_step
 from medusa_export.engines.serving.meter import Load, Meter
@@ -22,7 +22,6 @@ from medusa_export.engines.serving.request import (
 )
 from medusa_export.heads.decoding.sampling import Sampling
 from medusa_export.heads.decoding.token_choice import TokenChooser, token_chooser
-from medusa_export.heads.trees.tree import Tree
 
 PREFILL_TOKENS = 128  # of prompts that are read between two steps of the others
 
@@ -33,7 +32,7 @@ class Scheduler:
     """Decodes requests on a batch, as many at once as it has slots.
 
     Args:
-        trees: for drafts, by the number of sequences; None decodes without.
+        drafter: of the decoder's engine; None decodes without drafts.
         max_queue: requests that wait, at most; None: any number.
         prefill_tokens: of prompts that are read between two steps of the others; a longer prompt is read in parts.
         meter: is told of tokens and requests, in the scheduler's thread.
@@ -43,12 +42,13 @@ class Scheduler:
         self,
         decoder: TreeDecoder,
         *,
-        trees: BatchTrees | None = None,
+        drafter: Drafter | None = None,
         max_queue: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
         meter: Meter | None = None,
     ) -> None:
-        self.decoder, self._trees, self._max_queue = decoder, trees or BatchTrees({}), max_queue
+        self.decoder, self._max_queue = decoder, max_queue
+        self._drafter: Drafter = drafter or TreeDrafter([ROOT], decoder.info)
         self._prefill_tokens, self._meter = prefill_tokens, meter or Meter()
         self._eos = set(decoder.info.eos_token_ids)
         self._waiting: deque[RequestHandle] = deque()
@@ -187,6 +187,7 @@ class Scheduler:
             return
         try:
             token = handle.chooser.draw(logits) if handle.chooser else int(logits.argmax())
+            handle.drafted = self._drafter.begin([*handle.input_ids, token])
         except Exception:
             self.decoder.release(len(self._running))
             raise
@@ -201,18 +202,13 @@ class Scheduler:
             self._end(handle, reason, error)
 
     def _step(self) -> None:
-        last = [handle.tokens[-1] for handle in self._running]
-        tree = self._step_tree()
-        new = decode_step(self.decoder, tree, last, [handle.chooser for handle in self._running])
+        remaining = min(self.decoder.remaining(slot) for slot in range(len(self._running)))
+        tree, node_ids = self._drafter.draft(self.decoder, [handle.drafted for handle in self._running], remaining)
+        new = decode_step(self.decoder, tree, node_ids, [handle.chooser for handle in self._running])
         for slot in reversed(range(len(self._running))):
             self._running[slot].steps += 1
+            self._running[slot].drafted.extend(new[slot])
             self._take(slot, new[slot], tree.num_nodes - 1)
-
-    def _step_tree(self) -> Tree:
-        """The tree of so many sequences, if each has room for it."""
-        tree = self._trees(len(self._running))
-        remaining = min(self.decoder.remaining(slot) for slot in range(len(self._running)))
-        return tree if remaining >= tree.num_nodes else ROOT
 
     def _take(self, slot: int, tokens: Sequence[int], drafts: int) -> None:
         """New tokens of a request, of which one may be its last, from a step with so many drafts."""

@@ -11,7 +11,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_lines import is_text
 from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.engines.serving.decoders import SERVED, require_served
+from medusa_export.engines.serving.decoders import open_served, require_served
 from medusa_export.engines.serving.grammar import Grammar, GrammarCompiler
 from medusa_export.engines.serving.meter import Meter
 from medusa_export.engines.serving.options import ServingOptions
@@ -85,11 +85,11 @@ class TextService:
         require_served(engine_dir, info, options)
         self._grammars = GrammarCompiler(self.tokenizer, info.vocab_size, info.eos_token_ids)
         self._vocab_size, self._eos = info.vocab_size, info.eos_token_ids
-        decoder = SERVED[info.backend].open(engine_dir, options, trees)
+        decoder, drafter = open_served(engine_dir, info, options, trees)
         self.max_length = decoder.max_length
         self.name = Path(str(info.source.get("checkpoint", engine_dir))).name
         self.scheduler = Scheduler(
-            decoder, trees=trees, max_queue=options.max_queue, prefill_tokens=options.prefill_tokens, meter=meter
+            decoder, drafter=drafter, max_queue=options.max_queue, prefill_tokens=options.prefill_tokens, meter=meter
         )
 
     def submit(self, request: TextRequest, say: Callable[[Piece], None]) -> RequestHandle | None:

@@ -136,7 +136,6 @@ class TensorRtEngine:
         self.past.fill_(self.length)
 
     def _require(self, tree: Tree) -> None:
-        self.info.require_tree(tree)
         if tree.num_nodes > self.max_nodes:
             limit = f"at most {self.max_nodes} in this engine"
             raise ConfigError("tree", f"{tree.num_nodes} nodes, the root included", limit, "export with --tree")

@@ -18,6 +18,11 @@ from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance, wr
 from medusa_export.heads.trees.step_costs import COST_FILE, cost_curve
 
 MAX_PROMPTS, NEW_TOKENS, ROUNDS = 64, 96, 5
+LONG_PASTS, LONG_NODES, LONG_ROUNDS = (
+    (1024,),
+    16,
+    3,
+)  # for drafts that are chosen step by step; the tree rests on the first curve
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,11 +55,19 @@ def choose_tree(
     )
     write_calibration(engine_dir / ACCEPTANCE_FILE, answers, {"max_new_tokens": NEW_TOKENS})
     past_length = min(PAST_LENGTH, info.max_length // 2)
+    steps = SingleSteps(engine)
     curve = measure_cost(
-        SingleSteps(engine), max_nodes=min(max(SIZES), info.max_length - past_length), past_length=past_length, rounds=ROUNDS,
+        steps, max_nodes=min(max(SIZES), info.max_length - past_length), past_length=past_length, rounds=ROUNDS,
         progress=lambda *at: progress("step costs", *at),
     )  # fmt: skip
-    write_costs(engine_dir / COST_FILE, [curve], info)
+    longer = [
+        measure_cost(
+            steps, max_nodes=min(LONG_NODES, info.max_length - length), past_length=length, rounds=LONG_ROUNDS,
+            progress=lambda *at: progress("step costs behind more", *at),
+        )
+        for length in LONG_PASTS if past_length < length <= info.max_length - LONG_NODES
+    ]  # fmt: skip
+    write_costs(engine_dir / COST_FILE, [curve, *longer], info)
     found = search(Acceptance.from_answers(answers), cost_curve(curve))
     (engine_dir / TREE_FILE).write_text(tree_json(found), encoding="utf-8")
     return sentence(found)

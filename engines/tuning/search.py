@@ -32,7 +32,7 @@ class Search:
     sizes: tuple[Candidate, ...]
     chosen: Candidate
     interval: tuple[float, float] | None = None
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[Measured[Tree], ...] = ()
     estimated: str | None = None
 
     @property
@@ -41,7 +41,7 @@ class Search:
         return max(self.sizes[1:], key=lambda candidate: candidate.speedup, default=self.chosen)
 
     @property
-    def measurement(self) -> Measured | None:
+    def measurement(self) -> Measured[Tree] | None:
         """The chosen tree's."""
         return next((item for item in self.measured if item.tree == self.chosen.tree), None)
 

@@ -28,7 +28,9 @@ class EstimateFlags:
     """What an estimate takes."""
 
     gpu: str | None = flag(None, help="Estimate for this GPU instead of measuring.", panel=PANEL, choices=tuple(BY_KEY))
-    ckpt: Path | None = flag(None, help="Base model, or its name on the hub; only config.json is read.", panel=PANEL, requires=GPU)
+    ckpt: Path | None = flag(
+        None, help="Base model, or its name on the hub; only config.json is read.", panel=PANEL, requires=GPU
+    )
     heads: Path | None = flag(None, help="Medusa heads; only headers are read.", panel=PANEL, requires=GPU)
     num_heads: int = flag(4, help="Heads of one block, where there are none yet.", panel=PANEL, requires=GPU)
     quant: str = flag("none", help="Weight format.", panel=PANEL, choices=tuple(FORMATS), requires=GPU)

@@ -59,8 +59,8 @@ ALLOWED: dict[str, str] = {
     "engines/tuning": "core core/text engines/decoding engines/measure engines/onnxruntime heads/contract heads/decoding heads/trees",
     "engines/verify": "core engines/decoding engines/onnxruntime engines/tensorrt engines/tensorrt/emulation heads/checkpoint"
     " heads/contract heads/decoding heads/trees",
-    "engines/serving": "core core/text engines/decoding engines/onnxruntime engines/tensorrt heads/contract heads/data heads/decoding"
-    " heads/trees",
+    "engines/serving": "core core/text engines/decoding engines/onnxruntime engines/tensorrt heads/contract heads/data"
+    " heads/decoding",
     "engines/serving/openai/protocol": "core engines/serving heads/decoding",
     "engines/serving/openai": "core engines/serving engines/serving/openai/protocol heads/decoding",
     "engines/serving/triton": "core core/artifacts core/text engines/decoding engines/serving heads/contract heads/decoding",

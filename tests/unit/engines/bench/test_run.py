@@ -153,6 +153,22 @@ def test_nan_is_not_the_checkpoint(made: Any, prompts: Path, monkeypatch: pytest
     assert len(run(arguments(made, prompts, limit=1, reference=made.model_dir))["failures"]) == 1
 
 
+@pytest.mark.parametrize("drafts", ["heads", "text", "both", "none"])
+def test_other_drafts(drafts: str, made: Any, prompts: Path) -> None:
+    report = run(arguments(made, prompts, drafts=drafts, repeats=1))
+    assert report["parity"]["exact"] == 4
+    assert [row["drafts"] for row in report["drafts"]] == [drafts]
+    assert (report["tokens_per_step"] > 1.5) == (drafts in ("heads", "both")), "the tiny model repeats nothing"
+
+
+def test_each_of_the_drafts(made: Any, prompts: Path) -> None:
+    report, shown = run(arguments(made, prompts, each_drafts=True, repeats=1)), io.StringIO()
+    assert [row["drafts"] for row in report["drafts"]] == ["heads", "text", "both"]
+    assert [row["equal_outputs"] for row in report["drafts"]] == [4, 4, 4]
+    print_report(report, Console(file=shown, width=200))
+    assert all(f"{row['drafts']} {row['decode_speedup']:.2f}x" in shown.getvalue() for row in report["drafts"])
+
+
 class TestRefusals:
     def check(self, made: Any, prompts: Path, match: str, error: type[MedusaExportError], **changes: Any) -> None:
         with pytest.raises(error, match=match):
@@ -165,6 +181,10 @@ class TestRefusals:
     def test_too_long_together(self, made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(OnnxRuntimeEngine, "prefill", lambda *_: pytest.fail("found before anything runs"))
         self.check(made, prompts, r"prompt 81: got \d+ tokens and 124 new ones", ConfigError, max_new_tokens=124)
+
+    def test_drafts(self, made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(OnnxRuntimeEngine, "prefill", lambda *_: pytest.fail("found before anything runs"))
+        self.check(made, prompts, "--drafts: got words; expected one of heads", ConfigError, drafts="words")
 
     def test_trees(self, made: Any, prompts: Path) -> None:
         self.check(made, prompts, "depth 4", TreeError, tree="medusa-63")

@@ -28,6 +28,9 @@ class Info:
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
 
+    def require_tree(self, tree: Tree) -> None:
+        """Any tree will do."""
+
 
 class ScriptedEngine:
     """A stand-in for an engine, no model in it: it continues the prompt with ``truth`` as long as the cache holds just that.
@@ -41,6 +44,7 @@ class ScriptedEngine:
         self.truth, self.ranks = list(truth), ranks
         self.rows: list[int] = []
         self.trees: list[Tree] = []
+        self.max_nodes = 64
         self.drafts, self.backend_seconds = 0, 0.0
 
     def say(self, text: Sequence[int]) -> int:

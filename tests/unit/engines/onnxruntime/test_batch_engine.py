@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.engines.decoding.drafters import draft_heads
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.decoding.step import decode_step
@@ -58,7 +59,9 @@ def serve(
             active.append(index)
         last = [results[index].tokens[-1] for index in active]
         for index, new in zip(
-            active, decode_step(decoder, tree, last, [samplers[i] for i in active], typical), strict=True
+            active,
+            decode_step(decoder, *draft_heads(decoder, tree, last), [samplers[i] for i in active], typical),
+            strict=True,
         ):
             results[index].tokens += new
             results[index].accepted.append(len(new))
@@ -149,7 +152,9 @@ def test_a_prompt_is_read_in_parts_between_steps_of_others(tiny_engine: Callable
     rows = [[token] for token in first]
     logits = None
     while logits is None:
-        for row, new in zip(rows, decode_step(decoder, AUTOREGRESSIVE, [row[-1] for row in rows]), strict=True):
+        for row, new in zip(
+            rows, decode_step(decoder, *draft_heads(decoder, AUTOREGRESSIVE, [row[-1] for row in rows])), strict=True
+        ):
             row += new
         if len(rows) == 3 and len(rows[0]) > 2:
             decoder.release(0)
@@ -157,7 +162,9 @@ def test_a_prompt_is_read_in_parts_between_steps_of_others(tiny_engine: Callable
         logits = decoder.prefill_chunk(3)
     rows.append([int(logits.argmax())])
     for _ in range(4):
-        for row, new in zip(rows, decode_step(decoder, AUTOREGRESSIVE, [row[-1] for row in rows]), strict=True):
+        for row, new in zip(
+            rows, decode_step(decoder, *draft_heads(decoder, AUTOREGRESSIVE, [row[-1] for row in rows])), strict=True
+        ):
             row += new
     for row, prompt in zip(rows, [PROMPTS[2], PROMPTS[1], long], strict=True):
         expected = generate(engine, prompt, AUTOREGRESSIVE, max_new_tokens=len(row), eos_token_ids=())
@@ -173,7 +180,7 @@ def test_a_long_sequence_does_not_cost_those_after_it(tiny_engine: Callable[...,
     grown = decoder._kv.shape[3]
     decoder.release(1)
     for _ in range(12):
-        row += decode_step(decoder, AUTOREGRESSIVE, [row[-1]])[0]
+        row += decode_step(decoder, *draft_heads(decoder, AUTOREGRESSIVE, [row[-1]]))[0]
     assert grown >= 600
     assert decoder._kv.shape[3] < 20
     assert row == generate(engine, PROMPTS[0], AUTOREGRESSIVE, max_new_tokens=13, eos_token_ids=()).tokens
@@ -187,5 +194,3 @@ def test_refusals(tiny_engine: Callable[..., Any]) -> None:
     assert decoder.remaining(0) == 1
     with pytest.raises(ConfigError, match="in use"):
         decoder.admit([1])
-    with pytest.raises(ConfigError, match="tree"):
-        decoder.verify(Tree.from_choices([[15]]), np.ones((1, 2), dtype=np.int64))

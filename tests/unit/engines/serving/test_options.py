@@ -7,11 +7,12 @@ from dataclasses import asdict, fields
 import pytest
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.engines.decoding.draft_kinds import DRAFTS
 from medusa_export.engines.serving.options import ServingOptions
 
 OTHERS = ServingOptions(
     max_batch=3, kv_cache_mb=77, max_queue=5, max_tokens=9, timeout_s=1.5, max_text_bytes=1000, tree_max_batch=0, threads=2,
-    prefill_tokens=7, grace_s=2.5,
+    prefill_tokens=7, grace_s=2.5, drafts="both",
 )  # fmt: skip
 MAY_BE_NOTHING = {"threads", "tree_max_batch", "grace_s"}
 
@@ -28,7 +29,7 @@ def test_what_is_not_there_keeps_its_default() -> None:
     assert ServingOptions.from_text({"max_queue": "5", "engine": "engine"}) == ServingOptions(max_queue=5)
 
 
-@pytest.mark.parametrize("name", [item.name for item in fields(ServingOptions)])
+@pytest.mark.parametrize("name", [item.name for item in fields(ServingOptions) if item.name != "drafts"])
 def test_ranges(name: str) -> None:
     least = 0 if name in MAY_BE_NOTHING else 1
     assert getattr(ServingOptions(**{name: least}), name) == least
@@ -36,6 +37,12 @@ def test_ranges(name: str) -> None:
     for value in (least - 1, -(10**9)):
         with pytest.raises(ConfigError, match=f"{flag}: got {value}; expected {least} or more"):
             ServingOptions(**{name: value})
+
+
+def test_drafts_by_name() -> None:
+    assert {ServingOptions(drafts=name).drafts for name in ("heads", "text", "both", "none")} == set(DRAFTS)
+    with pytest.raises(ConfigError, match="--drafts: got words; expected one of heads, text, both, none"):
+        ServingOptions.from_text({"drafts": "words"})
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf"])

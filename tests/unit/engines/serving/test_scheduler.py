@@ -12,6 +12,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.draft_kinds import Engine, open_drafter
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
@@ -64,11 +65,21 @@ def engine_dir(tiny_engine: Callable[..., Any]) -> Path:
 
 @pytest.fixture
 def schedule(engine_dir: Path) -> Iterator[Callable[..., Scheduler]]:
-    """``schedule(slots=2, max_length=None, *, has_ends=False, **arguments) -> Scheduler``, closed in the end."""
+    """``schedule(slots=2, max_length=None, *, has_ends, drafts, trees, **arguments) -> Scheduler``, closed in the end."""
     made: list[Scheduler] = []
 
-    def make(slots: int = 2, max_length: int | None = None, *, has_ends: bool = False, **arguments: Any) -> Scheduler:
-        made.append(Scheduler(TreeBatchDecoder(engine_dir, slots=slots, max_length=max_length), **arguments))
+    def make(
+        slots: int = 2,
+        max_length: int | None = None,
+        *,
+        has_ends: bool = False,
+        drafts: str = "heads",
+        trees: BatchTrees | None = None,
+        **arguments: Any,
+    ) -> Scheduler:
+        decoder = TreeBatchDecoder(engine_dir, slots=slots, max_length=max_length)
+        engine = Engine(engine_dir, decoder.info, trees or BatchTrees({}), decoder.max_nodes)
+        made.append(Scheduler(decoder, drafter=open_drafter(drafts, engine), **arguments))
         if not has_ends:
             made[-1]._eos = set()  # so that a test knows how long an answer takes
         return made[-1]
@@ -105,6 +116,27 @@ def test_every_answer_is_the_one_of_a_sequence_alone(
         assert (end.prompt_tokens, end.completion_tokens) == (len(ids), len(ears.tokens))
         assert end.reason == ("stop" if ears.tokens[-1] == 2 else "length")
     assert (max(yields) > 1) == (tree_max_batch > 0), "the tree was used, or was not, against what was asked"
+
+
+@pytest.mark.parametrize("drafts", ["text", "both"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_drafts_of_the_text_change_no_answer(
+    engine_dir: Path, schedule: Callable[..., Scheduler], drafts: str, temperature: float
+) -> None:
+    """Prompts that repeat themselves, several at once, each with its own drafts."""
+    scheduler, engine = schedule(slots=3, drafts=drafts), OnnxRuntimeEngine(engine_dir)
+    prompts = [[ids[0], *alone(engine_dir, ids[:1], 30), *ids[:1]] for ids in PROMPTS]
+    listeners, yields = [Ears() for _ in prompts], list[float]()
+    for index, (ids, ears) in enumerate(zip(prompts, listeners, strict=True)):
+        scheduler.submit(ids, Sampling(temperature, max_tokens=9 + 3 * index, seed=index), ears)
+    for index, (ids, ears) in enumerate(zip(prompts, listeners, strict=True)):
+        yields.append(ears.wait().tokens_per_step)
+        sampler = Sampler(temperature, index) if temperature else None
+        expected = generate(
+            engine, ids, AUTOREGRESSIVE, max_new_tokens=9 + 3 * index, eos_token_ids=(), sampler=sampler
+        )  # fmt: skip
+        assert ears.tokens == expected.tokens
+    assert max(yields) > 1, "nothing was accepted"
 
 
 def test_an_end_of_sequence_token_stops(schedule: Callable[..., Scheduler], engine_dir: Path) -> None:

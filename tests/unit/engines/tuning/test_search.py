@@ -84,7 +84,7 @@ def test_what_runs_fastest_is_taken(counted: Acceptance, monkeypatch: pytest.Mon
     predicted = search(counted, FLAT)
 
     def run(speeds: list[float]) -> Any:
-        def fake(_engine: Any, trees: list[Tree], _prompts: Any, **_: Any) -> list[Measured]:
+        def fake(_engine: Any, trees: list[Tree], _prompts: Any, **_: Any) -> list[Measured[Tree]]:
             return [
                 Measured(tree, speed, (speed - 0.1, speed + 0.1), 1.5)
                 for tree, speed in zip(trees, speeds, strict=True)

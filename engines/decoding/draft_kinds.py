@@ -1,0 +1,106 @@
+"""``--drafts``: who drafts, by name, and the drafter of an engine's directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_export.core.errors import ConfigError
+from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.drafters import Drafter, PayingDrafter, TreeDrafter, fitting_paths
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
+from medusa_export.heads.contract.engine_info import EngineInfo
+from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.trees.step_costs import COST_FILE, PRIOR_COSTS, StepCosts, load_costs
+from medusa_export.heads.trees.tree import Choice
+
+# Where nobody has counted: what the heads in examples/ gave on 52 of Spec-Bench's questions.
+PRIOR_PATHS: Mapping[Choice, float] = {
+    (0,): 0.296,
+    (1,): 0.112,
+    (0, 0): 0.084,
+    (2,): 0.053,
+    (3,): 0.036,
+    (0, 0, 0): 0.028,
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a drafter is made for.
+
+    Attributes:
+        directory: has ``cost.json`` and ``acceptance.json`` where they were measured.
+        trees: of the heads alone.
+        max_nodes: that a step takes.
+    """
+
+    directory: Path
+    info: EngineInfo
+    trees: BatchTrees
+    max_nodes: int
+
+
+def _none(engine: Engine) -> Drafter:
+    return TreeDrafter([AUTOREGRESSIVE], engine.info)
+
+
+def _heads(engine: Engine) -> Drafter:
+    return TreeDrafter(list(engine.trees.by_batch.values()), engine.info, engine.trees)
+
+
+def _text(engine: Engine) -> Drafter:
+    return PayingDrafter({}, _costs(engine), engine.max_nodes)
+
+
+def _both(engine: Engine) -> Drafter:
+    path = engine.directory / ACCEPTANCE_FILE
+    if not path.is_file():
+        return PayingDrafter(fitting_paths(PRIOR_PATHS, 1, engine.info), _costs(engine), engine.max_nodes)
+    counted = Acceptance.load(path)
+    paths = fitting_paths(counted.paths, counted.positions, engine.info)
+    return PayingDrafter(paths, _costs(engine), engine.max_nodes)
+
+
+DRAFTS: Mapping[str, Callable[[Engine], Drafter]] = {"heads": _heads, "text": _text, "both": _both, "none": _none}
+DRAFTS_HELP = "What drafts the tokens that a step verifies."
+DRAFTS_CHOICES = {
+    "heads": "the tree of Medusa heads",
+    "text": "what followed the same words before",
+    "both": "heads and text, step by step as it pays",
+    "none": "nothing",
+}
+NEED_HEADS = ("both",)  # an engine without heads has the empty tree for ``heads``
+OF_RUNTIMES = ("heads", "none")  # what TensorRT-LLM's own decoding can do
+
+
+def require_drafts(drafts: str, info: EngineInfo) -> None:
+    """Raise ConfigError for a name that there is not, or drafts that an engine's own runtime does not take."""
+    if drafts not in DRAFTS:
+        raise ConfigError("--drafts", drafts, f"one of {', '.join(DRAFTS)}", "choose one of them")
+    if info.backend not in PRIOR_COSTS and drafts not in OF_RUNTIMES:
+        got = f"{drafts} for an engine of {info.backend}, whose Medusa mode drafts with heads only"
+        raise ConfigError("--drafts", got, " or ".join(OF_RUNTIMES), "choose one of them")
+    if drafts in NEED_HEADS and not info.max_depth:
+        raise ConfigError("--drafts", f"{drafts} for an engine without heads", "text or none", "choose one of them")
+
+
+def drafts_possible(drafts: str, info: EngineInfo) -> bool:
+    """Whether an engine can decode with them, and whether they are others than the rest: without heads, heads draft nothing."""
+    return bool(info.max_depth) or drafts in ("text", "none")
+
+
+def open_drafter(drafts: str, engine: Engine) -> Drafter:
+    """The drafter of a name in :data:`DRAFTS`.
+
+    Raises:
+        ConfigError, TreeError: what :func:`require_drafts` refuses, or a file of the engine that cannot be used.
+    """
+    require_drafts(drafts, engine.info)
+    return DRAFTS[drafts](engine)
+
+
+def _costs(engine: Engine) -> StepCosts:
+    path = engine.directory / COST_FILE
+    return StepCosts(load_costs(path) if path.is_file() else PRIOR_COSTS[engine.info.backend])

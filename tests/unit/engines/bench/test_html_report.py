@@ -82,6 +82,18 @@ def test_what_it_says() -> None:
     assert "No output differs in any token" in text
 
 
+def test_what_is_estimated_for_a_gpu_says_so() -> None:
+    row = {
+        "batch": 4, "past_length": 1024, "max_draft_len": 0, "tokens_per_step": 1.0, "speedup": 1.0, "speedup_interval": [0.7, 1.2],
+        "tokens_per_second": 412.0, "estimated": "H100-80GB", "alternatives": {"fp8 without Medusa": 640.0},
+    }  # fmt: skip
+    text = Page(render(whole(SAME, expected=[row]))).text
+    assert "Expected on H100-80GB" in text
+    assert "Estimated, not measured" in text
+    assert "4 1024 no tree 1.00x 0.70 .. 1.20 412 640" in text
+    assert "Estimated" not in Page(render(whole(SAME))).text
+
+
 def test_texts_of_outputs_stay_texts() -> None:
     parted = prompt("x", "code", [130.0], [70.0], verdict="tie", divergence=Divergence(4, 5, 6, 0.002))
     page = Page(render(whole([parted, *SAME])))

@@ -183,7 +183,7 @@ def test_free_nodes_are_all_taken(
         (["calibrate", "--engine", "ENGINE", "--prompts", "absent.jsonl"], "absent.jsonl"),
         (["cost", "--engine", "absent"], "absent"),
         (["cost"], "neither --engine nor --gpu"),
-        (["cost", "--engine", "ENGINE", "--gpu", "h100"], "--engine and --gpu"),
+        (["cost", "--engine", "ENGINE", "--gpu", "h100"], "--gpu too"),
         (["cost", "--gpu", "h100"], "no --ckpt"),
         (["cost", "--gpu", "v100", "--ckpt", "absent"], "'v100'"),
         (["cost", "--gpu", "h100", "--ckpt", "absent"], "absent"),

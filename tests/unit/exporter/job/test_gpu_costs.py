@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.job.gpu_costs import KV_BITS, PRODUCTS, Target, precision
-from medusa_export.exporter.sizing.gpus import KV_BYTES
+from medusa_export.exporter.job.gpu_costs import Target, precision, unsupported_reason
 from medusa_export.heads.roofline.gpus import BY_KEY, GPUS
 from medusa_export.quantize.formats import FORMATS, KV_CACHE, get_format
 from tests.unit.heads.roofline.test_shape import LLAMA_8B, DecoderConfig
@@ -14,9 +13,20 @@ from tests.unit.heads.roofline.test_shape import LLAMA_8B, DecoderConfig
 CONFIG = DecoderConfig.from_dict(LLAMA_8B)
 
 
-def test_no_format_is_missing() -> None:
-    assert set(PRODUCTS) == set(FORMATS)
-    assert {row.name: KV_BYTES[row.quant_algo] * 8 for row in KV_CACHE.values()} == KV_BITS
+def test_every_format_of_the_cache() -> None:
+    for row in KV_CACHE.values():
+        assert Target(CONFIG, 4, 1, FORMATS["none"], row.name).on(BY_KEY["h100"]).kv_bits == (
+            8 if row.name != "none" else 16
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [("none", "fp16"), ("fp8", "fp8"), ("int8_sq", "int8"), ("int4_awq", "fp16"), ("nvfp4", "fp4")],
+)
+def test_products(name: str, products: str) -> None:
+    """Weight-only formats are multiplied in 16 bit."""
+    assert precision(FORMATS[name]).operations == products
 
 
 def test_scales_of_groups_count() -> None:
@@ -30,7 +40,7 @@ def test_scales_of_groups_count() -> None:
 def test_products_are_in_the_hardware_wherever_the_format_runs(name: str) -> None:
     fmt = FORMATS[name]
     for gpu in GPUS:
-        if gpu.sm >= fmt.min_sm and (fmt.max_sm is None or gpu.sm <= fmt.max_sm):
+        if not unsupported_reason(gpu, fmt):
             deployment = Target(CONFIG, 4, 1, fmt).on(gpu)
             assert deployment.weights == precision(fmt)
             assert deployment.heads.bits == 16

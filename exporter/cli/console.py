@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -69,7 +70,7 @@ def main(app: typer.Typer) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signals = _unwind_on_signals()
     try:
-        app()
+        app(prog_name=Path(sys.argv[0]).stem)
     except BaseException as error:
         succeeded = isinstance(error, SystemExit) and not error.code
         if signals and not succeeded:

@@ -83,7 +83,7 @@ def data_command(own: DataFlags, sampling: Sampling, common: Common) -> None:
 
     Exit code 1: some conversations failed; run it again to try those.
 
-    Example: [bold]medusa-data --prompts chats.jsonl --server http://localhost:8000 --output data.jsonl[/]
+    Example: medusa-data --prompts chats.jsonl --server http://localhost:8000 --output data.jsonl
     """
     _check_flags(own)
     conversations, problems = read_conversations(own.prompts, skip_bad=own.skip_bad_lines, limit=own.limit)

@@ -41,7 +41,9 @@ class VerifyFlags:
     """What medusa-export verify takes."""
 
     out: Path = flag(
-        help="A directory that medusa-export wrote, or any TensorRT-LLM Medusa checkpoint.", positional=True
+        help="A directory that medusa-export wrote, or any TensorRT-LLM Medusa checkpoint.",
+        panel="Input",
+        positional=True,
     )
     ckpt: Path | None = flag(
         None,
@@ -58,7 +60,7 @@ class VerifyFlags:
 def export_command(arguments: ExportArguments, rehearsal: Rehearsal) -> None:
     """Turn a Hugging Face checkpoint with Medusa heads into a TensorRT-LLM checkpoint, an ONNX graph and an engine.
 
-    Example: [bold]medusa-export --ckpt model --heads heads --quant fp8 --output out[/]
+    Example: medusa-export --ckpt model --heads heads --quant fp8 --output out
     """
     if rehearsal.dry_run:
         from medusa_export.core.artifacts.manifest import check_free_space
@@ -96,7 +98,7 @@ def _print_plan(arguments: ExportArguments, **options: Any) -> Any:
 def plan_command(arguments: ExportArguments, own: PlanFlags) -> None:
     """Print what an export would take: files, disk, RAM, and which GPUs run its engine. Reads headers, writes nothing.
 
-    Example: [bold]medusa-export plan --ckpt model --heads heads --quant fp8 --tp 2 --batch 8[/]
+    Example: medusa-export plan --ckpt model --heads heads --quant fp8 --tp 2 --batch 8
     """
     if own.json_file is not None and not own.json_file.resolve().parent.is_dir():
         raise OutputError(str(own.json_file), "no such directory", "an existing one", "create it first")
@@ -111,7 +113,7 @@ def verify_command(own: VerifyFlags) -> None:
 
     Exit code 1 when something is wrong.
 
-    Example: [bold]medusa-export verify out[/]
+    Example: medusa-export verify out
     """
     from medusa_export.exporter.cli.verify import verify_directory
 

@@ -35,7 +35,7 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
     Exit code 1: an output differs by more than numerical noise, drafts are accepted less often than acceptance.json foretells,
     a check finds something, or --min-speedup is missed.
 
-    Example: [bold]medusa-run --engine out/engine --prompts chats.jsonl --report report.json --html report.html[/]
+    Example: medusa-run --engine out/engine --prompts chats.jsonl --report report.json --html report.html
     """
     from medusa_export.engines.bench.run import run
 

@@ -43,7 +43,7 @@ class ServeFlags:
 def serve_command(own: ServeFlags, options: ServingOptions, choice: TreeChoice, common: Common) -> None:
     """Serve an engine with OpenAI's protocol, until SIGTERM or Ctrl-C.
 
-    Example: [bold]medusa-serve --engine out/engine --port 8000[/]
+    Example: medusa-serve --engine out/engine --port 8000
     """
     from medusa_export.engines.serving.decoders import find_engine, require_served
     from medusa_export.engines.serving.openai.connections import Connections

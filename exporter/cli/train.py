@@ -83,7 +83,7 @@ def train_command(own: TrainFlags, given: Given) -> None:
     Hidden states of the frozen base are computed once and cached. --joint and --quant need the whole model in every
     step; start them with torchrun to use several GPUs.
 
-    Example: [bold]medusa-train --ckpt model --data data.jsonl --output heads[/]
+    Example: medusa-train --ckpt model --data data.jsonl --output heads
     """
     way = _way(own, given)
     dataset, measured = _examples(own)

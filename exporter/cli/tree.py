@@ -89,7 +89,7 @@ def tree_command() -> None:
 def calibrate_command(own: CalibrateFlags, asked: PromptFlags) -> None:
     """Count, along the engine's own greedy answers, which rank every true token has in every head.
 
-    Example: [bold]medusa-tree calibrate --engine out/engine --prompts chats.jsonl[/]
+    Example: medusa-tree calibrate --engine out/engine --prompts chats.jsonl
     """
     from medusa_export.heads.trees.acceptance import write_calibration
 
@@ -109,9 +109,9 @@ def cost_command(own: CostFlags, estimate: EstimateFlags) -> None:
     With --batch, measures the server's steps with several sequences, and with one if 1 is among them. With --gpu, nothing
     runs: costs follow from the model's shape and the GPU's data sheet.
 
-    Example: [bold]medusa-tree cost --engine out/engine[/]
+    Example: medusa-tree cost --engine out/engine
 
-    Example: [bold]medusa-tree cost --gpu h100 --ckpt model --quant fp8[/]
+    Example: medusa-tree cost --gpu h100 --ckpt model --quant fp8
     """
     _require_parent(own.output)
     if own.engine is not None and estimate.gpu is not None:
@@ -166,7 +166,7 @@ def _steps(engine: Path, batches: tuple[int, ...], threads: int) -> Any:
 def search_command(own: SearchFlags, asked: PromptFlags) -> None:
     """Find the tree that yields most tokens a second. Measures on --engine what --acceptance and --cost do not say.
 
-    Example: [bold]medusa-tree search --engine out/engine --prompts chats.jsonl --confirm 3 --picture tree.svg[/]
+    Example: medusa-tree search --engine out/engine --prompts chats.jsonl --confirm 3 --picture tree.svg
     """
     from medusa_export.engines.tuning.crossover import advice, crossover_rows
     from medusa_export.engines.tuning.picture import draw

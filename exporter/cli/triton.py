@@ -32,7 +32,7 @@ class TritonFlags:
 class VerifyFlags:
     """What medusa-triton verify takes."""
 
-    repository: Path = flag(help="A model repository that medusa-triton wrote.", positional=True)
+    repository: Path = flag(help="A model repository that medusa-triton wrote.", panel=INPUT, positional=True)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ KINDS: dict[str, Kind] = {
 def triton_command(own: TritonFlags, given: Given) -> None:
     """Write a Triton model repository for an engine.
 
-    Example: [bold]medusa-triton --engine out/engine --output repository[/]
+    Example: medusa-triton --engine out/engine --output repository
     """
     kind = next((kind for kind in KINDS.values() if kind.holds(own.engine)), None)
     if kind is None:
@@ -118,7 +118,7 @@ def verify_command(own: VerifyFlags) -> None:
 
     Exit code 1 when something is wrong.
 
-    Example: [bold]medusa-triton verify repository[/]
+    Example: medusa-triton verify repository
     """
     from medusa_export.core.artifacts.manifest import read_manifest
 

@@ -12,6 +12,7 @@ import typer
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import FlagField, flag, flags_of, requirement_error
+from medusa_export.exporter.cli.flags.help_page import Flags, command_class, group_class
 from medusa_export.exporter.cli.flags.parameters import CONTEXT, general_parameters, parameter
 
 T = TypeVar("T")
@@ -74,7 +75,8 @@ def command(app: typer.Typer, name: str | None = None, *, either: tuple[type, ..
     """
 
     def decorate(body: Body) -> Body:
-        app.command(name, context_settings=SETTINGS)(_entry(body, either, is_root=name is None))
+        entry, flags = _entry(body, either, is_root=name is None)
+        app.command(name, cls=command_class(flags), context_settings=SETTINGS)(entry)
         return body
 
     return decorate
@@ -90,15 +92,15 @@ def callback(app: typer.Typer, *, either: tuple[type, ...] = (), alone: bool = T
     """
 
     def decorate(body: Body) -> Body:
-        entry = _entry(body, either, is_root=True)
-        app.callback(invoke_without_command=alone, context_settings=SETTINGS)(entry)
+        entry, flags = _entry(body, either, is_root=True)
+        app.callback(cls=group_class(flags), invoke_without_command=alone, context_settings=SETTINGS)(entry)
         return body
 
     return decorate
 
 
-def _entry(body: Body, either: tuple[type, ...], *, is_root: bool) -> Body:
-    """What typer calls: it has a parameter for every flag, and calls ``body`` with instances."""
+def _entry(body: Body, either: tuple[type, ...], *, is_root: bool) -> tuple[Body, Flags]:
+    """What typer calls, with a parameter for every flag, and the flags; it calls ``body`` with instances."""
     hints = {name: kind for name, kind in get_type_hints(body).items() if name != "return"}
     kinds = {name: kind for name, kind in hints.items() if kind is not Given}
     items = _distinct((*kinds.values(), *either, Common))
@@ -116,10 +118,10 @@ def _entry(body: Body, either: tuple[type, ...], *, is_root: bool) -> Body:
     entry.__signature__ = inspect.Signature([*general_parameters(is_root), *parameters])  # type: ignore[attr-defined]
     entry.__annotations__ = {}  # typer reads both
     entry.__name__, entry.__doc__ = body.__name__, body.__doc__
-    return entry
+    return entry, items
 
 
-def _distinct(kinds: Iterable[type]) -> dict[str, tuple[FlagField, Any]]:
+def _distinct(kinds: Iterable[type]) -> Flags:
     """The flags of several dataclasses by key, each with its field's type; of those with one name, the first."""
     found: dict[str, tuple[FlagField, Any]] = {}
     for kind in kinds:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from rich.markup import escape
 
-from medusa_export.core.flags import Flag, FlagField
+from medusa_export.core.flags import FlagField
 from medusa_export.exporter.cli.flags.yaml_file import read_flags
 
 CONTEXT = "typer_context"
@@ -28,19 +27,13 @@ def parameter(item: FlagField, kind: Any, *, unset: bool) -> inspect.Parameter:
         unset: whether it is None where it was not given, whatever the field's default.
     """
     said, default = item.flag, item.value
-    options: dict[str, Any] = {
-        "help": _help(said),
-        "show_default": _shown_default(said, default),
-        "metavar": said.metavar or (f"[{'|'.join(said.choices)}]" if said.choices else None),
-        "autocompletion": _completion(said.choices) if said.choices else None,
-        "rich_help_panel": said.panel or None,
-    }
+    options: dict[str, Any] = {"help": said.help, "autocompletion": _completion(said.choices) if said.choices else None}
     if get_origin(kind) is tuple:
         kind, default = list[get_args(kind)[0]], list(default) if default and default is not MISSING else None  # type: ignore[misc]
     if said.positional:
-        return inspect.Parameter(item.key, KEYWORD, annotation=Annotated[kind, typer.Argument(**options)])
-    if item.value is MISSING and said.derive is None and not unset:
-        options["help"] += r" [red]\[required][/]"
+        return inspect.Parameter(
+            item.key, KEYWORD, annotation=Annotated[kind, typer.Argument(metavar=item.name, **options)]
+        )
     declared = f"{item.name}/{said.opposite}" if said.opposite else item.name
     annotation = Annotated[kind | None, typer.Option(declared, *said.aliases, **options)]
     value = None if unset or default is MISSING else default
@@ -51,7 +44,7 @@ def general_parameters(is_root: bool) -> list[inspect.Parameter]:
     """What every command has besides its flags: the context, --config, and of a program itself --version."""
     config = typer.Option(
         "--config", callback=read_flags, is_eager=True, metavar="FILE.yaml",
-        help="Read flags from this file, a line each, such as [bold]max-length: 512[/]. The command line wins.",
+        help="Read flags from this YAML file, one per line, such as max-length: 512. The command line wins.",
     )  # fmt: skip
     shown = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     found = [
@@ -66,21 +59,6 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"medusa-export {version('medusa-export')}")
         raise typer.Exit
-
-
-def _help(said: Flag) -> str:
-    """The help, and a line for each choice that has a description."""
-    described = [f"[bold]{name}[/] {escape(text)}" for name, text in said.choices.items() if text]
-    return "\n\n".join([escape(said.help), *described])
-
-
-def _shown_default(said: Flag, default: Any) -> str | bool:
-    """What --help shows; False for nothing."""
-    if said.default:
-        return said.default
-    if isinstance(default, bool):
-        return "on" if default else False
-    return f"{default}" if default not in (None, MISSING, (), "") else False
 
 
 def _completion(choices: Mapping[str, str]) -> Callable[[str], list[str]]:

@@ -31,8 +31,8 @@ class EstimateFlags:
     ckpt: Path | None = flag(
         None, help="Base model, or its name on the hub; only config.json is read.", panel=PANEL, requires=GPU
     )
-    heads: Path | None = flag(None, help="Medusa heads; only headers are read.", panel=PANEL, requires=GPU)
-    num_heads: int = flag(4, help="Heads of one block, where there are none yet.", panel=PANEL, requires=GPU)
+    heads: Path | None = flag(None, help="Medusa heads; only their headers are read.", panel=PANEL, requires=GPU)
+    num_heads: int = flag(4, help="Heads to assume without --heads, of one block each.", panel=PANEL, requires=GPU)
     quant: str = flag("none", help="Weight format.", panel=PANEL, choices=tuple(FORMATS), requires=GPU)
     kv_cache: str = flag("none", help="Key/value cache format.", panel=PANEL, choices=tuple(KV_CACHE), requires=GPU)
     quant_heads: bool = flag(

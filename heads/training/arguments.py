@@ -22,11 +22,11 @@ class SharedArguments:
     """
 
     epochs: float = flag(
-        1.0, help="Passes over the data.", panel=OPTIMIZATION, default="3; 1 with the base model in every step"
+        1.0, help="Passes over the data.", panel=OPTIMIZATION, default="3; 1 with --reference, --joint or --quant"
     )
     max_steps: int | None = flag(None, help="Optimizer steps; wins over --epochs.", panel=OPTIMIZATION)
     weight_decay: float = flag(
-        0.0, help="AdamW weight decay.", panel=OPTIMIZATION, default="0.01; 0 with the base model in every step"
+        0.0, help="AdamW weight decay.", panel=OPTIMIZATION, default="0.01; 0 with --reference, --joint or --quant"
     )
     bf16: bool = flag(False, help="Compute in bfloat16.", panel=RUN)
     seed: int = flag(0, help="Seed for the order of the data.", panel=RUN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 import typer
@@ -92,19 +92,22 @@ def callback(app: typer.Typer, *, either: tuple[type, ...] = (), alone: bool = T
     """
 
     def decorate(body: Body) -> Body:
-        entry, flags = _entry(body, either, is_root=True)
+        entry, flags = _entry(body, either, is_root=True, alone=alone)
         app.callback(cls=group_class(flags), invoke_without_command=alone, context_settings=SETTINGS)(entry)
         return body
 
     return decorate
 
 
-def _entry(body: Body, either: tuple[type, ...], *, is_root: bool) -> tuple[Body, Flags]:
+def _entry(body: Body, either: tuple[type, ...], *, is_root: bool, alone: bool = True) -> tuple[Body, Flags]:
     """What typer calls, with a parameter for every flag, and the flags; it calls ``body`` with instances."""
     hints = {name: kind for name, kind in get_type_hints(body).items() if name != "return"}
     kinds = {name: kind for name, kind in hints.items() if kind is not Given}
-    items = _distinct((*kinds.values(), *either, Common))
-    chosen = {item.key for item, _ in _distinct(either).values()}
+    chosen = _distinct(either).keys()
+    items = {
+        key: (replace(item, value=None), kind) if key in chosen and item.value is MISSING else (item, kind)
+        for key, (item, kind) in _distinct((*kinds.values(), *either, *((Common,) if alone else ()))).items()
+    }
 
     def entry(**values: Any) -> None:
         context: typer.Context = values.pop(CONTEXT)
@@ -115,7 +118,7 @@ def _entry(body: Body, either: tuple[type, ...], *, is_root: bool) -> tuple[Body
         body(**{name: present if kind is Given else _instance(kind, given, context) for name, kind in hints.items()})
 
     parameters = [parameter(item, kind, unset=key in chosen) for key, (item, kind) in items.items()]
-    entry.__signature__ = inspect.Signature([*general_parameters(is_root), *parameters])  # type: ignore[attr-defined]
+    entry.__signature__ = inspect.Signature([*general_parameters(is_root, alone), *parameters])  # type: ignore[attr-defined]
     entry.__annotations__ = {}  # typer reads both
     entry.__name__, entry.__doc__ = body.__name__, body.__doc__
     return entry, items

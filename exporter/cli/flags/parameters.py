@@ -40,19 +40,19 @@ def parameter(item: FlagField, kind: Any, *, unset: bool) -> inspect.Parameter:
     return inspect.Parameter(item.key, KEYWORD, default=value, annotation=annotation)
 
 
-def general_parameters(is_root: bool) -> list[inspect.Parameter]:
-    """What every command has besides its flags: the context, --config, and of a program itself --version."""
+def general_parameters(is_root: bool, takes_flags: bool) -> list[inspect.Parameter]:
+    """What a command has besides its flags: the context, --config where it takes flags, and of a program itself --version."""
     config = typer.Option(
         "--config", callback=read_flags, is_eager=True, metavar="FILE.yaml",
-        help="Read flags from this YAML file, one per line, such as max-length: 512. The command line wins.",
+        help="Read flags from this YAML file, such as max-length: 512. The command line wins.",
     )  # fmt: skip
     shown = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     found = [
-        inspect.Parameter(CONTEXT, KEYWORD, annotation=typer.Context),
-        inspect.Parameter("config", KEYWORD, default=None, annotation=Annotated[Path | None, config]),
-        inspect.Parameter("version", KEYWORD, default=False, annotation=Annotated[bool, shown]),
+        (True, inspect.Parameter(CONTEXT, KEYWORD, annotation=typer.Context)),
+        (takes_flags, inspect.Parameter("config", KEYWORD, default=None, annotation=Annotated[Path | None, config])),
+        (is_root, inspect.Parameter("version", KEYWORD, default=False, annotation=Annotated[bool, shown])),
     ]
-    return found if is_root else found[:-1]
+    return [each for is_wanted, each in found if is_wanted]
 
 
 def _print_version(wanted: bool) -> None:

@@ -29,7 +29,7 @@ class TrainArguments(SharedArguments):
     epochs: float = 3.0
     lr: float = flag(
         1e-3, help="Learning rate: of the heads, or with --joint of the base model.", panel=OPTIMIZATION,
-        default="0.001; with the base model in every step 0.002 for heads, with --joint 0.0005 for adapters, 2e-05 for all weights",
+        default="0.001; 0.002 with --reference or --quant; 0.0005 with --joint, 2e-05 if it trains all weights",
     )  # fmt: skip
     batch_rows: int = flag(
         1024, help="Positions per step.", panel=OPTIMIZATION, name="--batch-tokens", requires=DEFAULT_WAY

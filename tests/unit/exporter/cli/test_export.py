@@ -149,7 +149,7 @@ class TestExport:
         expected = ExportArguments(
             inputs.model, tmp_path / "o", "fp8", inputs.heads, "fp8", True, "bfloat16", 4, "cpu-4", tmp_path / "calib",
             5, "none", 99, 100, tmp_path / "scales", 64, ("*mlp.proj*", "*attention.dense*"), "1.0", 2, "hf",
-            tmp_path / "served", tmp_path / "costs", "sm89", 16,
+            tmp_path / "served", tmp_path / "costs", "b200", "sm89", 16,
         )  # fmt: skip
         default = ExportArguments(inputs.model, inputs.root / "model-none")
         unset = {

@@ -319,7 +319,7 @@ def test_refuses_what_the_export_refuses(case: str, inputs: Inputs, run: Run) ->
     changed = inputs.flags(**REFUSALS[case](inputs))
     before = listing(inputs.root)
     expected = one_line(run(*changed))
-    assert one_line(run("plan", *changed)) == expected
+    assert one_line(run("plan", *changed)).replace("medusa-export plan --help", "medusa-export --help") == expected
     assert one_line(run(*changed, "--dry-run")) == expected
     assert listing(inputs.root) == before
 

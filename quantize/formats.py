@@ -431,7 +431,7 @@ def group_sizes() -> str:
     """The choices of --group-size, for --help."""
     rows = (row for row in FORMATS.values() if len(row.group_sizes) > 1)
     return " ".join(
-        f"for {row.name}: {' or '.join(map(str, row.group_sizes))}. Default: {row.group_size}." for row in rows
+        f"for {row.name}: {' or '.join(map(str, row.group_sizes))} ({row.group_size} by default)." for row in rows
     )
 
 

@@ -266,9 +266,7 @@ class Job:
         named = {"--prompts": arguments.prompts, "--tree-cost": arguments.tree_cost, "--gpu-model": arguments.gpu_model}
         for name, value in named.items():
             if value is not None and not self.measures_tree:
-                raise ConfigError(
-                    name, str(value), "it only where the tree is measured, with --tree auto", "leave it out"
-                )
+                raise requirement_error(name, value, "--tree auto, which measures the tree")
         if not self.measures_tree:
             return
         if not (self.writes_engine and self.engine.runs_here):

@@ -10,7 +10,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
 from medusa_export.heads.training.arguments import HEADS, OPTIMIZATION, SharedArguments
 
-DEFAULT_WAY = "the default training, without --reference, --joint and --quant"
+DEFAULT_WAY = "training without --reference, --joint and --quant"
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_killed_and_continued(given: list[str], tmp_path: Path, monkeypatch: pyt
     [
         (["--lora-rank", "4"], "--lora-rank: got 4; expected none: --lora-rank requires --joint; leave"),
         (["--batch-size", "4"], "--batch-size requires --reference, --joint or --quant"),
-        (["--reference", "--distill", "1"], "--distill requires the default training, without --reference"),
+        (["--reference", "--distill", "1"], "--distill requires training without --reference, --joint and --quant"),
         (["--joint", "--cache", "x"], "--cache: got x"),
         (["--fsdp"], "--fsdp: got True"),
         (["--target", "onnx"], "--target requires --quant"),

@@ -52,6 +52,8 @@ class Trtllm:
         multiple: times the number of ranks, what in and out features must be a multiple of.
         rank_tile: what out and in features of each rank must be a multiple of.
         excludable: whether single linears can be left in 16 bit.
+        excludes: patterns that ``exclude_modules`` needs besides those of every format.
+        fails_unmended: whether trtllm-build fails on Medusa with it unless a class is mended, see engines/trtllm/awq_builder.py.
         engine_bits: of a weight in the engine, its group's scale left out.
         group_scale_bits: of that scale.
         products: what products are made in, a key of ``Gpu.operations`` in ``heads/roofline/gpus.py``.
@@ -66,6 +68,8 @@ class Trtllm:
     multiple: int = 1
     rank_tile: tuple[int, int] = (1, 1)
     excludable: bool = True
+    excludes: tuple[str, ...] = ()
+    fails_unmended: bool = False
     engine_bits: int = 16
     group_scale_bits: int = 16
     products: str = "fp16"

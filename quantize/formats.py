@@ -201,6 +201,10 @@ FORMATS: dict[str, Format] = {
                 min_sm=89,
                 max_sm=LAST_INTEGER_SM,
                 excludable=False,
+                excludes=(
+                    "*ln_f",
+                    "*ln_embed",
+                ),  # the default list's: TensorRT-LLM 0.17 and 0.18 would quantize the norms
                 engine_bits=8,
                 products="fp8",
             ),
@@ -281,7 +285,13 @@ FORMATS: dict[str, Format] = {
             group_sizes=(64, 128),
             nearest="int8_wo",
             trtllm=Trtllm(
-                "W4A16_AWQ", _INT4_PARTS, config=_INT4_CONFIG, max_sm=LAST_INTEGER_SM, multiple=64, engine_bits=4
+                "W4A16_AWQ",
+                _INT4_PARTS,
+                config=_INT4_CONFIG,
+                max_sm=LAST_INTEGER_SM,
+                multiple=64,
+                fails_unmended=True,
+                engine_bits=4,
             ),
             onnxruntime=_ORT_INT4_AWQ,
             tensorrt=TensorRt("int4_awq", "INT4 AWQ weights, 16-bit products", _INT4_SMALL),
@@ -306,6 +316,7 @@ FORMATS: dict[str, Format] = {
                 min_sm=89,
                 max_sm=LAST_INTEGER_SM,
                 multiple=128,
+                fails_unmended=True,
                 engine_bits=4,
                 products="fp8",
             ),

@@ -20,9 +20,17 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_fields import read_json
-from medusa_export.engines.trtllm.command import BASELINE, MEDUSA, TOOL, BuildSize, build_command, plain_config
+from medusa_export.engines.trtllm.command import (
+    BASELINE,
+    MEDUSA,
+    TOOL,
+    BuildSize,
+    build_command,
+    needs_awq_mending,
+    plain_config,
+)
 from medusa_export.engines.trtllm.failures import BuildError, explain
-from medusa_export.engines.trtllm.scripts import BUILD_SCRIPT, docker_command, write_scripts
+from medusa_export.engines.trtllm.scripts import AWQ_DIR, BUILD_SCRIPT, docker_command, write_scripts
 from medusa_export.heads.contract.engine_info import ENGINE_FILE
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease, release_of_engine
 
@@ -74,7 +82,8 @@ def build_engines(
         for name, source in ((MEDUSA, checkpoint), (BASELINE, Path(plain))):
             medusa, output = name == MEDUSA, engine_dir / name
             command = build_command(config, size, checkpoint=source, output=output, medusa=medusa)
-            seconds = run_build(command, ranks, partial(progress, f"{TOOL} {name}"))
+            mending = engine_dir / AWQ_DIR if medusa and needs_awq_mending(config) else None
+            seconds = run_build(command, ranks, partial(progress, f"{TOOL} {name}"), mending)
             check_engine_files(output, config, size, release, medusa=medusa)
             engines = sum((output / f"rank{rank}.engine").stat().st_size for rank in range(ranks))
             command[command.index("--checkpoint_dir") + 1] = "trtllm" if medusa else "trtllm, without Medusa"
@@ -92,10 +101,15 @@ def link_plain_checkpoint(checkpoint: Path, plain: Path, config: Mapping[str, An
         (plain / rank.name).symlink_to(rank.resolve())
 
 
-def run_build(command: Sequence[str], ranks: int, progress: Callable[[int, int], None]) -> float:
+def run_build(
+    command: Sequence[str], ranks: int, progress: Callable[[int, int], None], python_path: Path | None = None
+) -> float:
     """Run it to its end; the seconds that it took.
 
     The log goes line by line to this module's logger, and into a file that is kept when the build fails.
+
+    Args:
+        python_path: goes before what PYTHONPATH holds.
 
     Raises:
         BuildError: it failed; names the file.
@@ -105,7 +119,7 @@ def run_build(command: Sequence[str], ranks: int, progress: Callable[[int, int],
     done = 0
     process = subprocess.Popen(  # a session of its own, so that its workers can be ended with it
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1,
-        start_new_session=True,
+        start_new_session=True, env=None if python_path is None else _before_python_path(python_path),
     )  # fmt: skip
     try:
         assert process.stdout is not None  # a pipe was asked for
@@ -126,6 +140,11 @@ def run_build(command: Sequence[str], ranks: int, progress: Callable[[int, int],
         raise explain(log, returncode, command, file.name)
     progress(total, total)
     return time.monotonic() - start
+
+
+def _before_python_path(directory: Path) -> dict[str, str]:
+    paths = [str(directory.resolve()), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _end(process: subprocess.Popen[str]) -> None:

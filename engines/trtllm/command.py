@@ -15,6 +15,7 @@ from medusa_export.heads.checkpoint.families import plain_architecture
 
 TOOL = "trtllm-build"
 MEDUSA, BASELINE = "medusa", "baseline"  # the two engines of an engine directory
+AWQ_ALGOS = ("W4A16_AWQ", "W4A8_AWQ")
 MEDUSA_KEYS = ("num_medusa_heads", "num_medusa_layers", "max_draft_len")
 # By kv_cache_quant_algo: the paged context attention has no INT8 kernels.
 PAGED_CONTEXT_FMHA: dict[str | None, str] = {None: "enable", "FP8": "enable", "INT8": "disable"}
@@ -72,6 +73,11 @@ def build_command(
         "log_level": "info",
     }
     return [TOOL, *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]
+
+
+def needs_awq_mending(config: Mapping[str, Any]) -> bool:
+    """Whether the Medusa build fails without :mod:`~medusa_export.engines.trtllm.awq_builder`."""
+    return config["quantization"].get("quant_algo") in AWQ_ALGOS
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

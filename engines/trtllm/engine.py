@@ -134,7 +134,13 @@ class TrtllmEngine:
             opened[1].close()
         choices = [list(choice) for choice in tree.choices] or None
         try:
-            session = self._open(self._dir / name, choices, 2 * self.info.max_length, timeout=self._timeout)
+            session = self._open(
+                self._dir / name,
+                choices,
+                2 * self.info.max_length,
+                timeout=self._timeout,
+                windows=self.info.source.get("sliding_window"),
+            )
         except ImportError as error:
             raise missing_package("tensorrt_llm", "tensorrt") from error
         self._sessions[name] = (tree.choices, session)

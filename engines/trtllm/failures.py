@@ -38,6 +38,16 @@ SMALLER = "build with a smaller --max-batch or --max-length, or export with anot
 FAILURES: tuple[Failure, ...] = (
     Failure(r"Required but not provided tensors:\s*(.{1,200})", "tensors that the checkpoint lacks: {}", VERIFY),
     Failure(
+        r"(?:has no attribute|AttributeError:) \W*use_int8_weight",
+        "INT4 AWQ layers that Medusa's second quantization pass cannot read",
+        "build with the export's build.sh, which mends the class, or set use_int8_weight = False on it in every builder process",
+    ),
+    Failure(
+        r"'tuple' object has no attribute 'rank'",
+        "a row-wise FP8 norm at the end (exclude_modules lacks *ln_f)",
+        "export again with this version of medusa-export; it names the norm",
+    ),
+    Failure(
         r"(?:not the same shape as the original|shape mismatch)\W*(.{0,200})", "a tensor of another shape: {}", VERIFY
     ),
     Failure(

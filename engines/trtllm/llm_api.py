@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.trtllm.session import TIMEOUT, NoAnswerError, StepTokens, drafts
+from medusa_export.engines.trtllm.session import TIMEOUT, NoAnswerError, StepTokens, as_list, drafts
 from medusa_export.heads.contract.trtllm_releases import release_of_engine
 
 FIRST = (0, 20)  # the oldest release in whose sources a tree was seen to reach an engine that is built already
@@ -38,13 +38,20 @@ class LlmApiSession:
     """See :class:`~medusa_export.engines.trtllm.session.Session`."""
 
     def __init__(
-        self, engine_dir: Path, medusa_choices: list[list[int]] | None, max_tokens: int, *, timeout: float = TIMEOUT
+        self,
+        engine_dir: Path,
+        medusa_choices: list[list[int]] | None,
+        max_tokens: int,
+        *,
+        timeout: float = TIMEOUT,
+        windows: int | list[int] | None = None,
     ) -> None:
         config = json.loads((engine_dir / "config.json").read_text(encoding="utf-8"))
         release = release_of_engine(config.get("version"), str(engine_dir / "config.json"))
         api = importlib.import_module("tensorrt_llm.llmapi")
         engine_backend = "tensorrt_llm._tensorrt_engine" if release.numbers[:2] >= OWN_MODULE else "tensorrt_llm"
-        options: dict[str, Any] = {"kv_cache_config": api.KvCacheConfig(max_tokens=max_tokens)}
+        limits = {"max_attention_window": as_list(windows)} if windows else {}
+        options: dict[str, Any] = {"kv_cache_config": api.KvCacheConfig(max_tokens=max_tokens, **limits)}
         if medusa_choices is not None:
             pretrained = config["pretrained_config"]
             options["speculative_config"] = api.MedusaDecodingConfig(

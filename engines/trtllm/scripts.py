@@ -8,12 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medusa_export.engines.trtllm import awq_builder
 from medusa_export.engines.trtllm import session as trtllm_session
-from medusa_export.engines.trtllm.command import BASELINE, MEDUSA, TOOL, BuildSize, build_command, plain_config
+from medusa_export.engines.trtllm.command import (
+    BASELINE,
+    MEDUSA,
+    TOOL,
+    BuildSize,
+    build_command,
+    needs_awq_mending,
+    plain_config,
+)
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
 
 BUILD_SCRIPT, RUN_SCRIPT = "build.sh", "run.py"
 PLAIN_CONFIG = "baseline_config.json"
+AWQ_DIR = "awq"  # on PYTHONPATH of every process of the Medusa build
+_WITH_AWQ = (  # a checkpoint of group-wise INT4
+    f"# TensorRT-LLM cannot build Medusa with INT4 AWQ weights unless a class is mended first: see {AWQ_DIR}/sitecustomize.py\n"
+    f'PYTHONPATH="$here/{AWQ_DIR}${{PYTHONPATH:+:$PYTHONPATH}}" '
+)
 _SCRIPT = r"""#!/usr/bin/env bash
 # Builds two TensorRT-LLM engines of this checkpoint on the GPU that will serve: one with Medusa, and one without, which medusa-run
 # measures against. For TensorRT-LLM {release}; its container has everything:
@@ -65,6 +79,8 @@ def build_script(config: Mapping[str, Any], size: BuildSize, release: TrtllmRele
         )
         for name, place in places.items()
     }
+    if needs_awq_mending(config):
+        commands[MEDUSA] = _WITH_AWQ + commands[MEDUSA]
     versions = {release.name, release.name.removesuffix(".post1")}
     return _SCRIPT.format(
         release=release.name, container=release.container, script=BUILD_SCRIPT, tool=TOOL, run=RUN_SCRIPT,
@@ -77,7 +93,15 @@ def write_scripts(engine_dir: Path, config: Mapping[str, Any], size: BuildSize, 
     (engine_dir / BUILD_SCRIPT).write_text(build_script(config, size, release), encoding="utf-8")
     (engine_dir / BUILD_SCRIPT).chmod(0o755)
     (engine_dir / RUN_SCRIPT).write_bytes(Path(trtllm_session.__file__).read_bytes())
+    if needs_awq_mending(config):
+        write_awq_mending(engine_dir / AWQ_DIR)
     (engine_dir / PLAIN_CONFIG).write_text(json.dumps(plain_config(config), indent=1) + "\n", encoding="utf-8")
+
+
+def write_awq_mending(directory: Path) -> None:
+    """What mends TensorRT-LLM in every Python that starts with ``directory`` on PYTHONPATH."""
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_bytes(Path(awq_builder.__file__).read_bytes())
 
 
 def docker_command(out: Path, release: TrtllmRelease) -> str:

@@ -49,10 +49,17 @@ class Session:
         medusa_choices: the whole tree, parents before children; None for an engine without Medusa.
         max_tokens: room in the KV cache, so that two engines fit side by side.
         timeout: seconds to wait for a step, or for an answer that does not come in steps.
+        windows: tokens that every layer looks back, or each of them; None is all.
     """
 
     def __init__(
-        self, engine_dir: Path, medusa_choices: list[list[int]] | None, max_tokens: int, *, timeout: float = TIMEOUT
+        self,
+        engine_dir: Path,
+        medusa_choices: list[list[int]] | None,
+        max_tokens: int,
+        *,
+        timeout: float = TIMEOUT,
+        windows: int | list[int] | None = None,
     ) -> None:
         from tensorrt_llm.bindings import executor
         from tensorrt_llm.runtime import ModelRunnerCpp
@@ -60,6 +67,8 @@ class Session:
         config = json.loads((engine_dir / "config.json").read_text(encoding="utf-8"))
         tp = config["pretrained_config"]["mapping"]["tp_size"]
         options: dict[str, Any] = {"medusa_choices": medusa_choices, "max_tokens_in_paged_kv_cache": max_tokens}
+        if windows:
+            options["max_attention_window_size"] = as_list(windows)
         if tp > 1:  # it starts the other ranks itself, so that this process needs no mpirun
             options |= {"is_orchestrator_mode": True, "device_ids": list(range(tp))}
         if (
@@ -150,6 +159,11 @@ def drafts(metrics: Any) -> tuple[int, int] | None:
     return None if counted is None else (int(counted.total_accepted_draft_tokens), int(counted.total_draft_tokens))
 
 
+def as_list(windows: int | list[int]) -> list[int]:
+    """One window for all layers, or one for each."""
+    return windows if isinstance(windows, list) else [windows]
+
+
 def main() -> None:
     """Answer one prompt with Medusa, then without, and print both speeds."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -167,7 +181,13 @@ def main() -> None:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     for name, tree in (("medusa", choices), ("baseline", None)):
-        session = Session(arguments.engine / name, tree, 2 * info["max_length"], timeout=arguments.timeout)
+        session = Session(
+            arguments.engine / name,
+            tree,
+            2 * info["max_length"],
+            timeout=arguments.timeout,
+            windows=info["source"].get("sliding_window"),
+        )
         list(session.stream(input_ids, 16, info["eos_token_ids"]))  # the first request also warms up
         steps = list(session.stream(input_ids, arguments.max_new_tokens, info["eos_token_ids"]))
         session.close()

@@ -39,8 +39,8 @@ def write_trtllm_engine(
     """
     config, weights = checkpoint.config, spec.fmt.trtllm.algo or spec.dtype
     source = {**source, "tensorrt_llm": release.name}
-    if config.sliding_window:
-        source["sliding_window"] = config.sliding_window
+    if (windows := config.windows_within(max_length)) is not None:
+        source["sliding_window"] = windows
     out.mkdir()
     builder.build(trt_dir, out, progress, max_batch=max_batch, max_length=max_length, release=release)
     save_engine_files(

@@ -19,8 +19,9 @@ from medusa_export.exporter.job.engine_kinds import CPU_TREE, ENGINES, GPU_TREE,
 from medusa_export.exporter.job.gpu_costs import Target, prediction
 from medusa_export.exporter.plan.hf_layout import require_hf
 from medusa_export.exporter.plan.spec import ExportSpec, export_spec
-from medusa_export.exporter.plan.trtllm_compat import release_warnings
+from medusa_export.exporter.plan.trtllm_compat import release_warnings, require_no_gaps
 from medusa_export.exporter.plan.trtllm_layout import require_scales
+from medusa_export.exporter.plan.trtllm_rope import require_rope
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import TREE_FILE
 from medusa_export.heads.contract.trtllm_releases import find_release
@@ -245,8 +246,11 @@ class Job:
     def check(self) -> None:
         """Every refusal that needs no computation, before the first of it."""
         arguments, spec = self.arguments, self.spec
-        for warning in release_warnings(self.checkpoint.config, self.release):
+        for warning in release_warnings(self.checkpoint.config, self.release, self.fmt):
             logger.warning("%s", warning)
+        if arguments.format == "trtllm":
+            require_rope(self.checkpoint.config, self.release)
+            require_no_gaps(self.trtllm_tree)
         if arguments.format == "hf":
             require_hf(spec)
         if arguments.gpu is not None and not (self.writes_engine and self.engine.takes_gpus):

@@ -23,6 +23,7 @@ from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import DECODER_FILE
 
 HEAD_DIM_MULTIPLE = 16
+EXPRESSIBLE = ("default", "linear", "dynamic", "llama3", "yarn")  # rotary scalings with one table of angles
 
 
 def write_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter, *, max_length: int) -> None:
@@ -91,6 +92,8 @@ def require_context(config: DecoderConfig, max_length: int) -> None:
 def rotary_caches(config: DecoderConfig, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of every position, with transformers' own frequencies.  # 2 x float32 [max_length, head_dim / 2]
 
+    Dynamic scaling begins beyond max_position_embeddings, where no graph goes; up to there it is none.
+
     Raises:
         ConfigError: a rotary scaling whose frequencies depend on the sequence length.
     """
@@ -98,12 +101,12 @@ def rotary_caches(config: DecoderConfig, max_length: int) -> tuple[torch.Tensor,
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope_type = (config.rope_scaling or {}).get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope") or (rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS):
+    if rope_type not in EXPRESSIBLE:
         raise ConfigError(
-            "rope_scaling", repr(rope_type), "default, linear, llama3 or yarn", "export with --engine none"
+            "rope_scaling", repr(rope_type), ", ".join(EXPRESSIBLE), "write a checkpoint with --format hf"
         )
     attention_factor = 1.0
-    if rope_type == "default":
+    if rope_type in ("default", "dynamic"):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         frequencies = 1.0 / (config.rope_theta**exponents)  # [head_dim / 2]
     else:

@@ -61,7 +61,7 @@ class ExportSpec:
     def exclude_modules(self) -> list[str]:
         """TensorRT-LLM's ``exclude_modules``; it replaces the default list, so that is in it."""
         given = [pattern if pattern.endswith("*") else f"{pattern}*" for pattern in self.exclude]
-        return [*(HEADS_QUANTIZED if self.quant_heads else HEADS_16_BIT), *given]
+        return [*(HEADS_QUANTIZED if self.quant_heads else HEADS_16_BIT), *self.fmt.trtllm.excludes, *given]
 
     def is_quantized(self, module: str) -> bool:
         """Whether a linear is stored quantized in the file, by TensorRT-LLM's name of it."""

@@ -1,19 +1,38 @@
-"""What the releases of TensorRT-LLM do with the families of models.
+"""What the releases of TensorRT-LLM do with families of models, formats and trees.
 
 Sources: TensorRT-LLM issue 7208 and pull request 7320 (Medusa built a Llama config for every family before 1.2).
 """
 
 from __future__ import annotations
 
-from medusa_export.core.errors import ConfigError
+from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
+from medusa_export.heads.trees.tree import Tree
+from medusa_export.quantize.formats import Format
 
 QWEN_CONFIG = (1, 2)
 
 
-def release_warnings(config: DecoderConfig, release: TrtllmRelease) -> list[str]:
-    """What to know about a family under a release, a line each.
+def require_no_gaps(tree: Tree) -> None:
+    """Raise TreeError for a tree whose first level leaves a rank out.
+
+    TensorRT-LLM's Python runtime counts that level by its largest rank: [1], [6], [7] become eight nodes, and all after them move.
+    Further down it goes by the paths, and a gap does no harm.
+    """
+    ranks = sorted(choice[0] for choice in tree.choices if len(choice) == 1)
+    missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
+    if missing:
+        raise TreeError(
+            f"tree choice {[ranks[-1]]}",
+            f"no {[missing[0]]} beside it (TensorRT-LLM's Python runtime would number other nodes)",
+            "a first level from rank 0 on, without gaps",
+            "take the more likely candidate first, or search the tree with medusa-tree",
+        )
+
+
+def release_warnings(config: DecoderConfig, release: TrtllmRelease, fmt: Format) -> list[str]:
+    """What to know about a family or a format under a release, a line each.
 
     Raises:
         ConfigError: a family that this release would build wrongly without an error.
@@ -32,9 +51,16 @@ def release_warnings(config: DecoderConfig, release: TrtllmRelease) -> list[str]
             f"{family}: q and k norms are written under TensorRT-LLM's names, but its Medusa model was seen with qwen2 only; compare "
             "the engine's output with the ONNX Runtime engine's before you serve it"
         )
-    if config.sliding_window is not None:
+    windows = config.windows_within(config.max_position_embeddings)
+    if windows is not None:
+        sizes = ",".join(map(str, windows)) if isinstance(windows, list) else str(windows)
         warnings.append(
             f"{family}: sliding window of {config.sliding_window} tokens; TensorRT-LLM takes it at run time "
-            f"(max_attention_window_size {config.sliding_window}), the checkpoint cannot hold it"
+            f"(max_attention_window_size {sizes}), the checkpoint cannot hold it"
+        )
+    if fmt.trtllm.fails_unmended:
+        warnings.append(
+            f"{fmt.name}: trtllm-build fails on it with Medusa ('use_int8_weight'); build.sh and medusa-export mend the class, a "
+            "build of your own has to as well (docs/tensorrt-llm.md)"
         )
     return warnings

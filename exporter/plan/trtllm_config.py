@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from medusa_export.exporter.plan.spec import ExportSpec
+from medusa_export.exporter.plan.trtllm_rope import rotary_scaling
 
 
 def trtllm_config(spec: ExportSpec) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def trtllm_config(spec: ExportSpec) -> dict[str, Any]:
         "position_embedding_type": "rope_gpt_neox",
         "max_position_embeddings": config.max_position_embeddings,
         "rotary_base": config.rope_theta,
-        "rotary_scaling": _rotary_scaling(config.rope_scaling),
+        "rotary_scaling": rotary_scaling(config),
         "attn_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
         "qk_layernorm": config.family.qk_norm,
@@ -45,11 +46,6 @@ def trtllm_config(spec: ExportSpec) -> dict[str, Any]:
         "max_draft_len": spec.max_draft_len,
     }
     return {**body, **_qwen_keys(spec)} if spec.qwen_base else body
-
-
-def _rotary_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
-    """All of Hugging Face's numbers, under the key that every release reads."""
-    return None if scaling is None else {**scaling, "type": scaling["rope_type"]}
 
 
 def _quantization(spec: ExportSpec) -> dict[str, Any]:

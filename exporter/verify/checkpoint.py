@@ -13,11 +13,10 @@ import torch
 
 from medusa_export.core.artifacts.manifest import MANIFEST, verify_manifest
 from medusa_export.core.errors import CheckpointError, ConfigError
-from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.causes import config_causes
 from medusa_export.exporter.verify.comparison import Comparison, weight_problems
 from medusa_export.exporter.verify.trtllm_loader.check import open_ranks, rank_problems
-from medusa_export.exporter.verify.trtllm_loader.config import config_problems
+from medusa_export.exporter.verify.trtllm_loader.config import config_problems, read_config
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.checkpoint.tensor_source import TensorSource, row_chunks
 
@@ -46,7 +45,7 @@ def verify_trtllm(
         compared: that comparison, where it was made while the ranks were written.
     """
     try:
-        config = read_json(trt_dir / "config.json")
+        config = read_config(trt_dir)
         problems = config_problems(config) or file_problems(trt_dir, config, values=checkpoint is None)
         if not problems and checkpoint is not None:
             problems = weight_problems(trt_dir, checkpoint, compared)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from medusa_export.core.json_fields import read_json
 from medusa_export.core.threads import StopPoint, run_torch
 from medusa_export.exporter.verify.dequantize import Rows
 from medusa_export.exporter.verify.rebuild import (
@@ -22,6 +21,8 @@ from medusa_export.exporter.verify.rebuild import (
     require_equal_scales,
     require_zeros,
 )
+from medusa_export.exporter.verify.trtllm_loader.config import read_config
+from medusa_export.exporter.verify.trtllm_loader.rope import same_frequencies
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
@@ -205,7 +206,7 @@ def weight_problems(trt_dir: Path, checkpoint: MedusaCheckpoint, compared: Compa
     Raises:
         CheckpointError: files that cannot be put back together (ranks that disagree, padding that is not zero).
     """
-    config = read_json(trt_dir / "config.json")
+    config = read_config(trt_dir)
     problems = config_differences(config, checkpoint)
     if problems:
         return problems
@@ -215,7 +216,7 @@ def weight_problems(trt_dir: Path, checkpoint: MedusaCheckpoint, compared: Compa
 
 def compare_ranks(trt_dir: Path, checkpoint: MedusaCheckpoint) -> Comparison:
     """All ranks of a finished checkpoint against the source."""
-    config = read_json(trt_dir / "config.json")
+    config = read_config(trt_dir)
     compared = Comparison(config, checkpoint)
 
     def take(rank: int, stop_point: StopPoint) -> None:
@@ -231,14 +232,16 @@ def config_differences(config: Mapping[str, Any], checkpoint: MedusaCheckpoint) 
     pairs = {theirs: (config.get(theirs), getattr(source, ours)) for theirs, ours in CONFIG_PAIRS.items()}
     pairs["num_medusa_heads"] = (config.get("num_medusa_heads"), checkpoint.num_medusa_heads)
     pairs["num_medusa_layers"] = (config.get("num_medusa_layers"), checkpoint.num_medusa_layers)
-    scaling = dict(config.get("rotary_scaling") or {})
-    scaling.pop("type", None)
-    pairs["rotary_scaling"] = (scaling, {key: x for key, x in (source.rope_scaling or {}).items() if key != "type"})
-    return [
+    problems = [
         f"config.json: {key} is {got!r}, the source has {expected!r}"
         for key, (got, expected) in pairs.items()
         if got != expected
     ]
+    if not problems and not same_frequencies(config, source.raw, source.head_dim):
+        problems.append(
+            f"config.json: rotary_scaling {config.get('rotary_scaling')} gives other frequencies than the source's"
+        )
+    return problems
 
 
 def _wrong_values(name: str, found: Difference, count: int) -> Iterator[str]:

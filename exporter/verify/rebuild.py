@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.dequantize import Rows, StoredLinear, StoredVector
+from medusa_export.exporter.verify.trtllm_loader.config import read_config
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 CHUNK_VALUES = 1 << 20  # as in the writer, for the same reason
@@ -131,7 +131,7 @@ def rebuild_hf(trt_dir: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: a missing tensor, ranks that disagree on a replicated one, or padding that is not zero.
     """
-    config = read_json(trt_dir / "config.json")
+    config = read_config(trt_dir)
     files = open_ranks(trt_dir, config)
     require_equal_scales(files)
     return {item.name: item.tensor() for item in layout(config, files)}
@@ -180,7 +180,7 @@ class InputForm:
 
 def input_forms(trt_dir: Path) -> dict[str, InputForm]:
     """By Hugging Face module name, for every quantized linear."""
-    config = read_json(trt_dir / "config.json")
+    config = read_config(trt_dir)
     ranks, forms = _Ranks(config, open_ranks(trt_dir, config)), dict[str, InputForm]()
     for name in ranks.files[0].names:
         module, _, kind = name.rpartition(".")

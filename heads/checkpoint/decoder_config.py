@@ -15,6 +15,7 @@ from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.families import FAMILIES, Family
 from medusa_export.heads.checkpoint.rope import read_rope
 
+SLIDING = "sliding_attention"
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -25,6 +26,7 @@ class DecoderConfig:
     Attributes:
         head_dim: width of one attention head (explicit in config.json or hidden_size / num_attention_heads).
         rope_scaling: None, or the full Hugging Face dictionary with ``rope_type``.
+        layer_windows: tokens that each layer attends to, its own among them; None is all. No window is as long as the context.
         dtype: "float16", "bfloat16" or "float32": what the checkpoint's weights are stored in.
     """
 
@@ -44,7 +46,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    sliding_window: int | None
+    layer_windows: tuple[int | None, ...]
     dtype: str
     eos_token_ids: tuple[int, ...]
     raw: dict[str, Any] = field(repr=False, compare=False)
@@ -90,11 +92,23 @@ class DecoderConfig:
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias") or family.qkv_bias,
             mlp_bias=fields.flag("mlp_bias"),
-            sliding_window=_sliding_window(fields, family),
+            layer_windows=_layer_windows(fields, family),
             dtype=_dtype(raw, where),
             eos_token_ids=_eos(raw, generation or {}, where),
             raw=dict(raw),
         )
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The smallest window of a layer; None where every layer attends to all tokens."""
+        return min((window for window in self.layer_windows if window is not None), default=None)
+
+    def windows_within(self, max_length: int) -> int | list[int] | None:
+        """What a runtime is told for a context of ``max_length``: None, one window for all layers, or one for each of them."""
+        windows = [min(window or max_length, max_length) for window in self.layer_windows]
+        if min(windows) == max_length:
+            return None
+        return windows[0] if len(set(windows)) == 1 else windows
 
     @property
     def o_bias(self) -> bool:
@@ -194,10 +208,43 @@ def _hidden_act(raw: Mapping[str, Any], where: str) -> str:
     return "silu"
 
 
-def _sliding_window(fields: Fields, family: Family) -> int | None:
-    """The window in force: Qwen2 and Qwen3 carry one that ``use_sliding_window`` switches off."""
-    is_on = fields.flag("use_sliding_window", family.slides) and fields.raw.get("sliding_window") is not None
-    return fields.positive("sliding_window") if is_on else None
+def _layer_windows(fields: Fields, family: Family) -> tuple[int | None, ...]:
+    """As transformers' configs have it: Mistral's is every layer's; Qwen's is off, or on from max_window_layers upwards.
+
+    ``layer_types`` says it layer by layer where it is there. A window of null is none, an absent one is the family's.
+    """
+    layers = fields.positive("num_hidden_layers")
+    types = _layer_types(fields, layers) if family.switches_window else None
+    is_on = family.default_window is not None and (not family.switches_window or fields.flag("use_sliding_window"))
+    window = _window(fields, family) if is_on else None
+    if window is None:
+        if types and SLIDING in types:
+            raise fields.error("layer_types", SLIDING, "full_attention: the sliding window is off")
+        return (None,) * layers
+    first = _first_window_layer(fields) if family.switches_window else 0
+    slides = [kind == SLIDING for kind in types] if types else [layer >= first for layer in range(layers)]
+    is_shorter = window < fields.positive("max_position_embeddings", 2048)
+    return tuple(window if slide and is_shorter else None for slide in slides)
+
+
+def _window(fields: Fields, family: Family) -> int | None:
+    if "sliding_window" in fields.raw and fields.raw["sliding_window"] is None:
+        return None
+    return fields.positive("sliding_window", family.default_window)
+
+
+def _first_window_layer(fields: Fields) -> int:
+    return 0 if fields.raw.get("max_window_layers") == 0 else fields.positive("max_window_layers", 28)
+
+
+def _layer_types(fields: Fields, layers: int) -> list[str] | None:
+    types = fields.raw.get("layer_types")
+    if types is None:
+        return None
+    known = (SLIDING, "full_attention")
+    if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
+        raise fields.error("layer_types", types, f"{layers} of {' and '.join(known)}")
+    return types
 
 
 def _dtype(raw: Mapping[str, Any], where: str) -> str:

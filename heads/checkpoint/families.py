@@ -32,7 +32,8 @@ class Family:
         qkv_bias: whether q, k and v carry biases when config.json does not say (Qwen2: always).
         qk_norm: per-head RMSNorm on q and k before the rotary embedding (Qwen3).
         default_rope_theta: rotary base when config.json has none.
-        slides: whether a ``sliding_window`` is in force when config.json has no ``use_sliding_window`` (Mistral).
+        default_window: sliding window when config.json has none; None where transformers' model has no windows at all.
+        switches_window: whether ``use_sliding_window`` has to ask for it, and then for some layers only.
     """
 
     model_type: str
@@ -41,7 +42,8 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     default_rope_theta: float = 10000.0
-    slides: bool = False
+    default_window: int | None = None
+    switches_window: bool = False
 
 
 LLAMA = TrtllmModel("llama", "LlamaForCausalLM")
@@ -53,9 +55,9 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaForCausalLM", LLAMA),
-        Family("mistral", "MistralForCausalLM", LLAMA, slides=True),
-        Family("qwen2", "Qwen2ForCausalLM", QWEN2, qkv_bias=True),
-        Family("qwen3", "Qwen3ForCausalLM", QWEN3, qk_norm=True),
+        Family("mistral", "MistralForCausalLM", LLAMA, default_window=4096),
+        Family("qwen2", "Qwen2ForCausalLM", QWEN2, qkv_bias=True, default_window=4096, switches_window=True),
+        Family("qwen3", "Qwen3ForCausalLM", QWEN3, qk_norm=True, default_window=4096, switches_window=True),
     )
 }
 

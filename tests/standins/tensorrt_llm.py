@@ -139,6 +139,7 @@ class StandInExecutor:
 @dataclass
 class KvCacheConfig:
     max_tokens: int | None = None
+    max_attention_window: list[int] | None = None
 
 
 @dataclass
@@ -220,6 +221,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
             cls, engine_dir: str, *, rank: int = 0, medusa_choices: list[list[int]] | None = None,
             max_tokens_in_paged_kv_cache: int | None = None, is_orchestrator_mode: bool = False,
             device_ids: list[int] | None = None, gather_generation_logits: bool = False,
+            max_attention_window_size: list[int] | None = None,
         ) -> ModelRunnerCpp:  # fmt: skip
             given = {key: value for key, value in locals().items() if key not in ("cls", "engine_dir")}
             config = json.loads((Path(engine_dir) / "config.json").read_text())

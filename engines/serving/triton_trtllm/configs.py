@@ -31,7 +31,7 @@ class EngineFacts:
         max_seq_len: tokens of prompt and answer together.
         paged_context: whether it was built with use_paged_context_fmha, which cache reuse and chunked context need.
         logits: "float32" or "float16".
-        window: tokens that a layer looks back, where it is fewer than all.
+        window: tokens that a layer looks back, where it is fewer than all: one number, or one a layer.
     """
 
     release: TrtllmRelease
@@ -42,7 +42,7 @@ class EngineFacts:
     eos_token_ids: tuple[int, ...]
     paged_context: bool
     logits: str
-    window: int | None = None
+    window: int | list[int] | None = None
 
     @property
     def counts_drafts(self) -> bool:
@@ -146,7 +146,10 @@ def engine_parameters(facts: EngineFacts, serving: TrtllmServing) -> dict[str, s
         "multi_block_mode": "false",
         **dict.fromkeys(("tokenizer_dir", "guided_decoding_backend", "xgrammar_tokenizer_info_path"), ""),
     }
-    return parameters | ({"max_attention_window_size": str(facts.window)} if facts.window else {})
+    if facts.window:
+        windows = facts.window if isinstance(facts.window, list) else [facts.window]
+        parameters["max_attention_window_size"] = ",".join(map(str, windows))
+    return parameters
 
 
 def _engine(facts: EngineFacts, serving: TrtllmServing) -> Config:

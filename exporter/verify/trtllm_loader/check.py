@@ -13,9 +13,10 @@ from typing import Any
 
 from medusa_export.core.errors import CheckpointError, ConfigError
 from medusa_export.core.json_fields import read_json
-from medusa_export.exporter.verify.trtllm_loader.config import config_problems
+from medusa_export.exporter.verify.trtllm_loader.config import config_notes, config_problems, read_config
 from medusa_export.exporter.verify.trtllm_loader.modules import (
     ALGOS,
+    BUFFERS,
     BUILDER_QUANTIZES,
     Needs,
     is_quantized,
@@ -31,7 +32,7 @@ KV_SCALE = "kv_cache_scaling_factor"
 def load_problems(trt_dir: Path) -> list[str]:
     """Why ``trtllm-build`` would not build what the checkpoint means, one line each; an empty list is a good checkpoint."""
     try:
-        config = read_json(trt_dir / "config.json")
+        config = read_config(trt_dir)
         return config_problems(config) or [
             f"{name}: {problem}"
             for name, source in open_ranks(trt_dir, config).items()
@@ -39,6 +40,22 @@ def load_problems(trt_dir: Path) -> list[str]:
         ]
     except (CheckpointError, ConfigError) as error:
         return [str(error)]
+
+
+def load_notes(trt_dir: Path) -> list[str]:
+    """What is unusual in a checkpoint that builds right, one line each: keys left to their defaults, and buffers in the files.
+
+    Args:
+        trt_dir: of a checkpoint without :func:`load_problems`.
+    """
+    config = read_json(trt_dir / "config.json")
+    return config_notes(config) + [
+        f"{name}: {buffer} is in the file; TensorRT-LLM makes it itself where it is not"
+        for name, source in open_ranks(trt_dir, read_config(trt_dir)).items()
+        if not isinstance(source, str)
+        for buffer in BUFFERS
+        if buffer in source
+    ]
 
 
 def open_ranks(trt_dir: Path, config: Mapping[str, Any]) -> dict[str, TensorSource | str]:
@@ -58,13 +75,25 @@ def rank_problems(source: TensorSource, config: Mapping[str, Any]) -> Iterator[s
     need = _accepted(required_tensors(config), given, config)
     for name in sorted(need.keys() - given.keys()):
         silent = name.endswith("lm_head.weight")
-        yield f"{name} is missing" + ("; TensorRT-LLM would leave it random without a word" if silent else "")
-    for name in sorted(given.keys() - need.keys()):
+        yield f"{name} is missing" + (
+            "; TensorRT-LLM would leave it random without a word" if silent else _why(name, config)
+        )
+    for name in sorted(given.keys() - need.keys() - {*BUFFERS}):
         yield f"{name} is not expected; TensorRT-LLM would drop it with a warning"
     for name in sorted(need.keys() & given.keys()):
         (dtype, shape), (got_dtype, got_shape) = need[name], given[name]
         if (got_dtype, got_shape) != (dtype, shape):
             yield f"{name} is {got_dtype} {list(got_shape)}; expected {dtype} {list(shape)}"
+
+
+def _why(name: str, config: Mapping[str, Any]) -> str:
+    """What asks for a tensor that people do not expect."""
+    module, _, suffix = name.rpartition(".")
+    built = module.rsplit(".", 1)[-1] in BUILDER_QUANTIZES
+    algo = config["quantization"].get("quant_algo")
+    if suffix != "per_channel_scale" or built or not ALGOS[algo].by_builder:
+        return ""
+    return f"; exclude {module}*: trtllm-build itself quantizes {', '.join(BUILDER_QUANTIZES)} only"
 
 
 def _accepted(need: Needs, given: Needs, config: Mapping[str, Any]) -> Needs:

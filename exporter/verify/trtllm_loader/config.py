@@ -1,17 +1,23 @@
 """What TensorRT-LLM raises on in the config.json of a Medusa checkpoint, and what it silently takes for something else.
 
+An error is what builds wrong or not at all; a note is what is unusual and right, such as a key that has the right default.
+
 Sources: tensorrt_llm/models/modeling_utils.py (PretrainedConfig, QuantConfig), models/{medusa,llama,qwen}/config.py, mapping.py, and
 TensorRT-LLM issue 7208: before 1.2 a Qwen checkpoint got Llama's defaults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.trtllm_loader.modules import (
     ALGOS,
     BUILDER_QUANTIZES,
+    DEFAULT_GROUP_SIZE,
+    FINAL_NORM,
     KV_ALGOS,
     exclude_patterns,
     excluded,
@@ -32,14 +38,14 @@ KEYS: dict[str, tuple[type | tuple[type, ...], Any]] = {
     "num_hidden_layers": (int, None),
     "num_attention_heads": (int, None),
     "num_key_value_heads": (int, "num_attention_heads"),
-    "head_size": (int, "hidden_size / num_attention_heads"),
+    "head_size": (int, None),
     "hidden_act": (str, "gelu"),
     "norm_epsilon": ((int, float), "1e-5"),
     "position_embedding_type": (str, "learned_absolute"),
     "max_position_embeddings": (int, None),
     "rotary_base": ((int, float), "10000"),
-    "attn_bias": (bool, "false before 1.2, and of Qwen true from there on"),
-    "mlp_bias": (bool, "false"),
+    "attn_bias": (bool, None),
+    "mlp_bias": (bool, None),
     "model_type": (str, "llama"),
     "num_medusa_heads": (int, "4"),
     "num_medusa_layers": (int, "1"),
@@ -60,6 +66,17 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("rope_gpt_neox",),
     "embedding_sharding_dim": (0, 1, None),
 }
+# Keys whose absence builds what is meant: NVIDIA's own converter leaves them out.
+DEFAULTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "head_size": lambda config: config["hidden_size"] // config["num_attention_heads"],
+    "attn_bias": lambda config: "qwen" in config["model_type"],
+    "mlp_bias": lambda config: False,
+    "mapping": lambda config: {},
+    "quantization": lambda config: {},
+}
+MAPPING_DEFAULTS = {"world_size": 1, "tp_size": 1, "pp_size": 1}
+ROTARY_SCALINGS = ("none", "linear", "dynamic", "longrope", "llama3", "yarn", "mrope")
+LLAMA_ONLY = ("fc_after_embed", "residual_mlp")  # layers that no Medusa checkpoint has
 READ_ONLY = ("kv_dtype", "quant_mode", "quant_algo")  # properties of the config's class: setting one raises
 MAPPING_KEYS = {
     "world_size", "tp_size", "pp_size", "cp_size", "gpus_per_node", "moe_cluster_size", "moe_tp_size", "moe_ep_size",
@@ -75,8 +92,57 @@ POSITIVE = (
 )  # fmt: skip
 
 
+def read_config(trt_dir: Path) -> dict[str, Any]:
+    """A checkpoint's config.json as TensorRT-LLM would complete it; ConfigError where it cannot be read."""
+    return with_defaults(read_json(trt_dir / "config.json"))
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the keys that may be absent, but for those whose default follows from something missing or no number."""
+    full = dict(config)
+    for key, default in DEFAULTS.items():
+        try:
+            full.setdefault(key, default(config))
+        except (KeyError, TypeError, ZeroDivisionError):
+            continue  # what it follows from is an error of its own
+    if isinstance(full["mapping"], dict):
+        full["mapping"] = {**MAPPING_DEFAULTS, **full["mapping"]}
+    quantization = full["quantization"]
+    if isinstance(quantization, dict):
+        full["quantization"] = {"quant_algo": None, **quantization}
+        if quantization.get("quant_algo") in ALGOS and ALGOS[quantization["quant_algo"]].group_sizes:
+            full["quantization"] = {"group_size": DEFAULT_GROUP_SIZE, "has_zero_point": False, **full["quantization"]}
+    return full
+
+
+def config_notes(config: Mapping[str, Any]) -> list[str]:
+    """What is unusual in a config.json without being wrong, one line each."""
+    full = with_defaults(config)
+    sections = {"": (config, full)}
+    for name in ("mapping", "quantization"):
+        if isinstance(config.get(name), dict):
+            sections[f"{name}."] = (config[name], full[name])
+    notes = [
+        f"config.json: no {section}{key}; TensorRT-LLM takes {completed[key]!r}"
+        for section, (given, completed) in sections.items()
+        for key in completed
+        if key not in given
+    ]
+    if "attn_bias" not in config and "qwen" in str(config.get("model_type")):
+        notes[-1:] = [
+            notes[-1],
+            "config.json: some releases before 1.2 take attn_bias false for Qwen, and drop the bias",
+        ]
+    if config.get("share_embedding_table"):
+        notes.append("config.json: share_embedding_table is set; later releases only warn of it")
+    if full["quantization"].get("use_meta_recipe"):
+        notes.append("config.json: use_meta_recipe leaves attention, and the first and last layer, in 16 bit")
+    return notes
+
+
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """What is wrong with a config.json, one line each; later rules are applied only where the earlier ones hold."""
+    config = with_defaults(config)
     for rules in (_key_problems, _value_problems, _layout_problems, _module_problems):
         problems = [f"config.json: {problem}" for problem in rules(config)]
         if problems:
@@ -103,12 +169,28 @@ def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
         if config.get(key) not in values:
             yield f"{key} is {config.get(key)!r}; expected one of {tuple(value for value in values if value is not None)}"
     yield from (f"{key} is below 1" for key in POSITIVE if config[key] < 1)
-    scaling = config.get("rotary_scaling")
-    if scaling is not None and "type" not in scaling:
-        yield "rotary_scaling has no type"
+    yield from _rotary_problems(config.get("rotary_scaling"))
+    yield from (
+        f"{key} is set; TensorRT-LLM would ask for layers that are not there" for key in LLAMA_ONLY if config.get(key)
+    )
+    if config.get("share_embedding_table") and config["mapping"]["tp_size"] != 1 and not _shards_vocabulary(config):
+        yield "share_embedding_table over ranks needs use_parallel_embedding with embedding_sharding_dim 0; TensorRT-LLM raises"
     if is_qwen(config) and config.get("qk_layernorm", False) != config["qwen_type"].startswith("qwen3"):
         yield f"qk_layernorm is {config.get('qk_layernorm', False)} with qwen_type {config['qwen_type']!r}"
     yield from _quantization_values(config["quantization"])
+
+
+def _rotary_problems(scaling: object) -> Iterator[str]:
+    if scaling is None:
+        return
+    if not isinstance(scaling, dict) or "type" not in scaling:
+        yield "rotary_scaling has no type"
+    elif scaling["type"] not in ROTARY_SCALINGS:
+        yield f"rotary_scaling.type {scaling['type']!r} is not one of {ROTARY_SCALINGS}; TensorRT-LLM raises"
+
+
+def _shards_vocabulary(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("use_parallel_embedding")) and config.get("embedding_sharding_dim", 0) == 0
 
 
 def _quantization_values(quantization: Mapping[str, Any]) -> Iterator[str]:
@@ -151,6 +233,11 @@ def _module_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if algo is None:
         return
     modules = {module.name: module for module in medusa_modules(config)}
+    if not ALGOS[algo].listed and not excluded(patterns, FINAL_NORM):
+        yield (
+            f"quantization.exclude_modules lacks *ln_f: TensorRT-LLM 0.17 and 0.18 would make {FINAL_NORM} a row-wise norm under "
+            f"{algo}, and the build ends in \"'tuple' object has no attribute 'rank'\""
+        )
     if ALGOS[algo].by_builder and not excluded(patterns, "transformer.vocab_embedding"):
         yield f"the embedding has to be excluded under {algo}, which would make it an INT8 one"
     for name, module in modules.items():
@@ -167,8 +254,9 @@ def _module_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _weight_only_problems(algo: str, patterns: tuple[str, ...], name: str) -> Iterator[str]:
     """The builder matches patterns against modules when it declares them, and against tensors when it quantizes them."""
-    if name.rsplit(".", 1)[-1] not in BUILDER_QUANTIZES:
-        if not excluded(patterns, name):
+    last = name.rsplit(".", 1)[-1]
+    if last not in BUILDER_QUANTIZES:
+        if last == "lm_head" and not excluded(patterns, name):
             yield f"{name} has to be excluded under {algo}: trtllm-build quantizes {', '.join(BUILDER_QUANTIZES)} only"
     elif excluded(patterns, name) != excluded(patterns, f"{name}.weight"):
         yield f"{name} matches exclude_modules, {name}.weight does not or the other way round: end the pattern with *"

@@ -16,6 +16,11 @@ DEFAULT_EXCLUDES = (
     "*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate",
     "*fused_a",
 )  # fmt: skip
+# FP8_PER_CHANNEL_PER_TOKEN's own; in TensorRT-LLM 0.17 and 0.18 a list in config.json replaces it, and the norm is quantized.
+ROWWISE_EXCLUDES = ("*ln_f", "*ln_embed")
+FINAL_NORM = "transformer.ln_f"
+# Buffers that the model makes itself; it takes them from a file too, as NVIDIA's converter writes them for Qwen2.
+BUFFERS = ("embed_positions", "embed_positions_for_gpt_attention", "rotary_inv_freq")
 DEFAULT_GROUP_SIZE = 128
 BUILDER_QUANTIZES = (
     "qkv",
@@ -186,8 +191,9 @@ def excluded(patterns: tuple[str, ...], name: str) -> bool:
 
 def exclude_patterns(config: Mapping[str, Any]) -> tuple[str, ...]:
     """What ``exclude_modules`` comes to; a list in config.json takes the place of the default one."""
-    given = config["quantization"].get("exclude_modules")
-    return DEFAULT_EXCLUDES if given is None else tuple(given)
+    given, algo = config["quantization"].get("exclude_modules"), config["quantization"].get("quant_algo")
+    default = DEFAULT_EXCLUDES if algo is None or ALGOS[algo].listed else ROWWISE_EXCLUDES
+    return default if given is None else tuple(given)
 
 
 def is_quantized(config: Mapping[str, Any], module: Module) -> bool:
@@ -196,6 +202,9 @@ def is_quantized(config: Mapping[str, Any], module: Module) -> bool:
     if algo is None or not module.is_linear:
         return False
     if not ALGOS[algo].listed:
+        if config["quantization"].get("use_meta_recipe"):
+            ends = (f"transformer.layers.{layer}." for layer in (0, config["num_hidden_layers"] - 1))
+            return ".mlp." in module.name and not module.name.startswith(tuple(ends))
         return ".attention." in module.name or ".mlp." in module.name
     return not excluded(exclude_patterns(config), module.name)
 

@@ -180,6 +180,8 @@ def test_another_release_is_installed(standin_trtllm_build: Any, monkeypatch: py
 LOGS = {
     "RuntimeError: Required but not provided tensors:{'medusa_heads.0.medusa_layers.0.linear.weights_scaling_factor'}":
         "tensors that the checkpoint lacks: .*weights_scaling_factor.*medusa-export verify",
+    "AttributeError: 'WeightOnlyGroupwiseQuantLinear' object has no attribute 'use_int8_weight'": "AWQ layers .*build.sh",
+    "AttributeError: 'tuple' object has no attribute 'rank'": "row-wise FP8 norm .*export again",
     "AssertionError: The value updated is not the same shape as the original. Updated: (8, 4), original: (4, 4)":
         "another shape: Updated",
     "TypeError: QuantConfig.__init__() got an unexpected keyword argument 'quantized_layers'": "does not know: quantized_layers",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_fields import read_json
@@ -73,11 +74,63 @@ def test_both_spellings_of_dtype() -> None:
     assert _config(dtype="float16", torch_dtype="bfloat16").dtype == "float16"
 
 
-def test_sliding_window() -> None:
-    assert _config(model_type="mistral", sliding_window=4096).sliding_window == 4096
-    assert _config(model_type="mistral", sliding_window=None).sliding_window is None
-    assert _config(model_type="qwen2", sliding_window=4096, use_sliding_window=False).sliding_window is None
-    assert _config(model_type="qwen2", sliding_window=4096, use_sliding_window=True).sliding_window == 4096
+WINDOWS: dict[str, tuple[dict[str, Any], tuple[int | None, ...]]] = {
+    "mistral": ({"model_type": "mistral", "sliding_window": 64}, (64, 64)),
+    "mistral by default": ({"model_type": "mistral", "max_position_embeddings": 8192}, (4096, 4096)),
+    "mistral without": ({"model_type": "mistral", "sliding_window": None}, (None, None)),
+    "llama has none": ({"model_type": "llama", "sliding_window": 64, "use_sliding_window": True}, (None, None)),
+    "qwen2, off": ({"model_type": "qwen2", "sliding_window": 64}, (None, None)),
+    "qwen2, from layer 28": ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, (None, None)),
+    "qwen2, all": (
+        {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}, (64, 64),
+    ),
+    "qwen2, above the first": (
+        {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, (None, 64),
+    ),
+    "qwen3, by type": (
+        {
+            "model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        (64, None),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_are_those_of_transformers(case: str) -> None:
+    changes, expected = WINDOWS[case]
+    raw = {**RAW, "num_hidden_layers": 2, "max_position_embeddings": 256, **changes}
+    assert DecoderConfig.from_dict(raw).layer_windows == expected
+    theirs = AutoConfig.for_model(**raw)
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention" if raw["model_type"] == "mistral" else ""] * 2
+    window = getattr(theirs, "sliding_window", None)
+    assert tuple(window if kind == "sliding_attention" else None for kind in types) == expected
+
+
+def test_windows_within_a_context() -> None:
+    def windows(length: int, **changes: Any) -> int | list[int] | None:
+        qwen = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "num_hidden_layers": 2}
+        return _config(**qwen, **changes).windows_within(length)
+
+    assert windows(64, max_window_layers=0) is None
+    assert windows(65, max_window_layers=0) == 64
+    assert windows(128, max_window_layers=1) == [128, 64]
+    assert windows(128) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types = 'sliding_attention'; expected full_attention"),
+        ({"layer_types": ["full_attention"]}, "expected 2 of sliding_attention and full_attention"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "expected 2 of"),
+        ({"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers = -1"),
+    ],
+)
+def test_windows_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _config(model_type="qwen2", num_hidden_layers=2, **changes)
 
 
 def test_end_of_sequence_ids() -> None:

@@ -180,6 +180,8 @@ class TestConfigurations:
 
     def test_sliding_window(self) -> None:
         assert engine_parameters(replace(FACTS, window=4096), SERVING)["max_attention_window_size"] == "4096"
+        some = engine_parameters(replace(FACTS, window=[8192, 4096]), SERVING)
+        assert some["max_attention_window_size"] == "8192,4096"
 
     def test_drafts_are_counted_where_the_engine_can(self) -> None:
         def outputs(release: str) -> set[str]:

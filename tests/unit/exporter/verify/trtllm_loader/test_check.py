@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
 from medusa_export.exporter.plan.trtllm_layout import plan_ranks
-from medusa_export.exporter.verify.trtllm_loader.check import load_problems
+from medusa_export.exporter.verify.trtllm_loader.check import load_notes, load_problems
 from medusa_export.exporter.verify.trtllm_loader.config import config_problems
 from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
@@ -196,6 +196,10 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "truth for a number": ({"max_draft_len": True}, "max_draft_len is True"),
     "architecture": ({"architecture": "LlamaForCausalLM"}, "architecture is 'LlamaForCausalLM'"),
     "scaling without a type": ({"rotary_scaling": {"rope_type": "llama3"}}, "rotary_scaling has no type"),
+    "unknown scaling": ({"rotary_scaling": {"type": "su", "factor": 2.0}}, "rotary_scaling.type 'su' is not one of"),
+    "scaling that is a number": ({"rotary_scaling": 2.0}, "rotary_scaling has no type"),
+    "residual MLP": ({"residual_mlp": True}, "residual_mlp is set; .* ask for layers that are not there"),
+    "fc after the embedding": ({"fc_after_embed": True}, "fc_after_embed is set"),
     "algo": ({"quantization__quant_algo": "FP8_ROWWISE"}, "quant_algo 'FP8_ROWWISE' is not one of"),
     "cache algo": ({"quantization__kv_cache_quant_algo": "FP4"}, "kv_cache_quant_algo 'FP4' is not one of"),
     "pipeline": ({"mapping": {"world_size": 4, "tp_size": 2, "pp_size": 2}}, "pp_size 1"),
@@ -228,20 +232,22 @@ def test_config_fault(fault: str, written: Callable[..., Path]) -> None:
 
 # The same for other formats and families: (format, family), changes of config.json, the line.
 FORMAT_FAULTS: dict[str, tuple[tuple[str, str], dict[str, Any], str]] = {
-    "qwen bias by default": (("fp8", "qwen2"), {"attn_bias": None}, "no attn_bias; .* false before 1.2, and of Qwen true"),
     "qwen without bias": (("fp8", "qwen2"), {"attn_bias": False}, "qkv.bias is not expected"),
     "qwen sequence": (("fp8", "qwen2"), {"seq_length": None}, "no seq_length"),
     "qwen norms": (("fp8", "qwen3"), {"qwen_type": "qwen2"}, "qk_layernorm is True with qwen_type 'qwen2'"),
     "qwen 1 halves its MLP": (("fp8", "qwen2"), {"qwen_type": "qwen"}, r"mlp.fc.weight is .*40, .* expected .*\[20, "),
     "weight-only heads": (("int8_wo", "llama"), {"quantization__exclude_modules": ["*lm_head", "*vocab_embedding"]},
-                          "linear has to be excluded under W8A16: trtllm-build quantizes qkv"),
+                          "linear.per_channel_scale is missing; exclude .*linear.: trtllm-build itself quantizes qkv"),
     "weight-only embedding": (("int4_wo", "llama"), {"quantization__exclude_modules": ["*lm_head", "*medusa_heads*"]},
                               "the embedding has to be excluded under W4A16"),
     "exact module name": (("int8_wo", "llama"), {"quantization__exclude_modules": ["*lm_head", "*vocab_embedding",
                           "*medusa_heads*", f"{L0}attention.qkv"]}, r"end the pattern with \*"),
     "whole classes": (("fp8_rowwise", "llama"), {"quantization__exclude_modules": ["*lm_head", "*mlp*"]},
                       "mlp.fc is excluded, but FP8_PER_CHANNEL_PER_TOKEN quantizes attention and MLP"),
-    "group size": (("int4_awq", "llama"), {"quantization__group_size": None}, "group_size None is not one of"),
+    "group size": (("int4_awq", "llama"), {"quantization__group_size": 32}, "group_size 32 is not one of"),
+    "row-wise norm": (("fp8_rowwise", "llama"), {"quantization__exclude_modules": ["*lm_head"]}, r"lacks \*ln_f: .*0.17 and 0.18"),
+    "meta recipe": (("fp8_rowwise", "llama"), {"quantization__use_meta_recipe": True}, "fc.weight is float8.* expected float16"),
+    "tied over ranks": (("fp8", "llama"), {"share_embedding_table": True}, "needs use_parallel_embedding"),
     "group": (("int4_awq", "llama"), {"quantization__group_size": 64}, r"weights_scaling_factor is float32 \[.*, 4\]"),
     "w4a8 group": (("w4a8_awq", "llama"), {"quantization__group_size": 64}, "group_size 64 is not one of"),
     "zero point": (("int4_awq", "llama"), {"quantization__has_zero_point": True}, "has_zero_point is True"),
@@ -288,6 +294,63 @@ def test_weight_only_that_was_quantized_before(fmt: str, columns: int, written: 
     assert load_problems(out) == []
     edit(out, drop(f"{L0}mlp.proj.per_channel_scale"))
     assert [f"{L0}mlp.proj.weight is int8" in problem for problem in load_problems(out)] == [True]
+
+
+def test_weight_only_heads_that_were_quantized_before(written: Callable[..., Path]) -> None:
+    """As NVIDIA's converter writes them: the loader asks for them where they are not excluded."""
+    out = written("int8_wo", tp=1)
+    edit_config(out, quantization__exclude_modules=["*lm_head", "*vocab_embedding"])
+    assert len(load_problems(out)) == 4  # of two heads, a dtype and a scale
+
+    def quantize(tensors: Tensors) -> None:
+        for head in range(2):
+            name = f"medusa_heads.{head}.medusa_layers.0.linear"
+            tensors[f"{name}.weight"] = torch.zeros((512, 512), dtype=torch.int8)
+            tensors[f"{name}.per_channel_scale"] = torch.ones(512, dtype=torch.float16)
+
+    edit(out, quantize)
+    assert load_problems(out) == []
+
+
+# What NVIDIA's converter leaves out: format, keys, what TensorRT-LLM takes.
+LEFT_OUT: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "llama": (
+        "none",
+        dict.fromkeys(("head_size", "attn_bias", "mlp_bias", "mapping__tp_size", "mapping__pp_size")),
+        ["no head_size; TensorRT-LLM takes 16", "no attn_bias; TensorRT-LLM takes False", "no mlp_bias; TensorRT-LLM takes False",
+         "no mapping.tp_size; TensorRT-LLM takes 1", "no mapping.pp_size; TensorRT-LLM takes 1"],
+    ),
+    "mapping": ("none", {"mapping": None}, ["no mapping; TensorRT-LLM takes {'world_size': 1, 'tp_size': 1, 'pp_size': 1}"]),
+    "groups": (
+        "int4_awq",
+        dict.fromkeys(("quantization__group_size", "quantization__has_zero_point")),
+        ["no quantization.group_size; TensorRT-LLM takes 128", "no quantization.has_zero_point; TensorRT-LLM takes False"],
+    ),
+    "qwen2": (
+        "none",
+        {"attn_bias": None},
+        ["no attn_bias; TensorRT-LLM takes True", "some releases before 1.2 take attn_bias false for Qwen, and drop the bias"],
+    ),
+    "shared": ("none", {"share_embedding_table": True}, ["share_embedding_table is set; later releases only warn of it"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_keys_with_the_right_default_are_notes(case: str, written: Callable[..., Path]) -> None:
+    fmt, changes, notes = LEFT_OUT[case]
+    out = written(fmt, "qwen2" if case == "qwen2" else "llama", tp=1)
+    assert load_notes(out) == []
+    edit_config(out, **changes)
+    assert load_problems(out) == []
+    assert sorted(load_notes(out)) == sorted(f"config.json: {note}" for note in notes)
+
+
+def test_rotary_buffers_are_a_note(written: Callable[..., Path]) -> None:
+    out = written("none", "qwen2", tp=1)
+    edit(out, add("rotary_inv_freq", 8))
+    edit(out, add("embed_positions", 1, 8))
+    assert load_problems(out) == []
+    assert [note.split(" ")[1] for note in load_notes(out)] == ["embed_positions", "rotary_inv_freq"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "NaN"])

@@ -62,7 +62,7 @@ ALLOWED: dict[str, str] = {
     "engines/serving": "core core/text engines/decoding engines/onnxruntime engines/tensorrt heads/contract heads/data"
     " heads/decoding",
     "engines/serving/openai/protocol": "core engines/serving heads/decoding",
-    "engines/serving/openai": "core engines/serving engines/serving/openai/protocol heads/decoding",
+    "engines/serving/openai": "core engines/serving engines/serving/openai/protocol",
     "engines/serving/triton": "core core/artifacts core/text engines/decoding engines/serving heads/contract heads/decoding",
     "engines/serving/triton/testing": "core engines heads",
     "engines/serving/triton_trtllm": "core core/artifacts core/text engines/serving engines/serving/triton engines/trtllm"

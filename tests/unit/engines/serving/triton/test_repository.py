@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,37 @@ def test_a_changed_file_is_named(engine: Path, tmp_path: Path) -> None:
     write_repository(engine, tmp_path / "repository")
     config = tmp_path / "repository/medusa/config.pbtxt"
     config.write_text(config.read_text().replace("decoupled: true", "decoupled: false"))
-    (problem,) = verify_repository(tmp_path / "repository")
-    assert "medusa/config.pbtxt" in problem
+    changed, named = verify_repository(tmp_path / "repository")
+    assert "medusa/config.pbtxt" in changed
+    assert "model_transaction_policy is not what was written" in named
+
+
+def test_use_leaves_compiled_files(engine: Path, tmp_path: Path) -> None:
+    write_repository(engine, tmp_path / "repository")
+    folder = tmp_path / "repository/medusa/1/__pycache__"
+    folder.mkdir()
+    (folder / "model.cpython-311.pyc").write_bytes(b"x")
+    assert verify_repository(tmp_path / "repository") == []
+
+
+def test_the_script_that_starts_it(engine: Path, tmp_path: Path) -> None:
+    """A stand-in for tritonserver says what it was started with: on loopback, here, with a stack that large bodies need."""
+    write_repository(engine, tmp_path / "repository")
+    server = tmp_path / "bin" / "tritonserver"
+    server.parent.mkdir()
+    server.write_text('#!/bin/sh\npwd\nulimit -s\necho "$@"\n')
+    server.chmod(0o755)
+    script = ["bash", str(tmp_path / "repository/launch.sh"), "--log-verbose", "1"]
+    done = subprocess.run(
+        script, capture_output=True, text=True, check=True, env={"PATH": f"{server.parent}:/usr/bin:/bin"}
+    )
+    folder, stack, given = done.stdout.splitlines()
+    assert folder == str((tmp_path / "repository").resolve())
+    assert stack in ("262144", "unlimited") or "warning: the stack stays" in done.stderr
+    assert given.count("127.0.0.1") == 3
+    assert given.endswith("--log-verbose 1")
+    absent = subprocess.run(script, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"})
+    assert (absent.returncode, absent.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize(

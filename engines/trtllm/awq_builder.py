@@ -54,5 +54,5 @@ def run_other(name: str, here: Path) -> None:
 
 
 if __name__ == "sitecustomize":
-    sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]  # a class with the method is a finder
+    sys.meta_path.insert(0, Finder)  # a class with the method is a finder
     run_other(__name__, Path(__file__).resolve().parent)

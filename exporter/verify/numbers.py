@@ -98,8 +98,13 @@ def _joined(parts: list[Rows], *, dim: int) -> Rows:
 class Weight(Protocol):
     """A matrix or vector that a written file holds."""
 
-    name: str
-    shape: Shape
+    @property
+    def name(self) -> str:
+        """Under Hugging Face."""
+
+    @property
+    def shape(self) -> Shape:
+        """In Hugging Face's orientation."""
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows in Hugging Face's orientation."""

@@ -106,7 +106,7 @@ def _quantization_problems(
         return
     body = read_json(beside)
     other = body.get("quantization", {})
-    pairs = [(key, other.get(key), value) for key, value in algos.items()]
+    pairs: list[tuple[str, Any, Any]] = [(key, other.get(key), value) for key, value in algos.items()]
     pairs += [
         (key, quantization.get(key), other.get(theirs))
         for key, theirs in (("quant_algo", "quant_algo"), ("ignore", "exclude_modules"))

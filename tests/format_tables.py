@@ -17,11 +17,14 @@ from medusa_export.exporter.job import engine_kinds, gpu_costs
 from medusa_export.exporter.onnx import linear
 from medusa_export.exporter.onnx.portable import linear as portable
 from medusa_export.exporter.pipeline import engine_writers
-from medusa_export.exporter.verify import agreement, dequantize
+from medusa_export.exporter.verify import agreement, contradictions, dequantize, scales_file
+from medusa_export.exporter.verify.parts import engine_files, unified
+from medusa_export.exporter.verify.parts import export as export_part
 from medusa_export.exporter.verify.trtllm_loader import modules
 from medusa_export.exporter.write import tensor_maker
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.roofline.gpus import GPUS
+from medusa_export.heads.trees import step_costs
 from medusa_export.quantize import formats
 from medusa_export.quantize.format_facts import QAT_TARGETS, Refusal, TensorRt
 from medusa_export.quantize.stored_parts import Kind
@@ -68,6 +71,8 @@ def format_tables() -> list[Table]:
     algos: Keys = {row.trtllm.algo for row in rows}
     stored: Keys = {row.trtllm.algo for row in rows if row.trtllm.parts}
     rounded: Keys = {name for name, form in portable.PORTABLE_FORMS.items() if form.activations}
+    unified_algos: Keys = {row.trtllm.algo for row in rows if row.huggingface}
+    input_scaled: Keys = {row.trtllm.algo for row in rows if row.input_bound is not None and row.trtllm.parts}
     caches: Keys = {row.quant_algo for row in formats.KV_CACHE.values()}
     return [
         Table("exporter/onnx/linear.py LINEAR_FORMS", {*linear.LINEAR_FORMS}, onnxruntime),
@@ -83,6 +88,16 @@ def format_tables() -> list[Table]:
         Table("engines/verify/selfcheck.py ROUNDING", {*selfcheck.ROUNDING}, rounded),
         Table("engines/verify/selfcheck.py EXACT", {*selfcheck.EXACT}, tensorrt, is_subset=True),
         Table("exporter/job/gpu_costs.py COMPARED", {*gpu_costs.COMPARED}, {*formats.FORMATS}, is_subset=True),
+        Table("exporter/verify/parts/export.py ALGOS", {*export_part.ALGOS}, {*formats.FORMATS}),
+        Table("exporter/verify/parts/export.py KV_ALGOS", {*export_part.KV_ALGOS}, {*formats.KV_CACHE}),
+        Table("exporter/verify/parts/engine_files.py FORMS", {*engine_files.FORMS}, onnxruntime),
+        Table("exporter/verify/parts/unified.py PARTS", {*unified.PARTS}, unified_algos - {None}),
+        Table("exporter/verify/scales_file.py CODES", {*scales_file.CODES}, input_scaled),
+        Table("exporter/verify/scales_file.py KV_CODES", {*scales_file.KV_CODES}, caches - {None}),
+        Table(
+            "exporter/verify/contradictions.py SHARED_BY_MLP", {*contradictions.SHARED_BY_MLP}, stored, is_subset=True
+        ),
+        Table("engines/trtllm/command.py AWQ_ALGOS", {*command.AWQ_ALGOS}, stored, is_subset=True),
         Table("exporter/write/tensor_maker.py", {*tensor_maker._NUMBERS, *tensor_maker._CHUNKS}, {*Kind}),
     ]
 
@@ -95,6 +110,8 @@ def backend_tables() -> list[Table]:
         Table("exporter/job/engine_kinds.py ENGINES", {*engine_kinds.ENGINES}, names),
         Table("exporter/pipeline/engine_writers.py WRITERS", {*engine_writers.WRITERS}, names),
         Table("engines/verify/selfcheck.py CHECKS", {*selfcheck.CHECKS}, names),
+        Table("exporter/verify/parts/engine_files.py DEFAULT_TREES", {*engine_files.DEFAULT_TREES}, names),
+        Table("heads/trees/step_costs.py PRIOR_COSTS", {*step_costs.PRIOR_COSTS}, names, is_subset=True),
         Table("engines/measure/machine.py GPU_BACKENDS", {*machine.GPU_BACKENDS}, names, is_subset=True),
         Table("engines/serving/decoders.py SERVED", {*decoders.SERVED}, names, is_subset=True),
         Table("engines/serving/triton/repository.py README_WORDS", {*repository.README_WORDS}, {*decoders.SERVED}),

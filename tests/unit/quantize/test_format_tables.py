@@ -13,17 +13,29 @@ from tests.paths import ROOT
 
 # What compares with such a word and means something else.
 OTHER_MEANINGS = {
-    # torch's names of dtypes
+    # torch's names of dtypes, and a tensor's name in a graph
     "exporter/verify/dequantize.py": ["self.file.dtype(f'{self.module}.weight') in ('float8_e4m3fn', 'int8', 'uint8')"],
+    "exporter/verify/graphs/input_scales.py": ["'int8' in node.input[2]"],
     "exporter/verify/trtllm_loader/check.py": ["given.get(name) == ('int8', shape)"],
     # TensorRT-LLM's own rule: its Qwen model is the base where model_type has "qwen" in it
-    "exporter/verify/trtllm_loader/config.py": ["'qwen' in str(config.get('model_type'))"],
+    "exporter/verify/trtllm_loader/config.py": ["'qwen' in config['model_type']", *["'qwen' in str(config.get('model_type'))"] * 2],
     "exporter/verify/trtllm_loader/modules.py": ["'qwen' in config['model_type']", "config.get('qwen_type') == 'qwen'"],
-}
+    # the verifier's own reading of a directory, which shares no row with what wrote it
+    "exporter/verify/parts/engine_files.py": ["info.backend == 'onnxruntime'"],
+    "exporter/verify/parts/unified.py": [
+        "(config.get('quantization_config') or {}).get('quant_algo') == 'NVFP4'", "algo == 'NVFP4'", "algo not in ('FP8', 'NVFP4')",
+    ],
+    # kinds of Triton repositories, and of drafts
+    "exporter/cli/verify.py": ["arguments['kind'] == 'tensorrt-llm'"],
+    "engines/bench/run.py": ["name not in ('none', arguments.drafts)"],
+    "engines/decoding/draft_kinds.py": ["drafts in ('text', 'none')"],
+}  # fmt: skip
 # Literals with two such words or more that no row decides.
 OTHER_LITERALS = {
     ("core/artifacts/manifest.py", "_PACKAGES"),
     ("engines/measure/machine.py", "PACKAGES"),
+    ("exporter/verify/parts/engine_files.py", "_graph_problems"),  # names of outputs
+    ("exporter/verify/parts/unified.py", "_groups"),  # datatypes that ModelOpt names
     ("benchmarks/gpu.py", "FORMS"),  # the two that it runs
     ("heads/roofline/gpus.py", "GPUS"),  # what products are made in
     ("heads/roofline/gpus.py", "HOPPER_OPERATIONS"),

@@ -29,14 +29,14 @@ class ServeFlags:
         None, help="Environment variable with the key that clients have to send.", panel=SERVER, metavar="VARIABLE",
         default="no key",
     )  # fmt: skip
-    strict: bool = flag(False, help="Refuse unknown fields of requests instead of passing them over.", panel=SERVER)
+    strict: bool = flag(False, help="Refuse requests with unknown fields instead of ignoring the fields.", panel=SERVER)
     cors_origin: tuple[str, ...] = flag(
-        (), help="Let web pages of this origin ask; * for all; repeat it for more.", panel=SERVER, metavar="ORIGIN",
-        default="no page may",
+        (), help="Let web pages of this origin send requests; *: of any. Can be repeated.", panel=SERVER, metavar="ORIGIN",
+        default="no origin",
     )  # fmt: skip
-    log_format: str = flag("text", help="How log lines are written.", panel=SERVER, choices=("text", "json"))
-    max_connections: int = flag(1024, help="Most open connections; 0: any number.", panel=SERVER)
-    max_client_connections: int = flag(256, help="Most open connections of one address; 0: any number.", panel=SERVER)
+    log_format: str = flag("text", help="Format of log lines.", panel=SERVER, choices=("text", "json"))
+    max_connections: int = flag(1024, help="Most open connections; 0: no limit.", panel=SERVER)
+    max_client_connections: int = flag(256, help="Most open connections per address; 0: no limit.", panel=SERVER)
 
 
 @command(serve_app)

@@ -26,7 +26,7 @@ INFO = EngineInfo(
 )  # fmt: skip
 TREE = Tree.from_choices([[0], [1], [0, 0]])
 KEYS = {
-    "tree_logits", "foretold", "findings",
+    "tree_logits", "foretold", "expected", "findings",
     "parity", "speedup", "tokens_per_step", "tokens_per_second", "step_ms", "step_efficiency", "categories", "hardware",
     "versions", "tree", "arguments", "reference", "engine", "overhead_ms", "accepted", "latency_ms", "prompts",
     "comparison", "sweeps", "device", "counted_drafts", "drafts",

@@ -92,6 +92,9 @@ class GrammarCompiler:
             from llguidance import LLMatcher
         except ImportError as error:
             raise missing_package("llguidance", "serve") from error
+        if not self._eos:
+            got = "a model without an end of sequence"
+            raise ConfigError(grammar.where, got, "one whose answers can end where a grammar does", "leave it out")
         text = grammar.lark
         if grammar.schema is not None:
             text = LLMatcher.grammar_from_json_schema(json.dumps(grammar.schema), overrides=JSON_OPTIONS)

@@ -76,7 +76,7 @@ class Formatter(logging.Formatter):
         """One line; a traceback follows in text, and is a field in JSON."""
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         facts: dict[str, Any] = {name: value for name, value in vars(record).items() if name not in STANDARD}
-        about, named = record.getMessage(), request_id.get()
+        about, named = record.getMessage().strip(), request_id.get()
         traceback = self.formatException(record.exc_info) if record.exc_info else ""
         if self._as_json:
             more = {"traceback": traceback} if traceback else {}

@@ -130,6 +130,11 @@ def test_schemas_that_cannot_be_followed(compiler: GrammarCompiler, schema: dict
     assert len(str(refused.value)) < 400
 
 
+def test_a_model_that_cannot_end(engine: Path) -> None:
+    with pytest.raises(ConfigError, match="end of sequence"):
+        GrammarCompiler(read_tokenizer(engine), 260, []).rule(Grammar("response_format", SCHEMA))
+
+
 def accepts(compiler: GrammarCompiler, engine: Path, grammar: Grammar, text: str) -> bool:
     matcher = compiler.rule(grammar)._matcher
     tokens = read_tokenizer(engine)(text, add_special_tokens=False)["input_ids"]

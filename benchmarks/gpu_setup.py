@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from gpu_model import largest_inputs, weight_maxima
 
+from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.prompts import Prompt, load_prompts
-from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.prompts import EncodedPrompt
 from medusa_export.engines.tensorrt.emulation.torch_device import FP8_SM, TorchDevice
 from medusa_export.engines.tensorrt.library import local_gpu
@@ -122,7 +123,9 @@ def write_graphs(
     length = min(setup.max_length, checkpoint.config.max_position_embeddings)
     tree = Tree.from_choices(choice for choice in PRESETS["medusa-63"] if len(choice) <= checkpoint.num_medusa_heads)
     words = (
-        most_frequent_tokens(setup.tokenizer, setup.calib, size=DEFAULT_SIZE, vocab_size=size)
+        most_frequent_tokens(
+            setup.tokenizer, setup.calib, size=DEFAULT_SIZE, vocab_size=size, ends=[setup.tokenizer.eos_token_id]
+        )
         if size > DEFAULT_SIZE
         else None
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class MedusaExportError(Exception):
     """Bad input or an environment that cannot do what was asked.
@@ -41,6 +43,17 @@ class OutputError(MedusaExportError):
 
 class MissingPackageError(MedusaExportError):
     """An optional package that the request needs is not installed."""
+
+
+def require_packages(*modules: str, extra: str) -> None:
+    """Raise MissingPackageError for the first top-level module that is not installed; none of them is imported.
+
+    Args:
+        extra: the optional dependencies that bring them.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise missing_package(module, extra)
 
 
 def missing_package(package: str, extra: str) -> MissingPackageError:

@@ -6,9 +6,10 @@ come first, so that what cannot be used is refused before gigabytes are on their
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
@@ -29,6 +30,7 @@ _SMALL = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+REVISION_HELP = "Branch, tag or commit of the base model on the hub. Heads take theirs as owner/name@revision."
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".json")
 
@@ -46,6 +48,23 @@ class ModelFiles:
     path: Path
     name: str
     commit: str | None = None
+
+    def recorded(self, files: Mapping[str, str]) -> dict[str, str]:
+        """How an artefact names what it was made from, the same on every machine.
+
+        Args:
+            files: SHA-256 of the files by name: what tells a local directory from another one of that name.
+        """
+        if self.commit is not None:
+            return {"checkpoint": self.name, "commit": self.commit}
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+        return {"checkpoint": self.name, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def source_name(recorded: Mapping[str, str]) -> str:
+    """What rows of data say of the model that answered: its name, and the commit or hash that tells which one it was."""
+    mark = recorded.get("commit") or recorded.get("sha256")
+    return f"{recorded.get('checkpoint', '')}@{mark[:12]}" if mark else recorded.get("checkpoint", "")
 
 
 def hub_id(given: str | Path) -> re.Match[str] | None:
@@ -68,7 +87,7 @@ def find_model(
         given: a local path is taken as it is, whether something is there or not: who opens it says what is wrong.
         revision: branch, tag or commit on the hub; one after the name's "@" wins.
         wanted: groups of weights files; of each the first one that the repository has is downloaded.
-        check: refuses a model by its small files, in a local directory or before the weights are downloaded.
+        check: refuses a model by its small files, before its weights are downloaded.
 
     Raises:
         ConfigError: the hub or the cache has no such model, or a revision is given for a local directory.
@@ -78,7 +97,6 @@ def find_model(
         if revision is not None:
             expected = "the name of a model on the hub with it (of heads: owner/name@revision)"
             raise ConfigError("--revision", f"{revision} for the local path {given}", expected, "leave it out")
-        check(Path(given))
         return ModelFiles(Path(given), as_recorded(given))
     repo, revision = found["repo"], found["revision"] or revision
     small = _snapshot(repo, revision, _SMALL)
@@ -89,6 +107,14 @@ def find_model(
         got = f"a copy in the Hugging Face cache without {missing[0]}, and no way to the hub"
         raise ConfigError(repo, got, "a whole one", _download(repo, revision))
     return ModelFiles(path, repo, path.name)
+
+
+def cached_snapshot(repo: str, commit: str) -> Path | None:
+    """The cache's directory of a commit, if it has one; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, "config.json", revision=commit)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _weights(directory: Path, repo: str, wanted: Sequence[Sequence[str]]) -> list[str]:

@@ -31,7 +31,7 @@ def main(
     """Write prompts for medusa-data."""
     sampling = Sampling(temperature, top_p, max_tokens, seed)
     with tempfile.TemporaryDirectory() as folder:
-        write_base_engine(Path(folder) / "engine", model, max_length=max_tokens + 128)
+        write_base_engine(Path(folder) / "engine", model, source={}, max_length=max_tokens + 128)
         decoder = BatchDecoder(Path(folder) / "engine", slots=slots)
         found = invent(decoder, read_tokenizer(model), count, sampling)
     rows = ({"id": f"invented-{seed}-{n}", "source": "invented", "prompt": text} for n, text in enumerate(found))

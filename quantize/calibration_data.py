@@ -7,8 +7,8 @@ from itertools import islice
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.prompts import Prompt
-from medusa_export.core.text.tokenizer import encode_chat
 
 # ModelOpt's examples use 512 prompts; per-tensor maxima settle long before that, and every pass costs the same again.
 DEFAULT_PROMPTS = 32

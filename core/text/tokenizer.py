@@ -1,26 +1,28 @@
-"""Token ids from a model's own tokenizer and chat template."""
+"""A model's own tokenizer and chat template."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.regular_files import ENDLESS, found_instead
-from medusa_export.core.text.special_tokens import encode_rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHAT_TEMPLATE_HELP = "Chat template, a Jinja file, for a tokenizer that has none or another one."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(directory: Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that lies in a local Hugging Face directory.
 
+    Args:
+        chat_template: a file with the template to use instead of the tokenizer's own, in Jinja.
+
     Raises:
-        ConfigError: there is none, or transformers cannot read it.
+        ConfigError: there is none, transformers cannot read it, or the template is none.
     """
     from transformers import AutoTokenizer
 
@@ -40,34 +42,24 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(
             str(directory), f"an unreadable tokenizer ({reason})", "tokenizer files", "copy the base model's again"
         ) from error
+    if chat_template is not None:
+        _set_chat_template(tokenizer, chat_template)
     return tokenizer
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Token ids of a conversation in the model's chat template, up to where the assistant's answer starts.
-
-    Special tokens that a message spells stay text.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template, or the template refuses these messages.
-    """
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            str(tokenizer.name_or_path), "no chat template", "a tokenizer of a chat model", "use an instruct model"
-        )
-
-    def render(conversation: list[dict[str, str]]) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
-        except Exception as error:  # a template computes, so it can fail in every way that Python can
-            raise ConfigError(
-                f"{tokenizer.name_or_path} chat template",
-                f"a refusal ({error})",
-                "messages it takes",
-                "change the prompts",
-            ) from error
-
-    return encode_rendered(tokenizer, messages, render)
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Use a file's template from now on, once it has rendered a question."""
+    where, action = f"--chat-template {path}", "take the one that the model was trained with"
+    kind = found_instead(path)
+    if kind is not None:
+        raise ConfigError(where, kind, "a file with a Jinja template", "check the path")
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
+    except Exception as error:  # a template computes, so it can fail in every way that Python can
+        raise ConfigError(where, f"no usable template ({error})", "a Jinja template", action) from error
+    if "question" not in str(rendered):
+        raise ConfigError(where, "a template that leaves out the question", "one that renders messages", action)
 
 
 # what save_pretrained of a tokenizer may write, and the defaults of generation

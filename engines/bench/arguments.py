@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_export.core.flags import flag
+from medusa_export.core.hub import REVISION_HELP
 from medusa_export.engines.decoding.draft_kinds import DRAFTS_CHOICES, DRAFTS_HELP
 from medusa_export.engines.trtllm.session import TIMEOUT
 
@@ -25,8 +26,8 @@ class RunArguments:
     engine: Path = flag(help="Engine directory of an export.", panel=INPUT)
     prompts: Path = flag(help="Prompts: JSONL with turns, messages or prompt.", panel=INPUT)
     reference: Path | None = flag(
-        None, help="The original checkpoint, to compare the engine's numbers with.", panel=EXTRAS
-    )
+        None, help="Original checkpoint to compare the engine's numbers with: a directory, or owner/name on the hub.", panel=EXTRAS
+    )  # fmt: skip
     tree: str | None = flag(
         None, help="Another tree: a JSON file or a preset.", panel=INPUT, default="the engine's own"
     )
@@ -70,3 +71,4 @@ class RunArguments:
         panel=EXTRAS,
     )
     timeout: float = flag(TIMEOUT, help="Seconds to wait for a step.", panel=TRTLLM)
+    revision: str | None = flag(None, help=REVISION_HELP, panel=EXTRAS)

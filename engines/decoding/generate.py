@@ -33,11 +33,12 @@ def generate(
         typical: with a sampler, let drafts stand by this rule instead: not lossless.
 
     Raises:
-        ConfigError: a prompt that fills the context.
+        ConfigError: a prompt that fills the context, or with a token that the model does not have.
     """
     if not 0 < len(input_ids) < engine.info.max_length:
         got, limit = f"{len(input_ids)} tokens", engine.info.max_length
         raise ConfigError("prompt", got, f"1 .. {limit - 1}", "shorten it, or export with a larger --max-length")
+    engine.info.require_known(input_ids)
     if not isinstance(engine, WholeEngine):
         drafter = TreeDrafter([tree], engine.info) if isinstance(tree, Tree) else tree
         return _decode_by_steps(engine, input_ids, drafter, max_new_tokens, eos_token_ids, sampler, typical)

@@ -22,7 +22,7 @@ class Step(Protocol):
         """Run the base model on all nodes; its greedy next token after each.  # [N] -> [N]"""
 
     def verify_logits(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """As :meth:`verify`, but all logits.  # [N] -> [N, vocab_size]"""
+        """As :meth:`verify`, but the logits that tokens are chosen from.  # [N] -> [N, info.sampled]"""
 
     def commit(self, path: npt.NDArray[np.int64]) -> None:
         """Make the accepted nodes the newest rows of the KV cache and drop the others."""
@@ -38,7 +38,7 @@ class StepEngine(Protocol):
         """Empty the KV cache, run the prompt, and return the greedy next token."""
 
     def prefill_logits(self, input_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """As :meth:`prefill`, but the logits of the next token.  # [S] -> [vocab_size]"""
+        """As :meth:`prefill`, but the logits that the next token is chosen from.  # [S] -> [info.sampled]"""
 
     def prepare(self, tree: Tree) -> Step:
         """Bind a tree; cheap after the first time."""
@@ -90,7 +90,7 @@ class StepDecoder(Protocol):
         """The base model's greedy next token after every node.  # [active, N] -> [active, N]"""
 
     def verify_logits(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """As :meth:`verify`, but all logits.  # [active, N] -> [active, N, vocab_size]"""
+        """As :meth:`verify`, but the logits that tokens are chosen from.  # [active, N] -> [active, N, info.sampled]"""
 
     def commit(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
         """Make every sequence's accepted nodes the newest rows of its cache, and drop the others."""
@@ -115,7 +115,7 @@ class TreeDecoder(StepDecoder, Protocol):
         """Prepare a prompt that :meth:`prefill_chunk` runs in parts, with steps of the others in between."""
 
     def prefill_chunk(self, count: int) -> npt.NDArray[np.float32] | None:
-        """Run so many tokens of the prompt; logits [vocab_size] with the last ones: its sequence is the last active one then."""
+        """Run so many tokens of the prompt; logits [info.sampled] with the last ones: its sequence is the last active one then."""
 
     def drop(self) -> None:
         """Forget the prompt that is being filled in."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.prompts import Prompt
-from medusa_export.core.text.tokenizer import encode_chat
 from medusa_export.heads.contract.engine_info import EngineInfo
 
 EncodedPrompt = tuple[str, str, list[int]]  # id, category, input_ids

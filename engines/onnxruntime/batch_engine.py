@@ -92,7 +92,7 @@ class TreeBatchDecoder(Slots):
         self._hidden[self._spare] = block.hidden[0]
         self._move(self._spare, self.active)
         self.active += 1
-        return block.logits()[0].copy()
+        return block.logits()[0, : self.info.sampled].copy()
 
     def drop(self) -> None:
         """Forget the prompt that is being filled in."""
@@ -118,7 +118,7 @@ class TreeBatchDecoder(Slots):
 
     def verify_logits(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> Array:
         """As :meth:`verify`, but all logits.  # [active, N] -> [active, N, vocab_size]"""
-        return self._verify(tree, node_ids).logits().reshape(*node_ids.shape, -1)
+        return self._verify(tree, node_ids).logits().reshape(*node_ids.shape, -1)[..., : self.info.sampled]
 
     def commit(self, paths: Sequence[npt.NDArray[np.int64]]) -> None:
         """Make every active sequence's accepted nodes the newest rows of its cache, and drop the others.

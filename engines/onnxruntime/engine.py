@@ -56,7 +56,7 @@ class OnnxRuntimeEngine:
         return int(self._prefill(input_ids).next_ids[0])
 
     def prefill_logits(self, input_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        return self._prefill(input_ids, logits=True).logits[0]
+        return self._prefill(input_ids, logits=True).logits[0, : self.info.sampled]
 
     def _prefill(self, input_ids: Sequence[int], *, logits: bool = False) -> _Block:
         self.length = 0
@@ -207,7 +207,7 @@ class OnnxRuntimeStep:
     def verify_logits(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         self._block = self._bound(logits=True)
         self._block.run(node_ids)
-        return self._block.logits
+        return self._block.logits[:, : self._engine.info.sampled]
 
     def _bound(self, *, logits: bool) -> _Block:
         if logits not in self._blocks:

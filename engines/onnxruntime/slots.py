@@ -126,4 +126,4 @@ class BatchDecoder(Slots):
             binding.bind_ortvalue_output(f"present.{name}", value)
         self._session.run_with_iobinding(binding)
         self._lengths[slots] += size
-        return logits
+        return logits[:, : self.info.sampled]

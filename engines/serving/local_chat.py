@@ -8,7 +8,10 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
+from medusa_export.core.hub import source_name
+from medusa_export.core.text.encoding import encode_chat
+from medusa_export.core.text.tokenizer import read_tokenizer
+from medusa_export.core.typed_paths import as_recorded
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.serving.request import FinishInfo
 from medusa_export.engines.serving.scheduler import Scheduler
@@ -19,17 +22,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def open_chat_model(model: Path, *, max_batch: int, max_length: int | None) -> BatchChatModel:
+def open_chat_model(
+    model: Path, *, max_batch: int, max_length: int | None, chat_template: Path | None = None
+) -> BatchChatModel:
     """The engine of a directory as a :class:`medusa_export.heads.data.chat_model.ChatModel`.
 
     Args:
         model: an engine directory, with its tokenizer.
         max_batch: conversations answered at once.
         max_length: tokens of a conversation; None: the engine's context.
+        chat_template: a file with the template to use instead of the tokenizer's own.
     """
     decoder = TreeBatchDecoder(model, slots=max_batch, max_length=max_length)
-    name = str(decoder.info.source.get("checkpoint", model))
-    return BatchChatModel(decoder, read_tokenizer(model), name)
+    return BatchChatModel(
+        decoder, read_tokenizer(model, chat_template), source_name(decoder.info.source) or as_recorded(model)
+    )
 
 
 class BatchChatModel:

@@ -87,11 +87,13 @@ class Scheduler:
 
         Raises:
             PromptError: a prompt that leaves no room for an answer.
+            ConfigError: one with a token that the model does not have.
             BusyError: the queue is full.
             ClosedError: the scheduler is stopping.
         """
         if not 0 < len(input_ids) < self.decoder.max_length:
             raise PromptError("prompt", len(input_ids), self.decoder.max_length)
+        self.decoder.info.require_known(input_ids)
         chooser = chooser or token_chooser(sampling, input_ids, self._eos)
         now = time.monotonic()
         handle = RequestHandle(input_ids, sampling, callbacks, chooser, submitted=now, deadline=now + timeout_s)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_lines import is_text
-from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
+from medusa_export.core.text.encoding import encode_chat, encode_text
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.serving.decoders import open_served, require_served
 from medusa_export.engines.serving.grammar import Grammar, GrammarCompiler
@@ -72,15 +73,22 @@ class TextService:
         engine_dir: with its tokenizer and tree.
         meter: see :class:`~medusa_export.engines.serving.scheduler.Scheduler`.
         tree: tree.json to use instead of the engine's.
+        chat_template: a file with the template to use instead of the tokenizer's own.
     """
 
     def __init__(
-        self, engine_dir: Path, options: ServingOptions, meter: Meter | None = None, *, tree: Path | None = None
+        self,
+        engine_dir: Path,
+        options: ServingOptions,
+        meter: Meter | None = None,
+        *,
+        tree: Path | None = None,
+        chat_template: Path | None = None,
     ) -> None:
         info = EngineInfo.load(engine_dir)
         trees = BatchTrees.load(tree or engine_dir / TREE_FILE, unmeasured=options.tree_max_batch)
         trees.require(info)
-        self.options, self.tokenizer = options, read_tokenizer(engine_dir)
+        self.options, self.tokenizer = options, read_tokenizer(engine_dir, chat_template)
         self._encoding = threading.Lock()  # a tokenizer remembers how special tokens are read
         require_served(engine_dir, info, options)
         self._grammars = GrammarCompiler(self.tokenizer, info.vocab_size, info.eos_token_ids)
@@ -148,7 +156,7 @@ class TextService:
                 return encode_chat(self.tokenizer, request.messages)
             except ConfigError as error:  # it names the engine's directory, which is no client's business
                 raise ConfigError("messages", error.got, error.expected, error.action) from error
-        return [int(token) for token in self.tokenizer(request.prompt)["input_ids"]]
+        return encode_text(self.tokenizer, request.prompt)
 
     def _check(self, request: TextRequest) -> None:
         texts = [*(str(message.get("content", "")) for message in request.messages), request.prompt, *request.stop]

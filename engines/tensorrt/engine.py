@@ -62,7 +62,7 @@ class TensorRtEngine:
         return int(self._prefill(input_ids).next_ids[0])
 
     def prefill_logits(self, input_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        return self._prefill(input_ids).host_logits()[0]
+        return self._prefill(input_ids).host_logits()[0, : self.info.sampled]
 
     def _prefill(self, input_ids: Sequence[int]) -> Block:
         self.rewind(0)
@@ -99,7 +99,9 @@ class TensorRtEngine:
             node_ids: token of every node, the root first.
         """
         self.prefill(prompt)
-        return self.prepare(tree).verify_logits(np.asarray(node_ids, dtype=np.int64))
+        step = self.prepare(tree)
+        step.verify(np.asarray(node_ids, dtype=np.int64))
+        return step._block.host_logits()
 
     def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterator[npt.NDArray[np.float32]]:
         """Next-token logits of a given text, ``chunk`` tokens a run, causally; see OnnxRuntimeEngine.score.
@@ -214,7 +216,7 @@ class TensorRtStep:
 
     def verify_logits(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         self._block.run(node_ids)
-        return self._block.host_logits()
+        return self._block.host_logits()[:, : self._engine.info.sampled]
 
     def commit(self, path: npt.NDArray[np.int64]) -> None:
         start, plan, count = time.perf_counter(), self._staged.numpy(), len(path)

@@ -14,12 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
+from medusa_export.core.hub import REVISION_HELP, find_model, source_name
+from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import Common, command, require
 from medusa_export.heads.contract.engine_info import ENGINE_FILE
 from medusa_export.heads.data.chat_model import ModelFactory
 from medusa_export.heads.data.conversations import Conversation, read_conversations
-from medusa_export.heads.data.distill import Executor, Summary, distill
+from medusa_export.heads.data.distill import Executor, Summary, distill, require_rows
 from medusa_export.heads.data.row_store import Maker
 from medusa_export.heads.decoding.sampling import Sampling
 
@@ -46,7 +48,8 @@ class DataFlags:
     )
     output: Path = flag(help="JSONL file to write; what it has already is not made again.", panel=OUTPUT)
     model: str | None = flag(
-        None, help="Directory of a model to run here; with --server, the name that it serves.", panel=MODEL, metavar="DIR|NAME"
+        None, help="Model to run here: a directory, or owner/name on the hub. With --server, the name that it serves.", panel=MODEL,
+        metavar="DIR|NAME",
     )  # fmt: skip
     server: tuple[str, ...] = flag(
         (), help="URL of a server with OpenAI's protocol. Can be repeated. Key: OPENAI_API_KEY.", panel=SERVER, metavar="URL"
@@ -66,6 +69,8 @@ class DataFlags:
     max_length: int | None = flag(
         None, help="Most tokens of a conversation in a model run here.", panel=MODEL, default="the model's", requires=_HERE
     )  # fmt: skip
+    revision: str | None = flag(None, help=REVISION_HELP, panel=MODEL, requires=_HERE)
+    chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=MODEL, requires=_HERE)
     skip_bad_lines: bool = flag(False, help="Report bad lines and go on.", panel=INPUT)
     limit: int | None = flag(None, help="Use only the first N conversations.", panel=INPUT, metavar="N")
     executor: str = flag(
@@ -91,7 +96,7 @@ def data_command(own: DataFlags, sampling: Sampling, common: Common) -> None:
         stderr.print(f"skipped: {problem}", soft_wrap=True, markup=False)
     if problems:
         stderr.print(f"bad lines skipped: {len(problems)}")
-    with _engine(own) as opened:
+    with _engine(own, conversations, sampling) as opened:
         maker, execute = _executor(_factory(opened), sampling, opened)
         with _progress_bar() as progress:
             summary = distill(conversations, execute, own.output, maker=maker, progress=progress, force=own.force)
@@ -101,7 +106,7 @@ def data_command(own: DataFlags, sampling: Sampling, common: Common) -> None:
 def _check_flags(given: DataFlags) -> None:
     """Raise ConfigError for values and combinations that cannot be meant."""
     if not given.server and not given.model:
-        raise ConfigError("--model", "nothing", "the directory of a model, or --server URL", "see medusa-data --help")
+        raise ConfigError("--model", "nothing", "a directory, owner/name on the hub, or --server URL", "see medusa-data --help")
     require(given, {"--server": bool(given.server), _HERE: not given.server, "--executor ray": given.executor == "ray"})
     for name in ("concurrency", "max_batch", "max_length", "workers"):
         value = getattr(given, name)
@@ -110,15 +115,25 @@ def _check_flags(given: DataFlags) -> None:
 
 
 @contextmanager
-def _engine(given: DataFlags) -> Iterator[DataFlags]:
+def _engine(given: DataFlags, conversations: list[Conversation], sampling: Sampling) -> Iterator[DataFlags]:
     """The flags with an engine's directory for --model: a Hugging Face one gets an engine of its own for as long as it takes."""
     if given.server or given.model is None or (Path(given.model) / ENGINE_FILE).is_file():
         yield given
         return
+    from medusa_export.core.artifacts.hashing import sha256_all
     from medusa_export.exporter.engine_dirs.onnxruntime import write_base_engine
+    from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+    from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
+    model = find_model(given.model, revision=given.revision, check=DecoderConfig.from_dir)
+    files = [model.path / "config.json", *TensorSource.open(model.path).files]
+    source = model.recorded({path.name: digest for path, digest in zip(files, sha256_all(files), strict=True)})
+    require_rows(given.output, conversations, Maker(source_name(source), sampling), force=given.force)
     with tempfile.TemporaryDirectory(prefix="medusa-data-") as folder:
-        write_base_engine(Path(folder) / "engine", Path(given.model), max_length=given.max_length)
+        write_base_engine(
+            Path(folder) / "engine", model.path, source=source, max_length=given.max_length,
+            chat_template=given.chat_template,
+        )  # fmt: skip
         yield replace(given, model=str(Path(folder) / "engine"))
 
 
@@ -132,7 +147,9 @@ def _factory(given: DataFlags) -> ModelFactory:
     from medusa_export.engines.serving.local_chat import open_chat_model
 
     path, max_batch = Path(str(given.model)), given.max_batch or 16
-    return partial(open_chat_model, path, max_batch=max_batch, max_length=given.max_length)
+    return partial(
+        open_chat_model, path, max_batch=max_batch, max_length=given.max_length, chat_template=given.chat_template
+    )
 
 
 def _executor(factory: ModelFactory, sampling: Sampling, given: DataFlags) -> tuple[Maker, Executor]:

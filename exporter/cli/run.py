@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from medusa_export.core.errors import OutputError
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import flag, requirement_error
+from medusa_export.core.hub import find_model
 from medusa_export.engines.bench.arguments import RunArguments
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stdout
 from medusa_export.exporter.cli.flags.commands import command
@@ -38,10 +39,16 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
     Example: medusa-run --engine out/engine --prompts chats.jsonl --report report.json --html report.html
     """
     from medusa_export.engines.bench.run import run
+    from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 
     for path in (files.report, files.html, arguments.save_outputs):
         if path is not None and not path.resolve().parent.is_dir():
             raise OutputError(str(path), "no such directory", "an existing one", "create it first")
+    if arguments.reference is not None:
+        reference = find_model(arguments.reference, revision=arguments.revision, check=DecoderConfig.from_dir)
+        arguments = replace(arguments, reference=reference.path)
+    elif arguments.revision is not None:
+        raise requirement_error("--revision", arguments.revision, "--reference")
     with progress_bars() as progress:
         result = run(arguments, progress)
     result["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
+from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
 from medusa_export.engines.serving.options import INPUT, ServingOptions, TreeChoice
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import Common, command
@@ -29,6 +30,7 @@ class ServeFlags:
         None, help="Environment variable with the key that clients have to send.", panel=SERVER, metavar="VARIABLE",
         default="no key",
     )  # fmt: skip
+    chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=INPUT)
     strict: bool = flag(False, help="Refuse requests with unknown fields instead of ignoring the fields.", panel=SERVER)
     cors_origin: tuple[str, ...] = flag(
         (), help="Let web pages of this origin send requests; *: of any. Can be repeated.", panel=SERVER, metavar="ORIGIN",
@@ -67,7 +69,7 @@ def serve_command(own: ServeFlags, options: ServingOptions, choice: TreeChoice, 
             warning = f"warning: {own.host} takes requests from other machines, and without --api-key-env from anybody"
             stderr.print(warning, soft_wrap=True, markup=False)
         meter = PrometheusMeter(name)
-        service = TextService(engine, options, meter, tree=choice.tree)
+        service = TextService(engine, options, meter, tree=choice.tree, chat_template=own.chat_template)
         slots = service.scheduler.decoder.slots
         say(f"{name}: {info.precision}; {slots} requests at once, {options.max_queue} waiting")
         try:

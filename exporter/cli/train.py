@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from medusa_export.core.errors import ConfigError
+from medusa_export.core.errors import ConfigError, require_packages
 from medusa_export.core.flags import flag
+from medusa_export.core.hub import HEADS, REVISION_HELP, find_model
+from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import Given, command
 from medusa_export.heads.training.arguments import RUN
@@ -32,10 +34,14 @@ _FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}}
 class TrainFlags:
     """What medusa-train takes for every way of training."""
 
-    ckpt: Path = flag(help="Hugging Face directory of the base model.", panel=INPUT)
+    ckpt: Path = flag(help="Base model: a Hugging Face directory, or owner/name on the hub.", panel=INPUT)
     data: tuple[Path, ...] = flag(help="JSONL that medusa-data wrote. Can be repeated.", panel=INPUT)
     output: Path = flag(help="Directory to write: medusa-export takes it as --heads.", panel=OUTPUT)
-    heads: Path | None = flag(None, help="Existing heads to start from.", panel=INPUT)
+    heads: Path | None = flag(
+        None, help="Existing heads to start from: a path, or owner/name on the hub.", panel=INPUT
+    )
+    revision: str | None = flag(None, help=REVISION_HELP, panel=INPUT)
+    chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=INPUT)
     joint: bool = flag(False, help="Train the base model too (Medusa-2).", panel=WAY, opposite="--only-medusa-heads")
     reference: bool = flag(False, help="Train heads alone with ModelOpt and the Trainer, without the cache.", panel=WAY)
     held_out: float = flag(0.05, help="Share of the conversations to measure on.", panel=INPUT)
@@ -86,6 +92,7 @@ def train_command(own: TrainFlags, given: Given) -> None:
     Example: medusa-train --ckpt model --data data.jsonl --output heads
     """
     way = _way(own, given)
+    own, given = _on_this_machine(own, given)
     dataset, measured = _examples(own)
     with progress_bars() as progress:
         found = way(Request(own, given, dataset, measured, progress))
@@ -108,8 +115,30 @@ def _way(own: TrainFlags, given: Given) -> Callable[[Request], Any]:
     return _train_with_model if uses_model else _train_fast
 
 
+def _on_this_machine(own: TrainFlags, given: Given) -> tuple[TrainFlags, Given]:
+    """The flags with local paths and the heads' shape, after every refusal that takes no work."""
+    from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+    from medusa_export.heads.training.start import head_shape
+    from medusa_export.heads.training.workdir import require_free
+
+    uses_model = own.joint or own.reference or "quant" in given
+    require_packages("matplotlib", "tensorboard", *(("modelopt",) if uses_model else ()), extra="train")
+    require_free(own.output)
+    for name in ("num_heads", "num_layers"):
+        if given.get(name, 1) < 1:
+            raise ConfigError(name, f"{given[name]}", "at least 1", "correct it")
+    ckpt = find_model(own.ckpt, revision=own.revision, check=DecoderConfig.from_dir).path
+    heads = None if own.heads is None else find_model(own.heads, wanted=HEADS).path
+    num_heads, num_layers = head_shape(
+        ckpt, heads, num_heads=given.get("num_heads"), num_layers=given.get("num_layers"),
+        own_lm_head=given.get("layout", "v2") != "v2", takes_more=not uses_model,
+    )  # fmt: skip
+    return replace(own, ckpt=ckpt, heads=heads), Given(given | {"num_heads": num_heads, "num_layers": num_layers})
+
+
 def _examples(own: TrainFlags) -> tuple[Sequence[Example], Sequence[Example]]:
     """Conversations to train on and to measure on."""
+    from medusa_export.core.text.model_tokens import ModelTokens
     from medusa_export.core.text.tokenizer import read_tokenizer
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
     from medusa_export.heads.training.dataset import load_examples, read_rows, split
@@ -121,11 +150,12 @@ def _examples(own: TrainFlags) -> tuple[Sequence[Example], Sequence[Example]]:
     max_length = min(2048, longest) if own.max_length is None else own.max_length
     if not 2 <= max_length <= longest:
         raise ConfigError("--max-length", f"{max_length}", f"2 .. {longest}, the model's positions", "change it")
-    tokenizer = read_tokenizer(own.ckpt)
+    tokenizer = read_tokenizer(own.ckpt, own.chat_template)
+    tokens = ModelTokens.of(tokenizer, config.eos_token_ids, vocab_size=config.vocab_size)
 
     def load(paths: Sequence[Path]) -> list[Example]:
         return load_examples(
-            read_rows(paths), tokenizer, eos=config.eos_token_ids, max_length=max_length,
+            read_rows(paths), tokenizer, eos=tokens.ends, max_length=max_length,
             vocab_size=config.vocab_size, keep_truncated=own.keep_truncated,
         )  # fmt: skip
 

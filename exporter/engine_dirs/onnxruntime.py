@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.text.model_tokens import ModelTokens
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.exporter.engine_dirs.common import MIN_TOP_K, Excluded, save_engine_files
 from medusa_export.exporter.onnx.batch_decoder import write_batch_decoder
@@ -28,18 +29,20 @@ def write_onnx(
     scales: Scales | None,
     *,
     max_length: int,
+    tokens: ModelTokens | None = None,
     excluded: Excluded = lambda module: False,
 ) -> None:
     """``out/decoder.onnx`` with the numerics that TensorRT-LLM gets: rounded activations too, where the format has a scale for them.
 
     Args:
+        tokens: of the tokenizer; None: every row of the embedding is a token.
         excluded: whether a linear, by its Hugging Face name, stays in float.
     """
     form = onnx_form(fmt)
     activations = getattr(torch, form.activations) if form.activations else None
     linear = LinearWriter(checkpoint, form.form, scales, activations, fmt.group_size, excluded)
     out.mkdir()
-    write_decoder(out, checkpoint, linear, max_length=max_length)
+    write_decoder(out, checkpoint, linear, max_length=max_length, num_tokens=tokens.count if tokens else None)
 
 
 def write_engine(
@@ -53,6 +56,7 @@ def write_engine(
     draft_vocab: torch.Tensor | None,
     save_tokenizer: Callable[[Path], Any],
     source: dict[str, Any],
+    tokens: ModelTokens | None = None,
     excluded: Excluded = lambda module: False,
 ) -> None:
     """``out``: the decoder for one sequence and for several, heads-{depth}.onnx, engine.json, tree.json and the tokenizer.
@@ -67,7 +71,7 @@ def write_engine(
     top_k = max(MIN_TOP_K, tree.top_k if tree.max_draft_len else 1)
     out.mkdir()
     linear = LinearWriter(checkpoint, form.form, scales, group_size=fmt.group_size, excluded=excluded)
-    write_decoder(out, checkpoint, linear, max_length=max_length)
+    write_decoder(out, checkpoint, linear, max_length=max_length, num_tokens=tokens.count if tokens else None)
     write_batch_decoder(out, config)
     if num_heads:
         write_heads(out, checkpoint, top_k=top_k, draft_vocab=draft_vocab, int8=config.hidden_size % 16 == 0)
@@ -76,6 +80,7 @@ def write_engine(
         checkpoint,
         tree,
         save_tokenizer,
+        tokens,
         backend="onnxruntime",
         form=form.form,
         precision=form.precision,
@@ -87,16 +92,27 @@ def write_engine(
     )
 
 
-def write_base_engine(out: Path, ckpt: Path, *, max_length: int | None = None) -> None:
+def write_base_engine(
+    out: Path,
+    model: Path,
+    *,
+    source: dict[str, str],
+    max_length: int | None = None,
+    chat_template: Path | None = None,
+) -> None:
     """An engine of a base model that has no heads (yet): what writes the conversations that they are trained on.
 
     Args:
+        source: what the engine says it was made from.
         max_length: its context; None: the model's, up to 2048.
+        chat_template: a file with the template to use instead of the tokenizer's own.
     """
-    checkpoint = MedusaCheckpoint.open_base(ckpt)
-    longest = min(max_length or 2048, checkpoint.config.max_position_embeddings)
-    require_supported(checkpoint.config, longest)
+    checkpoint, tokenizer = MedusaCheckpoint.open_base(model), read_tokenizer(model, chat_template)
+    config = checkpoint.config
+    longest = min(max_length or 2048, config.max_position_embeddings)
+    require_supported(config, longest)
     write_engine(
         out, checkpoint, FORMATS["none"], None, tree=Tree(()), max_length=longest, draft_vocab=None,
-        save_tokenizer=read_tokenizer(ckpt).save_pretrained, source={"checkpoint": str(ckpt), "quant": "none"},
+        save_tokenizer=tokenizer.save_pretrained, source={**source, "quant": "none"},
+        tokens=ModelTokens.of(tokenizer, config.eos_token_ids, vocab_size=config.vocab_size),
     )  # fmt: skip

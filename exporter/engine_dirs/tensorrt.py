@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.text.model_tokens import ModelTokens
 from medusa_export.exporter.engine_dirs.common import MIN_TOP_K, Excluded, save_engine_files
 from medusa_export.exporter.onnx.portable.decoder import write_portable_decoder
 from medusa_export.exporter.onnx.portable.heads import write_portable_heads
@@ -32,6 +33,7 @@ def write_portable(
     tree: Tree,
     max_length: int,
     draft_vocab: torch.Tensor | None,
+    tokens: ModelTokens | None = None,
     excluded: Excluded = lambda module: False,
 ) -> None:
     """``out/decoder.onnx`` and, where there are heads, ``out/heads.onnx``: what TensorRT is given.
@@ -40,12 +42,13 @@ def write_portable(
         dtype: "float16" or "bfloat16".
         tree: the heads give at least its candidates.
         draft_vocab: see :func:`write_portable_heads`.
+        tokens: of the tokenizer; None: every row of the embedding is a token.
         excluded: whether a linear, by its Hugging Face name, stays in ``dtype``.
     """
     form, number = tensorrt_form(fmt), getattr(torch, dtype)
     out.mkdir()
     linear = PortableLinear(checkpoint, form.form, number, scales, fmt.group_size, excluded)
-    write_portable_decoder(out, checkpoint, linear, max_length=max_length)
+    write_portable_decoder(out, checkpoint, linear, max_length=max_length, num_tokens=tokens.count if tokens else None)
     if checkpoint.num_medusa_heads:
         write_portable_heads(out, checkpoint, dtype=number, top_k=_top_k(tree), draft_vocab=draft_vocab)
 
@@ -64,6 +67,7 @@ def write_tensorrt_engine(
     progress: Callable[[str, int, int], None],
     save_tokenizer: Callable[[Path], Any],
     source: dict[str, Any],
+    tokens: ModelTokens | None = None,
 ) -> None:
     """``out``: rank0.engine, heads.engine, what is in them as JSON, engine.json, tree.json and the tokenizer."""
     form = tensorrt_form(fmt)
@@ -77,6 +81,7 @@ def write_tensorrt_engine(
         checkpoint,
         tree,
         save_tokenizer,
+        tokens,
         backend="tensorrt",
         form=form.form,
         precision=f"{form.precision}, {dtype} otherwise",

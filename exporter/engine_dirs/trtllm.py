@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.model_tokens import ModelTokens
 from medusa_export.exporter.engine_dirs.common import save_engine_files
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
@@ -29,6 +30,7 @@ def write_trtllm_engine(
     progress: Callable[[str, int, int], None],
     save_tokenizer: Callable[[Path], Any],
     source: dict[str, Any],
+    tokens: ModelTokens | None = None,
 ) -> None:
     """``out``: engine.json, tree.json, the tokenizer, and what the builder makes of the checkpoint in ``trt_dir``.
 
@@ -48,6 +50,7 @@ def write_trtllm_engine(
         checkpoint,
         tree,
         save_tokenizer,
+        tokens,
         backend="tensorrt-llm",
         form=spec.fmt.onnxruntime.form if spec.fmt.onnxruntime else spec.fmt.name,
         precision=f"{weights} weights, {spec.dtype} otherwise, TensorRT-LLM {release.name}",

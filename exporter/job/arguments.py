@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from medusa_export.core.flags import flag
+from medusa_export.core.hub import BASE, BASE_WITH_HEADS, HEADS, REVISION_HELP, ModelFiles, find_model, hub_id
+from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
+from medusa_export.core.typed_paths import as_recorded
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.job.engine_kinds import CPU_TREE, ENGINES, GPU_TREE, NO_ENGINE
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.contract.trtllm_releases import DEFAULT_RELEASE
 from medusa_export.heads.roofline.gpus import BY_KEY
 from medusa_export.heads.trees.tree import PRESETS
@@ -40,8 +45,9 @@ FORMS = tuple(DESCRIBED_FORMS)
 
 
 def _beside(given: Mapping[str, Any]) -> Path:
-    """Where an export goes by default."""
-    ckpt: Path = given["ckpt"].resolve()
+    """Where an export goes by default: beside a local model, and into the working directory for one of the hub."""
+    found = hub_id(given["ckpt"])
+    ckpt = (Path(Path(found["repo"]).name) if found else Path(given["ckpt"])).resolve()
     return ckpt.with_name(f"{ckpt.name}-{given['quant']}")
 
 
@@ -53,10 +59,12 @@ def _descriptions(rows: Mapping[str, Any]) -> dict[str, str]:
 class ExportArguments:
     """The flags of medusa-export; see its --help. ``None`` takes the default that suits the checkpoint."""
 
-    ckpt: Path = flag(help="Hugging Face directory of the base model.", panel=INPUT)
-    output: Path = flag(help="Directory to write.", panel=OUTPUT, default="CKPT-QUANT beside CKPT", derive=_beside)
+    ckpt: Path = flag(help="Base model: a Hugging Face directory, or owner/name on the hub.", panel=INPUT)
+    output: Path = flag(help="Directory to write.", panel=OUTPUT, default="CKPT-QUANT beside CKPT, or here for one of the hub", derive=_beside)
     quant: str = flag("none", help="Weight format.", panel=QUANTIZATION, choices=_descriptions(FORMATS))
-    heads: Path | None = flag(None, help="Medusa heads, when they are not inside CKPT.", panel=INPUT)
+    heads: Path | None = flag(
+        None, help="Medusa heads, when they are not inside CKPT: a path, or owner/name on the hub.", panel=INPUT
+    )
     kv_cache: str = flag("none", help="Key/value cache format.", panel=QUANTIZATION, choices=_descriptions(KV_CACHE))
     quant_heads: bool = flag(
         False, help="Quantize the heads too, instead of leaving them in 16 bit.", panel=QUANTIZATION, opposite="--no-quant-heads"
@@ -114,7 +122,22 @@ class ExportArguments:
     max_batch: int = flag(
         MAX_BATCH, help="Most sequences that a TensorRT-LLM engine runs at once; each step verifies a tree for each.", panel=TRTLLM
     )  # fmt: skip
+    revision: str | None = flag(None, help=REVISION_HELP, panel=INPUT)
+    chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=INPUT)
+
+    @cached_property
+    def base(self) -> ModelFiles:
+        """The base model, downloaded where ``ckpt`` names one of the hub."""
+        wanted = BASE if self.heads is not None else BASE_WITH_HEADS
+        return find_model(self.ckpt, revision=self.revision, wanted=wanted, check=DecoderConfig.from_dir)
+
+    @cached_property
+    def own_heads(self) -> ModelFiles | None:
+        """The heads, downloaded where ``heads`` names some of the hub; None where they are inside the base model."""
+        return None if self.heads is None else find_model(self.heads, wanted=HEADS)
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: everything that shapes the output."""
-        return {key: value for key, value in asdict(self).items() if key != "output"}
+        """What the manifest keeps: everything that shapes the output, and nothing that another machine would call otherwise."""
+        values = {key: value for key, value in asdict(self).items() if key != "output"}
+        values |= {key: as_recorded(value) for key, value in values.items() if isinstance(value, Path)}
+        return values | ({"tree": as_recorded(self.tree)} if self.tree else {})

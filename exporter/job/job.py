@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from medusa_export.core.artifacts.input_files import InputFiles
-from medusa_export.core.errors import ConfigError
+from medusa_export.core.errors import ConfigError, require_packages
 from medusa_export.core.flags import requirement_error
+from medusa_export.core.text.model_tokens import ModelTokens
 from medusa_export.core.text.prompts import Prompt, load_prompts
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES, read_tokenizer
 from medusa_export.exporter.job.arguments import AUTO, DEFAULT_CALIB, FORMS, MAX_LENGTH, ExportArguments
@@ -51,24 +52,18 @@ class Job:
     """
 
     def __init__(self, arguments: ExportArguments, *, check_values: bool = True) -> None:
-        self.arguments = arguments
+        fetch(arguments)
+        self.arguments, self.ckpt = arguments, arguments.base.path
         self.fmt = get_format(arguments.quant, arguments.group_size)
         self.release = find_release(arguments.trtllm_version)
-        if arguments.pp != 1:
-            raise ConfigError(
-                "--pp",
-                str(arguments.pp),
-                "1 (TensorRT-LLM cannot build the Medusa graph on a stage that is not the last)",
-                f"use --tp {max(arguments.tp, 1) * max(arguments.pp, 1)}",
-            )
-        if arguments.format not in FORMS:
-            raise ConfigError("--format", repr(arguments.format), f"one of {', '.join(FORMS)}", "pick one of them")
-        kind = engine_kind(arguments.engine)
-        self.checkpoint = MedusaCheckpoint.open(arguments.ckpt, arguments.heads, check_values=check_values)
+        kind, heads = engine_kind(arguments.engine), arguments.own_heads
+        self.checkpoint = MedusaCheckpoint.open(self.ckpt, heads.path if heads else None, check_values=check_values)
         self.checkpoint = self.checkpoint.announcing(lambda file: self.inputs.read(file))
         for warning in self.checkpoint.warnings:
             logger.warning("%s", warning)
-        self.tokenizer = read_tokenizer(arguments.ckpt)
+        config = self.checkpoint.config
+        self.tokenizer = read_tokenizer(self.ckpt, arguments.chat_template)
+        self.tokens = ModelTokens.of(self.tokenizer, config.eos_token_ids, vocab_size=config.vocab_size)
         spec = None if arguments.tree == AUTO else arguments.tree
         self.gpu_prediction: dict[str, Any] | None = None  # of take_trees
         self.trtllm_tree = _tree(spec, GPU_TREE, self.checkpoint.num_medusa_heads)
@@ -195,13 +190,28 @@ class Job:
         return InputFiles(self.input_files)
 
     @property
-    def input_files(self) -> list[Path]:
-        """Everything whose change makes another output."""
+    def input_files(self) -> dict[Path, str]:
+        """Everything whose change makes another output, and what a manifest calls it: the flag, and the file's name."""
         flags = self.arguments
-        given = [path for path in (flags.calib, flags.prompts, flags.tree_cost, self._scales_file) if path]
-        given += [Path(flags.tree)] if flags.tree and flags.tree not in (*PRESETS, AUTO) else []
-        tokenizer = [path for path in self.arguments.ckpt.glob("*") if path.name in TOKENIZER_FILES]
-        return [*self.checkpoint.files, *sorted(tokenizer), *given]
+        given = {name: getattr(flags, name) for name in ("calib", "prompts", "tree_cost", "chat_template")}
+        given |= {"scales": self._scales_file}
+        given |= {"tree": Path(flags.tree)} if flags.tree and flags.tree not in (*PRESETS, AUTO) else {}
+        tokenizer = sorted(path for path in self.ckpt.glob("*") if path.name in TOKENIZER_FILES)
+        heads = {path: f"heads/{path.name}" for path in self.checkpoint.files}
+        base = [*(path for path in self.checkpoint.files if path.parent == self.ckpt), *tokenizer]
+        named = heads | {path: f"ckpt/{path.name}" for path in base}
+        return named | {path: f"{name}/{path.name}" for name, path in given.items() if path}
+
+    def input_hashes(self) -> dict[str, str]:
+        """What a manifest calls an input -> SHA-256 of the file."""
+        hashes = self.inputs.hashes()
+        return {name: hashes[str(path)] for path, name in self.input_files.items()}
+
+    def base_hashes(self) -> dict[str, str]:
+        """File name -> SHA-256 of the base model's config and weights."""
+        inputs, base = self.inputs.hashes(), self.checkpoint.base
+        files = (base.files[0].parent / "config.json", *base.files)
+        return {path.name: inputs[str(path)] for path in files}
 
     @property
     def estimated_bytes(self) -> int:
@@ -223,7 +233,7 @@ class Job:
         largest, vocab_size = max(max(ids) for ids in batches), self.checkpoint.config.vocab_size
         if largest >= vocab_size:
             raise ConfigError(
-                f"{self.arguments.ckpt}: tokenizer",
+                f"{self.ckpt}: tokenizer",
                 f"the token {largest}",
                 f"ids below the model's vocab_size {vocab_size}",
                 "use the tokenizer of this model",
@@ -261,6 +271,8 @@ class Job:
             raise ConfigError("--draft-vocab", str(arguments.draft_vocab), "0 (all) or more", "correct it")
         if self.given_scales is not None:
             self._check_given_scales(spec, self.given_scales)
+        if self.has_scales and self.given_scales is None:
+            require_packages("modelopt", extra="modelopt")
         if (self.has_scales and self.given_scales is None) or self.writes_engine:
             _ = self.batches  # there is a chat template, and the model knows its tokens
         _ = self.prompts
@@ -297,6 +309,27 @@ class Job:
     def _scales_file(self) -> Path | None:
         given = self.arguments.scales
         return given / SCALES_FILE if given and given.is_dir() else given
+
+
+def fetch(arguments: ExportArguments) -> None:
+    """Download what the hub has to give, after the flags that need no file were found usable.
+
+    Raises:
+        MedusaExportError: a flag that cannot be meant, or a model that is not there.
+    """
+    get_format(arguments.quant, arguments.group_size)
+    find_release(arguments.trtllm_version)
+    if arguments.pp != 1:
+        raise ConfigError(
+            "--pp",
+            str(arguments.pp),
+            "1 (TensorRT-LLM cannot build the Medusa graph on a stage that is not the last)",
+            f"use --tp {max(arguments.tp, 1) * max(arguments.pp, 1)}",
+        )
+    if arguments.format not in FORMS:
+        raise ConfigError("--format", repr(arguments.format), f"one of {', '.join(FORMS)}", "pick one of them")
+    engine_kind(arguments.engine)
+    _ = arguments.base, arguments.own_heads
 
 
 def _tree(spec: str | None, default: str, num_medusa_heads: int) -> Tree:

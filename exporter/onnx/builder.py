@@ -195,6 +195,14 @@ class GraphBuilder:
         self.path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def first_columns(graph: GraphBuilder, x: str, width: int, count: int | None) -> str:
+    """The first ``count`` of a matrix's ``width`` columns; all of them for None."""
+    if count in (None, width):
+        return x
+    first: str = graph.node("Split", [x, graph.ints(count, width - count)], 2, axis=-1)[0]
+    return first
+
+
 def silu(graph: GraphBuilder, x: str) -> str:
     """x * sigmoid(x), as the one fused operator that ONNX Runtime has for it."""
     return graph.node("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)

@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.exporter.onnx.builder import MICROSOFT, GraphBuilder, silu
+from medusa_export.exporter.onnx.builder import MICROSOFT, GraphBuilder, first_columns, silu
 from medusa_export.exporter.onnx.linear import LinearWriter, int8_matrix
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
@@ -26,7 +26,9 @@ HEAD_DIM_MULTIPLE = 16
 EXPRESSIBLE = ("default", "linear", "dynamic", "llama3", "yarn")  # rotary scalings with one table of angles
 
 
-def write_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter, *, max_length: int) -> None:
+def write_decoder(
+    out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter, *, max_length: int, num_tokens: int | None = None
+) -> None:
     """Write ``decoder.onnx`` (+ .data) into ``out``.
 
     Inputs: input_ids, position_ids int64 [B, S]; attention_bias float [1, 1, S, T]; seqlens_k int32 [B], the rows of each
@@ -40,6 +42,7 @@ def write_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter,
         checkpoint: what the weights are read from.
         linear: writes linears in the form of a format.
         max_length: rows of the cache.
+        num_tokens: ids from 0 on that next_ids are chosen from; None: all.
 
     Raises:
         ConfigError: a rotary scaling or a shape that the graph cannot express.
@@ -61,7 +64,9 @@ def write_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: LinearWriter,
         flat = graph.node("Reshape", [normed, graph.ints(-1, config.hidden_size)])
         graph.node("Gather", [flat, "output_rows"], ["hidden_states"])
         _lm_head(graph, checkpoint, linear)
-        graph.node("ArgMax", ["logits"], ["next_ids"], axis=-1, keepdims=0)
+        graph.node(
+            "ArgMax", [first_columns(graph, "logits", config.vocab_size, num_tokens)], ["next_ids"], axis=-1, keepdims=0
+        )
         graph.output("next_ids", TensorProto.INT64, ["R"])
         graph.output("hidden_states", TensorProto.FLOAT, ["R", config.hidden_size])
         graph.output("logits", TensorProto.FLOAT, ["R", config.vocab_size])

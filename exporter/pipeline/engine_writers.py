@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from medusa_export.core.errors import require_packages
 from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_onnx
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
 from medusa_export.exporter.engine_dirs.trtllm import require_sizes, write_trtllm_engine
@@ -45,19 +46,22 @@ def require_writable(job: Job) -> None:
 
 
 def _check_onnxruntime(job: Job) -> None:
+    require_packages("onnxruntime", extra="onnx")  # it opens what was written, in the end
     onnx_form(job.fmt)
     require_supported(job.checkpoint.config, job.max_length)
 
 
 def _write_onnx(job: Job, scales: Scales | None, path: Path) -> None:
-    write_onnx(path, job.checkpoint, job.fmt, scales, max_length=job.max_length, excluded=_excluded(job))
+    write_onnx(
+        path, job.checkpoint, job.fmt, scales, max_length=job.max_length, tokens=job.tokens, excluded=_excluded(job)
+    )
 
 
 def _write_onnxruntime(job: Job, scales: Scales | None, path: Path, builder: EngineBuilder, progress: Progress) -> None:
     write_engine(
         path, job.checkpoint, job.fmt, scales, tree=job.engine_tree, max_length=job.max_length,
         draft_vocab=_draft_vocab(job), save_tokenizer=job.tokenizer.save_pretrained, source=_source(job),
-        excluded=_excluded(job),
+        tokens=job.tokens, excluded=_excluded(job),
     )  # fmt: skip
 
 
@@ -69,7 +73,7 @@ def _check_tensorrt(job: Job) -> None:
 def _write_portable(job: Job, scales: Scales | None, path: Path) -> None:
     write_portable(
         path, job.checkpoint, job.fmt, scales, dtype=job.spec.dtype, tree=job.engine_tree, max_length=job.max_length,
-        draft_vocab=_draft_vocab(job), excluded=_excluded(job),
+        draft_vocab=_draft_vocab(job), tokens=job.tokens, excluded=_excluded(job),
     )  # fmt: skip
 
 
@@ -77,7 +81,7 @@ def _write_tensorrt(job: Job, scales: Scales | None, path: Path, builder: Engine
     write_tensorrt_engine(
         path, path.with_name("onnx"), job.checkpoint, job.fmt, gpus=job.gpus,
         dtype=job.spec.dtype, tree=job.engine_tree, max_length=job.max_length, builder=builder, progress=progress,
-        save_tokenizer=job.tokenizer.save_pretrained, source=_source(job),
+        save_tokenizer=job.tokenizer.save_pretrained, source=_source(job), tokens=job.tokens,
     )  # fmt: skip
 
 
@@ -93,7 +97,7 @@ def _write_trtllm(job: Job, scales: Scales | None, path: Path, builder: EngineBu
     write_trtllm_engine(
         path, path.with_name("trtllm"), job.checkpoint, job.spec, tree=job.trtllm_tree, max_length=job.max_length,
         max_batch=job.arguments.max_batch, release=job.release, builder=builder, progress=progress,
-        save_tokenizer=job.tokenizer.save_pretrained, source=_source(job),
+        save_tokenizer=job.tokenizer.save_pretrained, source=_source(job), tokens=job.tokens,
     )  # fmt: skip
 
 
@@ -109,7 +113,7 @@ WRITERS: dict[str, EngineWriter] = {
 
 
 def _source(job: Job) -> dict[str, Any]:
-    return {"checkpoint": str(job.arguments.ckpt), "quant": job.arguments.quant}
+    return {**job.arguments.base.recorded(job.base_hashes()), "quant": job.arguments.quant}
 
 
 def _excluded(job: Job) -> Callable[[str], bool]:
@@ -123,7 +127,8 @@ def _excluded(job: Job) -> Callable[[str], bool]:
 
 
 def _draft_vocab(job: Job) -> torch.Tensor | None:
-    size, vocab_size = job.arguments.draft_vocab, job.checkpoint.config.vocab_size
-    if not 0 < size < vocab_size:
+    known, ends = job.tokens.count, job.tokens.ends
+    size = min(job.arguments.draft_vocab or known, known)
+    if size == job.checkpoint.config.vocab_size:
         return None
-    return most_frequent_tokens(job.tokenizer, job.prompts, size=size, vocab_size=vocab_size)
+    return most_frequent_tokens(job.tokenizer, job.prompts, size=size, vocab_size=known, ends=ends)

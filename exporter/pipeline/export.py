@@ -15,6 +15,7 @@ from medusa_export.core.artifacts.manifest import (
 )
 from medusa_export.core.artifacts.resumable import ResumableOutput
 from medusa_export.core.errors import OutputError
+from medusa_export.core.text.model_tokens import describe_tokens
 from medusa_export.exporter.job.arguments import SMALL_MODEL, ExportArguments
 from medusa_export.exporter.job.job import Job
 from medusa_export.exporter.pipeline.engine_writers import WRITERS, require_writable
@@ -58,13 +59,15 @@ def export(
         if job.writes_engine:
             WRITERS[arguments.engine].require(job, tools.builder)
     with job.inputs as inputs:
-        if has_manifest(arguments.output) and is_up_to_date(arguments.output, inputs.hashes(), arguments.recorded()):
+        if has_manifest(arguments.output) and is_up_to_date(arguments.output, job.input_hashes(), arguments.recorded()):
             return False
         with output_directory(
-            arguments.output, inputs=inputs.marks, arguments=arguments.recorded(), hashes=inputs.hashes
+            arguments.output, inputs=inputs.marks, arguments=arguments.recorded(), hashes=job.input_hashes
         ) as work:
             check_free_space(work.path, job.estimated_bytes - sum(work.resumed.values()))
             _log_start(job, work, notice)
+            work.record("sources", _sources(job))
+            notice(_where_answers_end(job))
             compared = PartWriter(job, work, tools, progress).write()
             problems = _verify(job, work, compared, tools, progress) if compared else []
             if problems:
@@ -77,10 +80,31 @@ def export(
     return True
 
 
+def _sources(job: Job) -> dict[str, dict[str, str]]:
+    """What base model and heads were called, and the hub's commit where they come from there; their hashes are the inputs'."""
+    given = {"ckpt": job.arguments.base, "heads": job.arguments.own_heads}
+    return {
+        name: {"name": files.name} | ({"commit": files.commit} if files.commit else {})
+        for name, files in given.items()
+        if files is not None
+    }
+
+
+def _where_answers_end(job: Job) -> str:
+    if not job.tokens.ends:
+        places = "config.json, generation_config.json, the tokenizer and its chat template"
+        return f"warning: {places} name no end-of-sequence token; answers go on to their limit"
+    return f"answers end at {describe_tokens(job.tokenizer, job.tokens.ends)}"
+
+
 def _log_start(job: Job, work: ResumableOutput, notice: Notice) -> None:
     config, checkpoint = job.checkpoint.config, job.checkpoint
     logger.info(
-        "%s: %s, %d layers, %s", job.arguments.ckpt, config.family.model_type, config.num_hidden_layers, config.dtype
+        "%s: %s, %d layers, %s",
+        job.arguments.base.name,
+        config.family.model_type,
+        config.num_hidden_layers,
+        config.dtype,
     )
     logger.info("%d Medusa heads (%s)", checkpoint.num_medusa_heads, checkpoint.heads.layout)
     if work.resumed:
@@ -99,6 +123,6 @@ def _verify(job: Job, work: ResumableOutput, compared: Comparison, tools: Engine
         texts = token_batches(job.tokenizer, job.prompts, max_prompts=CHECK_TEXTS, max_length=CHECK_TOKENS)
         config = job.checkpoint.config
         parameters = config.num_hidden_layers * sum(rows * width for rows, width in config.linear_shapes().values())
-        problems = tools.check(out / "engine", job.arguments.ckpt if parameters < SMALL_MODEL else None, texts)
+        problems = tools.check(out / "engine", job.ckpt if parameters < SMALL_MODEL else None, texts)
     progress("verify", 2, 2)
     return problems

@@ -94,7 +94,7 @@ class PartWriter:
             write = partial(write_shard, checkpoint=job.checkpoint, spec=job.spec, scales=found, plans=plans)
             self.work.run_once(f"{HF}/{name}", write)
         self.progress("checkpoint", len(files), len(files))
-        self.work.run_once(HF_CONFIGS, lambda path: write_hf_configs(path.parent, job.arguments.ckpt, job.spec, files))
+        self.work.run_once(HF_CONFIGS, lambda path: write_hf_configs(path.parent, job.ckpt, job.spec, files))
         job.tokenizer.save_pretrained(self.work.path / HF)
 
     def _write_trtllm(self, scales: Scales | None) -> Comparison:
@@ -153,7 +153,7 @@ class PartWriter:
     def _calibrate(self) -> Scales:
         job = self.job
         return calibrate(
-            job.arguments.ckpt, job.checkpoint, job.fmt, kv_cache=job.arguments.kv_cache,
+            job.ckpt, job.checkpoint, job.fmt, kv_cache=job.arguments.kv_cache,
             quant_heads=job.arguments.quant_heads, batches=job.batches,
             progress=lambda done, total: self.progress("calibrate", done, total), device=job.device,
         )  # fmt: skip

@@ -56,8 +56,10 @@ class DecoderConfig:
         """Read ``ckpt/config.json`` (and generation_config.json for the end-of-sequence ids).
 
         Raises:
-            ConfigError: no or unreadable config, an unsupported family, or numbers that contradict each other.
+            ConfigError: no or unreadable config, an unsupported family, numbers that contradict each other, or an adapter that
+                the weights beside it lack.
         """
+        refuse_adapter(ckpt)
         raw = read_json(ckpt / "config.json")
         generation = ckpt / "generation_config.json"
         return cls.from_dict(
@@ -163,6 +165,14 @@ class DecoderConfig:
         return shapes
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Raise ConfigError for a PEFT adapter: a model without it is another one, and transformers would load it in silence."""
+    path = directory / "adapter_config.json"
+    if lexists(path):
+        action = "merge the adapter first: peft's merge_and_unload(), then save_pretrained()"
+        raise ConfigError(str(path), "a PEFT adapter beside the weights", "weights that contain it", action)
+
+
 def _family(raw: Mapping[str, Any], where: str) -> Family:
     model_type = raw.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
@@ -255,10 +265,13 @@ def _dtype(raw: Mapping[str, Any], where: str) -> str:
 
 
 def _eos(raw: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> tuple[int, ...]:
-    ids = generation.get("eos_token_id", raw.get("eos_token_id"))
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if any(type(token) is not int for token in ids):
-        raise ConfigError(
-            where, f"eos_token_id {reprlib.repr(ids)}", "an integer or a list of integers", "fix config.json"
-        )
-    return tuple(ids)
+    """Of both files: where they differ, each names tokens that the model ends with."""
+    found: list[int] = []
+    for ids in (generation.get("eos_token_id"), raw.get("eos_token_id")):
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if any(type(token) is not int for token in ids):
+            raise ConfigError(
+                where, f"eos_token_id {reprlib.repr(ids)}", "an integer or a list of integers", "fix config.json"
+            )
+        found += ids
+    return tuple(dict.fromkeys(found))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from medusa_export.core.errors import CheckpointError
 from medusa_export.core.hub import HEAD_FILES
 from medusa_export.heads.checkpoint import families
-from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig, refuse_adapter
 from medusa_export.heads.checkpoint.head_layouts import MedusaHeads, holds_heads, open_heads
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
@@ -162,11 +162,13 @@ def load_reference(ckpt: Path, dtype: torch.dtype, device: torch.device | str = 
     """transformers' own model from a local directory, in evaluation mode: what exports are compared with.
 
     Raises:
+        ConfigError: a PEFT adapter lies beside the weights.
         CheckpointError: transformers cannot load it, or would have filled in weights that are not stored.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    refuse_adapter(ckpt)
     transformers_logging.disable_progress_bar()  # the commands have their own
     auto: Any = AutoModelForCausalLM  # its annotation does not know output_loading_info
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ class EngineInfo:
         max_length: tokens of prompt and answer together, the shape of the KV cache.
         max_depth: heads in the heads graph; a tree may not be deeper.
         top_k: candidates a head; a tree may not look further.
+        vocab_size: rows of the embedding, the width of logits.
+        eos_token_ids: tokens that end an answer, the one that ends a turn of the chat template first.
+        num_tokens: ids from 0 on that the tokenizer knows, where it is fewer than ``vocab_size``: the others are never sampled and
+            never drafted. 0: all.
     """
 
     backend: str
@@ -46,6 +51,12 @@ class EngineInfo:
     session_options: dict[str, str]
     heads_session_options: dict[str, str]
     source: dict[str, Any] = field(default_factory=dict)
+    num_tokens: int = 0
+
+    @property
+    def sampled(self) -> int:
+        """Width of the part of logits that tokens are chosen from."""
+        return self.num_tokens or self.vocab_size
 
     @classmethod
     def load(cls, engine_dir: Path) -> EngineInfo:
@@ -56,7 +67,7 @@ class EngineInfo:
         """
         body = read_json(engine_dir / ENGINE_FILE)
         names = set(cls.__dataclass_fields__)
-        if set(body) != names:
+        if {*body, "num_tokens"} != names:  # exports before 0.2 have no num_tokens
             odd = sorted(set(body) ^ names)
             raise ConfigError(str(engine_dir / ENGINE_FILE), f"keys {odd}", "this version's keys", "export again")
         return cls(**{**body, "eos_token_ids": tuple(body["eos_token_ids"])})
@@ -68,6 +79,13 @@ class EngineInfo:
             raise ConfigError(
                 "tree", f"top-{tree.top_k}", f"at most top-{self.top_k} in this engine", "export with --tree"
             )
+
+    def require_known(self, input_ids: Sequence[int]) -> None:
+        """Raise ConfigError for a prompt with a token that has no row in the embedding: some tokenizers have more than the model."""
+        largest = max(input_ids, default=0)
+        if largest >= self.vocab_size:
+            expected = f"ids below the model's vocab_size {self.vocab_size}"
+            raise ConfigError("prompt", f"the token {largest}", expected, "leave the text of that token out")
 
     def save(self, engine_dir: Path) -> None:
         """Write engine.json."""

@@ -78,11 +78,7 @@ def distill(
         ModelUnavailableError: the model is gone, or the first 20 conversations all fail. What is answered is kept.
     """
     with open_rows(out, conversations, maker) as store:
-        if store.others and not force:
-            got = f"{store.others} rows of other prompts, another model or other sampling"
-            raise OutputError(
-                str(out), got, "rows that this run keeps", "choose another output, or drop them with --force"
-            )
+        _refuse_others(out, store, force)
         pending = [conversation for conversation in conversations if conversation.key not in store]
         summary = Summary(reused=len(conversations) - len(pending))
         _run(pending, executor, store, summary, progress)
@@ -92,6 +88,18 @@ def distill(
         if summary.rows:
             store.publish(conversations)
     return summary
+
+
+def require_rows(out: Path, conversations: Sequence[Conversation], maker: Maker, *, force: bool) -> None:
+    """Raise OutputError for what :func:`distill` refuses of its output, before the work that leads up to it."""
+    with open_rows(out, conversations, maker) as store:
+        _refuse_others(out, store, force)
+
+
+def _refuse_others(out: Path, store: RowStore, force: bool) -> None:
+    if store.others and not force:
+        got = f"{store.others} rows of other prompts, another model or other sampling"
+        raise OutputError(str(out), got, "rows that this run keeps", "choose another output, or drop them with --force")
 
 
 def _run(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.tokenizer import encode_chat
+from medusa_export.core.text.encoding import encode_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

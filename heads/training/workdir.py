@@ -20,8 +20,7 @@ def training_work(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: the output exists, another process makes it, or the parent cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(str(output), "something in it", "nothing there", "choose another output")
+    require_free(output)
     work = work_beside(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +37,12 @@ def training_work(output: Path) -> Iterator[Path]:
         if work.is_dir() and not any(work.iterdir()):
             work.rmdir()
         os.close(descriptor)
+
+
+def require_free(output: Path) -> None:
+    """Raise OutputError for an output that exists already."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(str(output), "something in it", "nothing there", "choose another output")
 
 
 def work_beside(output: Path) -> Path:

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from medusa_export.core.text.tokenizer import encode_chat
+from medusa_export.core.text.encoding import encode_chat
 from tests.integration.openai_fixture import KEY, SECONDS, Served, byte_tokenizer
 from tests.integration.triton_fixture import CONTEXT, endless_engine
 

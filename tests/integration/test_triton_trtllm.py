@@ -14,7 +14,8 @@ import pytest
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
-from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
+from medusa_export.core.text.encoding import encode_chat
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving.triton.repository import render
 from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
 from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing, model_configs

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from tritonclient import grpc
 
-from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
+from medusa_export.core.text.encoding import encode_chat
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine

@@ -45,7 +45,7 @@ ALLOWED: dict[str, str] = {
     "exporter/engine_dirs": "core core/text exporter/onnx exporter/onnx/portable exporter/plan heads/checkpoint heads/contract"
     " heads/trees quantize",
     "exporter/job": "core core/artifacts core/text exporter/plan heads/checkpoint heads/contract heads/roofline heads/trees quantize",
-    "exporter/pipeline": "core core/artifacts exporter/engine_dirs exporter/job exporter/onnx exporter/plan exporter/verify"
+    "exporter/pipeline": "core core/artifacts core/text exporter/engine_dirs exporter/job exporter/onnx exporter/plan exporter/verify"
     " exporter/write heads/contract quantize",
     "exporter/sizing": "core core/artifacts core/text exporter/job exporter/onnx exporter/pipeline"
     " exporter/plan exporter/write heads/checkpoint heads/roofline heads/trees quantize",

@@ -10,6 +10,7 @@ from medusa_export.core.artifacts.hashing import list_files
 from medusa_export.core.artifacts.manifest import MANIFEST, hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.core.text.tokenizer import read_tokenizer
+from medusa_export.core.typed_paths import as_recorded
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.serving.decoders import require_served
 from medusa_export.engines.serving.options import ServingOptions
@@ -104,8 +105,10 @@ def write_repository(
     paths = list_files(engine, engine) | {TREE_FILE: tree or engine / TREE_FILE}
     BatchTrees.load(paths[TREE_FILE], unmeasured=options.tree_max_batch).require(info)
     read_tokenizer(engine)
-    arguments = {"kind": KIND, "engine": engine, "name": name, **options.as_text()}
-    with output_directory(output, inputs=hash_files(paths.values()), arguments=arguments) as work:
+    arguments = {"kind": KIND, "engine": as_recorded(engine), "name": name, **options.as_text()}
+    hashes = hash_files(paths.values())
+    inputs = {f"engine/{relative}": hashes[str(path)] for relative, path in paths.items()}
+    with output_directory(output, inputs=inputs, arguments=arguments) as work:
         for relative, path in paths.items():
             work.copy(f"{name}/{VERSION}/{ENGINE}/{relative}", path)
         for model, config in repository_configs(name, options).items():

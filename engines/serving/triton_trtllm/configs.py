@@ -31,6 +31,7 @@ class EngineFacts:
         max_seq_len: tokens of prompt and answer together.
         paged_context: whether it was built with use_paged_context_fmha, which cache reuse and chunked context need.
         logits: "float32" or "float16".
+        vocab_size: rows of the embedding; a tokenizer may have more tokens.
         window: tokens that a layer looks back, where it is fewer than all: one number, or one a layer.
     """
 
@@ -42,6 +43,7 @@ class EngineFacts:
     eos_token_ids: tuple[int, ...]
     paged_context: bool
     logits: str
+    vocab_size: int
     window: int | list[int] | None = None
 
     @property
@@ -107,6 +109,7 @@ def model_configs(facts: EngineFacts, serving: TrtllmServing) -> dict[str, Confi
                 eos_token_ids=",".join(map(str, facts.eos_token_ids)),
                 max_seq_len=str(facts.max_seq_len),
                 max_text_bytes=str(serving.max_text_bytes),
+                vocab_size=str(facts.vocab_size),
             ),
         },
         ENGINE: {**_engine(facts, serving), **decoupled},

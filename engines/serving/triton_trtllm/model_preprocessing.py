@@ -1,7 +1,7 @@
 """Triton model in front of a TensorRT-LLM engine: text in, token ids and stop words out.
 
-A repository holds a copy of this file as preprocessing/1/model.py; it needs numpy and transformers, as the container has them. Text
-that looks like a special token stays text, unless it is the template's own.
+A repository holds a copy of this file as preprocessing/1/model.py, and in lib beside it what turns text into tokens in medusa-serve
+too; it needs numpy and transformers, as the container has them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-PLACE = "\x00text\x00"  # stands for the user's text while the template is taken apart; no text holds a NUL
+from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.encoding import encode_chat, encode_text
+
 Array = Any
 
 
@@ -37,7 +39,7 @@ class TritonPythonModel:
         self._end_ids = [int(token) for token in parameters["eos_token_ids"].split(",") if token]
         self._max_seq_len = int(parameters["max_seq_len"])
         self._max_text_bytes = int(parameters["max_text_bytes"])
-        self._specials = [text for text in self._tokenizer.get_added_vocab() if text]
+        self._vocab_size = int(parameters["vocab_size"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Called by Triton."""
@@ -59,7 +61,7 @@ class TritonPythonModel:
         text, max_tokens = self._text(inputs, "text_input"), int(_one(inputs, "max_tokens"))
         chat = bool(_one(inputs, "chat", True))
         system = self._text(inputs, "system") if "system" in inputs else ""
-        ids = self._chat_ids(text, system) if chat else self._plain_ids(text)
+        ids = self._prompt_ids(text, system, chat=chat)
         room = self._max_seq_len - len(ids)
         if not ids:
             raise BadRequestError("text_input: got nothing; expected text")
@@ -87,20 +89,16 @@ class TritonPythonModel:
         except UnicodeDecodeError:
             raise BadRequestError(f"{name}: got bytes that are no UTF-8; expected text") from None
 
-    def _chat_ids(self, text: str, system: str) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise BadRequestError("chat: got true; expected false, as this model has no chat template")
-        literal = any(special in text or special in system for special in self._specials)
-        messages = [{"role": "system", "content": f"{PLACE}s" if literal else system}] if system else []
-        messages += [{"role": "user", "content": f"{PLACE}u" if literal else text}]
-        rendered = str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        if not literal:
-            return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
-        ids: list[int] = []
-        for index, piece in enumerate(rendered.split(PLACE)):
-            if index:
-                ids += self._plain_ids({"s": system, "u": text}[piece[0]])
-            ids += self._tokenizer(piece[1:] if index else piece, add_special_tokens=False)["input_ids"]
+    def _prompt_ids(self, text: str, system: str, *, chat: bool) -> list[int]:
+        """Tokens of what the engine gets to read."""
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        try:
+            ids = encode_chat(self._tokenizer, messages) if chat else encode_text(self._tokenizer, text)
+        except ConfigError as error:  # it names the tokenizer's directory, which is no client's business
+            raise BadRequestError(f"text_input: got {error.got}; expected {error.expected}") from error
+        if max(ids, default=0) >= self._vocab_size:
+            raise BadRequestError(f"text_input: got the token {max(ids)}; expected ids below {self._vocab_size}")
         return ids
 
     def _plain_ids(self, text: str) -> list[int]:

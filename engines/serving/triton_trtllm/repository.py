@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core import errors
 from medusa_export.core.artifacts.hashing import list_files
 from medusa_export.core.artifacts.manifest import MANIFEST, hash_files, output_directory, read_manifest, verify_manifest
 from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.core.json_fields import read_json
+from medusa_export.core.text import encoding, special_tokens
 from medusa_export.core.text.tokenizer import read_tokenizer
+from medusa_export.core.typed_paths import as_recorded
 from medusa_export.engines.serving import text_stream as stream_text
 from medusa_export.engines.serving.triton.repository import LEFT_BY_USE, render
 from medusa_export.engines.serving.triton_trtllm import model_bls as trtllm_bls
@@ -40,6 +44,17 @@ KIND, VERSION, BACKEND = "tensorrt-llm", "1", "tensorrt-llm"
 TOKENIZER = "tokenizer"
 WITH_TOKENIZER = (PREPROCESSING, POSTPROCESSING, BLS)
 SOURCES = {PREPROCESSING: trtllm_preprocessing, POSTPROCESSING: trtllm_postprocessing, BLS: trtllm_bls}
+# Modules that lie in a model's own lib, under the names that the copies import them by.
+LIBRARIES: dict[str, dict[str, Any]] = {
+    BLS: {"stream_text": stream_text},
+    PREPROCESSING: {"encoding": encoding, "special_tokens": special_tokens, "errors": errors},
+}
+_COPIED = {
+    "medusa_export.engines.serving.text_stream": "lib.stream_text",
+    "medusa_export.core.text.encoding": "lib.encoding",
+    "medusa_export.core.text.special_tokens": "lib.special_tokens",
+    "medusa_export.core.errors": "lib.errors",
+}
 OURS = (ENGINE_FILE, TREE_FILE)
 
 
@@ -69,6 +84,11 @@ def engine_facts(engine_dir: Path, built: Path) -> EngineFacts:
             "one that a container of Triton has",
             "build it with 1.2.1",
         )
+    if not info.eos_token_ids:
+        action = "export again with eos_token_id in the model's generation_config.json"
+        raise ConfigError(
+            str(engine_dir / ENGINE_FILE), "no end-of-sequence token", "one, as Triton's models need", action
+        )
     pretrained, numbers = config["pretrained_config"], config["build_config"]
     tree = load_tree(str(engine_dir / TREE_FILE), num_medusa_heads=pretrained.get("num_medusa_heads"))
     if tree.max_draft_len != pretrained.get("max_draft_len"):
@@ -83,7 +103,7 @@ def engine_facts(engine_dir: Path, built: Path) -> EngineFacts:
     return EngineFacts(
         release, tree, tp, int(numbers["max_batch_size"]), info.max_length, info.eos_token_ids,
         paged_context=bool(numbers.get("plugin_config", {}).get("use_paged_context_fmha")),
-        logits=str(pretrained.get("logits_dtype", "float32")), window=info.source.get("sliding_window"),
+        logits=str(pretrained.get("logits_dtype", "float32")), vocab_size=info.vocab_size, window=info.source.get("sliding_window"),
     )  # fmt: skip
 
 
@@ -114,17 +134,28 @@ def write_trtllm_repository(engine_dir: Path, output: Path, serving: TrtllmServi
     texts = {f"{model}/config.pbtxt": render(config) for model, config in configs.items()}
     texts |= {f"{model}/{VERSION}/model.py": _source(module) for model, module in SOURCES.items()}
     texts |= {
-        f"{BLS}/{VERSION}/lib/{name}.py": text
-        for name, text in (("__init__", ""), ("stream_text", _source(stream_text)))
+        f"{model}/{VERSION}/lib/{name}.py": _source(module) if module else ""
+        for model, modules in LIBRARIES.items()
+        for name, module in {"__init__": None, **modules}.items()
     }
     texts |= {f"{ENSEMBLE}/{VERSION}/README.md": "An ensemble has no files of its own; Triton wants the folder.\n"}
     texts |= deployment_files(facts, serving)
-    arguments = {"kind": KIND, "engine": engine_dir, **{name: str(value) for name, value in asdict(serving).items()}}
-    with output_directory(output, inputs=hash_files(set(files.values())), arguments=arguments) as work:
+    arguments = {
+        "kind": KIND,
+        "engine": as_recorded(engine_dir),
+        **{name: str(value) for name, value in asdict(serving).items()},
+    }
+    with output_directory(output, inputs=_inputs(engine_dir, files.values()), arguments=arguments) as work:
         for name, path in files.items():
             work.copy(name, path)
         for name, text in texts.items():
             work.write_text(name, text)
+
+
+def _inputs(engine_dir: Path, files: Iterable[Path]) -> dict[str, str]:
+    """What a manifest calls the files of an engine -> SHA-256."""
+    hashes = hash_files(dict.fromkeys(files))
+    return {f"engine/{Path(path).relative_to(engine_dir).as_posix()}": digest for path, digest in hashes.items()}
 
 
 def verify_trtllm_repository(repository: Path) -> list[str]:
@@ -186,7 +217,9 @@ def _tokenizer_files(engine_dir: Path) -> list[Path]:
 def _source(module: Any) -> str:
     """A module's text, as it stands alone in a model's folder."""
     text = Path(module.__file__).read_text(encoding="utf-8")
-    return text.replace("from medusa_export.engines.serving.text_stream import", "from lib.stream_text import")
+    for name, copied in _COPIED.items():
+        text = text.replace(f"from {name} import", f"from {copied} import")
+    return text
 
 
 def _parse(path: Path) -> Any:

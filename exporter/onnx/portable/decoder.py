@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from onnx import TensorProto
 
-from medusa_export.exporter.onnx.builder import GraphBuilder
+from medusa_export.exporter.onnx.builder import GraphBuilder, first_columns
 from medusa_export.exporter.onnx.decoder import rotary_caches
 from medusa_export.exporter.onnx.portable.linear import ONNX_DTYPE, PortableLinear
 from medusa_export.heads.checkpoint import families
@@ -24,7 +24,9 @@ from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import DECODER_FILE
 
 
-def write_portable_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: PortableLinear, *, max_length: int) -> None:
+def write_portable_decoder(
+    out: Path, checkpoint: MedusaCheckpoint, linear: PortableLinear, *, max_length: int, num_tokens: int | None = None
+) -> None:
     """Write ``decoder.onnx`` (+ .data) into ``out``; floats are in ``linear.dtype`` where nothing else is said.
 
     Inputs: input_ids int64 [1, S]; position_offsets int64 [1, S], of each new token from past_length; past_length int64 [1], the rows
@@ -39,6 +41,7 @@ def write_portable_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: Port
         checkpoint: what the weights are read from.
         linear: writes linears in the form of a format, and decides the dtype.
         max_length: rows of the cache.
+        num_tokens: ids from 0 on that next_ids are chosen from; None: all.
     """
     config = checkpoint.config
     with GraphBuilder(out / DECODER_FILE, "decoder", opsets=linear.opsets) as graph:
@@ -56,7 +59,7 @@ def write_portable_decoder(out: Path, checkpoint: MedusaCheckpoint, linear: Port
         flat = graph.node("Reshape", [rows, graph.ints(-1, config.hidden_size)])
         normed = _norm(graph, linear, flat, families.FINAL_NORM)
         graph.node("Identity", [normed], ["hidden_states"])
-        _lm_head(graph, checkpoint, linear, normed)
+        _lm_head(graph, checkpoint, linear, normed, num_tokens)
         graph.output("hidden_states", ONNX_DTYPE[linear.dtype], ["R", config.hidden_size])
         graph.output("logits", TensorProto.FLOAT, ["R", config.vocab_size])
         graph.output("next_ids", TensorProto.INT64, ["R"])
@@ -153,9 +156,12 @@ def _norm(graph: GraphBuilder, linear: PortableLinear, x: str, weight: str) -> s
     return graph.node("RMSNormalization", [x, linear.matrix(graph, weight)], axis=-1, epsilon=epsilon, stash_type=1)
 
 
-def _lm_head(graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: PortableLinear, hidden: str) -> None:
+def _lm_head(
+    graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: PortableLinear, hidden: str, num_tokens: int | None
+) -> None:
     """[R, h] -> logits [R, V] and next_ids [R]; a tied projection is the embedding's own table."""
     source = families.EMBED_TOKENS if checkpoint.config.tie_word_embeddings else families.LM_HEAD
     product = graph.node("Gemm", [hidden, linear.matrix(graph, source)], transB=1)
     graph.node("Cast", [product], ["logits"], to=TensorProto.FLOAT)
-    graph.node("ArgMax", [product], ["next_ids"], axis=-1, keepdims=0)
+    known = first_columns(graph, product, checkpoint.config.vocab_size, num_tokens)
+    graph.node("ArgMax", [known], ["next_ids"], axis=-1, keepdims=0)

@@ -81,7 +81,7 @@ def verify(
     findings.say("files", verify_manifest(out))
     with findings.guarded("files"):
         manifest = read_manifest(out)
-        parts = _Parts(out, out / "trtllm", manifest, find_source(manifest, ckpt, heads), run_engine)
+        parts = _Parts(out, out / "trtllm", manifest, find_source(manifest, ckpt, heads, out=out), run_engine)
         parts.result.findings = findings
         return parts.check()
     del findings[1:]  # that the manifest cannot be read is said once

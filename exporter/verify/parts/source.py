@@ -9,6 +9,7 @@ from typing import Any
 
 from medusa_export.core.artifacts.hashing import sha256_all
 from medusa_export.core.errors import MedusaExportError
+from medusa_export.core.hub import cached_snapshot
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 
 
@@ -20,44 +21,60 @@ class Source:
     checkpoint: MedusaCheckpoint
 
 
-def find_source(manifest: Mapping[str, Any] | None, ckpt: Path | None, heads: Path | None) -> Source | str:
+def find_source(
+    manifest: Mapping[str, Any] | None, ckpt: Path | None, heads: Path | None, *, out: Path | None = None
+) -> Source | str:
     """The source, or why there is none.
 
     Args:
         manifest: the export's, if it has one.
         ckpt, heads: what the user names; None: what the manifest records, if that is still the same.
+        out: the export; what it records is looked for in the working directory, beside it, and in the hub's cache.
 
     Raises:
         MedusaExportError: a source that the user names and that cannot be opened.
     """
-    arguments = (manifest or {}).get("arguments", {})
+    recorded = {name: _place(manifest or {}, name, out) for name in ("ckpt", "heads")}
+    heads = heads or recorded["heads"]
     if ckpt is not None:
-        recorded = arguments.get("heads")
-        if heads is None and recorded and Path(recorded).exists():
-            heads = Path(recorded)
         return Source(ckpt, MedusaCheckpoint.open(ckpt, heads, check_values=False))
+    arguments = (manifest or {}).get("arguments", {})
     if not isinstance(arguments.get("ckpt"), str):
         return "no record of it"
-    changed = _changed(manifest or {}, [arguments["ckpt"], *([arguments["heads"]] if arguments.get("heads") else [])])
-    if changed:
+    missing = [arguments[name] for name, place in recorded.items() if arguments.get(name) and place is None]
+    if missing or recorded["ckpt"] is None:
+        return f"{missing[0]} is not there any more"
+    if changed := _changed(manifest or {}, recorded):
         return changed
-    given = heads or (Path(arguments["heads"]) if arguments.get("heads") else None)
     try:
-        return Source(
-            Path(arguments["ckpt"]), MedusaCheckpoint.open(Path(arguments["ckpt"]), given, check_values=False)
-        )
+        return Source(recorded["ckpt"], MedusaCheckpoint.open(recorded["ckpt"], heads, check_values=False))
     except MedusaExportError as error:
         return str(error)
 
 
-def _changed(manifest: Mapping[str, Any], places: list[str]) -> str:
+def _place(manifest: Mapping[str, Any], name: str, out: Path | None) -> Path | None:
+    """Where a recorded model, or heads, may lie on this machine; what is there need not be the same."""
+    given, commit = manifest.get("arguments", {}).get(name), manifest.get("sources", {}).get(name, {}).get("commit")
+    if not isinstance(given, str):
+        return None
+    if commit is not None:
+        return cached_snapshot(manifest["sources"][name]["name"], commit)
+    places = [Path(given), *([out.resolve().parent / given] if out is not None else [])]
+    return next((place for place in places if place.exists()), None)
+
+
+def _changed(manifest: Mapping[str, Any], places: Mapping[str, Path | None]) -> str:
     """The first recorded input that is gone or another one; empty: all are as they were."""
-    inputs = {Path(name): digest for name, digest in manifest["inputs"].items()}
-    mine = [path for path in inputs if any(path == Path(place) or Path(place) in path.parents for place in places)]
-    missing = [path for path in mine if not path.is_file()]
-    if missing or not mine:
-        return f"{missing[0] if missing else places[0]} is not there any more"
-    for path, digest in zip(mine, sha256_all(mine), strict=True):
-        if digest != inputs[path]:
+    inputs: dict[Path, str] = {}
+    for name, digest in manifest["inputs"].items():
+        role, _, file = name.partition("/")
+        place = places.get(role)
+        if place is not None:
+            inputs[place if place.is_file() else place / file] = digest
+    missing = [path for path in inputs if not path.is_file()]
+    if missing or not inputs:
+        return f"{missing[0] if missing else places['ckpt']} is not there any more"
+    for (path, digest), found in zip(inputs.items(), sha256_all(inputs), strict=True):
+        if digest != found:
             return f"{path} is not what was exported"
     return ""

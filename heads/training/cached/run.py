@@ -25,6 +25,7 @@ from medusa_export.heads.training.dataset import Example, data_hash
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows, build_cache, cache_bytes
 from medusa_export.heads.training.report import LOGS, measure, write_report, write_tensorboard
+from medusa_export.heads.training.start import head_shape
 from medusa_export.heads.training.workdir import training_work
 
 Progress = Callable[[str, int, int], None]
@@ -63,6 +64,7 @@ def train_fast(
     """
     arguments.check()
     shape.check()
+    head_shape(model_dir, heads, **vars(shape), takes_more=True)
     started = time.monotonic()
     base = MedusaCheckpoint.open_base(model_dir)
     with training_work(output) as work:
@@ -139,14 +141,7 @@ def _new_heads(base: MedusaCheckpoint, shape: HeadShape, stored: Path | None, mo
     module = MedusaHeads(shape.num_heads, shape.num_layers, lm_head, own_lm_head=shape.own_lm_head)
     if stored is None:
         return module
-    found = MedusaCheckpoint.open(model_dir, stored)
-    if found.num_medusa_layers != shape.num_layers or found.num_medusa_heads > shape.num_heads:
-        got = f"{found.num_medusa_heads} heads of {found.num_medusa_layers} layers"
-        expected = f"at most {shape.num_heads} heads of {shape.num_layers}"
-        raise ConfigError(str(stored), got, expected, "give --num-heads and --num-layers that fit")
-    if not shape.own_lm_head and not found.heads_share_lm_head:
-        raise ConfigError(str(stored), "heads with lm_heads of their own", "heads without", "train layout v1 from them")
-    module.load(found)
+    module.load(MedusaCheckpoint.open(model_dir, stored))
     return module
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.prompts import Prompt
-from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.quantize.calibration_data import token_batches
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.prompts import Prompt, load_prompts
-from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
+from medusa_export.core.text.tokenizer import read_tokenizer
 
 ASK, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
 SYSTEM = {"role": "system", "content": "Be brief."}

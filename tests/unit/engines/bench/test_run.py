@@ -130,7 +130,8 @@ def test_what_the_tree_was_measured_on(made: Any, prompts: Path) -> None:
 
 
 def encoded(made: Any, question: str) -> list[int]:
-    from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
+    from medusa_export.core.text.encoding import encode_chat
+    from medusa_export.core.text.tokenizer import read_tokenizer
 
     return encode_chat(read_tokenizer(made.path), [{"role": "user", "content": question}])
 

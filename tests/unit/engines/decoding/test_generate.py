@@ -31,6 +31,9 @@ class Info:
     def require_tree(self, tree: Tree) -> None:
         """Any tree will do."""
 
+    def require_known(self, input_ids: Sequence[int]) -> None:
+        """The script has every token."""
+
 
 class ScriptedEngine:
     """A stand-in for an engine, no model in it: it continues the prompt with ``truth`` as long as the cache holds just that.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.tokenizer import encode_chat
+from medusa_export.core.text.encoding import encode_chat
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.decoding.single_slot import OneSequence

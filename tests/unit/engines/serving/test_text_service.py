@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
-from medusa_export.core.text.tokenizer import encode_chat
+from medusa_export.core.text.encoding import encode_chat
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 from medusa_export.heads.decoding.sampling import Sampling

@@ -28,7 +28,7 @@ def asked(question: str, answer: str = "") -> Prompt:
 
 def test_most_frequent_first_then_the_lowest_ids(tokenizer: Any) -> None:
     prompts = [asked("w9 w9 w9 w9", "w30 w30 w30 w7"), asked("w9", "w30 w7")]
-    ids = most_frequent_tokens(tokenizer, prompts, size=6, vocab_size=97)
+    ids = most_frequent_tokens(tokenizer, prompts, size=6, vocab_size=97, ends=[EOS])
     assert ids.dtype == torch.int64
     assert ids[:1].tolist() == [30 + SPECIAL]
     assert set(ids[1:3].tolist()) == {7 + SPECIAL, EOS}  # twice each: the end of sequence counts once an answer

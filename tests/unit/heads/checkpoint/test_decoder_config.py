@@ -137,7 +137,7 @@ def test_end_of_sequence_ids() -> None:
     assert _config(eos_token_id=2).eos_token_ids == (2,)
     assert _config(eos_token_id=[2, 7]).eos_token_ids == (2, 7)
     generation = {"eos_token_id": [3, 4]}
-    assert DecoderConfig.from_dict({**RAW, "eos_token_id": 2}, generation=generation).eos_token_ids == (3, 4)
+    assert DecoderConfig.from_dict({**RAW, "eos_token_id": 2}, generation=generation).eos_token_ids == (3, 4, 2)
 
 
 def test_biases_by_family() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.tokenizer import encode_chat, read_tokenizer
+from medusa_export.core.text.encoding import encode_chat
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.heads.training.dataset import Example, data_hash, encode, load_examples, read_rows, split, usable
 
 EOS = (2,)

@@ -32,7 +32,7 @@ from medusa_export.heads.contract.trtllm_releases import RELEASES, find_release
 from medusa_export.heads.trees.tree import Tree, load_tree
 
 TREE = Tree.from_choices([[0], [1], [0, 0]])
-FACTS = EngineFacts(find_release("1.2.1"), TREE, 1, 4, 512, (2, 7), paged_context=True, logits="float32")
+FACTS = EngineFacts(find_release("1.2.1"), TREE, 1, 4, 512, (2, 7), paged_context=True, logits="float32", vocab_size=97)
 SERVING = TrtllmServing()
 
 

@@ -46,7 +46,7 @@ def export(
     Args:
         tools: the engines' part: builds them, checks them, measures trees on them.
         progress: called with (stage, done, total).
-        notice: gets a line for the user, when an interrupted run is continued.
+        notice: gets lines for the user: that an interrupted run is continued, and what ends the answers of the model.
 
     Raises:
         MedusaExportError: bad input, found before any long work; nothing is left behind.
@@ -67,7 +67,6 @@ def export(
             check_free_space(work.path, job.estimated_bytes - sum(work.resumed.values()))
             _log_start(job, work, notice)
             work.record("sources", _sources(job))
-            notice(_where_answers_end(job))
             compared = PartWriter(job, work, tools, progress).write()
             problems = _verify(job, work, compared, tools, progress) if compared else []
             if problems:
@@ -77,6 +76,7 @@ def export(
                 )
             logger.info("hashing what of the inputs was not read")
             inputs.hashes()
+    notice(_where_answers_end(job))
     return True
 
 

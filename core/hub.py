@@ -106,14 +106,14 @@ def find_model(
     if missing := [name for name in names if not (path / name).is_file()]:
         got = f"a copy in the Hugging Face cache without {missing[0]}, and no way to the hub"
         raise ConfigError(repo, got, "a whole one", _download(repo, revision))
-    return ModelFiles(path, repo, path.name)
+    return ModelFiles(path, as_recorded(given), path.name)
 
 
-def cached_snapshot(repo: str, commit: str) -> Path | None:
+def cached_snapshot(name: str, commit: str) -> Path | None:
     """The cache's directory of a commit, if it has one; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, "config.json", revision=commit)
+    found = try_to_load_from_cache(name.partition("@")[0], "config.json", revision=commit)
     return Path(found).parent if isinstance(found, str) else None
 
 

@@ -106,7 +106,9 @@ def data_command(own: DataFlags, sampling: Sampling, common: Common) -> None:
 def _check_flags(given: DataFlags) -> None:
     """Raise ConfigError for values and combinations that cannot be meant."""
     if not given.server and not given.model:
-        raise ConfigError("--model", "nothing", "a directory, owner/name on the hub, or --server URL", "see medusa-data --help")
+        raise ConfigError(
+            "--model", "nothing", "a directory, owner/name on the hub, or --server URL", "see medusa-data --help"
+        )
     require(given, {"--server": bool(given.server), _HERE: not given.server, "--executor ray": given.executor == "ray"})
     for name in ("concurrency", "max_batch", "max_length", "workers"):
         value = getattr(given, name)

@@ -37,9 +37,7 @@ class TrainFlags:
     ckpt: Path = flag(help="Base model: a Hugging Face directory, or owner/name on the hub.", panel=INPUT)
     data: tuple[Path, ...] = flag(help="JSONL that medusa-data wrote. Can be repeated.", panel=INPUT)
     output: Path = flag(help="Directory to write: medusa-export takes it as --heads.", panel=OUTPUT)
-    heads: Path | None = flag(
-        None, help="Existing heads to start from: a path, or owner/name on the hub.", panel=INPUT
-    )
+    heads: Path | None = flag(None, help="Existing heads to start from: a path, or owner/name on the hub.", panel=INPUT)
     revision: str | None = flag(None, help=REVISION_HELP, panel=INPUT)
     chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=INPUT)
     joint: bool = flag(False, help="Train the base model too (Medusa-2).", panel=WAY, opposite="--only-medusa-heads")

@@ -60,7 +60,12 @@ class ExportArguments:
     """The flags of medusa-export; see its --help. ``None`` takes the default that suits the checkpoint."""
 
     ckpt: Path = flag(help="Base model: a Hugging Face directory, or owner/name on the hub.", panel=INPUT)
-    output: Path = flag(help="Directory to write.", panel=OUTPUT, default="CKPT-QUANT beside CKPT, or here for one of the hub", derive=_beside)
+    output: Path = flag(
+        help="Directory to write.",
+        panel=OUTPUT,
+        default="CKPT-QUANT beside CKPT, or here for one of the hub",
+        derive=_beside,
+    )
     quant: str = flag("none", help="Weight format.", panel=QUANTIZATION, choices=_descriptions(FORMATS))
     heads: Path | None = flag(
         None, help="Medusa heads, when they are not inside CKPT: a path, or owner/name on the hub.", panel=INPUT

@@ -138,7 +138,7 @@ class TestHub:
         out = tmp_path / "model-none"
         manifest = read_manifest(out)
         assert manifest["sources"] == {
-            "ckpt": {"name": "tiny/model", "commit": COMMIT}, "heads": {"name": "tiny/heads", "commit": f"f{COMMIT[1:]}"},
+            "ckpt": {"name": "tiny/model", "commit": COMMIT}, "heads": {"name": "tiny/heads@main", "commit": f"f{COMMIT[1:]}"},
         }  # fmt: skip
         assert manifest["arguments"]["ckpt"] == "tiny/model"
         assert {"ckpt/config.json", "ckpt/model.safetensors.index.json", "heads/medusa_lm_head.pt"} <= manifest[

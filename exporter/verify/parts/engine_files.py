@@ -9,6 +9,8 @@ from typing import Any
 
 from onnx import TensorProto
 
+from medusa_export.core.text.model_tokens import ModelTokens
+from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.exporter.verify.findings import Findings
 from medusa_export.exporter.verify.graphs.facts import Facts
 from medusa_export.exporter.verify.graphs.onnx_file import OnnxFile
@@ -62,7 +64,9 @@ class EngineFiles:
             with findings.guarded("tokenizer"):
                 other = self.source.ckpt if self.source else self.tokenizer
                 whose = "the source's" if self.source else "that in tokenizer/"
-                findings.say("tokenizer", tokenizer_problems(path, info.vocab_size, other, whose))
+                own = self.source is not None and (not self.arguments or bool(self.arguments.get("chat_template")))
+                problems = tokenizer_problems(path, info.vocab_size, other, whose, own_template=own)
+                findings.say("tokenizer", problems)
 
     def _other_tree(self, path: Path, info: EngineInfo) -> Iterator[str]:
         if not self.arguments or info.backend not in DEFAULT_TREES:
@@ -72,7 +76,7 @@ class EngineFiles:
             yield f"engine/{TREE_FILE} is not the tree that the manifest's arguments give"
 
     def _info_problems(self, path: Path, info: EngineInfo) -> Iterator[str]:
-        for name, value in self._model_values().items():
+        for name, value in self._model_values(path).items():
             if getattr(info, name) != value:
                 yield f"engine.json: {name} is {getattr(info, name)}; the model's is {value}"
         if self.arguments:
@@ -88,7 +92,7 @@ class EngineFiles:
         if info.backend == "onnxruntime":
             yield from _graph_problems(path, info)
 
-    def _model_values(self) -> dict[str, Any]:
+    def _model_values(self, path: Path) -> dict[str, Any]:
         """Fields of engine.json that the model decides."""
         if self.facts is None:
             return {}
@@ -98,7 +102,9 @@ class EngineFiles:
         }
         values["max_depth"] = self.facts.num_medusa_heads
         if self.source is not None:
-            values["eos_token_ids"] = self.source.checkpoint.config.eos_token_ids
+            config = self.source.checkpoint.config
+            tokens = ModelTokens.of(read_tokenizer(path), config.eos_token_ids, vocab_size=config.vocab_size)
+            values |= {"eos_token_ids": tokens.ends, "num_tokens": tokens.count}
         return values
 
 

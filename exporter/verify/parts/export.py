@@ -161,9 +161,9 @@ class _Parts:
         if (self.out / "tokenizer").is_dir():
             with found.guarded("tokenizer"):
                 other = self.source.ckpt if self.source else None
-                found.say(
-                    "tokenizer", tokenizer_problems(self.out / "tokenizer", config["vocab_size"], other, "the source's")
-                )
+                path, own = self.out / "tokenizer", bool(self.arguments.get("chat_template"))
+                problems = tokenizer_problems(path, config["vocab_size"], other, "the source's", own_template=own)
+                found.say("tokenizer", problems)
 
     def _check_values(self, config: dict[str, Any]) -> None:
         found, files = self.result.findings, open_ranks(self.trt_dir, config)

@@ -12,13 +12,16 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
-def tokenizer_problems(path: Path, vocab_size: int, other: Path | None, whose: str) -> list[str]:
+def tokenizer_problems(
+    path: Path, vocab_size: int, other: Path | None, whose: str, *, own_template: bool = False
+) -> list[str]:
     """What is wrong with a directory's tokenizer.
 
     Args:
         vocab_size: of the model; ids are below it.
         other: a directory whose tokenizer it has to be; None: there is none to compare with.
         whose: that one's owner, for the message.
+        own_template: whether its chat template may be another one, of --chat-template.
 
     Raises:
         ConfigError: no tokenizer that can be read.
@@ -29,16 +32,19 @@ def tokenizer_problems(path: Path, vocab_size: int, other: Path | None, whose: s
     if largest >= vocab_size:
         problems.append(f"{path.name}: the tokenizer has the id {largest}; the model has {vocab_size} tokens")
     if other is not None:
-        problems += [f"{path.name}: {what} is not {whose}" for what in _differences(tokenizer, read_tokenizer(other))]
+        problems += [
+            f"{path.name}: {what} is not {whose}"
+            for what in _differences(tokenizer, read_tokenizer(other), own_template)
+        ]
     return problems
 
 
-def _differences(one: Any, other: Any) -> Iterator[str]:
+def _differences(one: Any, other: Any, own_template: bool) -> Iterator[str]:
     mine, theirs = (_description(each) for each in (one, other))
     for key in sorted(mine.keys() | theirs.keys()):
         if mine.get(key) != theirs.get(key):
             yield f"the tokenizer's {key}"
-    if one.chat_template != other.chat_template:
+    if not own_template and one.chat_template != other.chat_template:
         yield "the chat template"
     for name in (*SPECIAL, "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_max_length"):
         if getattr(one, name, None) != getattr(other, name, None):

@@ -76,9 +76,7 @@ class HeadShape:
     """Heads, residual blocks of each, and whether each has a vocabulary projection of its own ("version 1")."""
 
     num_heads: int = flag(4, help="Medusa heads.", panel=HEADS, default="as many as HEADS has, or 4")
-    num_layers: int = flag(
-        1, help="Residual blocks of each head.", panel=HEADS, default="as many as HEADS has, or 1"
-    )
+    num_layers: int = flag(1, help="Residual blocks of each head.", panel=HEADS, default="as many as HEADS has, or 1")
     own_lm_head: bool = False
 
     def check(self) -> None:

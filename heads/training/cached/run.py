@@ -16,7 +16,6 @@ import torch
 
 from medusa_export.core.artifacts.manifest import hash_files, package_versions
 from medusa_export.core.artifacts.staging import publish
-from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.training.cached.arguments import HeadShape, TrainArguments
 from medusa_export.heads.training.cached.state import TrainState

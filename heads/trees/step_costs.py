@@ -27,7 +27,8 @@ def _prior(past_length: int, times: Mapping[int, float], heads: Sequence[float] 
 
 
 _HEADS = (0.035, 0.045, 0.055, 0.065)
-# What steps cost where nobody has measured, in steps of one node, by backend. ONNX Runtime: SmolLM2-135M in float32 on two cores.
+# What steps cost where nobody has measured, in steps of one node, by backend. ONNX Runtime: SmolLM2-135M in float32 on two busy
+# cores, smoothed by hand; at 256 tokens the measurement was too noisy, and the values are between those at 64 and 1000.
 # TensorRT: an assumption, as no GPU was at hand: a few nodes ride along with the weights.
 PRIOR_COSTS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "onnxruntime": (

@@ -172,7 +172,7 @@ class _Parts:
             found.say("scales", scale_differences(config, files, self.scales))
         if self.source is None:
             found.say("contradictions", weight_contradictions(config, files))
-        elif not any(finding.check == "config" for finding in found):
+        else:
             compared = compare_ranks(self.trt_dir, self.source.checkpoint)
             found.say("weights", compared.problems())
             self.result.errors, self.result.measured = recorded(compared.errors()), True

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medusa_export.core.json_fields import read_json
 from medusa_export.core.text.tokenizer import read_tokenizer
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -31,12 +32,22 @@ def tokenizer_problems(
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         problems.append(f"{path.name}: the tokenizer has the id {largest}; the model has {vocab_size} tokens")
+    problems += _id_problems(path, tokenizer.get_vocab())
     if other is not None:
         problems += [
             f"{path.name}: {what} is not {whose}"
             for what in _differences(tokenizer, read_tokenizer(other), own_template)
         ]
     return problems
+
+
+def _id_problems(path: Path, vocabulary: dict[str, int]) -> Iterator[str]:
+    """Ids of added tokens in the file that are not those of its vocabulary; the library goes by the vocabulary, others may not."""
+    file = path / "tokenizer.json"
+    for token in (read_json(file).get("added_tokens") or []) if file.is_file() else ():
+        known = vocabulary.get(token["content"])
+        if known != token["id"]:
+            yield f"{path.name}: tokenizer.json gives {token['content']} the id {token['id']}, its vocabulary {known}"
 
 
 def _differences(one: Any, other: Any, own_template: bool) -> Iterator[str]:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _CHUNK_ROWS = 4096
 
 
+WRAPPER = "module."  # of torch's DistributedDataParallel
+BARE = ("embed_tokens.", "layers.", "norm.")  # first parts of the base's names without "model."
+FLOATS = ("float16", "bfloat16", "float32")
+
+
 @dataclass(frozen=True)
 class MedusaCheckpoint:
     """Base and heads, checked against config.json and each other; nothing but headers is kept in memory.
@@ -55,8 +60,7 @@ class MedusaCheckpoint:
             ConfigError: config.json cannot be used.
             CheckpointError: weights that are missing, damaged or do not fit together; no heads.
         """
-        config = DecoderConfig.from_dir(ckpt)
-        base = TensorSource.open(ckpt)
+        config, base = _open_base(ckpt)
         base.require(config.tensor_shapes())
         _refuse_more_layers(base, config)
         if config.tie_word_embeddings and families.LM_HEAD in base:
@@ -70,7 +74,7 @@ class MedusaCheckpoint:
     @classmethod
     def open_base(cls, ckpt: Path) -> MedusaCheckpoint:
         """Open a base checkpoint without heads, as if it had none: what conversations are generated with."""
-        config, base = DecoderConfig.from_dir(ckpt), TensorSource.open(ckpt)
+        config, base = _open_base(ckpt)
         base.require(config.tensor_shapes())
         _refuse_more_layers(base, config)
         if config.tie_word_embeddings and families.LM_HEAD in base:
@@ -179,6 +183,7 @@ def load_reference(ckpt: Path, dtype: torch.dtype, device: torch.device | str = 
             trust_remote_code=False,
             use_safetensors=any(ckpt.glob("*.safetensors")),
             output_loading_info=True,
+            **_key_mapping(ckpt),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
@@ -192,6 +197,34 @@ def load_reference(ckpt: Path, dtype: torch.dtype, device: torch.device | str = 
     loaded: PreTrainedModel = model.eval()
     torch.nn.Module.to(loaded, device)  # transformers' own annotation of it hides its argument
     return loaded
+
+
+def _key_mapping(ckpt: Path) -> dict[str, dict[str, str]]:
+    """What lets transformers load weights that were saved out of a wrapper."""
+    wrapped = any(name.startswith(WRAPPER) for name in TensorSource.open(ckpt).names)
+    return {"key_mapping": {rf"^(?:{re.escape(WRAPPER)})+": ""}} if wrapped else {}
+
+
+def _open_base(ckpt: Path) -> tuple[DecoderConfig, TensorSource]:
+    """The base's config and weights, under the names that transformers gives them.
+
+    Where config.json has no dtype it is the weights', as in transformers.
+    """
+    config, base = DecoderConfig.from_dir(ckpt), TensorSource.open(ckpt)
+    base = base.renamed({name: _canonical(name) for name in base.names})
+    if config.tie_word_embeddings and families.EMBED_TOKENS not in base:
+        base = base.renamed({families.LM_HEAD: families.EMBED_TOKENS})
+    stored = base.dtype(families.EMBED_TOKENS) if families.EMBED_TOKENS in base else ""
+    if not {config.raw.get("dtype"), config.raw.get("torch_dtype")} - {None} and stored in FLOATS:
+        config = replace(config, dtype=stored)
+    return config, base
+
+
+def _canonical(name: str) -> str:
+    """Without what a wrapper puts before it, and with what a model saved without its lm_head lacks."""
+    while name.startswith(WRAPPER):
+        name = name.removeprefix(WRAPPER)
+    return f"model.{name}" if name.startswith(BARE) else name
 
 
 def _heads_inside(ckpt: Path, base: TensorSource) -> Path:

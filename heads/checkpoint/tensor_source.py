@@ -49,11 +49,13 @@ class _Stored:
     """One tensor's place.
 
     Attributes:
+        name: in the file.
         offset: of its first byte in the file; None in a pickle, which has no fixed places.
         changed: when the file was last written (ns), as places hold for that file only; None is one still being written.
     """
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
     offset: int | None = None
@@ -101,6 +103,21 @@ class TensorSource:
     def open_unfinished(cls, file: Path) -> TensorSource:
         """A safetensors file that is as long as it will be, but still being written: reads give what is there by then."""
         return cls(file, (file,), {name: replace(entry, changed=None) for name, entry in _contents(file).items()})
+
+    def renamed(self, names: Mapping[str, str]) -> TensorSource:
+        """The same tensors under other names: those of ``names`` under what it maps them to.
+
+        Raises:
+            CheckpointError: two tensors that would have one name.
+        """
+        stored: dict[str, _Stored] = {}
+        for name, entry in self._stored.items():
+            other = names.get(name, name)
+            if other in stored:
+                got = f"{stored[other].name} and {entry.name}, which are both {other}"
+                raise CheckpointError(str(self.path), got, "each tensor once", "remove one of them from the weights")
+            stored[other] = entry
+        return replace(self, _stored=stored)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,8 +177,9 @@ class TensorSource:
         return self._stored[name]
 
     def _take(self, name: str, index: slice | tuple[slice, slice] | None) -> torch.Tensor:
-        file = self._find(name).file
-        self._announce(self._find(name))
+        stored = self._find(name)
+        file, name = stored.file, stored.name
+        self._announce(stored)
         if _is_pickle(file):
             tensors = _unpickle(file)
             if name not in tensors:
@@ -234,7 +252,7 @@ def _contents(file: Path) -> dict[str, _Stored]:
     """Names, shapes and dtypes of one file's tensors, without their data."""
     if _is_pickle(file):
         return {
-            name: _Stored(file, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            name: _Stored(file, name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in _unpickle(file).items()
         }
     stored = {}
@@ -242,7 +260,7 @@ def _contents(file: Path) -> dict[str, _Stored]:
         for name in opened.keys():  # noqa: SIM118  (a safe_open is no mapping)
             part = opened.get_slice(name)
             dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
-            stored[name] = _Stored(file, tuple(part.get_shape()), dtype)
+            stored[name] = _Stored(file, name, tuple(part.get_shape()), dtype)
     places = _places(file)  # of a header that safetensors has found valid
     changed = file.stat().st_mtime_ns
     return {name: replace(entry, offset=places[name], changed=changed) for name, entry in stored.items()}
@@ -330,10 +348,13 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def _collect(index: Path, shards: Mapping[str, str]) -> dict[str, _Stored]:
-    """The tensors of all shards, which must be exactly those of the index, each where it says."""
+    """The tensors of all shards. A copy that the index does not mean, or a tensor that it does not list, is no error.
+
+    transformers reads the shards in the order of their names, all of them, and keeps the last copy; the index has to agree with that.
+    """
     again = "download the checkpoint again"
     stored: dict[str, _Stored] = {}
-    for shard in dict.fromkeys(shards.values()):
+    for shard in sorted({*shards.values()}):
         file = index.parent / shard
         kind = found_instead(file)
         if kind is not None:
@@ -341,12 +362,13 @@ def _collect(index: Path, shards: Mapping[str, str]) -> dict[str, _Stored]:
         if file.suffix != ".safetensors" and not _is_pickle(file):
             raise CheckpointError(str(index), f"shard {shard}", "a .safetensors or .bin file", again)
         for name, entry in _contents(file).items():
-            if name in stored:
-                raise CheckpointError(f"{file}: {name}", f"it again, after {stored[name].file.name}", "it once", again)
+            if name in stored and shards.get(name) != shard:
+                got, meant = f"it again, after {stored[name].file.name}", shards.get(name, "none of them")
+                expected = f"it once, or the last copy in {meant}, as the index says"
+                raise CheckpointError(f"{file}: {name}", got, expected, "remove the copy that is not meant")
             stored[name] = entry
-    for name in {**shards, **stored}:
+    for name, shard in shards.items():
         place = stored[name].file.name if name in stored else "no shard"
-        if place != shards.get(name):
-            listed = shards.get(name, "no entry")
-            raise CheckpointError(f"{index}: {name}", f"it in {place}", f"{listed}, as the index says", again)
+        if place != shard:
+            raise CheckpointError(f"{index}: {name}", f"it in {place}", f"{shard}, as the index says", again)
     return stored

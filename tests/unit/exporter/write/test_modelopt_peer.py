@@ -31,7 +31,11 @@ CONFIG_DIFFERENCES = {
 OURS_ONLY = {
     "attn_bias", "mlp_bias", "model_type", "qk_layernorm", "rotary_base", "rotary_scaling", "tie_word_embeddings",
 }  # fmt: skip
-LOST = {"attn_bias", "mlp_bias", "model_type", "rotary_base"}
+LOST = {
+    "attn_bias",
+    "model_type",
+    "rotary_base",
+}  # mlp_bias has the right default; that of attn_bias follows from model_type
 # Written by ModelOpt only: not read by the Medusa model.
 THEIRS_ONLY = {
     "base_architecture", "bias", "decoder", "lm_head_bias", "producer", "rank", "residual_mlp", "rmsnorm", "rotary_pct",

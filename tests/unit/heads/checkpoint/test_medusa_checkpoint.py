@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,66 @@ def test_the_reference_is_never_filled_in(tmp_path: Path, tiny_checkpoint: Any) 
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight: got 1 missing tensors"):
         load_reference(ckpt, torch.float32)
     (ckpt / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="no loadable model"):
+    with pytest.raises(CheckpointError, match="an unreadable file"):
         load_reference(ckpt, torch.float32)
     with pytest.raises(CheckpointError, match="absent"):
         load_reference(tmp_path / "absent", torch.float32)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+# Names that a checkpoint may have instead, and whether its embedding is tied.
+OTHER_NAMES: dict[str, tuple[Callable[[str], str], bool]] = {
+    "tied under lm_head alone": (lambda name: name.replace("model.embed_tokens", "lm_head"), True),
+    "saved without the lm_head": (_bare, True),
+    "saved without a prefix": (_bare, False),
+    "out of a wrapper": (lambda name: f"module.{name}", False),
+    "out of two wrappers": (lambda name: f"module.module.{_bare(name)}", True),
+}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("case", OTHER_NAMES)
+def test_names_that_transformers_loads(
+    case: str, suffix: str, tmp_path: Path, tiny_checkpoint: Any, tiny_heads: Any
+) -> None:
+    rename, tied = OTHER_NAMES[case]
+    ckpt, heads = tiny_checkpoint(tmp_path / "base", tie_word_embeddings=tied), tiny_heads(tmp_path / "heads", "v2")
+    expected = load_reference(ckpt, torch.float32).state_dict()
+    stored = {rename(name): tensor for name, tensor in load_file(ckpt / "model.safetensors").items()}
+    (ckpt / "model.safetensors").unlink()
+    if suffix == "bin":
+        torch.save(stored, ckpt / "pytorch_model.bin")
+    else:
+        save_file(stored, ckpt / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = MedusaCheckpoint.open(ckpt, heads)
+    assert checkpoint.warnings == ()
+    loaded = load_reference(ckpt, torch.float32).state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_one_tensor_under_two_names(tmp_path: Path, tiny_checkpoint: Any, tiny_heads: Any) -> None:
+    ckpt = tiny_checkpoint(tmp_path / "base")
+    _edit(ckpt / "model.safetensors", norm__weight=torch.ones(64))
+    with pytest.raises(
+        CheckpointError, match=r"model\.norm\.weight and norm\.weight|norm\.weight and model\.norm\.weight"
+    ):
+        MedusaCheckpoint.open(ckpt, tiny_heads(tmp_path / "heads"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_that_config_does_not_say(
+    dtype: torch.dtype, tmp_path: Path, tiny_checkpoint: Any, tiny_heads: Any
+) -> None:
+    ckpt = tiny_checkpoint(tmp_path / "base", dtype=dtype)
+    config = json.loads((ckpt / "config.json").read_text())
+    del config["dtype"]
+    (ckpt / "config.json").write_text(json.dumps(config))
+    assert MedusaCheckpoint.open(ckpt, tiny_heads(tmp_path / "heads")).config.dtype == str(dtype)[6:]
 
 
 def test_the_reference_of_a_pickled_checkpoint(tmp_path: Path, tiny_checkpoint: Any, tiny_heads: Any) -> None:

@@ -309,7 +309,6 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
         ({"a__weight": "a\0.safetensors"}, r"a file name in the same directory"),
         ({"a__weight": "model.safetensors.index.json"}, r"shard model.safetensors.index.json"),
         ({"a__weight": SECOND}, rf"a\.weight: got it in {FIRST}; expected {SECOND}"),
-        ({"a__weight": None}, rf"a\.weight: got it in {FIRST}; expected no entry"),
         ({"new__weight": SECOND}, rf"new\.weight: got it in no shard; expected {SECOND}"),
     ],
 )
@@ -317,6 +316,32 @@ def test_an_index_that_lies(tmp_path: Path, change: dict[str, str | None], messa
     _write(tmp_path, "sharded safetensors")
     _edit_index(tmp_path, **change)
     _expect_one_line(tmp_path, message)
+
+
+def test_a_tensor_that_the_index_does_not_list(tmp_path: Path) -> None:
+    """transformers reads whole shards."""
+    _write(tmp_path, "sharded safetensors")
+    _edit_index(tmp_path, a__weight=None)
+    assert torch.equal(TensorSource.open(tmp_path).read("a.weight"), _tensors()["a.weight"])
+
+
+def test_a_copy_that_the_index_does_not_mean(tmp_path: Path) -> None:
+    """The last copy is what transformers keeps; the index says the same."""
+    _write(tmp_path, "sharded safetensors")
+    save_file({**dict(list(_tensors().items())[2:]), "a.weight": torch.full((6, 4), 7.0)}, tmp_path / SECOND)
+    _edit_index(tmp_path, a__weight=SECOND)
+    assert torch.equal(TensorSource.open(tmp_path).read("a.weight"), torch.full((6, 4), 7.0))
+
+
+def test_other_names(tmp_path: Path) -> None:
+    _write(tmp_path, "sharded safetensors")
+    source = TensorSource.open(tmp_path).renamed({"a.weight": "z.weight"})
+    assert torch.equal(source.read("z.weight"), _tensors()["a.weight"])
+    assert torch.equal(source.read_rows("z.weight", 1, 3), _tensors()["a.weight"][1:3])
+    assert "a.weight" not in source
+    other = next(name for name in source.names if name != "z.weight")
+    with pytest.raises(CheckpointError, match="which are both"):
+        source.renamed({other: "z.weight"})
 
 
 def test_a_shard_that_is_no_string(tmp_path: Path) -> None:

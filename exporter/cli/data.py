@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
 from medusa_export.core.hub import REVISION_HELP, find_model, source_name
-from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
+from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP, read_tokenizer
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import Common, command, require
 from medusa_export.heads.contract.engine_info import ENGINE_FILE
@@ -123,11 +123,14 @@ def _engine(given: DataFlags, conversations: list[Conversation], sampling: Sampl
         yield given
         return
     from medusa_export.core.artifacts.hashing import sha256_all
+    from medusa_export.core.text.encoding import encode_chat
     from medusa_export.exporter.engine_dirs.onnxruntime import write_base_engine
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
     from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
     model = find_model(given.model, revision=given.revision, check=DecoderConfig.from_dir)
+    DecoderConfig.from_dir(model.path)
+    encode_chat(read_tokenizer(model.path, given.chat_template), [{"role": "user", "content": "question"}])
     files = [model.path / "config.json", *TensorSource.open(model.path).files]
     source = model.recorded({path.name: digest for path, digest in zip(files, sha256_all(files), strict=True)})
     require_rows(given.output, conversations, Maker(source_name(source), sampling), force=given.force)

@@ -46,6 +46,7 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
             raise OutputError(str(path), "no such directory", "an existing one", "create it first")
     if arguments.reference is not None:
         reference = find_model(arguments.reference, revision=arguments.revision, check=DecoderConfig.from_dir)
+        DecoderConfig.from_dir(reference.path)
         arguments = replace(arguments, reference=reference.path)
     elif arguments.revision is not None:
         raise requirement_error("--revision", arguments.revision, "--reference")

@@ -72,12 +72,10 @@ def export_command(arguments: ExportArguments, rehearsal: Rehearsal) -> None:
     from medusa_export.engines.trtllm.build import next_steps
     from medusa_export.engines.tuning.auto import choose_tree
     from medusa_export.engines.verify.selfcheck import check_engine
-    from medusa_export.exporter.job.job import fetch
     from medusa_export.exporter.pipeline.export import export
     from medusa_export.heads.contract.engine_tools import EngineTools
 
     builder = engine_builder(arguments.engine)
-    fetch(arguments)  # the hub has progress bars of its own
     with progress_bars() as progress:
         say = partial(stderr.print, soft_wrap=True, markup=False)
         written = export(arguments, EngineTools(check_engine, choose_tree, builder), progress, say)

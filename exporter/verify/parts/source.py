@@ -59,8 +59,11 @@ def _place(manifest: Mapping[str, Any], name: str, out: Path | None) -> Path | N
         return None
     if commit is not None:
         return cached_snapshot(manifest["sources"][name]["name"], commit)
+    files = [file.partition("/")[2] for file in manifest.get("inputs", {}) if file.startswith(f"{name}/")]
     places = [Path(given), *([out.resolve().parent / given] if out is not None else [])]
-    return next((place for place in places if place.exists()), None)
+    present = [place for place in places if place.exists()]
+    whole = (place for place in present if place.is_file() or all((place / file).is_file() for file in files))
+    return next(whole, present[0] if present else None)
 
 
 def _changed(manifest: Mapping[str, Any], places: Mapping[str, Path | None]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ async def converse(model: ChatModel, conversation: Conversation, maker: Maker) -
         "key": conversation.key,
         "messages": messages,
         "model": maker.model,
-        "sampling": asdict(maker.sampling),
+        "sampling": maker.sampling.recorded(),
         "finish_reason": finish_reason,
         "completion_tokens": tokens,
         "usable": usable,

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -120,7 +120,7 @@ class OpenAIServers:
     async def _ask(self, server: _Server, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> Answer:
         import openai
 
-        request: dict[str, Any] = {"model": self.name, "messages": list(messages), **asdict(sampling)}
+        request: dict[str, Any] = {"model": self.name, "messages": list(messages), **sampling.recorded()}
         if sampling.seed is None:
             del request["seed"]
         server.running += 1

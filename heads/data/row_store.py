@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,7 +41,7 @@ class Maker:
 
     def made(self, row: Row) -> bool:
         """Whether a row comes from it."""
-        return row["model"] == self.model and row["sampling"] == asdict(self.sampling)
+        return row["model"] == self.model and row["sampling"] == self.sampling.recorded()
 
 
 class RowStore:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import flag, flags_of
 
 Logits = npt.NDArray[Any]  # [vocab_size]
 
@@ -146,6 +146,11 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """What rows of data keep and servers are asked for: the flags, and of the others those that are not at their defaults."""
+        plain, flags = Sampling(), {item.field for item in flags_of(Sampling)}
+        return {name: value for name, value in asdict(self).items() if name in flags or value != getattr(plain, name)}
 
     def __post_init__(self) -> None:
         rules = {

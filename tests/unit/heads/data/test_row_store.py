@@ -6,7 +6,6 @@ import json
 import os
 import resource
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def _row(conversation: Conversation, maker: Maker = MAKER, text: str = "ü\u2028
         "key": conversation.key,
         "messages": [{"role": "assistant", "content": text}],
         "model": maker.model,
-        "sampling": asdict(maker.sampling),
+        "sampling": maker.sampling.recorded(),
         "finish_reason": "stop",
         "completion_tokens": 1,
         "usable": True,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.decoding.sampling import Sampler
+from medusa_export.heads.decoding.sampling import Sampler, Sampling
 
 LOGITS = np.array([0.3, -1.2, 2.0, 0.0, 1.1, -3.0], dtype=np.float32)
 CRITICAL = 20.5  # of chi-square with 5 degrees of freedom, at 0.001
@@ -73,3 +73,15 @@ def test_no_top_p(top_p: float) -> None:
 def test_no_temperature(temperature: float) -> None:
     with pytest.raises(ConfigError, match="--temperature"):
         Sampler(temperature)
+
+
+def test_what_rows_of_data_keep_is_what_they_always_kept() -> None:
+    """Or answers that were made before a field was added would be made again."""
+    assert Sampling().recorded() == {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256, "seed": None}
+    assert Sampling(top_k=5, seed=1).recorded() == {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "max_tokens": 256,
+        "seed": 1,
+        "top_k": 5,
+    }

@@ -29,9 +29,11 @@ from medusa_export.exporter.onnx.portable import linear as portable
 from medusa_export.exporter.pipeline import engine_writers
 from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.sizing.estimate import plan_export
-from medusa_export.exporter.verify import agreement, dequantize
+from medusa_export.exporter.verify import agreement, dequantize, scales_file
 from medusa_export.exporter.verify.agreement import logits_agree
 from medusa_export.exporter.verify.checkpoint import verify_export
+from medusa_export.exporter.verify.parts import engine_files, unified
+from medusa_export.exporter.verify.parts import export as export_part
 from medusa_export.exporter.verify.trtllm_loader import modules
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.families import LLAMA, Family
@@ -126,12 +128,16 @@ def made_up_format(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
             (agreement.BOUNDS, row.trtllm.algo, algo),
             (dequantize.DECODERS, row.trtllm.algo, algo),
             (dequantize.INPUT_ROUNDING, row.trtllm.algo, algo),
+            (unified.PARTS, row.trtllm.algo, algo),
+            (scales_file.CODES, row.trtllm.algo, algo),
+            (engine_files.FORMS, ours, f"{ours}_mine"),
             (selfcheck.BOUNDS, ours, f"{ours}_mine"),
             (selfcheck.MEASURED, theirs, f"{theirs}_mine"),
             (selfcheck.TENSORRT_BOUNDS, theirs, f"{theirs}_mine"),
         ):
             if old in table:
                 monkeypatch.setitem(table, key, table[old])  # type: ignore[index, arg-type]
+        monkeypatch.setitem(export_part.ALGOS, name, algo)
         if theirs in selfcheck.ROUNDING:
             monkeypatch.setattr(selfcheck, "ROUNDING", selfcheck.ROUNDING | {f"{theirs}_mine"})
         assert list(problems()) == []
@@ -221,6 +227,7 @@ def test_a_backend(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = replace(engine_writers.WRITERS["onnxruntime"], write_engine=write)
     monkeypatch.setitem(engine_writers.WRITERS, "mine", writer)
     monkeypatch.setitem(backends.BACKENDS, "mine", Backend(lambda path, options: MineEngine(path)))
+    monkeypatch.setitem(engine_files.DEFAULT_TREES, "mine", kind.tree)
     monkeypatch.setitem(selfcheck.CHECKS, "mine", BackendCheck(selfcheck.BOUNDS, MineEngine))
     assert problems() == []
     out = run_export(make(engine="mine"))

@@ -131,16 +131,33 @@ def _quantization_problems(
             with_heads and name.startswith("medusa_heads.") and name.endswith(".weight")
         ):
             module = name.removesuffix(".weight")
-            for suffix in [*PARTS.get(algos["quant_algo"], ()), *_cache_parts(module, bool(scheme))]:
+            for suffix in [*PARTS.get(algos["quant_algo"], Parts()).beside, *_cache_parts(module, bool(scheme))]:
                 if f"{module}.{suffix}" not in file:
                     yield f"{module}.{suffix} is missing"
 
 
-# quant_algo -> tensors beside the weight.
-PARTS: dict[str | None, tuple[str, ...]] = {
-    "FP8": ("weight_scale", "input_scale"),
-    "FP8_PER_CHANNEL_PER_TOKEN": ("weight_scale",),
-    "NVFP4": ("weight_scale", "weight_scale_2", "input_scale"),
+@dataclass(frozen=True)
+class Parts:
+    """How ModelOpt stores an algorithm's linears.
+
+    Attributes:
+        beside: tensors beside the weight.
+        bits: ``num_bits`` in ``config_groups``; None: there are none.
+        grouped: whether those say a group size, and fused linears share their weight scale.
+        code: the largest, of scales a tensor.
+    """
+
+    beside: tuple[str, ...] = ()
+    bits: int | None = None
+    grouped: bool = False
+    code: float = FP8
+
+
+# By quant_algo.
+PARTS: dict[str | None, Parts] = {
+    "FP8": Parts(("weight_scale", "input_scale"), 8),
+    "FP8_PER_CHANNEL_PER_TOKEN": Parts(("weight_scale",)),
+    "NVFP4": Parts(("weight_scale", "weight_scale_2", "input_scale"), 4, grouped=True, code=FP4 * FP8),
 }
 
 
@@ -150,10 +167,11 @@ def _cache_parts(module: str, quantized: bool) -> list[str]:
 
 def _groups(algo: str | None, group_size: int | None) -> dict[str, Any] | None:
     """ModelOpt's description of a format that its loaders read."""
-    if algo not in ("FP8", "NVFP4"):
+    parts = PARTS.get(algo, Parts())
+    if parts.bits is None:
         return None
-    group = {"group_size": group_size} if algo == "NVFP4" else {}
-    numbers = {"dynamic": False, "num_bits": 4 if group else 8, "type": "float", **group}
+    group = {"group_size": group_size} if parts.grouped else {}
+    numbers = {"dynamic": False, "num_bits": parts.bits, "type": "float", **group}
     return {"group_0": {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}}
 
 
@@ -183,20 +201,20 @@ def _shape(file: TensorSource, name: str) -> tuple[int, ...]:
 
 
 def _scale_problems(file: TensorSource, config: Mapping[str, Any], scales: ScalesFile) -> Iterator[str]:
-    code = FP4 * FP8 if (config.get("quantization_config") or {}).get("quant_algo") == "NVFP4" else FP8
+    parts = PARTS.get((config.get("quantization_config") or {}).get("quant_algo"), Parts())
     for name in file.names:
         module, _, kind = name.rpartition(".")
         amax: float | None
         if kind == "input_scale":
             amax, least = scales.amax("input_amax", _sharing(module)), 0.0
         elif kind == "weight_scale_2" or (kind == "weight_scale" and file.shape(name) == ()):
-            amax, least = scales.amax("weight_amax", _sharing(module) if code != FP8 else [module]), 0.0
+            amax, least = scales.amax("weight_amax", _sharing(module) if parts.grouped else [module]), 0.0
         elif kind in ("k_scale", "v_scale"):
             amax, least = scales.amax("kv_amax", [module.split(".")[2]]), 1.0
         else:
             continue
         found = float(file.read(name).to(torch.float64).max())
-        wanted = None if amax is None else max(amax / (FP8 if least else code), least)
+        wanted = None if amax is None else max(amax / (FP8 if least else parts.code), least)
         if wanted is None or not abs(found - wanted) <= TOLERANCE * wanted:
             yield f"{name} is {found:.6g}; scales.safetensors gives {wanted if wanted is None else f'{wanted:.6g}'}"
 

@@ -22,9 +22,6 @@ OTHER_MEANINGS = {
     "exporter/verify/trtllm_loader/modules.py": ["'qwen' in config['model_type']", "config.get('qwen_type') == 'qwen'"],
     # the verifier's own reading of a directory, which shares no row with what wrote it
     "exporter/verify/parts/engine_files.py": ["info.backend == 'onnxruntime'"],
-    "exporter/verify/parts/unified.py": [
-        "(config.get('quantization_config') or {}).get('quant_algo') == 'NVFP4'", "algo == 'NVFP4'", "algo not in ('FP8', 'NVFP4')",
-    ],
     # kinds of Triton repositories, and of drafts
     "exporter/cli/verify.py": ["arguments['kind'] == 'tensorrt-llm'"],
     "engines/bench/run.py": ["name not in ('none', arguments.drafts)"],
@@ -35,7 +32,6 @@ OTHER_LITERALS = {
     ("core/artifacts/manifest.py", "_PACKAGES"),
     ("engines/measure/machine.py", "PACKAGES"),
     ("exporter/verify/parts/engine_files.py", "_graph_problems"),  # names of outputs
-    ("exporter/verify/parts/unified.py", "_groups"),  # datatypes that ModelOpt names
     ("benchmarks/gpu.py", "FORMS"),  # the two that it runs
     ("heads/roofline/gpus.py", "GPUS"),  # what products are made in
     ("heads/roofline/gpus.py", "HOPPER_OPERATIONS"),

@@ -2,9 +2,10 @@
 
     MEDUSA_EXPORT_TRTLLM_SOURCE=DIR python benchmarks/trtllm_source.py OUT/trtllm [OUT2/trtllm ...]
 
-DIR is a checkout of TensorRT-LLM with the engine backend (0.15 was tried). ``MedusaForCausalLm.from_checkpoint`` reads config.json, builds
-the model, quantizes its layers, and takes every tensor of every rank; each rank is a process of its own. TensorRT-RTX's bindings stand for
-TensorRT's. Nothing is built, and no kernel runs: what preprocesses INT4 weights for a GPU gives them back as they are.
+DIR is a checkout of TensorRT-LLM with the engine backend (0.15 was tried). ``MedusaForCausalLm.from_checkpoint`` reads
+config.json, builds the model, quantizes its layers, and takes every tensor of every rank; each rank is a process of its own.
+TensorRT-RTX's bindings stand for TensorRT's. Nothing is built, and no kernel runs:
+what preprocesses INT4 weights for a GPU gives them back as they are.
 """
 
 from __future__ import annotations

@@ -68,13 +68,8 @@ def train_fast(
     base = MedusaCheckpoint.open_base(model_dir)
     with training_work(output) as work:
         weights = {Path(name).name: digest for name, digest in hash_files(base.files).items()}
-        wanted = {
-            "arguments": arguments.recorded(),
-            "shape": vars(shape),
-            "base_model": weights,
-            "data": {"train": data_hash(dataset), "held_out": data_hash(held_out)},
-            "from_heads": None if heads is None else sorted(hash_files(heads_files(heads)).values()),
-        }
+        wanted = {"arguments": arguments.recorded(), "shape": vars(shape), "base_model": weights}
+        wanted |= _inputs(dataset, held_out, heads)
         caches = _Caches(model_dir, base, cache or work / "cache", _digest(weights), arguments.bf16, progress)
         caches.announce([*dataset, *held_out], say)
         rows, held = caches.rows({"training states": dataset, "held-out states": held_out})
@@ -92,6 +87,14 @@ def train_fast(
         publish(files, output)
         shutil.rmtree(work)
     return found
+
+
+def _inputs(dataset: Sequence[Example], held_out: Sequence[Example], heads: Path | None) -> dict[str, Any]:
+    """What is trained on and from, by its hashes."""
+    return {
+        "data": {"train": data_hash(dataset), "held_out": data_hash(held_out)},
+        "from_heads": None if heads is None else sorted(hash_files(heads_files(heads)).values()),
+    }
 
 
 def device() -> torch.device:

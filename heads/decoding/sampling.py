@@ -170,7 +170,3 @@ class Sampling:
         for name, (holds, expected) in rules.items():
             if not holds:
                 raise ConfigError(name, f"{getattr(self, name)}", expected, "change it")
-
-    def recorded(self) -> dict[str, Any]:
-        """What training data is made with: the fields that are flags, which every server takes. Rows keep them."""
-        return {item.field: getattr(self, item.field) for item in flags_of(type(self))}

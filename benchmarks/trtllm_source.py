@@ -2,10 +2,10 @@
 
     MEDUSA_EXPORT_TRTLLM_SOURCE=DIR python benchmarks/trtllm_source.py OUT/trtllm [OUT2/trtllm ...]
 
-DIR is a checkout of TensorRT-LLM with the engine backend (0.15 was tried). ``MedusaForCausalLm.from_checkpoint`` reads
-config.json, builds the model, quantizes its layers, and takes every tensor of every rank; each rank is a process of its own.
-TensorRT-RTX's bindings stand for TensorRT's. Nothing is built, and no kernel runs:
-what preprocesses INT4 weights for a GPU gives them back as they are.
+DIR is a checkout of TensorRT-LLM with the engine backend (0.15 was tried). ``MedusaForCausalLm.from_checkpoint`` reads config.json,
+builds the model, quantizes its layers, and takes every tensor of every rank; each rank is a process of its own. TensorRT-RTX's
+bindings stand for TensorRT's. Nothing is built, and no kernel runs: what lays INT8 and INT4 weights out for a GPU gives back their
+shape alone. INT4 AWQ needs what build.sh sets too: PYTHONPATH=OUT/engine/awq.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 SOURCE = "MEDUSA_EXPORT_TRTLLM_SOURCE"
 # Binary modules of the package itself, and what newer transformers no longer have.
@@ -145,7 +147,6 @@ def load_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
 def import_source() -> tuple[ModuleType, list[str]]:
     """TensorRT-LLM from its source, and the list that its warnings go into."""
     import tensorrt_rtx_bindings
-    import torch
     import transformers
 
     os.environ["TRT_LLM_NO_LIB_INIT"] = "1"
@@ -155,11 +156,13 @@ def import_source() -> tuple[ModuleType, list[str]]:
     sys.modules |= {name: _Module(name) for name in NOT_LOADED}
     _complete(transformers)
     sys.modules["strenum"] = sys.modules["StrEnum"] = _strenum()
-    sys.meta_path.append(StandIns)  # type: ignore[arg-type]  # a class with the methods is a finder
+    sys.meta_path.append(StandIns)  # a class with the methods is a finder
     library = torch.library.Library("trtllm", "DEF")
     library.define("preprocess_weights_for_mixed_gemm(Tensor weight, ScalarType kind, ScalarType act) -> Tensor")
     library.impl("preprocess_weights_for_mixed_gemm", lambda weight, kind, act: weight.clone(), "CPU")
-    torch.cuda.get_device_properties = lambda *_: StandIn()
+    library.define("symmetric_quantize_last_axis_of_batched_matrix(Tensor weight, ScalarType kind) -> (Tensor, Tensor)")
+    library.impl("symmetric_quantize_last_axis_of_batched_matrix", _weight_only, "CPU")
+    setattr(torch.cuda, "get_device_properties", lambda *_: StandIn())  # noqa: B010 - mypy knows what it returns
     import tensorrt_llm
     from tensorrt_llm.logger import logger
 
@@ -169,13 +172,19 @@ def import_source() -> tuple[ModuleType, list[str]]:
     return tensorrt_llm, warnings
 
 
+def _weight_only(weight: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes of quantized rows and of their scales.  # [in, out] -> int8 [in, out] or, of INT4, [in, out / 2], and [out]"""
+    width = weight.shape[1] // (1 if kind == torch.int8 else 2)
+    return torch.zeros((len(weight), width), dtype=torch.int8), weight.abs().amax(dim=0)
+
+
 def _complete(module: ModuleType) -> None:
     """A stand-in for every name that a module does not have."""
     own = type(module)
 
     def get(self: ModuleType, name: str) -> Any:
         try:
-            return own.__getattr__(self, name)  # type: ignore[attr-defined]  # transformers loads lazily
+            return own.__getattr__(self, name)  # transformers loads lazily
         except AttributeError:
             if name.startswith("__"):
                 raise

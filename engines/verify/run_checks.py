@@ -79,7 +79,8 @@ def choice_findings(
         if not answer:
             continue
         text = [*prompt, *answer[:-1]]
-        logits = np.concatenate(list(engine.score(text, chunk=64, start=len(prompt) - 1)))[-len(answer) :]  # [A, V]
+        scored = np.concatenate(list(engine.score(text, chunk=64, start=len(prompt) - 1)))
+        logits = scored[-len(answer) :, : engine.info.sampled]  # [A, V]
         gaps = logits.max(axis=-1) - logits[np.arange(len(answer)), answer]
         allowed = 2 * tolerance + FLOAT_STEP * float(np.abs(logits).max())
         wrong = np.flatnonzero(~(gaps <= allowed))  # NaN too

@@ -40,5 +40,8 @@ def test_the_share_does_not_fall(kind: str, with_source: bool, tmp_path: Path) -
         assert unexplained == []
 
 
-def test_every_kind_of_export_has_faults_to_draw() -> None:
-    assert len(KINDS) == 5
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_good_export_has_no_findings_without_its_source(kind: str, tmp_path: Path) -> None:
+    out = make(kind, tmp_path / "a")
+    (tmp_path / "a/model").rename(tmp_path / "a/hidden")
+    assert measure(out, [], tmp_path, with_source=False).total == 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ FORMS: dict[str, tuple[int | None, dict[str, str]]] = {
     "int4": (TensorProto.UINT4, BLOCKS),
     "int4_awq": (TensorProto.UINT4, BLOCKS),
 }
+WEIGHTS = (".safetensors", ".bin", ".index.json")
 DEFAULT_TREES = {"onnxruntime": "cpu-3", "tensorrt": "medusa-63", "tensorrt-llm": "medusa-63"}
 
 
@@ -44,12 +46,14 @@ class EngineFiles:
         source: None where it is away.
         arguments: of the export; empty where there is no record.
         tokenizer: another copy in the same export, if there is one.
+        inputs: the hashes that the manifest records, by role and file.
     """
 
     facts: Facts | None
     source: Source | None
     arguments: dict[str, Any]
     tokenizer: Path | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, path: Path, findings: Findings) -> None:
         """Say what is wrong with a directory."""
@@ -68,6 +72,12 @@ class EngineFiles:
                 problems = tokenizer_problems(path, info.vocab_size, other, whose, own_template=own)
                 findings.say("tokenizer", problems)
 
+    def _base_hash(self) -> str:
+        """One hash of the base model's config and weights, from those in the manifest."""
+        files = {name.removeprefix("ckpt/"): digest for name, digest in self.inputs.items() if name.startswith("ckpt/")}
+        mine = {n: d for n, d in files.items() if n == "config.json" or n.endswith(WEIGHTS)}
+        return hashlib.sha256("".join(f"{d}  {n}\n" for n, d in sorted(mine.items())).encode()).hexdigest()
+
     def _other_tree(self, path: Path, info: EngineInfo) -> Iterator[str]:
         if not self.arguments or info.backend not in DEFAULT_TREES:
             return
@@ -84,6 +94,8 @@ class EngineFiles:
             for key, value in said.items():
                 if info.source.get(key) != value:
                     yield f"engine.json: source.{key} is {info.source.get(key)!r}; the manifest says {value!r}"
+            if info.source.get("sha256", self._base_hash()) != self._base_hash():
+                yield "engine.json: source.sha256 is not that of the inputs in the manifest: the engine is another export's"
             if info.backend != self.arguments.get("engine"):
                 yield f"engine.json: backend {info.backend!r}; the manifest says {self.arguments.get('engine')!r}"
             length = self.arguments.get("max_length")

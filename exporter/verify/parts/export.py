@@ -226,9 +226,9 @@ class _Parts:
                 check.directory(engine, "engine", found)
         if engine.is_dir():
             tokenizer = self.out / "tokenizer"
-            EngineFiles(self.facts, self.source, self.arguments, tokenizer if tokenizer.is_dir() else None).check(
-                engine, found
-            )
+            other = tokenizer if tokenizer.is_dir() else None
+            inputs = self.manifest.get("inputs", {})
+            EngineFiles(self.facts, self.source, self.arguments, other, inputs).check(engine, found)
             if len(found) == before and self.run_engine is not None:
                 found.say("engine-run", self.run_engine(engine, self.source.ckpt if self.source else None))
 

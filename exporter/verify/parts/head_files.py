@@ -85,7 +85,11 @@ def _expected(checkpoint: MedusaCheckpoint) -> dict[str, object]:
 
 
 def _own_problems(path: Path) -> Iterator[str]:
-    file, config = TensorSource.open(path), read_json(path / "config.json")
+    weights = sorted(path.glob("*.safetensors"))
+    if len(weights) != 1:
+        yield f"{len(weights)} files of weights; expected one"
+        return
+    file, config = TensorSource.open(weights[0]), read_json(path / "config.json")
     numbers = {part for name in file.names for part in [next((p for p in name.split(".") if p.isdigit()), "")] if part}
     count = next((config[key] for key in COUNTS if key in config), None)
     blocks = {name for name in file.names if "linear" in name or name.startswith("blocks.")}
@@ -96,6 +100,33 @@ def _own_problems(path: Path) -> Iterator[str]:
     hidden = config.get("hidden_size")
     if shapes != {(hidden, hidden)}:
         yield f"config.json: hidden_size {hidden}, and the blocks are {sorted(shapes)}"
+    kinds: dict[str, set[str]] = {}
     for name in file.names:
-        if not bool(torch.isfinite(file.read(name).to(torch.float32)).all()):
+        prefix, number, rest = _parts(name)
+        if number and not (prefix == "lm_heads." and sum(each.startswith(prefix) for each in file.names) == 1):
+            kinds.setdefault(number, set()).add(prefix + rest)
+        values = file.read(name).to(torch.float32)
+        if not bool(torch.isfinite(values).all()):
             yield f"{name} has values that are not finite"
+        elif len(values.shape) == 2 and not bool(values.any()):
+            yield f"{name} is zero"
+        rows = (
+            len(values)
+            if len(values.shape) == 2 and ".linear." not in name and not name.startswith("blocks.")
+            else None
+        )
+        if rows is not None and rows != config.get("vocab_size", rows):
+            yield f"config.json: vocab_size {config['vocab_size']}, and {name} has {rows} rows"
+    if len({frozenset(names) for names in kinds.values()}) > 1:
+        yield "the heads do not have the same tensors"
+    if len(dtypes := {file.dtype(name) for name in file.names}) > 1:
+        yield f"the tensors are {' and '.join(sorted(dtypes))}"
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """What stands before a head's number, the number, and what stands behind it."""
+    words = name.split(".")
+    at = next((index for index, word in enumerate(words) if word.isdigit()), None)
+    if at is None:
+        return name, "", ""
+    return ".".join([*words[:at], ""]), words[at], ".".join(words[at + 1 :])

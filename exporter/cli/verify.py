@@ -40,7 +40,18 @@ def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, requir
         stdout.print(line, soft_wrap=True, markup=False)
     if found.findings:
         raise typer.Exit(1)
+    for note in _notes(out):
+        stdout.print(f"note: {note}", soft_wrap=True, markup=False)
     stdout.print(f"{out}: complete and consistent", soft_wrap=True, markup=False)
+
+
+def _notes(out: Path) -> list[str]:
+    """What is unusual in a TensorRT-LLM checkpoint, of this project or of another tool, and no error."""
+    from medusa_export.exporter.verify.trtllm_loader.check import load_notes
+
+    places = (out / "trtllm", out)
+    checkpoint = next((path for path in places if any(path.glob("rank*.safetensors"))), None)
+    return [] if checkpoint is None else load_notes(checkpoint)
 
 
 def _run_engine(engine: Path, ckpt: Path | None) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.dequantize import rounded_inputs
 from medusa_export.exporter.verify.rebuild import InputForm, input_forms, rebuild_hf
+from medusa_export.exporter.verify.trtllm_loader.config import read_config
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 
 
@@ -45,7 +45,7 @@ def logits_agree(
     Args:
         prompts: token ids; every position of every prompt is compared.
     """
-    algo = read_json(trt_dir / "config.json")["quantization"]["quant_algo"]
+    algo = read_config(trt_dir)["quantization"]["quant_algo"]
     forms, bound = input_forms(trt_dir), BOUNDS[algo]
     names = {name for name in checkpoint.names if name.startswith("medusa_heads.")}
     model: Any = load_reference(model_dir, torch.float32)

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 
-from medusa_export.core.json_fields import read_json
 from medusa_export.core.threads import StopPoint, run_torch
 from medusa_export.exporter.verify.comparison import ROUNDING
 from medusa_export.exporter.verify.dequantize import Rows
 from medusa_export.exporter.verify.rebuild import CHUNK_VALUES, Rebuilt, layout, open_ranks
+from medusa_export.exporter.verify.trtllm_loader.config import read_config
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 
 Shape = tuple[int, ...]
@@ -62,7 +62,7 @@ class RankNumbers:
     is_source = False
 
     def __init__(self, trt_dir: Path) -> None:
-        config: dict[str, Any] = read_json(trt_dir / "config.json")
+        config: dict[str, Any] = read_config(trt_dir)
         self._items: dict[str, Rebuilt] = {item.name: item for item in layout(config, open_ranks(trt_dir, config))}
 
     def __contains__(self, name: object) -> bool:

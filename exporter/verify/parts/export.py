@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.artifacts.manifest import MANIFEST, read_manifest, verify_manifest
-from medusa_export.core.json_fields import read_json
 from medusa_export.exporter.verify.checkpoint import file_problems
 from medusa_export.exporter.verify.comparison import compare_ranks, config_differences
 from medusa_export.exporter.verify.contradictions import (
@@ -29,7 +28,7 @@ from medusa_export.exporter.verify.parts.trees import expected_tree, tree_proble
 from medusa_export.exporter.verify.parts.unified import check_unified
 from medusa_export.exporter.verify.rebuild import open_ranks
 from medusa_export.exporter.verify.scales_file import ScalesFile, scale_differences
-from medusa_export.exporter.verify.trtllm_loader.config import config_problems
+from medusa_export.exporter.verify.trtllm_loader.config import config_problems, read_config
 from medusa_export.heads.trees.tree import load_tree
 
 RunEngine = Callable[[Path, Path | None], list[str]]  # (engine directory, checkpoint) -> problems
@@ -138,7 +137,7 @@ class _Parts:
         return self.result
 
     def _check_trtllm(self) -> None:
-        found, config = self.result.findings, read_json(self.trt_dir / "config.json")
+        found, config = self.result.findings, read_config(self.trt_dir)
         if found.say("config", config_problems(config)):
             return
         self.config = config

@@ -262,7 +262,7 @@ def _write_manifest(work: ResumableOutput, run: Mapping[str, Any]) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "tool_version": run["versions"].get("medusa-export"),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": _now().isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "arguments": run["arguments"],
         "inputs": run["inputs"],
@@ -272,6 +272,12 @@ def _write_manifest(work: ResumableOutput, run: Mapping[str, Any]) -> None:
         raise ValueError(f"{sorted(taken)} cannot be recorded: the manifest has keys of that name")
     manifest |= {**work.values, "files": files}
     (work.path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _now() -> datetime:
+    """The time, or what SOURCE_DATE_EPOCH (reproducible-builds.org) says it is, in seconds since 1970."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(fixed), timezone.utc) if fixed.isdecimal() else datetime.now(timezone.utc)
 
 
 def _version(package: str) -> str | None:

@@ -227,3 +227,31 @@ class TestSizes:
         engine = OnnxRuntimeEngine(tiny_engine(vocab_size=90).path)
         with pytest.raises(ConfigError, match="prompt: got the token 90; expected ids below the model's vocab_size 90"):
             generate(engine, [3, 90], AUTOREGRESSIVE, max_new_tokens=2, eos_token_ids=())
+
+
+def test_two_machines_write_the_same_bytes(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_heads: Any, tiny_tokenizer: Any
+) -> None:
+    """The same command in two places writes the same bytes, manifest included; no file says where it was made."""
+    made = []
+    for place in (tmp_path / "alice", tmp_path / "bob/deeper"):
+        tiny_tokenizer(tiny_checkpoint(place / "model"))
+        tiny_heads(place / "heads")
+        flags = ["--ckpt", "model", "--heads", "heads", "--output", "out"]
+        result = run("medusa-export", *flags, cwd=place, SOURCE_DATE_EPOCH="1700000000")
+        assert result.returncode == 0, result.stderr
+        files = {path.relative_to(place): path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()}
+        assert not [name for name, data in files.items() if str(tmp_path).encode() in data]
+        made.append(files)
+    assert made[0] == made[1]
+    result = run("medusa-export", "--ckpt", tmp_path / "alice/model", "--heads", tmp_path / "alice/heads", "--output",
+                 "third", cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    named = [
+        path
+        for path in (tmp_path / "third").rglob("*")
+        if path.is_file() and str(tmp_path).encode() in path.read_bytes()
+    ]
+    assert named == [tmp_path / "third/medusa.json"]
+    manifest = read_manifest(tmp_path / "third")
+    assert str(tmp_path) not in json.dumps(manifest | {"command": ""})  # the command alone says what was typed

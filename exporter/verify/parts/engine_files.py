@@ -116,7 +116,7 @@ class EngineFiles:
         if self.source is not None:
             config = self.source.checkpoint.config
             tokens = ModelTokens.of(read_tokenizer(path), config.eos_token_ids, vocab_size=config.vocab_size)
-            values |= {"eos_token_ids": tokens.ends, "num_tokens": tokens.count}
+            values |= {"eos_token_ids": tokens.ends, "sampled": tokens.count}  # num_tokens 0: all
         return values
 
 

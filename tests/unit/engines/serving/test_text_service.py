@@ -12,6 +12,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.core.text.encoding import encode_chat
+from medusa_export.engines.serving.openai.protocol.errors import refusal_of
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
 from medusa_export.heads.decoding.sampling import Sampling
@@ -79,3 +80,15 @@ def test_a_template_that_refuses_is_not_located(serve: Callable[..., TextService
     with pytest.raises(ConfigError, match="only one message") as refused:
         ask(service, PLAIN)
     assert str(service.tokenizer.name_or_path) not in str(refused.value)
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_as_the_clients_fault(tiny_engine: Callable[..., Any]) -> None:
+    """The tokenizer has 97 tokens and the model 90: w85 is the token 90."""
+    service = TextService(tiny_engine(vocab_size=90).path, ServingOptions())
+    try:
+        for asked in (TextRequest(prompt="w3 w85"), TextRequest([{"role": "user", "content": "w3 w85"}])):
+            with pytest.raises(ConfigError, match=r"prompt: got the token 90; expected ids below .* 90") as caught:
+                service.submit(asked, print)
+            assert refusal_of(caught.value).status == 400
+    finally:
+        service.close()

@@ -292,6 +292,13 @@ class TestRefusals:
         with pytest.raises((ConfigError, Exception), match=message):
             engine_facts(path, path / "medusa")
 
+    def test_without_an_end_of_sequence_token_no_server_is_written(self, engine_dir: Path, tmp_path: Path) -> None:
+        """Every request would fail: preprocessing has to tell the engine where an answer ends."""
+        replace(EngineInfo.load(engine_dir), eos_token_ids=()).save(engine_dir)
+        with pytest.raises(ConfigError, match=r"no end-of-sequence token; .* export again with eos_token_id"):
+            write_trtllm_repository(engine_dir, tmp_path / "repository")
+        assert not (tmp_path / "repository").exists()
+
     def test_a_rank_is_missing(self, tmp_path: Path) -> None:
         path = write_engine(tmp_path / "engine", tp=2)
         (path / "medusa" / "rank1.engine").unlink()

@@ -11,7 +11,7 @@ import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.drafters import TreeDrafter
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.serving.grammar import Grammar, GrammarCompiler, token_bytes
 from medusa_export.engines.serving.openai.protocol.tools import CHOICES, ToolParser, read_tools, tool_grammar
@@ -53,7 +53,8 @@ def answer(engine: Path) -> Iterator[Callable[..., tuple[list[int], int]]]:
     made: list[Scheduler] = []
 
     def run(tree: Tree, sampling: Sampling, rule: TokenRule | None = None) -> tuple[list[int], int]:
-        made.append(Scheduler(TreeBatchDecoder(engine, slots=2), trees=BatchTrees({2: tree})))
+        decoder = TreeBatchDecoder(engine, slots=2)
+        made.append(Scheduler(decoder, drafter=TreeDrafter([tree], decoder.info)))
         made[-1]._eos = {END}
         ears, prompt = Ears(), [3, 4, 5]
         made[-1].submit(prompt, sampling, ears, chooser=token_chooser(sampling, prompt, [END], rule))

@@ -49,7 +49,7 @@ class OnnxRuntimeEngine:
         self._kv_values = [share(self._kv[layer, kind]) for layer in range(shape[0]) for kind in (0, 1)]
         self._hidden = np.zeros((1, info.hidden_size), dtype=np.float32)  # the last kept row, what the heads read
         self._heads: dict[int, _Heads] = {}
-        self._steps: dict[int, OnnxRuntimeStep] = {}
+        self._steps: dict[int, tuple[Tree, OnnxRuntimeStep]] = {}  # by id, which holds as long as the tree is kept
         self.length, self.backend_seconds = 0, 0.0
 
     def prefill(self, input_ids: Sequence[int]) -> int:
@@ -67,10 +67,9 @@ class OnnxRuntimeEngine:
         return block
 
     def prepare(self, tree: Tree) -> OnnxRuntimeStep:
-        step = self._steps.get(id(tree))
-        if step is None:
-            step = self._steps[id(tree)] = OnnxRuntimeStep(self, tree)
-        return step
+        if id(tree) not in self._steps:
+            self._steps[id(tree)] = tree, OnnxRuntimeStep(self, tree)
+        return self._steps[id(tree)][1]
 
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
         heads = self._heads.get(depth)

@@ -55,7 +55,7 @@ class TensorRtEngine:
             heads = self.device.load(HEADS_ENGINE)
             self._draft = heads.bind({"hidden_states": self.hidden, "draft_ids": self.drafts}, 0, fixed=True)
         self._blocks: dict[int, Block] = {}
-        self._steps: dict[int, TensorRtStep] = {}
+        self._steps: dict[int, tuple[Tree, TensorRtStep]] = {}  # by id, which holds as long as the tree is kept
         self.length, self.backend_seconds = 0, 0.0
 
     def prefill(self, input_ids: Sequence[int]) -> int:
@@ -74,11 +74,10 @@ class TensorRtEngine:
         return block
 
     def prepare(self, tree: Tree) -> TensorRtStep:
-        step = self._steps.get(id(tree))
-        if step is None:
+        if id(tree) not in self._steps:
             self._require(tree)
-            step = self._steps[id(tree)] = TensorRtStep(self, tree)
-        return step
+            self._steps[id(tree)] = tree, TensorRtStep(self, tree)
+        return self._steps[id(tree)][1]
 
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
         start = time.perf_counter()

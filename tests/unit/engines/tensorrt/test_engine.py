@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.backends import open_engine
+from medusa_export.engines.decoding.drafters import TreeDrafter
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
+from medusa_export.engines.verify import selfcheck
 from medusa_export.engines.verify.selfcheck import check_engine, tree_error
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.decoding.reference import greedy, medusa_decode
@@ -148,7 +151,7 @@ def test_trees_that_do_not_fit(made: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="75 nodes, the root included; expected at most 64 in this engine"):
         engine.prepare(wide)
     with pytest.raises(ConfigError, match="top-11"):
-        engine.prepare(Tree.from_choices([[rank] for rank in range(11)]))
+        TreeDrafter([Tree.from_choices([[rank] for rank in range(11)])], engine.info)
 
 
 def test_without_a_gpu_there_is_one_line(made: Callable[..., Any]) -> None:
@@ -159,7 +162,8 @@ def test_without_a_gpu_there_is_one_line(made: Callable[..., Any]) -> None:
 
 def test_the_check_of_an_export_runs_the_graphs(made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, out = made()
-    monkeypatch.setattr("medusa_export.engines.verify.selfcheck.check_sidecars", lambda engine_dir: [])
+    check = replace(selfcheck.CHECKS["tensorrt"], files=lambda engine_dir: [])
+    monkeypatch.setitem(selfcheck.CHECKS, "tensorrt", check)
     texts = [PROMPT, [3, 50, 9, 22, 4, 4]]
     assert check_engine(out / "engine", out / "model", texts) == []
     data = out / "onnx" / "decoder.onnx.data"

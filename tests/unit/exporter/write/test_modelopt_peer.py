@@ -95,7 +95,8 @@ def test_same_tensors_and_config(name: str, heads: bool, make_case: Callable[...
             assert {each.split(";")[0].removeprefix("config.json: no ") for each in load_problems(theirs)} == LOST
             config = {**configs[1], **{key: configs[0][key] for key in OURS_ONLY}}
             (theirs / "config.json").write_text(json.dumps(config))
-            assert load_problems(theirs) == []
+            # of releases 0.17 and 0.18 ModelOpt's list forgets what must not become a row-wise norm; ours has it
+            assert [each for each in load_problems(theirs) if "exclude_modules lacks *ln_f" not in each] == []
         compare_configs(*configs, heads)
 
 

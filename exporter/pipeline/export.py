@@ -66,8 +66,8 @@ def export(
         ) as work:
             check_free_space(work.path, job.estimated_bytes - sum(work.resumed.values()))
             _log_start(job, work, notice)
-            work.record("sources", _sources(job))
             compared = PartWriter(job, work, tools, progress).write()
+            work.record("sources", _sources(job))
             problems = _verify(job, work, compared, tools, progress) if compared else []
             if problems:
                 more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""

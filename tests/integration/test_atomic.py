@@ -324,7 +324,7 @@ def test_other_arguments_start_anew(exports: Exports, flags: list[str], tmp_path
     assert exports.wait() == -signal.SIGKILL
     assert exports.run([*flags, "--dtype", "bfloat16"]) == 0
     assert exports.ranks == [0, 1, 2, 3]
-    *_, line = exports.stderr.read_text().splitlines()
+    line, _ = exports.stderr.read_text().splitlines()
     assert line.startswith("WARNING: ")
     assert line.endswith(f"{PARTIAL}: left by an interrupted run with other arguments (dtype); discarded")
     assert os.listdir(work) == ["out"]

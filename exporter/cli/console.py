@@ -47,10 +47,11 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
-def _unwind_on_signals() -> list[int]:
+@contextmanager
+def _unwinding_on_signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM raise SystemExit, so that clean-up runs; one that the caller had ignored, as nohup does, stays ignored.
 
-    Returns:
+    Yields:
         the signals that came: libraries that are interrupted while they are imported turn SystemExit into their own errors.
     """
     received: list[int] = []
@@ -59,10 +60,15 @@ def _unwind_on_signals() -> list[int]:
         received.append(number)
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, stop)
-    return received
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def main(app: typer.Typer) -> None:
@@ -71,7 +77,11 @@ def main(app: typer.Typer) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     if not verbose:  # or transformers lists the heads of a combined checkpoint as unexpected weights
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    signals = _unwind_on_signals()
+    with _unwinding_on_signals() as signals:
+        _run(app, signals, verbose=verbose)
+
+
+def _run(app: typer.Typer, signals: list[int], *, verbose: bool) -> None:
     try:
         app(prog_name=Path(sys.argv[0]).stem)
     except BaseException as error:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_export.core.errors import ConfigError, TreeError
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
@@ -171,13 +171,6 @@ def test_backend_time_is_part_of_the_whole(tiny_engine: Callable[..., Any]) -> N
 
 
 class TestRefusals:
-    def test_trees_that_the_heads_cannot_fill(self, tiny_engine: Callable[..., Any]) -> None:
-        engine = OnnxRuntimeEngine(tiny_engine().path)
-        with pytest.raises(TreeError, match="depth 4"):
-            engine.prepare(load_tree("medusa-63"))
-        with pytest.raises(ConfigError, match="top-16"):
-            engine.prepare(Tree.from_choices([[15]]))
-
     def test_no_engine(self, tmp_path: Any) -> None:
         with pytest.raises(ConfigError, match=r"engine\.json"):
             OnnxRuntimeEngine(tmp_path)

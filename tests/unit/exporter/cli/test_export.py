@@ -509,15 +509,25 @@ def test_a_signal_whatever_a_library_makes_of_it(
     assert line == f"error: stopped by {number.name}; nothing half-written is left"
 
 
+def test_the_caller_gets_its_signals_back(run: Run, inputs: Inputs) -> None:
+    """Or a second command in one process takes the first one's handler for one that it must not touch."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run("export", *inputs.flags(ckpt="nowhere"))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_an_ignored_signal_stays_ignored(run: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a shell's & do
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a shell's & do
 
     def interrupted(*_: object) -> bool:
         os.kill(os.getpid(), signal.SIGINT)
         return True
 
     monkeypatch.setattr("medusa_export.exporter.pipeline.export.export", interrupted)
-    assert run("export", *inputs.flags()).code == 0
+    try:
+        assert run("export", *inputs.flags()).code == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class TestVerify:

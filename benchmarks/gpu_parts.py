@@ -20,7 +20,7 @@ from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt, TorchDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.engines.tensorrt.library import RTX, import_tensorrt, local_gpu
-from medusa_export.engines.tuning.acceptance import calibrate
+from medusa_export.engines.tuning.acceptance import measure_acceptance
 from medusa_export.engines.tuning.cost import SIZES, SingleSteps, measure_cost
 from medusa_export.engines.tuning.search import search
 from medusa_export.exporter.job.gpu_costs import Target
@@ -72,7 +72,7 @@ def engine(setup: Setup, quant: str) -> dict[str, Any]:
     costs = _costs(found, device, setup, Target(setup.checkpoint.config, 0, 0, get_format(quant)))
     encoded = fitting_prompts(found.info, setup)
     cut = max(1, len(encoded) - TREE_PROMPTS)
-    answers = calibrate(found, encoded[cut:] or encoded, max_new_tokens=min(TREE_TOKENS, setup.max_new_tokens))
+    answers = measure_acceptance(found, encoded[cut:] or encoded, max_new_tokens=min(TREE_TOKENS, setup.max_new_tokens))
     acceptance = calibration(answers)
     chosen = search(Acceptance.from_answers(answers), cost_curve(costs["curve"]))
     tree = chosen.chosen.tree if chosen.chosen.tree.max_draft_len else chosen.runner_up.tree

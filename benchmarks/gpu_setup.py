@@ -119,7 +119,7 @@ def write_graphs(
 ) -> None:  # fmt: skip
     """The portable graphs and an engine directory."""
     directory.mkdir(exist_ok=True)
-    fmt, size = get_format(quant), checkpoint.config.vocab_size
+    weight_format, size = get_format(quant), checkpoint.config.vocab_size
     length = min(setup.max_length, checkpoint.config.max_position_embeddings)
     tree = Tree.from_choices(choice for choice in PRESETS["medusa-63"] if len(choice) <= checkpoint.num_medusa_heads)
     words = (
@@ -130,10 +130,17 @@ def write_graphs(
         else None
     )
     write_portable(
-        directory / "onnx", checkpoint, fmt, scales, dtype=setup.dtype, tree=tree, max_length=length, draft_vocab=words
+        directory / "onnx",
+        checkpoint,
+        weight_format,
+        scales,
+        dtype=setup.dtype,
+        tree=tree,
+        max_length=length,
+        draft_vocab=words,
     )
     write_tensorrt_engine(
-        directory / "engine", directory / "onnx", checkpoint, fmt, gpus=tuple(gpus), dtype=setup.dtype, tree=tree,
+        directory / "engine", directory / "onnx", checkpoint, weight_format, gpus=tuple(gpus), dtype=setup.dtype, tree=tree,
         max_length=length, builder=builder, progress=lambda *at: None, save_tokenizer=lambda path: None, source={},
     )  # fmt: skip
 

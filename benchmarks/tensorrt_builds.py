@@ -66,15 +66,17 @@ def main(
     own = "bfloat16" if checkpoint.config.dtype == "bfloat16" else "float16"
     length, rows = min(MAX_LENGTH, checkpoint.config.max_position_embeddings), []
     for name in quant or ABLE:
-        fmt = _fitting(name, checkpoint)
-        scales = _scales(ckpt, checkpoint, fmt, calib_prompts)
+        weight_format = _fitting(name, checkpoint)
+        scales = _scales(ckpt, checkpoint, weight_format, calib_prompts)
         for number in (dtype or [own]) if check else [own]:
             with tempfile.TemporaryDirectory() as directory:
                 out = Path(directory)
-                _write_graphs(out, checkpoint, fmt, scales, number, length)
+                _write_graphs(out, checkpoint, weight_format, scales, number, length)
                 if check:
                     texts = _texts(ckpt, calib_prompts)
-                    found = figures(out / "engine", out / "onnx", ckpt, tensorrt_form(fmt).form, number, texts)
+                    found = figures(
+                        out / "engine", out / "onnx", ckpt, tensorrt_form(weight_format).form, number, texts
+                    )
                     rows.append({"quant": name, "dtype": number, **found})
                 else:
                     rows += _builds(out / "onnx", name, gpu, length)
@@ -102,11 +104,11 @@ def _fitting(name: str, checkpoint: MedusaCheckpoint) -> Format:
     return get_format(name, max(sizes, default=None))
 
 
-def _scales(ckpt: Path, checkpoint: MedusaCheckpoint, fmt: Format, calib_prompts: int) -> Scales | None:
-    if not fmt.needs_calibration:
+def _scales(ckpt: Path, checkpoint: MedusaCheckpoint, weight_format: Format, calib_prompts: int) -> Scales | None:
+    if not weight_format.needs_calibration:
         return None
     batches = token_batches(read_tokenizer(ckpt), load_prompts(DEFAULT_CALIB), max_prompts=calib_prompts)
-    return calibrate(ckpt, checkpoint, fmt, kv_cache="none", quant_heads=False, batches=batches)
+    return calibrate(ckpt, checkpoint, weight_format, kv_cache="none", quant_heads=False, batches=batches)
 
 
 def _texts(ckpt: Path, calib_prompts: int) -> list[list[int]]:
@@ -117,14 +119,16 @@ def _texts(ckpt: Path, calib_prompts: int) -> list[list[int]]:
 
 
 def _write_graphs(
-    out: Path, checkpoint: MedusaCheckpoint, fmt: Format, scales: Scales | None, dtype: str, length: int
+    out: Path, checkpoint: MedusaCheckpoint, weight_format: Format, scales: Scales | None, dtype: str, length: int
 ) -> None:
     """``out/onnx``, and ``out/engine`` without an engine."""
     tree = Tree.from_choices(choice for choice in PRESETS["medusa-63"] if len(choice) <= checkpoint.num_medusa_heads)
     vocab = torch.arange(DRAFT_VOCAB) if checkpoint.config.vocab_size > DRAFT_VOCAB else None
-    write_portable(out / "onnx", checkpoint, fmt, scales, dtype=dtype, tree=tree, max_length=length, draft_vocab=vocab)
+    write_portable(
+        out / "onnx", checkpoint, weight_format, scales, dtype=dtype, tree=tree, max_length=length, draft_vocab=vocab
+    )
     write_tensorrt_engine(
-        out / "engine", out / "onnx", checkpoint, fmt, gpus=(), dtype=dtype, tree=tree, max_length=length,
+        out / "engine", out / "onnx", checkpoint, weight_format, gpus=(), dtype=dtype, tree=tree, max_length=length,
         builder=NoTensorRt(), progress=lambda *at: None, save_tokenizer=lambda path: None, source={},
     )  # fmt: skip
 

@@ -145,8 +145,8 @@ def _weight_only(modelopt_config: str, bits: int, blocks: tuple[int, ...]) -> di
 
 
 FORMATS: dict[str, Format] = {
-    form.name: form
-    for form in (
+    row.name: row
+    for row in (
         Format(
             "none",
             "16-bit weights, the parity reference",
@@ -405,8 +405,8 @@ class KvCache:
 
 
 KV_CACHE: dict[str, KvCache] = {
-    form.name: form
-    for form in (
+    row.name: row
+    for row in (
         KvCache("none", "16-bit keys and values", bytes=2),
         # 1 is TensorRT-LLM's recommended scale; smaller ones cost accuracy where later tokens are larger.
         KvCache("fp8", "FP8 keys and values, half the memory", "FP8", (4, 3), FP8_MAX, min_scale=1.0, min_sm=89),
@@ -429,13 +429,17 @@ def get_format(name: str, group_size: int | None = None) -> Format:
     Raises:
         ConfigError: an unknown name, or a group size that TensorRT-LLM has no kernel for.
     """
-    form = _get(FORMATS, name, "format")
-    if group_size is None or group_size == form.group_size:
-        return form
-    if group_size not in form.group_sizes:
-        expected = f"one of {', '.join(map(str, form.group_sizes))}" if form.group_sizes else "none: it has no groups"
+    weight_format = _get(FORMATS, name, "format")
+    if group_size is None or group_size == weight_format.group_size:
+        return weight_format
+    if group_size not in weight_format.group_sizes:
+        expected = (
+            f"one of {', '.join(map(str, weight_format.group_sizes))}"
+            if weight_format.group_sizes
+            else "none: it has no groups"
+        )
         raise ConfigError(f"group size of format {name}", str(group_size), expected, "leave --group-size out")
-    return replace(form, group_size=group_size)
+    return replace(weight_format, group_size=group_size)
 
 
 def group_sizes() -> str:
@@ -451,24 +455,24 @@ def get_kv_cache(name: str) -> KvCache:
     return _get(KV_CACHE, name, "kv cache format")
 
 
-def check_heads(fmt: Format, quant_heads: bool) -> None:
+def check_heads(weight_format: Format, quant_heads: bool) -> None:
     """Raise ConfigError when the Medusa heads are to be quantized in a format that cannot do it.
 
     TensorRT-LLM's build-time weight-only quantizer knows the base's linears only, and 16 bit has nothing to quantize.
     """
-    if quant_heads and not fmt.quantizes_heads:
-        able = ", ".join(form.name for form in FORMATS.values() if form.quantizes_heads)
+    if quant_heads and not weight_format.quantizes_heads:
+        able = ", ".join(row.name for row in FORMATS.values() if row.quantizes_heads)
         raise ConfigError(
             "quantized heads",
-            f"format {fmt.name}",
+            f"format {weight_format.name}",
             f"a format that quantizes heads ({able})",
             "leave the heads in 16 bit",
         )
 
 
-def needs_calibration(fmt: Format, kv_cache: str) -> bool:
+def needs_calibration(weight_format: Format, kv_cache: str) -> bool:
     """Whether the pair needs prompts: the weights' scales, the cache's, or both."""
-    return fmt.needs_calibration or get_kv_cache(kv_cache).needs_calibration
+    return weight_format.needs_calibration or get_kv_cache(kv_cache).needs_calibration
 
 
 _Row = TypeVar("_Row", "Format", "KvCache")

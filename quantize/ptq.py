@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 def calibrate(
     model_dir: Path,
     checkpoint: MedusaCheckpoint,
-    fmt: Format,
+    weight_format: Format,
     *,
     kv_cache: str,
     quant_heads: bool,
@@ -41,7 +41,7 @@ def calibrate(
     Args:
         model_dir: the Hugging Face base model.
         checkpoint: the same model with its heads; read only when ``quant_heads``.
-        fmt: weight format; a format without calibration contributes no scales.
+        weight_format: weight format; a format without calibration contributes no scales.
         kv_cache: key/value cache format.
         quant_heads: also the heads' linears and vocabulary projections.
         batches: token ids, one prompt each; they run one at a time, so nothing is padded.
@@ -54,22 +54,24 @@ def calibrate(
         MissingPackageError: ModelOpt is not installed.
     """
     kv = get_kv_cache(kv_cache)
-    check_heads(fmt, quant_heads)
-    if not fmt.needs_calibration and not kv.needs_calibration:
-        raise ConfigError(f"format {fmt.name}", "nothing to calibrate", "a format with scales", "skip calibration")
+    check_heads(weight_format, quant_heads)
+    if not weight_format.needs_calibration and not kv.needs_calibration:
+        raise ConfigError(
+            f"format {weight_format.name}", "nothing to calibrate", "a format with scales", "skip calibration"
+        )
     if not any(batches):
         raise ConfigError("calibration prompts", "none", "at least one prompt with tokens", "give a prompts file")
     with _modelopt_output_to_log():
-        config = _quant_config(import_quantization(), fmt, kv, quant_heads)
+        config = _quant_config(import_quantization(), weight_format, kv, quant_heads)
         model = _load(model_dir, checkpoint, quant_heads, device)
-    insert_quantizers(model, config, fmt, batches, progress)
-    return read_scales(model, fmt)
+    insert_quantizers(model, config, weight_format, batches, progress)
+    return read_scales(model, weight_format)
 
 
 def insert_quantizers(
     model: Any,
     config: dict[str, Any],
-    fmt: Format,
+    weight_format: Format,
     batches: Sequence[Sequence[int]],
     progress: Progress | None = None,
 ) -> None:
@@ -78,7 +80,7 @@ def insert_quantizers(
     Args:
         model: a causal LM, perhaps in Medusa form.
         config: ModelOpt's recipe.
-        fmt: the format that it is for.
+        weight_format: the format that it is for.
         batches: as for :func:`calibrate`.
         progress: likewise.
 
@@ -96,7 +98,7 @@ def insert_quantizers(
                 "finite weights",
                 "check it for NaN",
             ) from error
-        if fmt.smooths:
+        if weight_format.smooths:
             _share_smoothing(model)
 
 
@@ -132,12 +134,12 @@ def _attach_heads(model: torch.nn.Module, checkpoint: MedusaCheckpoint) -> None:
             parameter.copy_(checkpoint.read(f"{HEADS}.{name}"))
 
 
-def _quant_config(quantization: Any, fmt: Format, kv: KvCache, quant_heads: bool) -> dict[str, Any]:
+def _quant_config(quantization: Any, weight_format: Format, kv: KvCache, quant_heads: bool) -> dict[str, Any]:
     """ModelOpt's recipe: a list of rules in which later ones win, so exceptions are appended."""
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithm: Any = "max"
-    if fmt.modelopt_config is not None:
-        rules, algorithm = recipe(quantization, fmt.modelopt_config, fmt.group_size)
+    if weight_format.modelopt_config is not None:
+        rules, algorithm = recipe(quantization, weight_format.modelopt_config, weight_format.group_size)
     if kv.bits is not None:
         rules.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": kv.bits, "axis": None}})
     if not quant_heads:
@@ -189,18 +191,18 @@ def _forward_loop(
     return run
 
 
-def read_scales(model: torch.nn.Module, fmt: Format) -> Scales:
+def read_scales(model: torch.nn.Module, weight_format: Format) -> Scales:
     """What the enabled quantizers saw, by the name of the module that they sit in."""
     scales = Scales()
     for name, module in model.named_modules():
         owner, _, kind = name.rpartition(".")
-        if not getattr(module, "is_enabled", False) and not fmt.smooths:
+        if not getattr(module, "is_enabled", False) and not weight_format.smooths:
             continue
-        if kind == "input_quantizer" and fmt.input_bound and module.is_enabled:
+        if kind == "input_quantizer" and weight_format.input_bound and module.is_enabled:
             scales.input_amax[owner] = _amax(name, module)
         if kind == "input_quantizer" and module.pre_quant_scale is not None:
             scales.pre_quant_scale[owner] = module.pre_quant_scale.detach().float().cpu().reshape(-1)
-        if kind == "weight_quantizer" and fmt.stores_weight_amax and _enabled(module):
+        if kind == "weight_quantizer" and weight_format.stores_weight_amax and _enabled(module):
             scales.weight_amax[owner] = _amax(name, module[-1] if isinstance(module, torch.nn.Sequential) else module)
         if kind in ("k_bmm_quantizer", "v_bmm_quantizer") and module.is_enabled:
             layer = int(owner.split(".")[2])  # model.layers.{layer}.self_attn

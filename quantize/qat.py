@@ -39,18 +39,18 @@ class QatArguments(QatFlags):
 
     def check(self) -> tuple[Format, Rounding]:
         """The format and its rounding, or ConfigError where there is nothing that could be trained."""
-        fmt = get_format(self.quant, self.group_size)
-        if isinstance(fmt.qat, Refusal):
+        weight_format = get_format(self.quant, self.group_size)
+        if isinstance(weight_format.qat, Refusal):
             trained = [name for name, row in FORMATS.items() if not isinstance(row.qat, Refusal)]
-            where, expected = f"quantization-aware training with {fmt.name}", f"one of {', '.join(trained)}"
-            raise ConfigError(where, fmt.qat.why, expected, fmt.qat.action)
+            where, expected = f"quantization-aware training with {weight_format.name}", f"one of {', '.join(trained)}"
+            raise ConfigError(where, weight_format.qat.why, expected, weight_format.qat.action)
         if get_kv_cache(self.kv_cache).needs_calibration:
             raise ConfigError(
                 "quantization-aware training", f"kv cache {self.kv_cache}", "none", "quantize the cache when exporting"
             )
         if self.target not in QAT_TARGETS:
             raise ConfigError("target", self.target, f"one of {', '.join(QAT_TARGETS)}", "correct it")
-        return fmt, fmt.qat[self.target]
+        return weight_format, weight_format.qat[self.target]
 
 
 def train_qat(
@@ -78,14 +78,14 @@ def train_qat(
         ConfigError: a format that cannot be trained, or that does not fit the model.
         MedusaExportError: as for ``train_reference``.
     """
-    fmt, rounding = quantization.check()
+    weight_format, rounding = quantization.check()
     if arguments.layout == "modelopt":
         raise ConfigError("layout", "modelopt", "v1 or v2: its checkpoint would hold the quantizers", "use layout v2")
-    if arguments.uses_adapters and fmt.smooths:  # ModelOpt cannot smooth weights under adapters
-        expected = f"0 with {fmt.name}, which moves factors into the weights"
+    if arguments.uses_adapters and weight_format.smooths:  # ModelOpt cannot smooth weights under adapters
+        expected = f"0 with {weight_format.name}, which moves factors into the weights"
         raise ConfigError("lora_rank", str(arguments.lora_rank), expected, "train all weights, or another format")
     texts = batches or [example.input_ids for example in dataset[:CALIBRATION_EXAMPLES]]
-    extension = Quantizers(fmt, rounding, texts, model_dir, trains_base=arguments.trains_base)
+    extension = Quantizers(weight_format, rounding, texts, model_dir, trains_base=arguments.trains_base)
     return train_reference(model_dir, dataset, output, arguments, extension=extension, **options)
 
 
@@ -93,7 +93,7 @@ def train_qat(
 class Quantizers:
     """The extension of the reference training that puts ModelOpt's quantizers in and takes trained scales out."""
 
-    fmt: Format
+    weight_format: Format
     rounding: Rounding
     batches: Sequence[Sequence[int]] = field(repr=False)
     model_dir: Path
@@ -101,7 +101,7 @@ class Quantizers:
 
     def recorded(self) -> dict[str, Any]:
         """JSON of what is rounded how."""
-        return {"format": self.fmt.name, "group_size": self.fmt.group_size, "reach": self.rounding.reach.value,
+        return {"format": self.weight_format.name, "group_size": self.weight_format.group_size, "reach": self.rounding.reach.value,
                 "span": self.rounding.span, "batches": [list(tokens) for tokens in self.batches]}  # fmt: skip
 
     def prepare(self, model: Any) -> None:
@@ -110,14 +110,14 @@ class Quantizers:
         Raises:
             ConfigError: a group size that does not divide the inputs.
         """
-        insert_quantizers(model, self._config(model), self.fmt, self.batches)
+        insert_quantizers(model, self._config(model), self.weight_format, self.batches)
         self.refresh(model)
         if self.trains_base:
             model.model.register_forward_pre_hook(lambda *_: self.refresh(model))
 
     def refresh(self, model: Any) -> None:
         """Take the scales of all weights from the weights."""
-        for fused in _fused_linears(model, self.fmt):
+        for fused in _fused_linears(model, self.weight_format):
             weights = {name: effective_weight(linear) for name, linear in fused.items()}
             largest = max(float(weight.abs().amax()) for weight in weights.values())
             for name, linear in fused.items():
@@ -135,15 +135,15 @@ class Quantizers:
                 stored = (linear.weight * factor).to(dtype).float()  # what the exporter will read,
                 linear.weight.copy_(stored / factor)  # and smooth again
             self.refresh(model)
-            if self.fmt.needs_calibration:
-                read_scales(model, self.fmt).save(out / SCALES_FILE)
+            if self.weight_format.needs_calibration:
+                read_scales(model, self.weight_format).save(out / SCALES_FILE)
             for name, linear in linears.items():
                 if smoothing[name] is not None:
                     linear.weight.mul_(smoothing[name].reshape(1, -1))
 
     def _config(self, model: Any) -> dict[str, Any]:
         """ModelOpt's recipe for the base model's linears; later rules win."""
-        rules, algorithm = recipe(import_quantization(), self.rounding.modelopt_config, self.fmt.group_size)
+        rules, algorithm = recipe(import_quantization(), self.rounding.modelopt_config, self.weight_format.group_size)
         rules += [
             {"quantizer_name": pattern, "enable": False} for pattern in (f"*{HEADS}*", "*.lora_*", "*.base_layer.*")
         ]
@@ -161,7 +161,7 @@ class Quantizers:
 
     def _blocks(self, name: str, width: int) -> dict[Any, Any]:
         """ModelOpt pads where a size does not divide the inputs; no engine does."""
-        sizes = self.rounding.blocks or (self.fmt.group_size or 1,)
+        sizes = self.rounding.blocks or (self.weight_format.group_size or 1,)
         size = next((size for size in sizes if width % size == 0), None)
         if size is None:
             expected = f"a multiple of {' or '.join(map(str, sizes))}"
@@ -200,10 +200,10 @@ def _stages(linear: Any) -> list[Any]:
     return list(quantizer) if isinstance(quantizer, torch.nn.Sequential) else [quantizer]
 
 
-def _fused_linears(model: Any, fmt: Format) -> Iterator[dict[str, Any]]:
+def _fused_linears(model: Any, weight_format: Format) -> Iterator[dict[str, Any]]:
     """Linears that share what a scale a tensor is: q, k and v, and without smoothing gate and up; see ``exporter.plan``."""
     waiting = dict(_linears(model))
-    groups = _FUSED[:1] if fmt.smooths else _FUSED
+    groups = _FUSED[:1] if weight_format.smooths else _FUSED
     while waiting:
         name = next(iter(waiting))
         parent, _, last = name.rpartition(".")

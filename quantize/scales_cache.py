@@ -27,7 +27,7 @@ def calibration_key(
     files: Mapping[str, str],
     *,
     batches: Sequence[Sequence[int]],
-    fmt: Format,
+    weight_format: Format,
     kv_cache: KvCache,
     quant_heads: bool,
     device: str,
@@ -41,7 +41,15 @@ def calibration_key(
     """
     versions = {name: version for name, version in package_versions().items() if name in PACKAGES}
     cache = [kv_cache.name, kv_cache.bits]
-    what = [dict(files), [list(ids) for ids in batches], fmt.calibration, cache, quant_heads, device, versions]
+    what = [
+        dict(files),
+        [list(ids) for ids in batches],
+        weight_format.calibration,
+        cache,
+        quant_heads,
+        device,
+        versions,
+    ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

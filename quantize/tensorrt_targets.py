@@ -16,39 +16,39 @@ RTX_TARGETS = (80, 86, 89, 120, 121)  # TensorRT-RTX builds for these without a 
 TARGETS = (80, 86, 89, 90, 100, 103, 120, 121)  # and data-centre TensorRT for its own GPU among these
 
 
-def parse_gpus(text: str | None, fmt: Format) -> tuple[int, ...]:
+def parse_gpus(text: str | None, weight_format: Format) -> tuple[int, ...]:
     """Compute capabilities of ``--gpu sm89,sm120``, ascending; None takes all that TensorRT-RTX builds the format for.
 
     Raises:
         ConfigError: an unknown target, or one that the format does not run on.
     """
-    form = tensorrt_form(fmt)
+    facts = tensorrt_form(weight_format)
     if text is None:
-        return tuple(sm for sm in RTX_TARGETS if sm >= form.min_sm)
+        return tuple(sm for sm in RTX_TARGETS if sm >= facts.min_sm)
     names = [name.strip().lower() for name in text.split(",")]
     known = {f"sm{sm}": sm for sm in TARGETS}
     for name in names:
         if name not in known:
             raise ConfigError("--gpu", repr(name), f"some of {', '.join(known)}", "as in --gpu sm89,sm120")
     gpus = tuple(sorted({known[name] for name in names}))
-    if gpus[0] < form.min_sm:
-        able = named([sm for sm in TARGETS if sm >= form.min_sm])
+    if gpus[0] < facts.min_sm:
+        able = named([sm for sm in TARGETS if sm >= facts.min_sm])
         raise ConfigError(
             f"--gpu sm{gpus[0]}",
-            f"--quant {fmt.name}",
-            f"some of {able}: {form.why}",
-            f"or take --quant {form.instead}",
+            f"--quant {weight_format.name}",
+            f"some of {able}: {facts.why}",
+            f"or take --quant {facts.instead}",
         )
     return gpus
 
 
-def tensorrt_form(fmt: Format) -> TensorRt:
+def tensorrt_form(weight_format: Format) -> TensorRt:
     """How a format goes to TensorRT; ConfigError when it has no form for it."""
-    if isinstance(fmt.tensorrt, Refusal):
+    if isinstance(weight_format.tensorrt, Refusal):
         able = ", ".join(name for name, row in FORMATS.items() if isinstance(row.tensorrt, TensorRt))
-        got = f"--engine tensorrt, and {fmt.tensorrt.why}"
-        raise ConfigError(f"--quant {fmt.name}", got, f"one of {able}", fmt.tensorrt.action)
-    return fmt.tensorrt
+        got = f"--engine tensorrt, and {weight_format.tensorrt.why}"
+        raise ConfigError(f"--quant {weight_format.name}", got, f"one of {able}", weight_format.tensorrt.action)
+    return weight_format.tensorrt
 
 
 def named(gpus: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from medusa_export.heads.trees.acceptance import ABSENT, TOP_K, UNKNOWN, Answer,
 from medusa_export.heads.trees.prompt_lookup import accepted_lengths
 
 
-def calibrate(
+def measure_acceptance(
     engine: StepEngine,
     prompts: Sequence[tuple[str, str, list[int]]],
     *,

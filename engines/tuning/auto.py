@@ -10,7 +10,7 @@ from medusa_export.core.text.prompts import Prompt
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.tuning.acceptance import calibrate
+from medusa_export.engines.tuning.acceptance import measure_acceptance
 from medusa_export.engines.tuning.cost import PAST_LENGTH, SIZES, SingleSteps, measure_cost, write_costs
 from medusa_export.engines.tuning.search import search, sentence, tree_json
 from medusa_export.heads.contract.engine_info import TREE_FILE
@@ -50,7 +50,7 @@ def choose_tree(
         )
     fitting = fitting[:: -(-len(fitting) // MAX_PROMPTS)]
     done = iter(range(1, len(fitting) + 1))
-    answers = calibrate(
+    answers = measure_acceptance(
         engine, fitting, max_new_tokens=NEW_TOKENS, progress=lambda: progress("acceptance", next(done), len(fitting))
     )
     write_calibration(engine_dir / ACCEPTANCE_FILE, answers, {"max_new_tokens": NEW_TOKENS})

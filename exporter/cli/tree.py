@@ -264,10 +264,10 @@ def _open(engine: Path, prompts: Path | None, asked: PromptFlags) -> Any:
 
 def _answers(opened: Any, encoded: Any, asked: PromptFlags, stage: str, progress: Any) -> Any:
     """The engine's greedy answers, with the ranks that its heads gave to every token."""
-    from medusa_export.engines.tuning.acceptance import calibrate
+    from medusa_export.engines.tuning.acceptance import measure_acceptance
 
     done = iter(range(1, len(encoded) + 1))
-    return calibrate(
+    return measure_acceptance(
         opened, encoded, max_new_tokens=asked.max_new_tokens,
         progress=lambda: progress(stage, next(done), len(encoded)),
     )  # fmt: skip

@@ -25,7 +25,7 @@ from medusa_export.quantize.scales import Scales
 def write_onnx(
     out: Path,
     checkpoint: MedusaCheckpoint,
-    fmt: Format,
+    weight_format: Format,
     scales: Scales | None,
     *,
     max_length: int,
@@ -38,9 +38,9 @@ def write_onnx(
         tokens: of the tokenizer; None: every row of the embedding is a token.
         excluded: whether a linear, by its Hugging Face name, stays in float.
     """
-    form = onnx_form(fmt)
+    form = onnx_form(weight_format)
     activations = getattr(torch, form.activations) if form.activations else None
-    linear = LinearWriter(checkpoint, form.form, scales, activations, fmt.group_size, excluded)
+    linear = LinearWriter(checkpoint, form.form, scales, activations, weight_format.group_size, excluded)
     out.mkdir()
     write_decoder(out, checkpoint, linear, max_length=max_length, num_tokens=tokens.count if tokens else None)
 
@@ -48,7 +48,7 @@ def write_onnx(
 def write_engine(
     out: Path,
     checkpoint: MedusaCheckpoint,
-    fmt: Format,
+    weight_format: Format,
     scales: Scales | None,
     *,
     tree: Tree,
@@ -66,11 +66,11 @@ def write_engine(
     Activations stay in float32 here also for FP8: a CPU has no FP8 arithmetic to gain from, and rounding activations turns the noise
     between a single step and a tree step into different tokens (see docs/decisions).
     """
-    form = onnx_form(fmt)
+    form = onnx_form(weight_format)
     config, num_heads = checkpoint.config, checkpoint.num_medusa_heads
     top_k = max(MIN_TOP_K, tree.top_k if tree.max_draft_len else 1)
     out.mkdir()
-    linear = LinearWriter(checkpoint, form.form, scales, group_size=fmt.group_size, excluded=excluded)
+    linear = LinearWriter(checkpoint, form.form, scales, group_size=weight_format.group_size, excluded=excluded)
     write_decoder(out, checkpoint, linear, max_length=max_length, num_tokens=tokens.count if tokens else None)
     write_batch_decoder(out, config)
     if num_heads:

@@ -26,7 +26,7 @@ MAX_NODES = 64  # of a tree that an engine takes (see docs/decisions/0002); a la
 def write_portable(
     out: Path,
     checkpoint: MedusaCheckpoint,
-    fmt: Format,
+    weight_format: Format,
     scales: Scales | None,
     *,
     dtype: str,
@@ -45,9 +45,9 @@ def write_portable(
         tokens: of the tokenizer; None: every row of the embedding is a token.
         excluded: whether a linear, by its Hugging Face name, stays in ``dtype``.
     """
-    form, number = tensorrt_form(fmt), getattr(torch, dtype)
+    form, number = tensorrt_form(weight_format), getattr(torch, dtype)
     out.mkdir()
-    linear = PortableLinear(checkpoint, form.form, number, scales, fmt.group_size, excluded)
+    linear = PortableLinear(checkpoint, form.form, number, scales, weight_format.group_size, excluded)
     write_portable_decoder(out, checkpoint, linear, max_length=max_length, num_tokens=tokens.count if tokens else None)
     if checkpoint.num_medusa_heads:
         write_portable_heads(out, checkpoint, dtype=number, top_k=_top_k(tree), draft_vocab=draft_vocab)
@@ -57,7 +57,7 @@ def write_tensorrt_engine(
     out: Path,
     onnx_dir: Path,
     checkpoint: MedusaCheckpoint,
-    fmt: Format,
+    weight_format: Format,
     *,
     gpus: tuple[int, ...],
     dtype: str,
@@ -70,7 +70,7 @@ def write_tensorrt_engine(
     tokens: ModelTokens | None = None,
 ) -> None:
     """``out``: rank0.engine, heads.engine, what is in them as JSON, engine.json, tree.json and the tokenizer."""
-    form = tensorrt_form(fmt)
+    form = tensorrt_form(weight_format)
     out.mkdir()
     nodes = tree.num_nodes
     builder.build(

@@ -39,7 +39,7 @@ def write_trtllm_engine(
         max_length: tokens of prompt and answer together.
         max_batch: sequences at once.
     """
-    config, weights = checkpoint.config, spec.fmt.trtllm.algo or spec.dtype
+    config, weights = checkpoint.config, spec.weight_format.trtllm.algo or spec.dtype
     source = {**source, "tensorrt_llm": release.name}
     if (windows := config.windows_within(max_length)) is not None:
         source["sliding_window"] = windows
@@ -52,7 +52,7 @@ def write_trtllm_engine(
         save_tokenizer,
         tokens,
         backend="tensorrt-llm",
-        form=spec.fmt.onnxruntime.form if spec.fmt.onnxruntime else spec.fmt.name,
+        form=spec.weight_format.onnxruntime.form if spec.weight_format.onnxruntime else spec.weight_format.name,
         precision=f"{weights} weights, {spec.dtype} otherwise, TensorRT-LLM {release.name}",
         max_length=max_length,
         top_k=MAX_TOP_K,

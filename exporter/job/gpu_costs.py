@@ -30,7 +30,7 @@ class Target:
     config: DecoderConfig
     heads: int
     head_layers: int
-    fmt: Format
+    weight_format: Format
     kv_cache: str = "none"
     quant_heads: bool = False
     tp: int = 1
@@ -41,14 +41,14 @@ class Target:
         Raises:
             ConfigError: a GPU without the formats' products, or ranks that do not divide the heads.
         """
-        check_heads(self.fmt, self.quant_heads)
+        check_heads(self.weight_format, self.quant_heads)
         kv_cache = get_kv_cache(self.kv_cache)
-        why = unsupported_reason(gpu, self.fmt, kv_cache)
+        why = unsupported_reason(gpu, self.weight_format, kv_cache)
         if why:
             raise ConfigError(
-                gpu.name, f"{self.fmt.name}, kv cache {self.kv_cache}", why, "choose another format or GPU"
+                gpu.name, f"{self.weight_format.name}, kv cache {self.kv_cache}", why, "choose another format or GPU"
             )
-        weights = precision(self.fmt)
+        weights = precision(self.weight_format)
         shape = Shape.of(self.config, self.heads, self.head_layers)
         heads = weights if self.quant_heads else HALF
         return Deployment(shape, gpu, self.tp, weights, heads, 8 * kv_cache.bytes)
@@ -56,21 +56,25 @@ class Target:
     def without_heads(self, gpu: Gpu) -> dict[str, Deployment]:
         """The same model in the usual formats that the GPU has, to decode without heads."""
         shape = Shape.of(self.config, 0, 0)
-        formats = (FORMATS[name] for name in dict.fromkeys((*COMPARED, self.fmt.name)))
-        able = [fmt for fmt in formats if not unsupported_reason(gpu, fmt) and fmt.trtllm.products in gpu.operations]
+        formats = (FORMATS[name] for name in dict.fromkeys((*COMPARED, self.weight_format.name)))
+        able = [
+            weight_format
+            for weight_format in formats
+            if not unsupported_reason(gpu, weight_format) and weight_format.trtllm.products in gpu.operations
+        ]
         cache = 8 * get_kv_cache(self.kv_cache).bytes
         return {
-            f"{fmt.name if fmt.is_quantized else '16 bit'} without Medusa": Deployment(
-                shape, gpu, self.tp, precision(fmt), HALF, cache
+            f"{weight_format.name if weight_format.is_quantized else '16 bit'} without Medusa": Deployment(
+                shape, gpu, self.tp, precision(weight_format), HALF, cache
             )
-            for fmt in able
+            for weight_format in able
         }
 
 
-def precision(fmt: Format) -> Precision:
+def precision(weight_format: Format) -> Precision:
     """Bits of a weight with its group's scale, and the products."""
-    row = fmt.trtllm
-    scale = row.group_scale_bits / fmt.group_size if fmt.group_size else 0.0
+    row = weight_format.trtllm
+    scale = row.group_scale_bits / weight_format.group_size if weight_format.group_size else 0.0
     return Precision(row.engine_bits + scale, row.products)
 
 
@@ -96,8 +100,8 @@ def prediction(chosen: Candidate, counted: Acceptance, curve: Mapping[str, Any])
 
 def unsupported_reason(gpu: Gpu, *formats: Format | KvCache) -> str:
     """Why a GPU cannot run a format, in a few words; empty where it can run all."""
-    for form in formats:
-        row, what = (form, f"kv cache {form.name}") if isinstance(form, KvCache) else (form.trtllm, form.name)
+    for each in formats:
+        row, what = (each, f"kv cache {each.name}") if isinstance(each, KvCache) else (each.trtllm, each.name)
         if gpu.sm < row.min_sm:
             return f"{what} needs SM {row.min_sm} or newer"
         if row.max_sm is not None and gpu.sm > row.max_sm:

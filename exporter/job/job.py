@@ -54,7 +54,7 @@ class Job:
     def __init__(self, arguments: ExportArguments, *, check_values: bool = True) -> None:
         fetch(arguments)
         self.arguments, self.ckpt = arguments, arguments.base.path
-        self.fmt = get_format(arguments.quant, arguments.group_size)
+        self.weight_format = get_format(arguments.quant, arguments.group_size)
         self.release = find_release(arguments.trtllm_version)
         kind, heads = engine_kind(arguments.engine), arguments.own_heads
         self.checkpoint = MedusaCheckpoint.open(self.ckpt, heads.path if heads else None, check_values=check_values)
@@ -74,7 +74,7 @@ class Job:
         """The layout of the TensorRT-LLM checkpoint; raises what cannot be built."""
         arguments = self.arguments
         return export_spec(
-            self.checkpoint, self.fmt, tree=self.trtllm_tree, tp=arguments.tp, dtype=arguments.dtype,
+            self.checkpoint, self.weight_format, tree=self.trtllm_tree, tp=arguments.tp, dtype=arguments.dtype,
             kv_cache=arguments.kv_cache, quant_heads=arguments.quant_heads, exclude=tuple(arguments.exclude),
         )  # fmt: skip
 
@@ -135,7 +135,7 @@ class Job:
         """What runs on TensorRT-LLM's GPU."""
         flags, checkpoint = self.arguments, self.checkpoint
         return Target(
-            checkpoint.config, checkpoint.num_medusa_heads, checkpoint.num_medusa_layers, self.fmt, flags.kv_cache,
+            checkpoint.config, checkpoint.num_medusa_heads, checkpoint.num_medusa_layers, self.weight_format, flags.kv_cache,
             flags.quant_heads, flags.tp,
         )  # fmt: skip
 
@@ -154,7 +154,9 @@ class Job:
     @property
     def has_scales(self) -> bool:
         """Whether the output has a file of scales."""
-        return self.arguments.format in ("trtllm", "hf") and needs_calibration(self.fmt, self.arguments.kv_cache)
+        return self.arguments.format in ("trtllm", "hf") and needs_calibration(
+            self.weight_format, self.arguments.kv_cache
+        )
 
     @property
     def writes_engine(self) -> bool:
@@ -172,7 +174,7 @@ class Job:
     def gpus(self) -> tuple[int, ...]:
         """Compute capabilities that a TensorRT engine is built for; none where there is no such engine."""
         takes_gpus = self.writes_engine and self.engine.takes_gpus
-        return parse_gpus(self.arguments.gpu, self.fmt) if takes_gpus else ()
+        return parse_gpus(self.arguments.gpu, self.weight_format) if takes_gpus else ()
 
     @cached_property
     def given_scales(self) -> Scales | None:
@@ -249,14 +251,14 @@ class Job:
         read |= {f"heads/{path.name}": path for path in heads.files if self.arguments.quant_heads}
         return calibration_key(
             {name: inputs[str(path)] for name, path in read.items()},
-            batches=self.batches, fmt=self.fmt, kv_cache=get_kv_cache(self.arguments.kv_cache),
+            batches=self.batches, weight_format=self.weight_format, kv_cache=get_kv_cache(self.arguments.kv_cache),
             quant_heads=self.arguments.quant_heads, device=self.device,
         )  # fmt: skip
 
     def check(self) -> None:
         """Every refusal that needs no computation, before the first of it."""
         arguments, spec = self.arguments, self.spec
-        for warning in release_warnings(self.checkpoint.config, self.release, self.fmt):
+        for warning in release_warnings(self.checkpoint.config, self.release, self.weight_format):
             logger.warning("%s", warning)
         if arguments.format == "trtllm":
             require_rope(self.checkpoint.config, self.release)
@@ -301,7 +303,7 @@ class Job:
 
     def _check_given_scales(self, spec: ExportSpec, scales: Scales) -> None:
         if not self.has_scales:
-            what = f"a calibration for --quant {self.fmt.name} --kv-cache {self.arguments.kv_cache}"
+            what = f"a calibration for --quant {self.weight_format.name} --kv-cache {self.arguments.kv_cache}"
             raise ConfigError("--scales", what, "a format that has scales", "leave it out or choose another format")
         require_scales(spec, scales)
 

@@ -47,19 +47,25 @@ def require_writable(job: Job) -> None:
 
 def _check_onnxruntime(job: Job) -> None:
     require_packages("onnxruntime", extra="onnx")  # it opens what was written, in the end
-    onnx_form(job.fmt)
+    onnx_form(job.weight_format)
     require_supported(job.checkpoint.config, job.max_length)
 
 
 def _write_onnx(job: Job, scales: Scales | None, path: Path) -> None:
     write_onnx(
-        path, job.checkpoint, job.fmt, scales, max_length=job.max_length, tokens=job.tokens, excluded=_excluded(job)
+        path,
+        job.checkpoint,
+        job.weight_format,
+        scales,
+        max_length=job.max_length,
+        tokens=job.tokens,
+        excluded=_excluded(job),
     )
 
 
 def _write_onnxruntime(job: Job, scales: Scales | None, path: Path, builder: EngineBuilder, progress: Progress) -> None:
     write_engine(
-        path, job.checkpoint, job.fmt, scales, tree=job.engine_tree, max_length=job.max_length,
+        path, job.checkpoint, job.weight_format, scales, tree=job.engine_tree, max_length=job.max_length,
         draft_vocab=_draft_vocab(job), save_tokenizer=job.tokenizer.save_pretrained, source=_source(job),
         tokens=job.tokens, excluded=_excluded(job),
     )  # fmt: skip
@@ -72,14 +78,14 @@ def _check_tensorrt(job: Job) -> None:
 
 def _write_portable(job: Job, scales: Scales | None, path: Path) -> None:
     write_portable(
-        path, job.checkpoint, job.fmt, scales, dtype=job.spec.dtype, tree=job.engine_tree, max_length=job.max_length,
+        path, job.checkpoint, job.weight_format, scales, dtype=job.spec.dtype, tree=job.engine_tree, max_length=job.max_length,
         draft_vocab=_draft_vocab(job), tokens=job.tokens, excluded=_excluded(job),
     )  # fmt: skip
 
 
 def _write_tensorrt(job: Job, scales: Scales | None, path: Path, builder: EngineBuilder, progress: Progress) -> None:
     write_tensorrt_engine(
-        path, path.with_name("onnx"), job.checkpoint, job.fmt, gpus=job.gpus,
+        path, path.with_name("onnx"), job.checkpoint, job.weight_format, gpus=job.gpus,
         dtype=job.spec.dtype, tree=job.engine_tree, max_length=job.max_length, builder=builder, progress=progress,
         save_tokenizer=job.tokenizer.save_pretrained, source=_source(job), tokens=job.tokens,
     )  # fmt: skip

@@ -153,7 +153,7 @@ class PartWriter:
     def _calibrate(self) -> Scales:
         job = self.job
         return calibrate(
-            job.ckpt, job.checkpoint, job.fmt, kv_cache=job.arguments.kv_cache,
+            job.ckpt, job.checkpoint, job.weight_format, kv_cache=job.arguments.kv_cache,
             quant_heads=job.arguments.quant_heads, batches=job.batches,
             progress=lambda done, total: self.progress("calibrate", done, total), device=job.device,
         )  # fmt: skip

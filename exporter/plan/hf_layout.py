@@ -19,19 +19,19 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 def require_hf(spec: ExportSpec) -> None:
     """Raise ConfigError when the unified form of this layout is not one that is written here."""
-    huggingface_form(spec.fmt)
+    huggingface_form(spec.weight_format)
     if spec.tp != 1 or spec.exclude or not spec.kv_cache.in_huggingface:
         got = "--tp" if spec.tp != 1 else "--exclude" if spec.exclude else f"--kv-cache {spec.kv_cache.name}"
         raise ConfigError(f"--format hf with {got}", "an option of TensorRT-LLM's form", "none", "leave it out")
 
 
-def huggingface_form(fmt: Format) -> HuggingFace:
+def huggingface_form(weight_format: Format) -> HuggingFace:
     """How a format goes into the unified form; ConfigError when no writer makes it."""
-    if fmt.huggingface is None:
+    if weight_format.huggingface is None:
         *names, last = (name for name, row in FORMATS.items() if row.huggingface is not None)
         expected = f"{', '.join(names)} or {last}"
-        raise ConfigError(f"--format hf with --quant {fmt.name}", "no writer for it", expected, "use fp8")
-    return fmt.huggingface
+        raise ConfigError(f"--format hf with --quant {weight_format.name}", "no writer for it", expected, "use fp8")
+    return weight_format.huggingface
 
 
 def plan_hf(checkpoint: MedusaCheckpoint, spec: ExportSpec) -> list[TensorPlan]:
@@ -50,10 +50,10 @@ def _tensors(checkpoint: MedusaCheckpoint, spec: ExportSpec, name: str) -> Itera
     if not _is_quantized(spec, name):
         yield TensorPlan(name, Kind.COPY, spec.dtype, shape, (Slice(name),))
     else:
-        form = huggingface_form(spec.fmt)
-        for part in form.parts:
-            modules = _sharing(form, module, part.kind)
-            size, dtype = part.shape(shape[0], shape[1], spec.fmt.group_size or 1), part.dtype or spec.dtype
+        facts = huggingface_form(spec.weight_format)
+        for part in facts.parts:
+            modules = _sharing(facts, module, part.kind)
+            size, dtype = part.shape(shape[0], shape[1], spec.weight_format.group_size or 1), part.dtype or spec.dtype
             yield TensorPlan(f"{module}.{part.suffix}", part.kind, dtype, size, (Slice(name),), None, modules)
     if spec.kv_cache.quant_algo and module.endswith(("k_proj", "v_proj")) and name.endswith(".weight"):
         layer = int(module.split(".")[2])
@@ -61,16 +61,16 @@ def _tensors(checkpoint: MedusaCheckpoint, spec: ExportSpec, name: str) -> Itera
 
 
 def _is_quantized(spec: ExportSpec, name: str) -> bool:
-    if not name.endswith(".weight") or not huggingface_form(spec.fmt).parts:
+    if not name.endswith(".weight") or not huggingface_form(spec.weight_format).parts:
         return False
     if name.startswith("medusa_heads."):
         return spec.quant_heads
     return name.endswith("_proj.weight")
 
 
-def _sharing(form: HuggingFace, module: str, kind: Kind) -> tuple[str, ...]:
+def _sharing(facts: HuggingFace, module: str, kind: Kind) -> tuple[str, ...]:
     """The modules that this one shares a scale with."""
     owner, _, last = module.rpartition(".")
-    alone = kind in (Kind.FP8, Kind.WEIGHT_SCALE) and not form.fuses_weight_scales
+    alone = kind in (Kind.FP8, Kind.WEIGHT_SCALE) and not facts.fuses_weight_scales
     group = next((names for names in _FUSED if last in names), ()) if not alone else ()
     return tuple(f"{owner}.{name}" for name in group) or (module,)

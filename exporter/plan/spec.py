@@ -43,7 +43,7 @@ class ExportSpec:
     num_medusa_layers: int
     max_draft_len: int
     tp: int
-    fmt: Format
+    weight_format: Format
     dtype: str
     kv_cache: KvCache
     quant_heads: bool
@@ -61,11 +61,11 @@ class ExportSpec:
     def exclude_modules(self) -> list[str]:
         """TensorRT-LLM's ``exclude_modules``; it replaces the default list, so that is in it."""
         given = [pattern if pattern.endswith("*") else f"{pattern}*" for pattern in self.exclude]
-        return [*(HEADS_QUANTIZED if self.quant_heads else HEADS_16_BIT), *self.fmt.trtllm.excludes, *given]
+        return [*(HEADS_QUANTIZED if self.quant_heads else HEADS_16_BIT), *self.weight_format.trtllm.excludes, *given]
 
     def is_quantized(self, module: str) -> bool:
         """Whether a linear is stored quantized in the file, by TensorRT-LLM's name of it."""
-        return bool(self.fmt.trtllm.parts) and not self.is_excluded(module)
+        return bool(self.weight_format.trtllm.parts) and not self.is_excluded(module)
 
     def is_excluded(self, module: str) -> bool:
         """Whether a linear stays in 16 bit in the engine, by TensorRT-LLM's name of it."""
@@ -105,7 +105,7 @@ class ExportSpec:
 
 
 def _check(spec: ExportSpec) -> None:
-    check_heads(spec.fmt, spec.quant_heads)
+    check_heads(spec.weight_format, spec.quant_heads)
     if spec.dtype not in DTYPES:
         raise ConfigError(f"dtype {spec.dtype!r}", "an unsupported dtype", " or ".join(DTYPES), "choose one of these")
     if spec.max_draft_len < 1:
@@ -126,10 +126,10 @@ def _check(spec: ExportSpec) -> None:
 
 
 def _check_excludes(spec: ExportSpec) -> None:
-    if spec.exclude and not spec.fmt.trtllm.excludable:
+    if spec.exclude and not spec.weight_format.trtllm.excludable:
         raise ConfigError(
             f"--exclude {spec.exclude[0]}",
-            f"format {spec.fmt.name}",
+            f"format {spec.weight_format.name}",
             "a format that quantizes linear by linear (fp8_rowwise takes whole attention and MLP blocks)",
             "leave --exclude out, or use fp8",
         )
@@ -155,15 +155,15 @@ def _way_out(spec: ExportSpec) -> str:
     fits = [str(tp) for tp in range(1, MAX_TP + 1) if not _misfits(_with(spec, tp=tp))]
     if fits:
         return f"use tp {', '.join(fits)}"
-    for size in spec.fmt.group_sizes:
-        if not _misfits(_with(spec, fmt=replace(spec.fmt, group_size=size))):
+    for size in spec.weight_format.group_sizes:
+        if not _misfits(_with(spec, weight_format=replace(spec.weight_format, group_size=size))):
             return f"use --group-size {size}"
-    form = spec.fmt
-    while form.nearest != form.name:
-        form = FORMATS[form.nearest]
-        quant_heads = spec.quant_heads and form.quantizes_heads
-        if any(not _misfits(_with(spec, fmt=form, tp=tp, quant_heads=quant_heads)) for tp in {spec.tp, 1}):
-            return f"no tp works with format {spec.fmt.name}: use --quant {form.name}"
+    nearest = spec.weight_format
+    while nearest.nearest != nearest.name:
+        nearest = FORMATS[nearest.nearest]
+        quant_heads = spec.quant_heads and nearest.quantizes_heads
+        if any(not _misfits(_with(spec, weight_format=nearest, tp=tp, quant_heads=quant_heads)) for tp in {spec.tp, 1}):
+            return f"no tp works with format {spec.weight_format.name}: use --quant {nearest.name}"
     return "no tp and no format works for this model: use the ONNX Runtime engine"
 
 
@@ -196,8 +196,8 @@ def _misfits(spec: ExportSpec) -> list[tuple[str, str, str]]:
 
 def _unaligned(spec: ExportSpec) -> list[tuple[str, str, str]]:
     """Linears that TensorRT-LLM would pad to its kernels' tile, after which the checkpoint's shape no longer fits."""
-    facts = spec.fmt.trtllm
-    multiple = max(facts.multiple, spec.fmt.group_size or 1)
+    facts = spec.weight_format.trtllm
+    multiple = max(facts.multiple, spec.weight_format.group_size or 1)
     tiles = [multiple * spec.tp] * 2 if facts.multiple > 1 else list(facts.rank_tile)
     problems = []
     for module, (shape, axis) in spec.linear_shapes().items():
@@ -207,13 +207,13 @@ def _unaligned(spec: ExportSpec) -> list[tuple[str, str, str]]:
         if any(size % need for size, need in zip(shape, needed, strict=True)):
             name = module.removeprefix("transformer.layers.0.")
             got = f"{list(shape)} features over tp {spec.tp}"
-            problems.append((f"{name} in format {spec.fmt.name}", got, f"multiples of {needed}"))
+            problems.append((f"{name} in format {spec.weight_format.name}", got, f"multiples of {needed}"))
     return problems
 
 
 def export_spec(
     checkpoint: MedusaCheckpoint,
-    fmt: Format,
+    weight_format: Format,
     *,
     tree: Tree,
     tp: int,
@@ -230,7 +230,7 @@ def export_spec(
         checkpoint.num_medusa_layers,
         tree.max_draft_len,
         tp,
-        fmt,
+        weight_format,
         resolve_dtype(dtype, checkpoint.config.dtype),
         get_kv_cache(kv_cache),
         quant_heads,

@@ -31,7 +31,7 @@ def require_no_gaps(tree: Tree) -> None:
         )
 
 
-def release_warnings(config: DecoderConfig, release: TrtllmRelease, fmt: Format) -> list[str]:
+def release_warnings(config: DecoderConfig, release: TrtllmRelease, weight_format: Format) -> list[str]:
     """What to know about a family or a format under a release, a line each.
 
     Raises:
@@ -58,9 +58,9 @@ def release_warnings(config: DecoderConfig, release: TrtllmRelease, fmt: Format)
             f"{family}: sliding window of {config.sliding_window} tokens; TensorRT-LLM takes it at run time "
             f"(max_attention_window_size {sizes}), the checkpoint cannot hold it"
         )
-    if fmt.trtllm.fails_unmended:
+    if weight_format.trtllm.fails_unmended:
         warnings.append(
-            f"{fmt.name}: trtllm-build fails on it with Medusa ('use_int8_weight'); build.sh and medusa-export mend the class, a "
-            "build of your own has to as well (docs/tensorrt-llm.md)"
+            f"{weight_format.name}: trtllm-build fails on it with Medusa ('use_int8_weight'); build.sh and medusa-export mend the "
+            "class, a build of your own has to as well (docs/tensorrt-llm.md)"
         )
     return warnings

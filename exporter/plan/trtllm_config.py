@@ -50,14 +50,14 @@ def trtllm_config(spec: ExportSpec) -> dict[str, Any]:
 
 def _quantization(spec: ExportSpec) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "quant_algo": spec.fmt.trtllm.algo,
+        "quant_algo": spec.weight_format.trtllm.algo,
         "kv_cache_quant_algo": spec.kv_cache.quant_algo,
     }
-    if spec.fmt.is_quantized:
+    if spec.weight_format.is_quantized:
         body["exclude_modules"] = spec.exclude_modules
-    if spec.fmt.group_size is not None:
-        body["group_size"] = spec.fmt.group_size
-    return body | dict(spec.fmt.trtllm.config)
+    if spec.weight_format.group_size is not None:
+        body["group_size"] = spec.weight_format.group_size
+    return body | dict(spec.weight_format.trtllm.config)
 
 
 def _qwen_keys(spec: ExportSpec) -> dict[str, Any]:

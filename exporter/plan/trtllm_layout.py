@@ -100,7 +100,7 @@ def _layer_tensors(spec: ExportSpec, rank: int, layer: int) -> Iterator[TensorPl
     yield from _qkv(spec, rank, layer)
     for pattern, axis, together in _LAYER_LINEARS:
         name, bias = trtllm_linear(pattern, layer), config.has_bias(pattern)
-        shared = (pattern,) if spec.fmt.smooths else together  # smoothed linears are not fused
+        shared = (pattern,) if spec.weight_format.smooths else together  # smoothed linears are not fused
         scaled_with = tuple(each.format(layer) for each in shared) if spec.is_quantized(name) else ()
         linear = _Linear(name, pattern.format(layer), shapes[pattern], axis, bias, scaled_with)
         yield from _linear(spec, rank, linear)
@@ -172,8 +172,8 @@ def _stored(spec: ExportSpec, weight: TensorPlan, modules: tuple[str, ...]) -> I
         yield weight
         return
     prefix, (out, width) = weight.name.removesuffix("weight"), weight.shape
-    for part in spec.fmt.trtllm.parts:
-        shape = part.shape(out, width, spec.fmt.group_size or 1)
+    for part in spec.weight_format.trtllm.parts:
+        shape = part.shape(out, width, spec.weight_format.group_size or 1)
         dtype = part.dtype or spec.dtype
         yield replace(weight, name=prefix + part.suffix, kind=part.kind, dtype=dtype, shape=shape, modules=modules)
 
@@ -182,7 +182,7 @@ def require_scales(spec: ExportSpec, scales: Scales | None) -> Scales:
     """The scales, once everything that the layout quantizes has one; raises what :func:`write_trtllm` would."""
     needed = needed_scales(spec)
     if scales is None and needed:
-        got = f"no scales for format {spec.fmt.name} with kv cache {spec.kv_cache.name}"
+        got = f"no scales for format {spec.weight_format.name} with kv cache {spec.kv_cache.name}"
         raise ConfigError("scales", got, "the result of a calibration", "calibrate first")
     scales = scales or Scales()
     scales.require(needed)

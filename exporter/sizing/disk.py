@@ -23,9 +23,9 @@ def _disk(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]
     config = json.dumps(trtllm_config(spec), indent=2, sort_keys=True) + "\n"
     files = "the rank file" if spec.tp == 1 else f"{spec.tp} rank files"
     yield Item("trtllm/", rank_bytes + len(config.encode()), f"{files} and config.json, exact")
-    if request.form is not None:
-        decoder, heads = _decoder_bytes(spec, request, request.form), _heads_bytes(spec, request)
-        yield Item("onnx/", decoder, f"decoder, {request.form}")
+    if request.onnx_form is not None:
+        decoder, heads = _decoder_bytes(spec, request, request.onnx_form), _heads_bytes(spec, request)
+        yield Item("onnx/", decoder, f"decoder, {request.onnx_form}")
         yield Item("engine/", decoder + heads + request.tokenizer_bytes, "the decoder again, heads, tokenizer")
     if request.portable is not None:
         graphs = _portable_bytes(spec, request)
@@ -50,26 +50,26 @@ def _aligned(tensors: Iterable[int]) -> int:
 INT8_CODES = Codes(8, Reach.GROUP, INT8_BLOCKS, zero_points=True)  # of vocabulary projections, whatever the format
 
 
-def _decoder_bytes(spec: ExportSpec, request: Request, form: str) -> int:
+def _decoder_bytes(spec: ExportSpec, request: Request, onnx_form: str) -> int:
     """decoder.onnx.data: embedding, vocabulary projection, cosines and sines, the last norm, and the layers."""
     config, stored = spec.config, request.stored_bytes
     table = config.vocab_size * config.hidden_size
     tensors = [table * stored, *[FLOAT32 * request.max_length * config.head_dim // 2] * 2, FLOAT32 * config.hidden_size]
-    if LINEAR_FORMS[form].in_blocks:
+    if LINEAR_FORMS[onnx_form].in_blocks:
         tensors += _int8(config.vocab_size, config.hidden_size)
     elif not config.tie_word_embeddings:
         tensors.append(table * stored)
-    layers = (_layer_tensors(spec, layer, form, stored) for layer in range(config.num_hidden_layers))
+    layers = (_layer_tensors(spec, layer, onnx_form, stored) for layer in range(config.num_hidden_layers))
     return _aligned(tensors) + sum(map(_aligned, layers))
 
 
-def _layer_tensors(spec: ExportSpec, layer: int, form: str, stored: int) -> Iterator[int]:
+def _layer_tensors(spec: ExportSpec, layer: int, onnx_form: str, stored: int) -> Iterator[int]:
     """Norms and biases are float32."""
     config, shapes = spec.config, spec.config.linear_shapes()
     shapes[families.Q_PROJ] = (config.q_size + 2 * config.kv_size, config.hidden_size)
     excluded = {name: spec.is_excluded(trtllm_linear(name, layer)) for name in STORED_LINEARS}
     gate, up = families.GATE_PROJ, families.UP_PROJ
-    if is_one_product(form, [excluded[gate], excluded[up]]):
+    if is_one_product(onnx_form, [excluded[gate], excluded[up]]):
         shapes[gate], shapes[up] = (2 * config.intermediate_size, config.hidden_size), (0, 0)
     for name in STORED_LINEARS:
         yield from _matrix(spec, shapes[name], stored, excluded=excluded[name])
@@ -80,8 +80,10 @@ def _layer_tensors(spec: ExportSpec, layer: int, form: str, stored: int) -> Iter
 
 def _matrix(spec: ExportSpec, shape: tuple[int, ...], stored: int, *, excluded: bool) -> tuple[int, ...]:
     """A linear's tensors in the ONNX form of the format."""
-    codes = FLOAT_CODES if excluded else onnx_form(spec.fmt).codes
-    return linear_bytes(codes, shape, spec.fmt.group_size, smooths=spec.fmt.smooths, weight=stored, number=FLOAT32)
+    codes = FLOAT_CODES if excluded else onnx_form(spec.weight_format).codes
+    return linear_bytes(
+        codes, shape, spec.weight_format.group_size, smooths=spec.weight_format.smooths, weight=stored, number=FLOAT32
+    )
 
 
 def _int8(rows: int, width: int) -> tuple[int, ...]:

@@ -69,8 +69,8 @@ def plan_export(arguments: ExportArguments, *, batch: int = 1, context: int | No
             raise ConfigError(flag, str(value), f"1 .. {most}", "correct it")
     request = Request(
         calibrates=job.has_scales and job.given_scales is None,
-        form=onnx_form(job.fmt).form if job.writes_engine and job.engine.runs_here else None,
-        portable=tensorrt_form(job.fmt).form if job.gpus else None,
+        onnx_form=onnx_form(job.weight_format).form if job.writes_engine and job.engine.runs_here else None,
+        portable=tensorrt_form(job.weight_format).form if job.gpus else None,
         of_checkpoint=job.writes_engine and not job.engine.has_graph,
         max_length=job.max_length,
         draft_vocab=arguments.draft_vocab,
@@ -161,8 +161,8 @@ def _layout(spec: ExportSpec, request: Request) -> dict[str, Any]:
         "medusa_heads": spec.num_medusa_heads,
         "medusa_layers": spec.num_medusa_layers,
         "max_draft_len": spec.max_draft_len,
-        "format": spec.fmt.name,
-        "quant_algo": spec.fmt.trtllm.algo,
+        "format": spec.weight_format.name,
+        "quant_algo": spec.weight_format.trtllm.algo,
         "kv_cache": spec.kv_cache.name,
         "dtype": spec.dtype,
         "tp": spec.tp,
@@ -198,8 +198,8 @@ def _stored(spec: ExportSpec, tensor: TensorPlan) -> tuple[str, str]:
     if (bits := built_bits(spec, tensor)) is not None:
         return tensor.dtype, f"{bits} bit in the engine"
     if tensor.dtype != spec.dtype:
-        return spec.fmt.name, ""
-    return tensor.dtype, "excluded" if spec.fmt.is_quantized and spec.is_excluded(module) else ""
+        return spec.weight_format.name, ""
+    return tensor.dtype, "excluded" if spec.weight_format.is_quantized and spec.is_excluded(module) else ""
 
 
 # The disk: what the ONNX writers store, tensor by tensor.

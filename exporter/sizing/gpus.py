@@ -67,7 +67,7 @@ class Fit:
 
 def built_bits(spec: ExportSpec, tensor: TensorPlan) -> int | None:
     """Bits of a weight's values where trtllm-build quantizes it; None where the engine takes it as it is in the file."""
-    bits = spec.fmt.trtllm.build_bits
+    bits = spec.weight_format.trtllm.build_bits
     module, _, kind = tensor.name.rpartition(".")
     return bits if kind == "weight" and len(tensor.shape) == 2 and bits and not spec.is_excluded(module) else None
 
@@ -149,4 +149,4 @@ def fit(gpu: Gpu, spec: ExportSpec, weights: int, *, batch: int, context: int) -
 
 def why_unsupported(gpu: Gpu, spec: ExportSpec) -> str:
     """Why a GPU cannot run the formats, in a few words; empty where it can."""
-    return unsupported_reason(gpu, spec.fmt, spec.kv_cache)
+    return unsupported_reason(gpu, spec.weight_format, spec.kv_cache)

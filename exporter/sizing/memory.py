@@ -47,10 +47,10 @@ def _ram(spec: ExportSpec, request: Request, machine: Machine) -> Iterator[Item]
     else:
         yield Item("calibration", 0, "nothing to calibrate")
     yield Item("writing, comparing", STREAMED, "rows at a time, whatever the model (docs/performance.md)")
-    if request.form is not None:
+    if request.onnx_form is not None:
         largest = ENGINE_TENSORS * FLOAT16 * _largest(spec)
         yield Item("writing the graphs", largest, f"{ENGINE_TENSORS}x the largest tensor (docs/performance.md)")
-        yield _engine_check(spec, request, request.form)
+        yield _engine_check(spec, request, request.onnx_form)
     if request.portable is not None:
         graphs = _portable_bytes(spec, request)
         how = f"{BUILD_COPIES}x the graphs, as measured on a small model (docs/tensorrt.md)"
@@ -73,12 +73,14 @@ def _calibration(spec: ExportSpec, machine: Machine) -> Item:
     return Item("calibration", whole, f"the model{' and its heads' * spec.quant_heads} in float32, activations")
 
 
-def _engine_check(spec: ExportSpec, request: Request, form: str) -> Item:
+def _engine_check(spec: ExportSpec, request: Request, onnx_form: str) -> Item:
     """ONNX Runtime's session and cache, float32 copies of what it folds, and a small model's reference."""
     config = spec.config
     linears = config.num_hidden_layers * sum(map(math.prod, config.linear_shapes().values()))
-    files = _decoder_bytes(spec, request, form) + _heads_bytes(spec, request)
-    copies = files if LINEAR_FORMS[form].in_blocks else FLOAT32 * (linears + config.vocab_size * config.hidden_size)
+    files = _decoder_bytes(spec, request, onnx_form) + _heads_bytes(spec, request)
+    copies = (
+        files if LINEAR_FORMS[onnx_form].in_blocks else FLOAT32 * (linears + config.vocab_size * config.hidden_size)
+    )
     cache = FLOAT32 * 2 * config.num_hidden_layers * config.kv_size * request.max_length
     if linears >= SMALL_MODEL:
         return Item("checking the engine", files + copies + cache, "its weights in ONNX Runtime")

@@ -43,9 +43,14 @@ def _layer(spec: ExportSpec, layer: int) -> Iterator[int]:
     config, shapes = spec.config, spec.config.linear_shapes()
     shapes[families.Q_PROJ] = (config.q_size + 2 * config.kv_size, config.hidden_size)
     for name in STORED_LINEARS:
-        codes = FLOAT_CODES if spec.is_excluded(trtllm_linear(name, layer)) else tensorrt_form(spec.fmt).codes
+        codes = FLOAT_CODES if spec.is_excluded(trtllm_linear(name, layer)) else tensorrt_form(spec.weight_format).codes
         yield from linear_bytes(
-            codes, shapes[name], spec.fmt.group_size, smooths=spec.fmt.smooths, weight=HALF, number=HALF
+            codes,
+            shapes[name],
+            spec.weight_format.group_size,
+            smooths=spec.weight_format.smooths,
+            weight=HALF,
+            number=HALF,
         )
         yield HALF * shapes[name][0] * config.has_bias(name)
     yield from [HALF * config.hidden_size] * 2

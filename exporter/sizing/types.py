@@ -21,7 +21,7 @@ class Request:
 
     Attributes:
         calibrates: scales have to be measured here.
-        form: the ONNX form of an ONNX Runtime engine; None where none is written.
+        onnx_form: the ONNX form of an ONNX Runtime engine; None where none is written.
         max_length: context of the ONNX Runtime engine, in tokens.
         draft_vocab: tokens that its drafts are drawn from; 0 is all.
         stored_bytes: of one weight in the checkpoint.
@@ -34,7 +34,7 @@ class Request:
     """
 
     calibrates: bool
-    form: str | None
+    onnx_form: str | None
     max_length: int
     draft_vocab: int
     stored_bytes: int

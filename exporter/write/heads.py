@@ -85,35 +85,35 @@ def write_heads(out: Path, checkpoint: MedusaCheckpoint, layout: str, *, max_sha
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r}", "an unknown name", f"one of {', '.join(LAYOUTS)}", "pick one of these")
-    form = LAYOUTS[layout]
-    if form.lm_head is None:
+    head_layout = LAYOUTS[layout]
+    if head_layout.lm_head is None:
         _require_base_lm_head(checkpoint)
-    entries = [*(_base_entries(checkpoint) if form.with_base else ()), *_head_entries(checkpoint, form)]
+    entries = [*(_base_entries(checkpoint) if head_layout.with_base else ()), *_head_entries(checkpoint, head_layout)]
     _require_writable(checkpoint, entries)
     with _reported(out):
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):  # it may be where the heads are being read from
             raise OutputError(str(out), "files in it", "a new or an empty directory", "choose another one")
-        _write_weights(out / form.file, entries, max_shard_bytes if form.with_base else None)
-        config = form.config(checkpoint, {entry.name for entry in entries})
+        _write_weights(out / head_layout.file, entries, max_shard_bytes if head_layout.with_base else None)
+        config = head_layout.config(checkpoint, {entry.name for entry in entries})
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if form.with_base:
+        if head_layout.with_base:
             _copy_tokenizer(checkpoint.base.files[0].parent, out)
 
 
-def _head_entries(checkpoint: MedusaCheckpoint, form: HeadLayout) -> Iterator[_Entry]:
+def _head_entries(checkpoint: MedusaCheckpoint, head_layout: HeadLayout) -> Iterator[_Entry]:
     layers = checkpoint.num_medusa_layers
-    lm_heads = range(checkpoint.num_medusa_heads if form.lm_head else 0)
-    if form.lm_head_once and _have_one_lm_head(checkpoint):
+    lm_heads = range(checkpoint.num_medusa_heads if head_layout.lm_head else 0)
+    if head_layout.lm_head_once and _have_one_lm_head(checkpoint):
         lm_heads = lm_heads[:1]
     for head in range(checkpoint.num_medusa_heads):
         for layer in range(layers):
-            yield _entry(checkpoint, form.weight.format(head, layer), BLOCK_WEIGHT.format(head, layer))
+            yield _entry(checkpoint, head_layout.weight.format(head, layer), BLOCK_WEIGHT.format(head, layer))
             bias = BLOCK_BIAS.format(head, layer)
-            if form.needs_bias or bias in checkpoint.heads.names:
-                yield _entry(checkpoint, form.bias.format(head, layer), bias)
-        if form.lm_head and head in lm_heads:
-            yield _entry(checkpoint, form.lm_head.format(head, layers), HEAD_LM_HEAD.format(head, layers))
+            if head_layout.needs_bias or bias in checkpoint.heads.names:
+                yield _entry(checkpoint, head_layout.bias.format(head, layer), bias)
+        if head_layout.lm_head and head in lm_heads:
+            yield _entry(checkpoint, head_layout.lm_head.format(head, layers), HEAD_LM_HEAD.format(head, layers))
 
 
 def _entry(checkpoint: MedusaCheckpoint, name: str, canonical: str) -> _Entry:

@@ -50,7 +50,7 @@ def write_hf_configs(out: Path, ckpt: Path, spec: ExportSpec, files: dict[str, l
     counts = {"num_medusa_heads": spec.num_medusa_heads, "num_medusa_layers": spec.num_medusa_layers}
     config = {**read_json(ckpt / "config.json"), "dtype": spec.dtype, "medusa": counts}
     config.pop("torch_dtype", None)
-    if spec.fmt.is_quantized or spec.kv_cache.quant_algo:
+    if spec.weight_format.is_quantized or spec.kv_cache.quant_algo:
         config["quantization_config"] = _quantization_config(spec)
         _write(out / "hf_quant_config.json", {"producer": _PRODUCER, "quantization": _quantization(spec)})
     _write(out / "config.json", config)
@@ -66,9 +66,9 @@ def _write(path: Path, body: dict[str, Any]) -> None:
 
 
 def _quantization(spec: ExportSpec) -> dict[str, Any]:
-    group = {"group_size": spec.fmt.group_size} if spec.fmt.group_size else {}
+    group = {"group_size": spec.weight_format.group_size} if spec.weight_format.group_size else {}
     return {
-        "quant_algo": spec.fmt.trtllm.algo,
+        "quant_algo": spec.weight_format.trtllm.algo,
         "kv_cache_quant_algo": spec.kv_cache.quant_algo,
         **group,
         "exclude_modules": _excluded(spec),
@@ -77,13 +77,17 @@ def _quantization(spec: ExportSpec) -> dict[str, Any]:
 
 def _quantization_config(spec: ExportSpec) -> dict[str, Any]:
     """The same in the form of config.json, which is what loaders read first."""
-    body: dict[str, Any] = {"ignore": _excluded(spec), "quant_algo": spec.fmt.trtllm.algo, "producer": _PRODUCER}
+    body: dict[str, Any] = {
+        "ignore": _excluded(spec),
+        "quant_algo": spec.weight_format.trtllm.algo,
+        "producer": _PRODUCER,
+    }
     body["quant_method"] = "modelopt"
     if spec.kv_cache.quant_algo:
         body["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    bits = huggingface_form(spec.fmt).group_bits
+    bits = huggingface_form(spec.weight_format).group_bits
     if bits is not None:
-        group = {"group_size": spec.fmt.group_size} if spec.fmt.group_size else {}
+        group = {"group_size": spec.weight_format.group_size} if spec.weight_format.group_size else {}
         numbers = {"dynamic": False, "num_bits": bits, "type": "float", **group}
         targets = {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}
         body["config_groups"] = {"group_0": targets}

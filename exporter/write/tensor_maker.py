@@ -83,7 +83,7 @@ class TensorMaker:
 
     def _smoothed(self, plan: TensorPlan, start: int, stop: int, columns: tuple[int, int] | None) -> torch.Tensor:
         weight = self._stacked(plan, start, stop, columns, torch.float32)
-        if self.spec.fmt.smooths:
+        if self.spec.weight_format.smooths:
             weight = weight * (1.0 / _part(self.scales.pre_quant_scale[plan.modules[0]], columns))
         return weight
 
@@ -105,7 +105,7 @@ class TensorMaker:
         return quantize_fp8(weight, scale)
 
     def _row_scale(self, plan: TensorPlan, start: int, stop: int) -> torch.Tensor:
-        return codes.row_scales(self._weights(plan, start, stop, whole_rows=True), self.spec.fmt.weight_bound)
+        return codes.row_scales(self._weights(plan, start, stop, whole_rows=True), self.spec.weight_format.weight_bound)
 
     def _fp8_row(self, plan: TensorPlan, start: int, stop: int) -> torch.Tensor:
         weight = self._weights(plan, start, stop, whole_rows=True)
@@ -129,7 +129,7 @@ class TensorMaker:
 
     @property
     def _group_size(self) -> int:
-        return self.spec.fmt.group_size or 1
+        return self.spec.weight_format.group_size or 1
 
     def _smoothing(self, plan: TensorPlan) -> torch.Tensor:
         factors = _part(self.scales.pre_quant_scale[plan.modules[0]], plan.columns)
@@ -144,10 +144,10 @@ class TensorMaker:
         return stored
 
     def _weight_scale(self, plan: TensorPlan) -> float:
-        return code_scale(fused_amax(self.scales.weight_amax, plan.modules), self.spec.fmt.tensor_bound)
+        return code_scale(fused_amax(self.scales.weight_amax, plan.modules), self.spec.weight_format.tensor_bound)
 
     def _input_scale(self, plan: TensorPlan) -> float:
-        return code_scale(fused_amax(self.scales.input_amax, plan.modules), self.spec.fmt.input_bound or 1.0)
+        return code_scale(fused_amax(self.scales.input_amax, plan.modules), self.spec.weight_format.input_bound or 1.0)
 
     def _kv_scale(self, plan: TensorPlan) -> float:
         cache = self.spec.kv_cache

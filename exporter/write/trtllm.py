@@ -22,7 +22,7 @@ from medusa_export.quantize.scales import Scales
 def write_trtllm(
     out: Path,
     checkpoint: MedusaCheckpoint,
-    fmt: Format,
+    weight_format: Format,
     scales: Scales | None,
     *,
     tree: Tree,
@@ -52,7 +52,14 @@ def write_trtllm(
         OutputError: a disk that cannot be written.
     """
     spec = export_spec(
-        checkpoint, fmt, tree=tree, tp=tp, dtype=dtype, kv_cache=kv_cache, quant_heads=quant_heads, exclude=exclude
+        checkpoint,
+        weight_format,
+        tree=tree,
+        tp=tp,
+        dtype=dtype,
+        kv_cache=kv_cache,
+        quant_heads=quant_heads,
+        exclude=exclude,
     )
     scales = require_scales(spec, scales)
     try:

@@ -70,9 +70,9 @@ class MedusaHeads:
 
     def canonical_names(self) -> tuple[str, ...]:
         """Every canonical name of these heads, stored or not, head by head."""
-        blocks = [(layer, form) for layer in range(self.num_layers) for form in (BLOCK_WEIGHT, BLOCK_BIAS)]
-        forms = [*blocks, (self.num_layers, HEAD_LM_HEAD)]
-        return tuple(form.format(head, layer) for head in range(self.num_heads) for layer, form in forms)
+        blocks = [(layer, template) for layer in range(self.num_layers) for template in (BLOCK_WEIGHT, BLOCK_BIAS)]
+        templates = [*blocks, (self.num_layers, HEAD_LM_HEAD)]
+        return tuple(template.format(head, layer) for head in range(self.num_heads) for layer, template in templates)
 
 
 def open_heads(path: Path, config: DecoderConfig, *, check_values: bool = True) -> MedusaHeads:

@@ -37,26 +37,28 @@ def test_skipped_without_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
 def export(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_heads: Callable[..., Path]
 ) -> Callable[..., Path]:
-    """``export(fmt, scales=None, **options) -> directory``: a checkpoint whose sizes every format takes."""
+    """``export(weight_format, scales=None, **options) -> directory``: a checkpoint whose sizes every format takes."""
     from medusa_export.exporter.write.trtllm import write_trtllm
     from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
     from medusa_export.heads.trees.tree import Tree
     from medusa_export.quantize.formats import get_format
 
-    def write(fmt: str, **options: Any) -> Path:
+    def write(weight_format: str, **options: Any) -> Path:
         sizes = {"hidden_size": 256, "intermediate_size": 256}
         heads = tiny_heads(tmp_path / "heads", num_heads=1, hidden=256)
         checkpoint = MedusaCheckpoint.open(tiny_checkpoint(tmp_path / "model", **sizes), heads)
-        write_trtllm(tmp_path / "out", checkpoint, get_format(fmt), None, tree=Tree.from_choices([[0]]), **options)
+        write_trtllm(
+            tmp_path / "out", checkpoint, get_format(weight_format), None, tree=Tree.from_choices([[0]]), **options
+        )
         return tmp_path / "out"
 
     return write
 
 
 @needs_source
-@pytest.mark.parametrize(("fmt", "tp"), [("none", 2), ("fp8_rowwise", 1), ("int8_wo", 1)])
-def test_nvidias_classes_load_it(fmt: str, tp: int, export: Callable[..., Path]) -> None:
-    code, said = run(export(fmt, tp=tp))
+@pytest.mark.parametrize(("weight_format", "tp"), [("none", 2), ("fp8_rowwise", 1), ("int8_wo", 1)])
+def test_nvidias_classes_load_it(weight_format: str, tp: int, export: Callable[..., Path]) -> None:
+    code, said = run(export(weight_format, tp=tp))
     assert code == 0, said
     assert said.count('"without a value": []') == tp
 

@@ -169,12 +169,12 @@ def test_a_format(base: str, config: dict[str, Any], made_up_format: Callable[[s
 def test_a_format_through_tensorrts_graphs(made_up_format: Callable[[str], str], make: Make, tmp_path: Path) -> None:
     name = made_up_format("int8_wo")
     given, tree = make(config=WIDE), load_tree("cpu-3")
-    checkpoint, fmt = MedusaCheckpoint.open(given.ckpt, given.heads), get_format(name)
+    checkpoint, weight_format = MedusaCheckpoint.open(given.ckpt, given.heads), get_format(name)
     onnx, engine = tmp_path / "graphs/onnx", tmp_path / "graphs/engine"
     onnx.parent.mkdir()
-    write_portable(onnx, checkpoint, fmt, None, dtype="float16", tree=tree, max_length=64, draft_vocab=None)
+    write_portable(onnx, checkpoint, weight_format, None, dtype="float16", tree=tree, max_length=64, draft_vocab=None)
     write_tensorrt_engine(
-        engine, onnx, checkpoint, fmt, gpus=(89,), dtype="float16", tree=tree, max_length=64, builder=NoTensorRt(),
+        engine, onnx, checkpoint, weight_format, gpus=(89,), dtype="float16", tree=tree, max_length=64, builder=NoTensorRt(),
         progress=lambda *step: None, save_tokenizer=lambda path: None, source={},
     )  # fmt: skip
     assert EngineInfo.load(engine).form == "int8_mine"

@@ -54,11 +54,13 @@ def portable(
         scales = Scales(
             dict.fromkeys(amax, 8.0), amax, {}, {name: factor.float() for name, factor in smoothing.items()}
         )
-        tree, fmt = load_tree("cpu-8"), get_format(quant, 64 if quant == "int4_awq" else None)
+        tree, weight_format = load_tree("cpu-8"), get_format(quant, 64 if quant == "int4_awq" else None)
         made = Portable(checkpoint, model_dir, root / "onnx", root / "engine")
-        write_portable(made.onnx_dir, checkpoint, fmt, scales, dtype=dtype, tree=tree, max_length=64, draft_vocab=None)
+        write_portable(
+            made.onnx_dir, checkpoint, weight_format, scales, dtype=dtype, tree=tree, max_length=64, draft_vocab=None
+        )
         write_tensorrt_engine(
-            made.engine_dir, made.onnx_dir, checkpoint, fmt, gpus=(89,), dtype=dtype, tree=tree, max_length=64,
+            made.engine_dir, made.onnx_dir, checkpoint, weight_format, gpus=(89,), dtype=dtype, tree=tree, max_length=64,
             builder=NoTensorRt(), progress=lambda *step: None, save_tokenizer=lambda path: None, source={},
         )  # fmt: skip
         return made

@@ -37,9 +37,9 @@ class Case:
         save_file(tensors, file, {"format": "pt"})
         self.checkpoint = MedusaCheckpoint.open(self.model_dir, self.checkpoint.heads.source.path)
 
-    def write(self, out: Path, fmt: str = "none", **options: Any) -> Path:
+    def write(self, out: Path, weight_format: str = "none", **options: Any) -> Path:
         """``write_trtllm`` with a small tree and this case's scales."""
-        form = get_format(fmt, options.pop("group_size", None))
+        form = get_format(weight_format, options.pop("group_size", None))
         write_trtllm(out, self.checkpoint, form, self.scales, **{"tree": TREE, **options})
         return out
 

@@ -79,14 +79,14 @@ def test_no_branch_on_a_name() -> None:
 @pytest.mark.parametrize(
     ("text", "branches", "tables"),
     [
-        ('if fmt.name == "nvfp4": pass', 1, 0),
+        ('if weight_format.name == "nvfp4": pass', 1, 0),
         ('x = storage in ("int4", "other")', 1, 0),
         ('match name:\n  case "int8_wo": pass', 1, 0),
         ('if "qwen" in model_type: pass', 1, 0),
         ('TABLE = {"fp8": 1, "nvfp4": 2}', 0, 1),
         ('TABLE = dict.fromkeys(("fp8", "nvfp4"), 1)', 0, 1),
         ('def f():\n  return {"int8_wo": 8, "int4_wo": 4}[name]', 0, 1),
-        ('if fmt.is_quantized and name == "weight": pass', 0, 0),
+        ('if weight_format.is_quantized and name == "weight": pass', 0, 0),
         ('TABLE = {"fp8": 1, "q_proj": 2}', 0, 0),
     ],
 )

@@ -107,14 +107,19 @@ def test_untrained_heads_are_refused(opened: Opened, tmp_path: Path) -> None:
 
 def test_refusals(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     model_dir, checkpoint = opened()
-    for fmt, kv_cache, quant_heads, batches, message in (
+    for weight_format, kv_cache, quant_heads, batches, message in (
         ("fp8", "none", False, [], "calibration prompts: got none"),
         ("int8_wo", "none", False, BATCHES, "nothing to calibrate"),
         ("none", "fp8", True, BATCHES, "leave the heads in 16 bit"),
     ):
         with pytest.raises(ConfigError, match=message):
             calibrate(
-                model_dir, checkpoint, get_format(fmt), kv_cache=kv_cache, quant_heads=quant_heads, batches=batches
+                model_dir,
+                checkpoint,
+                get_format(weight_format),
+                kv_cache=kv_cache,
+                quant_heads=quant_heads,
+                batches=batches,
             )
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
     with pytest.raises(MissingPackageError, match=r"medusa-export\[modelopt\]"):

@@ -54,8 +54,8 @@ def model_dir(tiny_checkpoint: Writer, tmp_path: Path) -> Path:
 
 
 def quantizers(model_dir: Path, name: str, target: str = "trtllm") -> Quantizers:
-    fmt, rounding = QatArguments(name, target=target).check()
-    return Quantizers(fmt, rounding, TEXTS, model_dir, trains_base=True)
+    weight_format, rounding = QatArguments(name, target=target).check()
+    return Quantizers(weight_format, rounding, TEXTS, model_dir, trains_base=True)
 
 
 def disturb(model: Any) -> None:
@@ -127,9 +127,9 @@ def _deployed(out: Path, name: str, target: str, stored: dict[str, torch.Tensor]
                 scale = codes.group_scales(weight, block).repeat_interleave(block, dim=1)
                 found[module] = codes.int4_groups(weight, block) * scale
         return found
-    fmt = FORMATS[name]
-    scales = Scales.load(out / SCALES_FILE) if fmt.needs_calibration else None
-    write_trtllm(out / "trtllm", MedusaCheckpoint.open(out), fmt, scales, tree=Tree.from_choices([(0,)]))
+    weight_format = FORMATS[name]
+    scales = Scales.load(out / SCALES_FILE) if weight_format.needs_calibration else None
+    write_trtllm(out / "trtllm", MedusaCheckpoint.open(out), weight_format, scales, tree=Tree.from_choices([(0,)]))
     rebuilt = rebuild_hf(out / "trtllm")
     return {module: rebuilt[f"{module}.weight"] for module in modules}
 
@@ -145,18 +145,18 @@ def test_blocks_are_the_exporters() -> None:
 @pytest.mark.parametrize("name", sorted(TRAINED))
 def test_every_format_trains(name: str, model_dir: Path, tmp_path: Path) -> None:
     """On the CPU: gradients pass the rounding, the base moves, and scales are written where the export takes any."""
-    fmt = FORMATS[name]
-    arguments = replace(FULL, lora_rank=0 if fmt.smooths else 4, learning_rate=1e-3)
+    weight_format = FORMATS[name]
+    arguments = replace(FULL, lora_rank=0 if weight_format.smooths else 4, learning_rate=1e-3)
     report = train_qat(model_dir, examples(8), tmp_path / "out", arguments, QatArguments(name), held_out=examples(3, 1))
     assert report.base_change > 1e-4
-    assert (tmp_path / "out" / SCALES_FILE).exists() is fmt.needs_calibration
+    assert (tmp_path / "out" / SCALES_FILE).exists() is weight_format.needs_calibration
     opened = MedusaCheckpoint.open(tmp_path / "out")
     assert opened.heads.layout == "medusa-v2"
     assert not any("quantizer" in key or "lora" in key for key in load_file(tmp_path / "out" / "model.safetensors"))
-    if fmt.needs_calibration:
+    if weight_format.needs_calibration:
         scales = Scales.load(tmp_path / "out" / SCALES_FILE)
         assert all("layers.0" in module for module in scales.input_amax)  # heads stay in 16 bit
-        write_trtllm(tmp_path / "trtllm", opened, fmt, scales, tree=Tree.from_choices([(0,)]))
+        write_trtllm(tmp_path / "trtllm", opened, weight_format, scales, tree=Tree.from_choices([(0,)]))
 
 
 def test_heads_alone_learn_on_the_quantized_base(model_dir: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.tuning.acceptance import calibrate, trace
+from medusa_export.engines.tuning.acceptance import measure_acceptance, trace
 from medusa_export.heads.trees.acceptance import ABSENT, Acceptance
 from medusa_export.heads.trees.tree import Tree
 from tests.unit.engines.decoding.test_generate import EOS, PROMPT, ScriptedEngine, with_eos
@@ -47,7 +47,7 @@ def test_a_real_engine_yields_with_a_tree_what_was_counted(
     engine = OnnxRuntimeEngine(tiny_engine(drafts_well=True).path)
     chosen = Tree.from_choices(tree)
     prompts = [(str(n), "c", [5 + n, 9, 11]) for n in range(3)]
-    found = Acceptance.from_answers(calibrate(engine, prompts, max_new_tokens=24))
+    found = Acceptance.from_answers(measure_acceptance(engine, prompts, max_new_tokens=24))
     tokens = steps = 0
     for _, _, ids in prompts:
         result = generate(engine, ids, chosen, max_new_tokens=24, eos_token_ids=engine.info.eos_token_ids)
@@ -62,10 +62,10 @@ def test_a_real_engine_yields_with_a_tree_what_was_counted(
 
 def test_an_engine_without_heads(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no Medusa heads"):
-        calibrate(scripted(()), [("a", "b", PROMPT)], max_new_tokens=4)
+        measure_acceptance(scripted(()), [("a", "b", PROMPT)], max_new_tokens=4)
 
 
 def test_progress() -> None:
     seen = []
-    calibrate(scripted((0,)), [("a", "b", PROMPT)] * 3, max_new_tokens=4, progress=lambda: seen.append(1))
+    measure_acceptance(scripted((0,)), [("a", "b", PROMPT)] * 3, max_new_tokens=4, progress=lambda: seen.append(1))
     assert np.sum(seen) == 3

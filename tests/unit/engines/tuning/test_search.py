@@ -14,7 +14,7 @@ import pytest
 from medusa_export.engines.measure import side_by_side as confirm_module
 from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.tuning.acceptance import calibrate
+from medusa_export.engines.tuning.acceptance import measure_acceptance
 from medusa_export.engines.tuning.picture import draw, positions
 from medusa_export.engines.tuning.search import confirm, search, sentence, tree_json
 from medusa_export.heads.trees.acceptance import Acceptance, Answer
@@ -120,7 +120,9 @@ def test_trees_are_compared_on_the_same_tokens(
     short, deep = compare(engine, trees, prompts, max_new_tokens=20, repeats=2)
     assert short.speedup == pytest.approx(short.tokens_per_step / 2)
     assert deep.tokens_per_step > short.tokens_per_step > 1
-    counted = Acceptance.from_answers(calibrate(engine, [("a", "b", ids) for ids in prompts], max_new_tokens=20))
+    counted = Acceptance.from_answers(
+        measure_acceptance(engine, [("a", "b", ids) for ids in prompts], max_new_tokens=20)
+    )
     assert deep.tokens_per_step == pytest.approx(tokens_per_step(counted, trees[1]))
 
 

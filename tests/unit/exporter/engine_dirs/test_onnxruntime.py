@@ -96,7 +96,7 @@ def test_exchange_graph_of_the_other_formats(quant: str, tiny_engine: Callable[.
 
 
 def test_every_format_but_nvfp4_has_a_form() -> None:
-    without = [name for name, fmt in FORMATS.items() if fmt.onnxruntime is None]
+    without = [name for name, weight_format in FORMATS.items() if weight_format.onnxruntime is None]
     assert without == ["nvfp4"]  # ONNX Runtime has no FP4 arithmetic on a CPU
     with pytest.raises(ConfigError, match=r"--quant nvfp4.*one of none, fp8, .*int4_awq.*pass --engine none"):
         onnx_form(FORMATS["nvfp4"])

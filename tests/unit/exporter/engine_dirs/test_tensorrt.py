@@ -39,13 +39,13 @@ def write(make_case: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
         **config: Any,
     ) -> Path:
         case = make_case(family, layout="v2", **{**SIZES, **config})
-        fmt = get_format(quant, 64 if quant == "int4_awq" else None)
+        weight_format = get_format(quant, 64 if quant == "int4_awq" else None)
         write_portable(
-            tmp_path / "onnx", case.checkpoint, fmt, case.scales, dtype=dtype, tree=tree, max_length=max_length,
+            tmp_path / "onnx", case.checkpoint, weight_format, case.scales, dtype=dtype, tree=tree, max_length=max_length,
             draft_vocab=None,
         )  # fmt: skip
         write_tensorrt_engine(
-            tmp_path / "engine", tmp_path / "onnx", case.checkpoint, fmt, gpus=parse_gpus(gpus, fmt), dtype=dtype,
+            tmp_path / "engine", tmp_path / "onnx", case.checkpoint, weight_format, gpus=parse_gpus(gpus, weight_format), dtype=dtype,
             tree=tree, max_length=max_length, builder=TensorRtBuilder(), progress=steps.append_step,
             save_tokenizer=lambda path: None, source={},
         )  # fmt: skip

@@ -38,11 +38,11 @@ def test_scales_of_groups_count() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_are_in_the_hardware_wherever_the_format_runs(name: str) -> None:
-    fmt = FORMATS[name]
+    weight_format = FORMATS[name]
     for gpu in GPUS:
-        if not unsupported_reason(gpu, fmt):
-            deployment = Target(CONFIG, 4, 1, fmt).on(gpu)
-            assert deployment.weights == precision(fmt)
+        if not unsupported_reason(gpu, weight_format):
+            deployment = Target(CONFIG, 4, 1, weight_format).on(gpu)
+            assert deployment.weights == precision(weight_format)
             assert deployment.heads.bits == 16
 
 
@@ -56,8 +56,8 @@ def test_refusals() -> None:
 
 
 def test_what_is_compared_is_what_the_gpu_can_run() -> None:
-    def names(gpu: str, fmt: str = "none") -> list[str]:
-        return list(Target(CONFIG, 4, 1, FORMATS[fmt]).without_heads(BY_KEY[gpu]))
+    def names(gpu: str, weight_format: str = "none") -> list[str]:
+        return list(Target(CONFIG, 4, 1, FORMATS[weight_format]).without_heads(BY_KEY[gpu]))
 
     assert names("a100-80gb") == ["16 bit without Medusa", "int4_awq without Medusa"]
     assert names("h100", "fp8_rowwise") == [

@@ -31,20 +31,24 @@ def test_every_family(family: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format(name: str) -> None:
     """What differs from the 16-bit configuration, at two ranks."""
-    plain, found = (trtllm_config(make_spec(tp=2, fmt=fmt, **SIZES)) for fmt in ("none", name))
+    plain, found = (
+        trtllm_config(make_spec(tp=2, weight_format=weight_format, **SIZES)) for weight_format in ("none", name)
+    )
     assert {key for key in found if found[key] != plain[key]} <= {"quantization"}
     assert_golden(f"config/quantization-{name}.json", found["quantization"])
 
 
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.quantizes_heads])
 def test_quantized_heads(name: str) -> None:
-    found = trtllm_config(make_spec(fmt=name, quant_heads=True, exclude=("*mlp.proj",), vocab_size=256, **SIZES))
+    found = trtllm_config(
+        make_spec(weight_format=name, quant_heads=True, exclude=("*mlp.proj",), vocab_size=256, **SIZES)
+    )
     assert_golden(f"config/quantization-{name}-heads.json", found["quantization"])
 
 
 @pytest.mark.parametrize("name", KV_CACHE)
 def test_every_cache(name: str) -> None:
-    found = trtllm_config(make_spec(fmt="fp8", kv_cache=name, **SIZES))["quantization"]["kv_cache_quant_algo"]
+    found = trtllm_config(make_spec(weight_format="fp8", kv_cache=name, **SIZES))["quantization"]["kv_cache_quant_algo"]
     assert found == {"none": None, "fp8": "FP8", "int8": "INT8"}[name]
 
 

@@ -32,7 +32,7 @@ BASE = {
 }
 
 
-def make_spec(model_type: str = "llama", *, tp: int = 1, fmt: str = "none", **options: Any) -> ExportSpec:
+def make_spec(model_type: str = "llama", *, tp: int = 1, weight_format: str = "none", **options: Any) -> ExportSpec:
     kv_cache, quant_heads = options.pop("kv_cache", "none"), options.pop("quant_heads", False)
     group_size, exclude = options.pop("group_size", None), options.pop("exclude", ())
     numbers = {"heads": 2, "layers": 1, "max_draft_len": 7, "dtype": "bfloat16"}
@@ -44,7 +44,7 @@ def make_spec(model_type: str = "llama", *, tp: int = 1, fmt: str = "none", **op
         numbers["layers"],
         numbers["max_draft_len"],
         tp,
-        get_format(fmt, group_size),
+        get_format(weight_format, group_size),
         numbers["dtype"],
         KV_CACHE[kv_cache],
         quant_heads,
@@ -64,7 +64,7 @@ def test_golden_listing() -> None:
     got = {
         f"tp{tp}": [
             {plan.name: f"{plan.dtype} {list(plan.shape)}" for plan in rank.tensors}
-            for rank in plan_ranks(make_spec(tp=tp, fmt="fp8", kv_cache="fp8", quant_heads=True))
+            for rank in plan_ranks(make_spec(tp=tp, weight_format="fp8", kv_cache="fp8", quant_heads=True))
         ]
         for tp in (1, 2)
     }
@@ -74,22 +74,22 @@ def test_golden_listing() -> None:
 @st.composite
 def specs(draw: st.DrawFn) -> ExportSpec:
     """Layouts that can be built, of every family, format, size and number of ranks."""
-    tp, fmt = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from(list(FORMATS.values())))
+    tp, weight_format = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from(list(FORMATS.values())))
     kv_heads = draw(st.sampled_from([1, 2, 4, 8]))
-    tile = 128 * tp if fmt.trtllm.multiple > 1 or fmt.trtllm.rank_tile != (1, 1) else tp
+    tile = 128 * tp if weight_format.trtllm.multiple > 1 or weight_format.trtllm.rank_tile != (1, 1) else tp
     head_dim = draw(st.sampled_from([64, 128]))
     return make_spec(
         draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])),
         tp=tp,
-        fmt=fmt.name,
+        weight_format=weight_format.name,
         kv_cache=draw(st.sampled_from(list(KV_CACHE))),
-        quant_heads=fmt.quantizes_heads and draw(st.booleans()),
-        group_size=draw(st.sampled_from(fmt.group_sizes or (None,))),
+        quant_heads=weight_format.quantizes_heads and draw(st.booleans()),
+        group_size=draw(st.sampled_from(weight_format.group_sizes or (None,))),
         hidden_size=tile * draw(st.integers(1, 4)),
         intermediate_size=tile * draw(st.integers(1, 5)),
         num_attention_heads=8 * max(tp, kv_heads) // draw(st.sampled_from([1, 2, 4])),
         num_key_value_heads=kv_heads,
-        head_dim=head_dim if fmt.trtllm.multiple == 1 and fmt.trtllm.rank_tile == (1, 1) else 128,
+        head_dim=head_dim if weight_format.trtllm.multiple == 1 and weight_format.trtllm.rank_tile == (1, 1) else 128,
         vocab_size=tile * draw(st.integers(1, 3)) - (0 if tile > 8 else draw(st.integers(0, 7)) % tile),
         num_hidden_layers=draw(st.integers(1, 3)),
         heads=draw(st.integers(1, 5)),
@@ -151,7 +151,7 @@ class TestQkv:
         assert plan.shape == (64,)
 
     def test_one_scale_for_all_three(self) -> None:
-        plan = tensor(make_spec(fmt="fp8"), "transformer.layers.0.attention.qkv.weights_scaling_factor")
+        plan = tensor(make_spec(weight_format="fp8"), "transformer.layers.0.attention.qkv.weights_scaling_factor")
         assert plan.kind is Kind.WEIGHT_SCALE
         assert plan.modules == tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
 
@@ -177,15 +177,15 @@ def test_a_rank_can_hold_padding_only() -> None:
 
 
 def test_what_calibration_has_to_give() -> None:
-    spec = make_spec(fmt="fp8", kv_cache="fp8", quant_heads=True)
+    spec = make_spec(weight_format="fp8", kv_cache="fp8", quant_heads=True)
     needed = needed_scales(spec)
     assert needed.keys() == {"input_amax", "weight_amax", "kv_amax"}
     assert len(needed["input_amax"]) == len(set(needed["input_amax"])) == 2 * 7 + 2 * 2
     assert (needed["weight_amax"], needed["kv_amax"]) == (needed["input_amax"], [0, 1])
     assert needed_scales(make_spec()) == {}
     wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
-    assert needed_scales(make_spec(fmt="int4_awq", **wide)).keys() == {"pre_quant_scale"}
-    assert needed_scales(make_spec(fmt="int8_sq", kv_cache="int8")).keys() == {
+    assert needed_scales(make_spec(weight_format="int4_awq", **wide)).keys() == {"pre_quant_scale"}
+    assert needed_scales(make_spec(weight_format="int8_sq", kv_cache="int8")).keys() == {
         "pre_quant_scale",
         "input_amax",
         "kv_amax",
@@ -194,22 +194,22 @@ def test_what_calibration_has_to_give() -> None:
 
 class TestExclude:
     def test_is_added_to_what_always_stays(self) -> None:
-        spec = make_spec(fmt="fp8", exclude=("transformer.layers.0.*", "*mlp.proj"))
+        spec = make_spec(weight_format="fp8", exclude=("transformer.layers.0.*", "*mlp.proj"))
         written = trtllm_config(spec)["quantization"]["exclude_modules"]
-        assert written == [*trtllm_config(make_spec(fmt="fp8"))["quantization"]["exclude_modules"],
+        assert written == [*trtllm_config(make_spec(weight_format="fp8"))["quantization"]["exclude_modules"],
                            "transformer.layers.0.*", "*mlp.proj*"]  # fmt: skip
         kinds = {plan.name.removesuffix(".weight"): plan.kind for plan in plan_rank(spec, 0).tensors}
         assert kinds["transformer.layers.0.attention.qkv"] is kinds["transformer.layers.1.mlp.proj"] is Kind.COPY
         assert kinds["transformer.layers.1.attention.qkv"] is kinds["transformer.layers.1.mlp.fc"] is Kind.FP8
 
     def test_excluded_linears_need_not_fit(self) -> None:
-        misfit = {"fmt": "int8_wo", "hidden_size": 256, "head_dim": 64, "intermediate_size": 80}
+        misfit = {"weight_format": "int8_wo", "hidden_size": 256, "head_dim": 64, "intermediate_size": 80}
         with pytest.raises(ConfigError, match=r"mlp.fc"):
             make_spec(**misfit)
         make_spec(**misfit, exclude=("*mlp*",))
 
     @pytest.mark.parametrize(
-        ("fmt", "pattern", "message"),
+        ("weight_format", "pattern", "message"),
         [
             ("fp8", "model.layers.0.*", "no such module.*TensorRT-LLM's names"),
             ("fp8", "*mlp.fc", "only mlp.fc of layer 0.*both or none"),
@@ -217,20 +217,20 @@ class TestExclude:
             ("none", "*mlp*", "format none"),
         ],
     )
-    def test_refused(self, fmt: str, pattern: str, message: str) -> None:
+    def test_refused(self, weight_format: str, pattern: str, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            make_spec(fmt=fmt, exclude=(pattern,))
+            make_spec(weight_format=weight_format, exclude=(pattern,))
 
 
 class TestConfig:
     def test_quantized_heads_are_not_excluded(self) -> None:
-        quantization = trtllm_config(make_spec(fmt="fp8", quant_heads=True))["quantization"]
+        quantization = trtllm_config(make_spec(weight_format="fp8", quant_heads=True))["quantization"]
         assert "lm_head*" in quantization["exclude_modules"]  # "*lm_head" would also match the heads'
         assert "*medusa_heads*" not in quantization["exclude_modules"]
 
-    @pytest.mark.parametrize("fmt", ["fp8", "int8_wo"])
-    def test_16_bit_heads_are_excluded(self, fmt: str) -> None:
-        excluded = trtllm_config(make_spec(fmt=fmt))["quantization"]["exclude_modules"]
+    @pytest.mark.parametrize("weight_format", ["fp8", "int8_wo"])
+    def test_16_bit_heads_are_excluded(self, weight_format: str) -> None:
+        excluded = trtllm_config(make_spec(weight_format=weight_format))["quantization"]["exclude_modules"]
         assert {"*lm_head", "*vocab_embedding", "*medusa_heads*"} <= set(excluded)
 
     def test_16_bit_base(self) -> None:
@@ -276,14 +276,17 @@ class TestRefusals:
                 "3 key/value heads over tp 2; .* use tp 1$",
             ),
             ({"tp": 0}, "tp: got 0; expected at least 1"),
-            ({"fmt": "int8_wo", "intermediate_size": 96}, "mlp.fc in format int8_wo.*no tp works.*use --quant fp8$"),
             (
-                {"fmt": "int8_wo", "tp": 2},
+                {"weight_format": "int8_wo", "intermediate_size": 96},
+                "mlp.fc in format int8_wo.*no tp works.*use --quant fp8$",
+            ),
+            (
+                {"weight_format": "int8_wo", "tp": 2},
                 r"attention.qkv in format int8_wo.*\[128, 64\].*multiples of .128, 128.*use tp 1$",
             ),
             (
                 {
-                    "fmt": "int4_awq",
+                    "weight_format": "int4_awq",
                     "hidden_size": 576,
                     "intermediate_size": 1536,
                     "num_attention_heads": 9,
@@ -292,8 +295,11 @@ class TestRefusals:
                 },
                 r"int4_awq.*use --group-size 64$",
             ),
-            ({"fmt": "nvfp4", "tp": 2, "hidden_size": 128}, r"attention.dense in format nvfp4|mlp.fc in format nvfp4"),
-            ({"fmt": "int8_wo", "quant_heads": True}, "leave the heads in 16 bit"),
+            (
+                {"weight_format": "nvfp4", "tp": 2, "hidden_size": 128},
+                r"attention.dense in format nvfp4|mlp.fc in format nvfp4",
+            ),
+            ({"weight_format": "int8_wo", "quant_heads": True}, "leave the heads in 16 bit"),
             ({"quant_heads": True}, "format none"),
             ({"dtype": "float32"}, "float16 or bfloat16"),
             ({"max_draft_len": 0}, "empty tree"),

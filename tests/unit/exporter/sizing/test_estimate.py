@@ -51,7 +51,7 @@ LLAMA_70B = LLAMA_8B | {
 PARAMETERS_8B, PARAMETERS_70B = 8_030_261_248, 70_553_706_496  # as their model cards and safetensors indices say
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 REQUEST = Request(
-    calibrates=False, form=None, max_length=2048, draft_vocab=8192, stored_bytes=2, shared_lm_head=False,
+    calibrates=False, onnx_form=None, max_length=2048, draft_vocab=8192, stored_bytes=2, shared_lm_head=False,
     tokenizer_bytes=1000, reserve=0, batch=1, context=4096,
 )  # fmt: skip
 CPU = Machine(disk_free=10**12, ram_available=10**11, has_gpu=False)
@@ -59,13 +59,13 @@ H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
 
 
 def make_spec(
-    raw: dict[str, Any] = LLAMA_8B, *, fmt: str = "none", kv_cache: str = "none", **options: Any
+    raw: dict[str, Any] = LLAMA_8B, *, weight_format: str = "none", kv_cache: str = "none", **options: Any
 ) -> ExportSpec:
     """Four heads of one layer and the tree of 63, unless told otherwise."""
     numbers = {"heads": 4, "layers": 1, "draft": 63, "tp": 1, "dtype": "bfloat16", "quant_heads": False} | options
     return ExportSpec(
         DecoderConfig.from_dict(raw), numbers["heads"], numbers["layers"], numbers["draft"], numbers["tp"],
-        FORMATS[fmt], numbers["dtype"], KV_CACHE[kv_cache], numbers["quant_heads"],
+        FORMATS[weight_format], numbers["dtype"], KV_CACHE[kv_cache], numbers["quant_heads"],
     )  # fmt: skip
 
 
@@ -116,12 +116,12 @@ class TestLlama8B:
         assert weights(make_spec()) == 2 * (PARAMETERS_8B + heads)
         linears = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
         scales = 32 * 5 * 2 * 4  # of qkv, dense, fc, gate and proj: weight's and activations', float32
-        assert weights(make_spec(fmt="fp8")) == 2 * (PARAMETERS_8B + heads) - linears + scales
+        assert weights(make_spec(weight_format="fp8")) == 2 * (PARAMETERS_8B + heads) - linears + scales
         rows = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)
-        assert weights(make_spec(fmt="int8_wo")) == 2 * (PARAMETERS_8B + heads) - linears + 2 * rows
-        assert weights(make_spec(fmt="int4_wo")) == 2 * (PARAMETERS_8B + heads) - 3 * linears // 2 + 2 * rows
-        quantized = weights(make_spec(fmt="fp8", quant_heads=True))
-        assert quantized == weights(make_spec(fmt="fp8")) - 4 * (4096 * 4096 + 128256 * 4096) + 4 * 2 * 2 * 4
+        assert weights(make_spec(weight_format="int8_wo")) == 2 * (PARAMETERS_8B + heads) - linears + 2 * rows
+        assert weights(make_spec(weight_format="int4_wo")) == 2 * (PARAMETERS_8B + heads) - 3 * linears // 2 + 2 * rows
+        quantized = weights(make_spec(weight_format="fp8", quant_heads=True))
+        assert quantized == weights(make_spec(weight_format="fp8")) - 4 * (4096 * 4096 + 128256 * 4096) + 4 * 2 * 2 * 4
 
     def test_estimates(self) -> None:
         spec = make_spec(tp=2)
@@ -167,8 +167,11 @@ class TestGpus:
         ("options", "refusals"),
         [
             ({}, {}),
-            ({"fmt": "fp8"}, {"A100-40GB": "fp8 needs SM 89 or newer", "A100-80GB": "fp8 needs SM 89 or newer"}),
-            ({"fmt": "int8_wo"}, {"B200-192GB": "int8_wo runs up to SM 99"}),
+            (
+                {"weight_format": "fp8"},
+                {"A100-40GB": "fp8 needs SM 89 or newer", "A100-80GB": "fp8 needs SM 89 or newer"},
+            ),
+            ({"weight_format": "int8_wo"}, {"B200-192GB": "int8_wo runs up to SM 99"}),
             ({"kv_cache": "int8"}, {"B200-192GB": "kv cache int8 runs up to SM 99"}),
             ({"kv_cache": "fp8"}, dict.fromkeys(("A100-40GB", "A100-80GB"), "kv cache fp8 needs SM 89 or newer")),
         ],
@@ -189,17 +192,19 @@ class TestGpus:
 class TestFiles:
     """What is foretold is what is written."""
 
-    def sizes(self, case: Any, fmt: str, tree: Tree, **options: Any) -> tuple[ExportSpec, Sizing]:
+    def sizes(self, case: Any, weight_format: str, tree: Tree, **options: Any) -> tuple[ExportSpec, Sizing]:
         chosen = {"tp": 1, "dtype": "auto", "kv_cache": "none", "quant_heads": False} | options
-        spec = export_spec(case.checkpoint, FORMATS[fmt], tree=tree, **chosen)
+        spec = export_spec(case.checkpoint, FORMATS[weight_format], tree=tree, **chosen)
         return spec, size_export(spec, REQUEST, CPU)
 
     @pytest.mark.parametrize("tp", [1, 2])
-    @pytest.mark.parametrize("fmt", FORMATS)
-    def test_ranks_of_every_format(self, fmt: str, tp: int, make_case: Callable[..., Any], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("weight_format", FORMATS)
+    def test_ranks_of_every_format(
+        self, weight_format: str, tp: int, make_case: Callable[..., Any], tmp_path: Path
+    ) -> None:
         case, tree = make_case(**WIDE, vocab_size=101), load_tree("cpu-3")
-        out = case.write(tmp_path / "out", fmt, tree=tree, tp=tp)
-        _, got = self.sizes(case, fmt, tree, tp=tp)
+        out = case.write(tmp_path / "out", weight_format, tree=tree, tp=tp)
+        _, got = self.sizes(case, weight_format, tree, tp=tp)
         assert got.rank_bytes == tuple((out / f"rank{rank}.safetensors").stat().st_size for rank in range(tp))
         assert got.disk[0].bytes == sum(path.stat().st_size for path in out.iterdir())
 
@@ -216,15 +221,17 @@ class TestFiles:
 
     @pytest.mark.parametrize("tie", [False, True])
     @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-    @pytest.mark.parametrize("fmt", [name for name, row in FORMATS.items() if row.onnxruntime])
-    def test_onnx(self, fmt: str, family: str, tie: bool, make_case: Callable[..., Any], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("weight_format", [name for name, row in FORMATS.items() if row.onnxruntime])
+    def test_onnx(
+        self, weight_format: str, family: str, tie: bool, make_case: Callable[..., Any], tmp_path: Path
+    ) -> None:
         """To a page: the last tensor of a file ends before its page does."""
         case, tree = make_case(family, tie_word_embeddings=tie, **{**WIDE, "vocab_size": 512}), load_tree("cpu-3")
-        spec, form = self.sizes(case, fmt, tree)[0], onnx_form(FORMATS[fmt]).form
-        request = replace(REQUEST, form=form, max_length=96, draft_vocab=256)
-        write_onnx(tmp_path / "onnx", case.checkpoint, FORMATS[fmt], case.scales, max_length=96)
+        spec, form = self.sizes(case, weight_format, tree)[0], onnx_form(FORMATS[weight_format]).form
+        request = replace(REQUEST, onnx_form=form, max_length=96, draft_vocab=256)
+        write_onnx(tmp_path / "onnx", case.checkpoint, FORMATS[weight_format], case.scales, max_length=96)
         write_engine(
-            tmp_path / "engine", case.checkpoint, FORMATS[fmt], case.scales, tree=tree, max_length=96,
+            tmp_path / "engine", case.checkpoint, FORMATS[weight_format], case.scales, tree=tree, max_length=96,
             draft_vocab=torch.arange(256), save_tokenizer=lambda _: None, source={},
         )  # fmt: skip
         disk = {item.what: item.bytes for item in size_export(spec, request, CPU).disk}
@@ -235,7 +242,7 @@ class TestFiles:
 
     def test_all_tokens_and_a_shared_lm_head(self, make_case: Callable[..., Any], tmp_path: Path) -> None:
         case, tree = make_case(layout="v2", num_layers=2, **{**WIDE, "vocab_size": 512}), load_tree("cpu-3")
-        request = replace(REQUEST, form="float", max_length=96, draft_vocab=0, shared_lm_head=True)
+        request = replace(REQUEST, onnx_form="float", max_length=96, draft_vocab=0, shared_lm_head=True)
         write_engine(
             tmp_path / "engine", case.checkpoint, FORMATS["none"], None, tree=tree, max_length=96,
             draft_vocab=None, save_tokenizer=lambda _: None, source={},
@@ -259,7 +266,7 @@ class TestTensors:
         return {group.name: (group.count, group.stored, group.note) for group in got.tensors}
 
     def test_fp8(self) -> None:
-        groups = self.groups(fmt="fp8", kv_cache="fp8")
+        groups = self.groups(weight_format="fp8", kv_cache="fp8")
         assert groups["attention.qkv"] == (32, "fp8", "")
         assert groups["mlp.proj"] == (32, "fp8", "")
         assert groups["lm_head"] == (1, "bfloat16", "excluded")
@@ -270,12 +277,12 @@ class TestTensors:
         assert groups["biases"] == (4, "bfloat16", "")
 
     def test_quantized_heads(self) -> None:
-        groups = self.groups(fmt="fp8", quant_heads=True)
+        groups = self.groups(weight_format="fp8", quant_heads=True)
         assert groups["lm_head"] == (1, "bfloat16", "excluded")
         assert groups["medusa_heads.lm_head"] == (4, "fp8", "")
 
     def test_what_trtllm_build_quantizes(self) -> None:
-        groups = self.groups(fmt="int8_wo")
+        groups = self.groups(weight_format="int8_wo")
         assert groups["mlp.gate"] == (32, "bfloat16", "8 bit in the engine")
         assert groups["vocab_embedding"] == (1, "bfloat16", "excluded")
         assert "scales" not in groups
@@ -296,19 +303,19 @@ class TestRam:
         assert self.stages(deep) == {"calibration": 0, "writing, comparing": 300_000_000}
 
     def test_calibration(self) -> None:
-        calibrates, spec = replace(REQUEST, calibrates=True), make_spec(fmt="fp8")
+        calibrates, spec = replace(REQUEST, calibrates=True), make_spec(weight_format="fp8")
         largest, tokens = 128256 * 4096, 512
         expected = 4 * (PARAMETERS_8B + largest + tokens * (4 * 4096 + 3 * 14336))
         assert self.stages(spec, calibrates)["calibration"] == expected
         assert self.stages(spec, calibrates, has_gpu=True)["calibration"] == 2 * (PARAMETERS_8B + largest)
         heads = 4 * (4096 * 4097 + largest)
-        quantized = self.stages(make_spec(fmt="fp8", quant_heads=True), calibrates)["calibration"]
+        quantized = self.stages(make_spec(weight_format="fp8", quant_heads=True), calibrates)["calibration"]
         assert quantized == expected + 4 * (heads + tokens * 128256)
 
     @pytest.mark.parametrize("form", ["float", "fp8", "int8"])
     def test_engine(self, form: str) -> None:
         """No less than the float32 weights that ONNX Runtime folds, where it does; a small model's reference comes on top."""
-        spec, request = make_spec(), replace(REQUEST, form=form)
+        spec, request = make_spec(), replace(REQUEST, onnx_form=form)
         expected = 2 * PARAMETERS_8B if form == "int8" else 4 * (PARAMETERS_8B - 128256 * 4096)
         assert expected < self.stages(spec, request)["checking the engine"] < 8 * PARAMETERS_8B
         small = make_spec({**LLAMA_8B, "num_hidden_layers": 1})
@@ -327,8 +334,12 @@ SHAPES = st.builds(
 class TestProperties:
     @settings(deadline=None, max_examples=40)
     @given(SHAPES, st.sampled_from(["none", "fp8"]), st.sampled_from([1, 2, 4]))
-    def test_more_ranks_hold_less_each_and_no_less_in_all(self, raw: dict[str, Any], fmt: str, tp: int) -> None:
-        few, many = (size_export(make_spec(raw, fmt=fmt, tp=ranks), REQUEST, CPU) for ranks in (tp, 2 * tp))
+    def test_more_ranks_hold_less_each_and_no_less_in_all(
+        self, raw: dict[str, Any], weight_format: str, tp: int
+    ) -> None:
+        few, many = (
+            size_export(make_spec(raw, weight_format=weight_format, tp=ranks), REQUEST, CPU) for ranks in (tp, 2 * tp)
+        )
         assert max(many.rank_bytes) < max(few.rank_bytes)
         assert sum(many.rank_bytes) > sum(few.rank_bytes)  # the embedding and the norms are on every rank
         assert many.memory.weights < few.memory.weights
@@ -338,8 +349,11 @@ class TestProperties:
     @settings(deadline=None, max_examples=40)
     @given(SHAPES, st.sampled_from([1, 2]))
     def test_fewer_bits_take_less(self, raw: dict[str, Any], tp: int) -> None:
-        heads_too = size_export(make_spec(raw, fmt="fp8", tp=tp, quant_heads=True), REQUEST, CPU)
-        fp8, wide = (size_export(make_spec(raw, fmt=fmt, tp=tp), REQUEST, CPU) for fmt in ("fp8", "none"))
+        heads_too = size_export(make_spec(raw, weight_format="fp8", tp=tp, quant_heads=True), REQUEST, CPU)
+        fp8, wide = (
+            size_export(make_spec(raw, weight_format=weight_format, tp=tp), REQUEST, CPU)
+            for weight_format in ("fp8", "none")
+        )
         assert max(heads_too.rank_bytes) < max(fp8.rank_bytes) < max(wide.rank_bytes)
         assert heads_too.memory.weights < fp8.memory.weights < wide.memory.weights
         cache = size_export(make_spec(raw, kv_cache="fp8", tp=tp), REQUEST, CPU)
@@ -373,7 +387,7 @@ def test_agrees_with_the_specification() -> None:
     """The bytes of what TensorRT-LLM's loader asks for, read from config.json by the verifier."""
     from medusa_export.exporter.plan.trtllm_config import trtllm_config
 
-    spec = make_spec(LLAMA_70B, fmt="fp8", kv_cache="fp8", tp=8)
+    spec = make_spec(LLAMA_70B, weight_format="fp8", kv_cache="fp8", tp=8)
     need = required_tensors(trtllm_config(spec))
     total = sum(math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in need.values())
     got = size_export(spec, REQUEST, CPU)

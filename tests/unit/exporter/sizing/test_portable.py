@@ -24,12 +24,12 @@ def test_sizes(quant: str, family: str, layout: str, make_case: Callable[..., An
     if family == "qwen3":
         config["tie_word_embeddings"] = True
     case = make_case(family, layout, num_layers=2, **config)
-    fmt, tree, tokens = get_format(quant), load_tree("cpu-3"), torch.arange(700)
+    weight_format, tree, tokens = get_format(quant), load_tree("cpu-3"), torch.arange(700)
     write_portable(
-        tmp_path / "onnx", case.checkpoint, fmt, case.scales, dtype="float16", tree=tree, max_length=96, draft_vocab=tokens
+        tmp_path / "onnx", case.checkpoint, weight_format, case.scales, dtype="float16", tree=tree, max_length=96, draft_vocab=tokens
     )  # fmt: skip
     spec = export_spec(
-        case.checkpoint, fmt, tree=tree, tp=1, dtype="float16", kv_cache="none", quant_heads=False, exclude=()
+        case.checkpoint, weight_format, tree=tree, tp=1, dtype="float16", kv_cache="none", quant_heads=False, exclude=()
     )
     written = {path.name: path.stat().st_size for path in (tmp_path / "onnx").glob("*.data")}
     # a data file ends with its last tensor, not on a page

@@ -47,16 +47,18 @@ def shrink_logits(case: Any) -> None:
     case.checkpoint = MedusaCheckpoint.open(case.model_dir, heads)
 
 
-@pytest.mark.parametrize("fmt", ["fp8_rowwise", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4"])
-def test_every_format_predicts_almost_the_same(fmt: str, make_case: Callable[..., Any], tmp_path: Path) -> None:
-    group_size = 64 if fmt == "int4_awq" else None
-    form = get_format(fmt, group_size)
+@pytest.mark.parametrize("weight_format", ["fp8_rowwise", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4"])
+def test_every_format_predicts_almost_the_same(
+    weight_format: str, make_case: Callable[..., Any], tmp_path: Path
+) -> None:
+    group_size = 64 if weight_format == "int4_awq" else None
+    form = get_format(weight_format, group_size)
     case = make_case(hidden_size=128, intermediate_size=128, head_dim=32, vocab_size=128, num_hidden_layers=1)
     shrink_logits(case)
     options = {"quant_heads": form.quantizes_heads, "kv_cache": "none"}
     if form.needs_calibration:
         case.scales = calibrate(case.model_dir, case.checkpoint, form, batches=PROMPTS, **options)
-    out = case.write(tmp_path / "out", fmt, group_size=group_size, **options)
+    out = case.write(tmp_path / "out", weight_format, group_size=group_size, **options)
     assert logits_agree(out, case.model_dir, case.checkpoint, PROMPTS) == []
     # the same file with one row of scales wrong: far off, so that the bound is no formality
     rank = out / "rank0.safetensors"

@@ -22,21 +22,21 @@ from medusa_export.quantize.formats import get_format
 from tests.unit.exporter.conftest import TREE
 
 
-def spec_of(case: Any, fmt: str, tp: int) -> Any:
+def spec_of(case: Any, weight_format: str, tp: int) -> Any:
     return export_spec(
-        case.checkpoint, get_format(fmt), tree=TREE, tp=tp, dtype="auto", kv_cache="none", quant_heads=False
+        case.checkpoint, get_format(weight_format), tree=TREE, tp=tp, dtype="auto", kv_cache="none", quant_heads=False
     )
 
 
-@pytest.mark.parametrize("fmt", ["none", "fp8", "fp8_rowwise", "int8_sq"])
+@pytest.mark.parametrize("weight_format", ["none", "fp8", "fp8_rowwise", "int8_sq"])
 @pytest.mark.parametrize(
     ("tp", "changes"), [(1, {}), (4, {"num_key_value_heads": 2})], ids=["tp1", "tp4, shared heads"]
 )
 def test_the_same_while_writing_as_afterwards(
-    fmt: str, tp: int, changes: dict[str, int], make_case: Callable[..., Any], tmp_path: Path
+    weight_format: str, tp: int, changes: dict[str, int], make_case: Callable[..., Any], tmp_path: Path
 ) -> None:
     case = make_case("qwen2", tie_word_embeddings=False, **changes)
-    out, spec = case.write(tmp_path / "out", fmt, tp=tp), spec_of(case, fmt, tp)
+    out, spec = case.write(tmp_path / "out", weight_format, tp=tp), spec_of(case, weight_format, tp)
     compared, scales = Comparison(trtllm_config(spec), case.checkpoint), require_scales(spec, case.scales)
     for rank in range(tp):
         path = tmp_path / f"rank{rank}"
@@ -47,7 +47,7 @@ def test_the_same_while_writing_as_afterwards(
         assert (written.size, written.sha256) == (path.stat().st_size, sha256(path))
     assert compared.problems() == []
     assert compared.errors() == compare_ranks(out, case.checkpoint).errors()
-    assert bool(compared.errors()) == (fmt != "none")
+    assert bool(compared.errors()) == (weight_format != "none")
 
 
 def write_wrong(path: Path, case: Any, rank: int, wrong: str, index: int) -> Comparison:

@@ -59,15 +59,15 @@ def test_same_as_modelopt(
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
 
-    case, fmt = make_case(**WIDE), get_format(quant)
-    if fmt.needs_calibration:
+    case, weight_format = make_case(**WIDE), get_format(quant)
+    if weight_format.needs_calibration:
         case.scales = ptq.calibrate(
-            case.model_dir, case.checkpoint, fmt, kv_cache=kv_cache, quant_heads=quant_heads, batches=BATCHES
+            case.model_dir, case.checkpoint, weight_format, kv_cache=kv_cache, quant_heads=quant_heads, batches=BATCHES
         )
     ours = write(case, tmp_path / "ours", spec_of(case, quant, kv_cache=kv_cache, quant_heads=quant_heads))
     model: Any = load_reference(case.model_dir, torch.float32)  # the dtype that calibration runs in on a CPU
     ptq._attach_heads(model, case.checkpoint)
-    config = ptq._quant_config(mtq, fmt, KV_CACHE[kv_cache], quant_heads=quant_heads)
+    config = ptq._quant_config(mtq, weight_format, KV_CACHE[kv_cache], quant_heads=quant_heads)
     if quant == "fp8_rowwise":
         rows = {"quantizer_name": f"*{ptq.HEADS}*", "enable": False}
         config = {**mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG}

@@ -104,27 +104,29 @@ def _scales(checkpoint: MedusaCheckpoint) -> Scales:
 Combination = tuple[str, str, str, int, bool, str]  # cache, stored dtype, written dtype, ranks, quantized heads, family
 
 
-def _combinations(fmt: str) -> Iterator[Combination]:
+def _combinations(weight_format: str) -> Iterator[Combination]:
     """All of them but for the family, which takes its turn."""
-    heads = (False, True) if FORMATS[fmt].quantizes_heads else (False,)
+    heads = (False, True) if FORMATS[weight_format].quantizes_heads else (False,)
     families = list(FAMILIES)
     for index, (cache, stored, dtype, tp, quantized) in enumerate(product(KV_CACHE, DTYPES, TARGETS, (1, 2), heads)):
-        turn = index + index // (len(families) * len(heads)) + list(FORMATS).index(fmt)
+        turn = index + index // (len(families) * len(heads)) + list(FORMATS).index(weight_format)
         yield cache, stored, dtype, tp, quantized, families[turn % len(families)]
 
 
 def test_a_format_meets_every_family_with_every_value() -> None:
-    for fmt in FORMATS:
-        found = list(_combinations(fmt))
+    for weight_format in FORMATS:
+        found = list(_combinations(weight_format))
         for place in range(5):
             values = {each[place] for each in found}
-            assert {(each[place], each[5]) for each in found} == set(product(values, FAMILIES)), (fmt, place)
+            assert {(each[place], each[5]) for each in found} == set(product(values, FAMILIES)), (weight_format, place)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_every_combination_verifies(fmt: str, models: dict[tuple[str, str, int], Model], tmp_path: Path) -> None:
-    form, found = get_format(fmt, GROUP_SIZES.get(fmt)), {}
-    for combination in _combinations(fmt):
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_every_combination_verifies(
+    weight_format: str, models: dict[tuple[str, str, int], Model], tmp_path: Path
+) -> None:
+    form, found = get_format(weight_format, GROUP_SIZES.get(weight_format)), {}
+    for combination in _combinations(weight_format):
         cache, stored, dtype, tp, heads, family = combination
         needs_even = heads and (form.trtllm.multiple > 1 or form.trtllm.rank_tile != (1, 1))
         model = models[family, stored, EVEN if needs_even else ODD]
@@ -138,13 +140,13 @@ def test_every_combination_verifies(fmt: str, models: dict[tuple[str, str, int],
 
 
 @pytest.mark.parametrize("dtype", TARGETS)
-@pytest.mark.parametrize("fmt", ["int8_sq", "int4_awq", "w4a8_awq"])
+@pytest.mark.parametrize("weight_format", ["int8_sq", "int4_awq", "w4a8_awq"])
 def test_a_wrong_factor_is_found(
-    fmt: str, dtype: str, models: dict[tuple[str, str, int], Model], tmp_path: Path
+    weight_format: str, dtype: str, models: dict[tuple[str, str, int], Model], tmp_path: Path
 ) -> None:
     """One of 256, off by 2 %: five half steps of bfloat16, and half a code of int4."""
     model = models["llama", "bfloat16", ODD]
-    form = get_format(fmt, GROUP_SIZES.get(fmt))
+    form = get_format(weight_format, GROUP_SIZES.get(weight_format))
     write_trtllm(tmp_path, model.checkpoint, form, model.scales, tree=TREE, dtype=dtype)
     assert verify_trtllm(tmp_path, model.checkpoint) == []
     tensors = load_file(tmp_path / "rank0.safetensors")

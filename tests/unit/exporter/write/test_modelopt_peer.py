@@ -56,19 +56,19 @@ CASES = {
 }
 
 
-def export_with_modelopt(case: Any, out: Path, fmt: Any, kv_cache: str, *, tp: int, heads: bool) -> None:
+def export_with_modelopt(case: Any, out: Path, weight_format: Any, kv_cache: str, *, tp: int, heads: bool) -> None:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_tensorrt_llm_checkpoint
 
     model: Any = load_reference(case.model_dir, torch.float32)
     if heads:
         ptq._attach_heads(model, case.checkpoint)
-    config = ptq._quant_config(mtq, fmt, KV_CACHE[kv_cache], quant_heads=heads)
-    if fmt.name == "fp8_rowwise":  # no calibration of ours, so no recipe in the table
+    config = ptq._quant_config(mtq, weight_format, KV_CACHE[kv_cache], quant_heads=heads)
+    if weight_format.name == "fp8_rowwise":  # no calibration of ours, so no recipe in the table
         rows = {"quantizer_name": f"*{ptq.HEADS}*", "enable": False}  # TensorRT-LLM has no such form for heads
         config = {**mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG}
         config["quant_cfg"] = [*config["quant_cfg"], rows]
-    if fmt.name != "none":
+    if weight_format.name != "none":
         model = mtq.quantize(model, config, forward_loop=ptq._forward_loop(BATCHES, None, sys.stdout))
     export_tensorrt_llm_checkpoint(model, "llama", torch.float16, str(out), inference_tensor_parallel=tp)
 
@@ -78,15 +78,15 @@ def export_with_modelopt(case: Any, out: Path, fmt: Any, kv_cache: str, *, tp: i
 @pytest.mark.parametrize("name", CASES)
 def test_same_tensors_and_config(name: str, heads: bool, make_case: Callable[..., Any], tmp_path: Path) -> None:
     kv_cache, group_size = CASES[name]
-    fmt = get_format(name.partition("-")[0], group_size)
+    weight_format = get_format(name.partition("-")[0], group_size)
     case = make_case(**WIDE)
-    options: dict[str, Any] = {"kv_cache": kv_cache, "quant_heads": heads and fmt.quantizes_heads}
-    if fmt.needs_calibration:
-        case.scales = ptq.calibrate(case.model_dir, case.checkpoint, fmt, batches=BATCHES, **options)
+    options: dict[str, Any] = {"kv_cache": kv_cache, "quant_heads": heads and weight_format.quantizes_heads}
+    if weight_format.needs_calibration:
+        case.scales = ptq.calibrate(case.model_dir, case.checkpoint, weight_format, batches=BATCHES, **options)
     for tp in (1, 2, 4):
         ours, theirs = tmp_path / f"ours{tp}", tmp_path / f"theirs{tp}"
-        case.write(ours, fmt.name, group_size=group_size, tp=tp, **options)
-        export_with_modelopt(case, theirs, fmt, kv_cache, tp=tp, heads=heads)
+        case.write(ours, weight_format.name, group_size=group_size, tp=tp, **options)
+        export_with_modelopt(case, theirs, weight_format, kv_cache, tp=tp, heads=heads)
         for rank in range(tp):
             file = f"rank{rank}.safetensors"
             compare_tensors(load_file(ours / file), load_file(theirs / file), tp, heads)

@@ -38,12 +38,12 @@ ERROR = {"fp8": 0.04, "fp8_rowwise": 0.04, "int8_sq": 0.02, "int4_awq": 0.15, "w
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_round_trip(family: str, fmt: str, make_case: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_round_trip(family: str, weight_format: str, make_case: Callable[..., Any], tmp_path: Path) -> None:
     # tp 4 repeats the 2 key/value heads and pads 97 words to 100
-    case = make_case(family, **SIZES.get(fmt, {}))
+    case = make_case(family, **SIZES.get(weight_format, {}))
     for tp in (1, 2, 4):
-        out = case.write(tmp_path / f"tp{tp}", fmt, tp=tp, **OPTIONS[fmt])
+        out = case.write(tmp_path / f"tp{tp}", weight_format, tp=tp, **OPTIONS[weight_format])
         assert verify_trtllm(out, case.checkpoint) == []
         rebuilt = rebuild_hf(out)
         assert rebuilt.keys() == set(case.checkpoint.names)
@@ -54,9 +54,11 @@ def test_round_trip(family: str, fmt: str, make_case: Callable[..., Any], tmp_pa
                 assert torch.equal(tensor, source), name
             else:
                 rounded += 1
-                assert 0 < (tensor - source.float()).norm() / source.float().norm() < ERROR[fmt], name
-        quantized_heads = 4 if OPTIONS[fmt].get("quant_heads") else 0
-        assert rounded == (7 * case.checkpoint.config.num_hidden_layers + quantized_heads if fmt in ERROR else 0)
+                assert 0 < (tensor - source.float()).norm() / source.float().norm() < ERROR[weight_format], name
+        quantized_heads = 4 if OPTIONS[weight_format].get("quant_heads") else 0
+        assert rounded == (
+            7 * case.checkpoint.config.num_hidden_layers + quantized_heads if weight_format in ERROR else 0
+        )
 
 
 @pytest.mark.parametrize("layout", ["v2", "vllm"])

@@ -86,9 +86,9 @@ def test_a_layer_by_hand() -> None:
     assert config_problems(LLAMA_FP8) == []
 
 
-def write_zeros(out: Path, fmt: str, family: str = "llama", **options: Any) -> Path:
+def write_zeros(out: Path, weight_format: str, family: str = "llama", **options: Any) -> Path:
     """What the writer writes, but for the values: its config.json, and its plan's tensors filled with zeros."""
-    form = FORMATS[fmt]
+    form = FORMATS[weight_format]
     sizes = WIDE if form.trtllm.multiple > 1 or form.trtllm.rank_tile != (1, 1) else SMALL
     config = DecoderConfig.from_dict({"model_type": family, **sizes})
     flags = {"tp": 2, "kv_cache": "fp8", "quant_heads": False, "exclude": (), **options}
@@ -113,22 +113,26 @@ def write_zeros(out: Path, fmt: str, family: str = "llama", **options: Any) -> P
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
-def test_takes_what_the_writer_writes(family: str, fmt: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=lambda weight_format: weight_format.name)
+def test_takes_what_the_writer_writes(family: str, weight_format: Any, tmp_path: Path) -> None:
     for kv_cache, tp in zip(KV_CACHE, (1, 2, 4), strict=True):
-        options: dict[str, Any] = {"tp": tp, "kv_cache": kv_cache, "quant_heads": fmt.quantizes_heads and tp < 4}
-        if fmt.trtllm.excludable:
+        options: dict[str, Any] = {
+            "tp": tp,
+            "kv_cache": kv_cache,
+            "quant_heads": weight_format.quantizes_heads and tp < 4,
+        }
+        if weight_format.trtllm.excludable:
             options["exclude"] = ("*mlp.proj*",) if tp == 2 else ()
-        out = write_zeros(tmp_path / f"{tp}-{kv_cache}", fmt.name, family, **options)
+        out = write_zeros(tmp_path / f"{tp}-{kv_cache}", weight_format.name, family, **options)
         assert load_problems(out) == []
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[..., Path]:
-    """``written(fmt="fp8", family="llama", **options) -> directory``: two ranks with an FP8 cache."""
+    """``written(weight_format="fp8", family="llama", **options) -> directory``: two ranks with an FP8 cache."""
 
-    def write(fmt: str = "fp8", family: str = "llama", **options: Any) -> Path:
-        out = write_zeros(tmp_path / "out", fmt, family, **options)
+    def write(weight_format: str = "fp8", family: str = "llama", **options: Any) -> Path:
+        out = write_zeros(tmp_path / "out", weight_format, family, **options)
         assert load_problems(out) == []
         return out
 
@@ -259,8 +263,8 @@ FORMAT_FAULTS: dict[str, tuple[tuple[str, str], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("fault", FORMAT_FAULTS)
 def test_format_fault(fault: str, written: Callable[..., Path]) -> None:
-    (fmt, family), changes, message = FORMAT_FAULTS[fault]
-    out = written(fmt, family)
+    (weight_format, family), changes, message = FORMAT_FAULTS[fault]
+    out = written(weight_format, family)
     edit_config(out, **changes)
     problems = load_problems(out)
     assert any(re.search(message, problem) for problem in problems), problems
@@ -282,9 +286,9 @@ def test_other_forms_that_the_loader_takes(written: Callable[..., Path]) -> None
     ]
 
 
-@pytest.mark.parametrize(("fmt", "columns"), [("int8_wo", 512), ("int4_wo", 256)])
-def test_weight_only_that_was_quantized_before(fmt: str, columns: int, written: Callable[..., Path]) -> None:
-    out = written(fmt, tp=1)
+@pytest.mark.parametrize(("weight_format", "columns"), [("int8_wo", 512), ("int4_wo", 256)])
+def test_weight_only_that_was_quantized_before(weight_format: str, columns: int, written: Callable[..., Path]) -> None:
+    out = written(weight_format, tp=1)
 
     def quantize(tensors: Tensors) -> None:
         tensors[f"{L0}mlp.proj.weight"] = torch.zeros((512, columns), dtype=torch.int8)
@@ -337,8 +341,8 @@ LEFT_OUT: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_keys_with_the_right_default_are_notes(case: str, written: Callable[..., Path]) -> None:
-    fmt, changes, notes = LEFT_OUT[case]
-    out = written(fmt, "qwen2" if case == "qwen2" else "llama", tp=1)
+    weight_format, changes, notes = LEFT_OUT[case]
+    out = written(weight_format, "qwen2" if case == "qwen2" else "llama", tp=1)
     assert load_notes(out) == []
     edit_config(out, **changes)
     assert load_problems(out) == []

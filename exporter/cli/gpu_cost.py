@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
 from medusa_export.exporter.cli.console import stdout
+from medusa_export.exporter.cli.tree_tables import narrow_table
 from medusa_export.heads.roofline.gpus import BY_KEY
 from medusa_export.heads.roofline.step import ARITHMETIC, BANDWIDTH, COLLECTIVE_US, DEFAULTS, KERNEL_US, Assumptions
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
@@ -105,18 +104,18 @@ def write_estimate(
 
 def print_estimate(curves: Sequence[dict[str, Any]]) -> None:
     """A line a curve: the step without a tree, and what trees cost over it."""
-    title = (
-        f"estimated for {curves[0]['estimated']}, not measured: a step without a tree, and steps with all heads over it"
-    )
-    nodes = (*(f"{size} nodes" for size in SHOWN_NODES), f"{SHOWN_NODES[-1]} nodes, range")
-    table = Table("batch", "past length", "ms", *nodes, title=title, title_justify="left")
-    for curve in curves:
+    origin = f"estimated for {curves[0]['estimated']}, not measured"
+    title = f"{origin}: ms of a step without a tree, and what steps of so many nodes cost over it, all heads run"
+    sizes = (f"{size}\nnodes" for size in SHOWN_NODES)
+    names = ("batch", "past\nlength", "ms", *sizes, f"{SHOWN_NODES[-1]} nodes,\nrange")
+    table = narrow_table(*names, title=title)
+    for curve, following in zip(curves, [*curves[1:], None], strict=True):
         base, draft = curve["verify"][0], curve["draft"][-1]["ms"]
         rows = {row["nodes"]: row for row in curve["verify"]}
         ratios = [f"{(rows[size]['ms'] + draft) / base['ms']:.2f}" for size in SHOWN_NODES]
         low, high = rows[SHOWN_NODES[-1]]["step_ratio_range"]
-        cells = (str(curve["batch"]), str(curve["past_length"]), f"{base['ms']:.2f}")
-        table.add_row(*cells, *ratios, f"{low:.2f} .. {high:.2f}")
+        cells = (str(curve["batch"]), str(curve["past_length"]), f"{base['ms']:.2f}", *ratios, f"{low:.2f}-{high:.2f}")
+        table.add_row(*cells, end_section=following is not None and following["batch"] != curve["batch"])
     stdout.print(table)
 
 

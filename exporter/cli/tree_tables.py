@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from medusa_export.exporter.cli.console import stdout
@@ -64,17 +65,28 @@ def print_search(found: Any) -> None:
 
 
 def print_crossover(rows: list[dict[str, Any]]) -> None:
+    """A line a batch and context: the best tree, and what the model does without heads."""
     others = list(dict.fromkeys(name for row in rows for name in row.get("alternatives", ())))
     origin = f"costs estimated for {rows[0]['estimated']}, not measured" if "estimated" in rows[0] else "costs measured"
     title = f"best tree by batch and context; tokens/s of the whole batch; {origin}"
-    names = ("batch", "past length", "draft tokens", "tokens per step", "speed-up", "tokens/s", *others)
-    table = Table(*names, title=title, title_justify="left")
-    for row in rows:
+    stacked = (name.replace(" without Medusa", "\nalone") for name in others)
+    names = ("batch", "past\nlength", "draft\ntokens", "tokens\na step", "gain", "interval", "tokens/s", *stacked)
+    table = narrow_table(*names, title=title)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
         interval = row["speedup_interval"]
-        spread = f" ({interval[0]:.2f} .. {interval[1]:.2f})" if interval and row["max_draft_len"] else ""
+        spread = f"{interval[0]:.2f}-{interval[1]:.2f}" if interval and row["max_draft_len"] else ""
         table.add_row(
             str(row["batch"]), str(row["past_length"]), str(row["max_draft_len"] or "no tree"),
-            f"{row['tokens_per_step']:.2f}", f"{row['speedup']:.2f}x{spread}", f"{row['tokens_per_second']:.0f}",
+            f"{row['tokens_per_step']:.2f}", f"{row['speedup']:.2f}x", spread, f"{row['tokens_per_second']:.0f}",
             *(f"{speed:.0f}" if (speed := row["alternatives"].get(name)) is not None else "-" for name in others),
+            end_section=following is not None and following["batch"] != row["batch"],
         )  # fmt: skip
     stdout.print(table)
+
+
+def narrow_table(*names: str, title: str) -> Table:
+    """A table of many numbers in 80 columns: no lines between columns, nothing folded within a cell."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

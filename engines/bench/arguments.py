@@ -7,7 +7,7 @@ from pathlib import Path
 
 from medusa_export.core.flags import flag
 from medusa_export.core.hub import REVISION_HELP
-from medusa_export.engines.decoding.draft_kinds import DRAFTS_CHOICES, DRAFTS_HELP
+from medusa_export.engines.decoding.draft_kinds import AUTO, DRAFTS_CHOICES, DRAFTS_HELP
 from medusa_export.engines.trtllm.session import TIMEOUT
 
 INPUT, RUN, SAMPLING, EXTRAS, TRTLLM = (
@@ -48,7 +48,7 @@ class RunArguments:
     typical: bool = flag(
         False, help="Accept drafts by the Medusa paper's typical acceptance, which is not lossless.", panel=SAMPLING
     )
-    drafts: str = flag("heads", help=DRAFTS_HELP, panel=RUN, choices=DRAFTS_CHOICES)
+    drafts: str = flag(AUTO, help=DRAFTS_HELP, panel=RUN, choices=DRAFTS_CHOICES)
     each_drafts: bool = flag(
         False, help="Also run with the other drafts, interleaved, and say what each is worth.", panel=EXTRAS
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,14 @@ from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, t
 from medusa_export.engines.bench.runner import RunResult, run_prompts
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.engines.decoding.draft_kinds import DRAFTS, Engine, drafts_possible, open_drafter, require_drafts
+from medusa_export.engines.decoding.draft_kinds import (
+    DRAFTS,
+    Engine,
+    drafts_possible,
+    open_drafter,
+    require_drafts,
+    settle_drafts,
+)
 from medusa_export.engines.decoding.drafters import Drafter
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, ScoringEngine
 from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
@@ -72,7 +79,8 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         raise ConfigError("--sweep-batch", f"the engine {engine.info.backend}", able, "leave it out")
     tree = load_tree(arguments.tree or str(arguments.engine / TREE_FILE))
     engine.info.require_tree(tree)
-    require_drafts(arguments.drafts, engine.info)
+    drafts = settle_drafts(arguments.drafts, engine.info, own_tree=arguments.tree is not None)
+    arguments = replace(arguments, drafts=drafts)  # the report says what was run
     way, ways = _ways(engine, tree, arguments)
     encoded = encode_prompts(tokenizer, engine.info, prompts, max_new_tokens=arguments.max_new_tokens)
     longest = engine.info.max_length - arguments.max_new_tokens

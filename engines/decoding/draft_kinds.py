@@ -65,7 +65,9 @@ def _both(engine: Engine) -> Drafter:
 
 DRAFTS: Mapping[str, Callable[[Engine], Drafter]] = {"heads": _heads, "text": _text, "both": _both, "none": _none}
 DRAFTS_HELP = "What drafts the tokens that a step verifies."
+AUTO = "auto"
 DRAFTS_CHOICES = {
+    AUTO: "both; heads with --tree or on TensorRT-LLM; text without heads",
     "heads": "the tree of Medusa heads",
     "text": "what followed the same words before",
     "both": "heads and text, step by step as it pays",
@@ -75,11 +77,32 @@ NEED_HEADS = ("both",)  # an engine without heads has the empty tree for ``heads
 OF_RUNTIMES = ("heads", "none")  # what TensorRT-LLM's own decoding can do
 
 
+def require_known(drafts: str) -> None:
+    """Raise ConfigError for a name that ``--drafts`` does not have."""
+    if drafts not in DRAFTS_CHOICES:
+        raise ConfigError("--drafts", drafts, f"one of {', '.join(DRAFTS_CHOICES)}", "choose one of them")
+
+
+def settle_drafts(drafts: str, info: EngineInfo, *, own_tree: bool) -> str:
+    """What ``auto`` is for an engine; any other name as it is.
+
+    Args:
+        own_tree: whether the user gave a tree, which only heads alone draft for.
+
+    Raises:
+        ConfigError: as for :func:`require_drafts`.
+    """
+    if drafts == AUTO:
+        decodes_itself = info.backend not in PRIOR_COSTS
+        return "heads" if own_tree or decodes_itself else "both" if info.max_depth else "text"
+    require_drafts(drafts, info)
+    return drafts
+
+
 def require_drafts(drafts: str, info: EngineInfo) -> None:
     """Raise ConfigError for a name that there is not, or drafts that an engine's own runtime does not take."""
-    if drafts not in DRAFTS:
-        raise ConfigError("--drafts", drafts, f"one of {', '.join(DRAFTS)}", "choose one of them")
-    if info.backend not in PRIOR_COSTS and drafts not in OF_RUNTIMES:
+    require_known(drafts)
+    if info.backend not in PRIOR_COSTS and drafts not in (AUTO, *OF_RUNTIMES):
         got = f"{drafts} for an engine of {info.backend}, whose Medusa mode drafts with heads only"
         raise ConfigError("--drafts", got, " or ".join(OF_RUNTIMES), "choose one of them")
     if drafts in NEED_HEADS and not info.max_depth:
@@ -97,8 +120,7 @@ def open_drafter(drafts: str, engine: Engine) -> Drafter:
     Raises:
         ConfigError, TreeError: what :func:`require_drafts` refuses, or a file of the engine that cannot be used.
     """
-    require_drafts(drafts, engine.info)
-    return DRAFTS[drafts](engine)
+    return DRAFTS[settle_drafts(drafts, engine.info, own_tree=False)](engine)
 
 
 def _costs(engine: Engine) -> StepCosts:

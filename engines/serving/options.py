@@ -9,7 +9,7 @@ from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
-from medusa_export.engines.decoding.draft_kinds import DRAFTS, DRAFTS_CHOICES, DRAFTS_HELP
+from medusa_export.engines.decoding.draft_kinds import AUTO, DRAFTS_CHOICES, DRAFTS_HELP, require_known
 
 INPUT, LIMITS, DECODING = "Input", "Limits", "Decoding"  # headings of --help
 MAX_QUEUE, QUEUE_HELP = 256, "Most requests that wait; further ones are refused as busy."
@@ -51,11 +51,10 @@ class ServingOptions:
         panel=DECODING,
     )  # fmt: skip
     threads: int = flag(0, help="CPU threads; 0: one per core.", panel=DECODING)
-    drafts: str = flag("heads", help=DRAFTS_HELP, panel=DECODING, choices=DRAFTS_CHOICES)
+    drafts: str = flag(AUTO, help=DRAFTS_HELP, panel=DECODING, choices=DRAFTS_CHOICES)
 
     def __post_init__(self) -> None:
-        if self.drafts not in DRAFTS:
-            raise ConfigError("--drafts", self.drafts, f"one of {', '.join(DRAFTS)}", "choose one of them")
+        require_known(self.drafts)
         for item in fields(self):
             if item.type == "str":
                 continue

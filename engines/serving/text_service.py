@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
@@ -12,6 +12,7 @@ from medusa_export.core.json_lines import is_text
 from medusa_export.core.text.encoding import encode_chat, encode_text
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.draft_kinds import settle_drafts
 from medusa_export.engines.serving.decoders import open_served, require_served
 from medusa_export.engines.serving.grammar import Grammar, GrammarCompiler
 from medusa_export.engines.serving.meter import Meter
@@ -91,6 +92,7 @@ class TextService:
         self.options, self.tokenizer = options, read_tokenizer(engine_dir, chat_template)
         self._encoding = threading.Lock()  # a tokenizer remembers how special tokens are read
         require_served(engine_dir, info, options)
+        options = replace(options, drafts=settle_drafts(options.drafts, info, own_tree=tree is not None))
         self._grammars = GrammarCompiler(self.tokenizer, info.vocab_size, info.eos_token_ids)
         self._vocab_size, self._eos = info.vocab_size, info.eos_token_ids
         decoder, drafter = open_served(engine_dir, info, options, trees)

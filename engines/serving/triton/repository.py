@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from medusa_export.core.errors import ConfigError, MedusaExportError, missing_pa
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.core.typed_paths import as_recorded
 from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.draft_kinds import settle_drafts
 from medusa_export.engines.serving.decoders import require_served
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.triton.tensors import INPUTS, OUTPUTS
@@ -102,6 +104,7 @@ def write_repository(
     options = options or ServingOptions()
     info = EngineInfo.load(engine)
     require_served(engine, info, options)
+    options = replace(options, drafts=settle_drafts(options.drafts, info, own_tree=tree is not None))
     paths = list_files(engine, engine) | {TREE_FILE: tree or engine / TREE_FILE}
     BatchTrees.load(paths[TREE_FILE], unmeasured=options.tree_max_batch).require(info)
     read_tokenizer(engine)

@@ -17,7 +17,7 @@ from medusa_export.core.text.prompts import load_prompts
 from medusa_export.engines.bench.html_report import render
 from medusa_export.engines.bench.report import print_report
 from medusa_export.engines.bench.run import RunArguments, run
-from medusa_export.engines.decoding.protocols import Generation
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.auto import choose_tree
 from medusa_export.heads.decoding.sampling import Sampler
@@ -48,7 +48,9 @@ def arguments(made: Any, prompts: Path, **changes: Any) -> RunArguments:
 
 def test_report_of_a_good_engine(made: Any, prompts: Path) -> None:
     progress: list[tuple[str, int, int]] = []
-    report = run(arguments(made, prompts, reference=made.model_dir), lambda *call: progress.append(call))
+    report = run(
+        arguments(made, prompts, drafts="heads", reference=made.model_dir), lambda *call: progress.append(call)
+    )
     assert report["failures"] == []
     assert report["parity"] | {"logit_tolerance": 0, "divergences": []} == {
         "prompts": 4, "exact": 4, "ties": 0, "mismatches": 0, "logit_tolerance": 0, "divergences": [], "lossless": True,
@@ -83,9 +85,9 @@ def test_a_wrong_token_with_medusa_is_a_mismatch(made: Any, prompts: Path, monke
 
     generate = runner.generate
 
-    def wrong(engine: Any, ids: list[int], tree: Tree, **limits: Any) -> Generation:
+    def wrong(engine: Any, ids: list[int], tree: Any, **limits: Any) -> Generation:
         result = generate(engine, ids, tree, **limits)
-        if tree.max_draft_len and len(result.tokens) > 16 and ids == wanted:
+        if tree is not AUTOREGRESSIVE and len(result.tokens) > 16 and ids == wanted:
             result.tokens[5] = (result.tokens[5] + 1) % 97
         return result
 
@@ -154,6 +156,13 @@ def test_nan_is_not_the_checkpoint(made: Any, prompts: Path, monkeypatch: pytest
     assert len(run(arguments(made, prompts, limit=1, reference=made.model_dir))["failures"]) == 1
 
 
+def test_drafts_by_default(made: Any, prompts: Path) -> None:
+    """Of heads and of the text; with a tree of one's own, of heads."""
+    report = run(arguments(made, prompts, repeats=1))
+    assert report["arguments"]["drafts"] == report["drafts"][0]["drafts"] == "both"
+    assert run(arguments(made, prompts, repeats=1, tree="cpu-1"))["arguments"]["drafts"] == "heads"
+
+
 @pytest.mark.parametrize("drafts", ["heads", "text", "both", "none"])
 def test_other_drafts(drafts: str, made: Any, prompts: Path) -> None:
     report = run(arguments(made, prompts, drafts=drafts, repeats=1))
@@ -164,7 +173,7 @@ def test_other_drafts(drafts: str, made: Any, prompts: Path) -> None:
 
 def test_each_of_the_drafts(made: Any, prompts: Path) -> None:
     report, shown = run(arguments(made, prompts, each_drafts=True, repeats=1)), io.StringIO()
-    assert [row["drafts"] for row in report["drafts"]] == ["heads", "text", "both"]
+    assert [row["drafts"] for row in report["drafts"]] == ["both", "heads", "text"]
     assert [row["equal_outputs"] for row in report["drafts"]] == [4, 4, 4]
     print_report(report, Console(file=shown, width=200))
     assert all(f"{row['drafts']} {row['decode_speedup']:.2f}x" in shown.getvalue() for row in report["drafts"])
@@ -185,7 +194,7 @@ class TestRefusals:
 
     def test_drafts(self, made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(OnnxRuntimeEngine, "prefill", lambda *_: pytest.fail("found before anything runs"))
-        self.check(made, prompts, "--drafts: got words; expected one of heads", ConfigError, drafts="words")
+        self.check(made, prompts, "--drafts: got words; expected one of auto, heads", ConfigError, drafts="words")
 
     def test_trees(self, made: Any, prompts: Path) -> None:
         self.check(made, prompts, "depth 4", TreeError, tree="medusa-63")

@@ -12,7 +12,15 @@ import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.engines.decoding.draft_kinds import DRAFTS, DRAFTS_CHOICES, Engine, open_drafter, require_drafts
+from medusa_export.engines.decoding.draft_kinds import (
+    AUTO,
+    DRAFTS,
+    DRAFTS_CHOICES,
+    Engine,
+    open_drafter,
+    require_drafts,
+    settle_drafts,
+)
 from medusa_export.engines.decoding.drafters import CHAINS, PayingDrafter, TreeDrafter
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
@@ -175,12 +183,23 @@ def test_costs_of_the_engine_decide(tiny_engine: Callable[..., Any]) -> None:
 
 
 def test_every_kind_is_explained() -> None:
-    assert DRAFTS_CHOICES.keys() == DRAFTS.keys()
+    assert DRAFTS_CHOICES.keys() == {AUTO, *DRAFTS}
+
+
+def test_what_auto_is(tiny_engine: Callable[..., Any]) -> None:
+    info = OnnxRuntimeEngine(tiny_engine().path).info
+    trtllm = type(info)(**{**vars(info), "backend": "tensorrt-llm"})
+    headless = type(info)(**{**vars(info), "max_depth": 0})
+    for engine, own_tree, expected in (
+        (info, False, "both"), (info, True, "heads"), (trtllm, False, "heads"), (headless, False, "text"),
+    ):  # fmt: skip
+        assert settle_drafts(AUTO, engine, own_tree=own_tree) == expected
+    assert settle_drafts("text", info, own_tree=True) == "text"
 
 
 def test_refusals(tiny_engine: Callable[..., Any]) -> None:
     info = OnnxRuntimeEngine(tiny_engine().path).info
-    with pytest.raises(ConfigError, match="--drafts: got words; expected one of heads, text, both, none"):
+    with pytest.raises(ConfigError, match="--drafts: got words; expected one of auto, heads, text, both, none"):
         require_drafts("words", info)
     trtllm = type(info)(**{**vars(info), "backend": "tensorrt-llm"})
     for drafts in DRAFTS:
@@ -189,6 +208,7 @@ def test_refusals(tiny_engine: Callable[..., Any]) -> None:
         else:
             with pytest.raises(ConfigError, match=f"got {drafts} for an engine of tensorrt-llm"):
                 require_drafts(drafts, trtllm)
+    require_drafts(AUTO, trtllm)
     headless = type(info)(**{**vars(info), "max_depth": 0})
     require_drafts("text", headless)
     with pytest.raises(ConfigError, match="both for an engine without heads"):

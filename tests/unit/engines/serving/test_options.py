@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.draft_kinds import DRAFTS
+from medusa_export.engines.decoding.draft_kinds import DRAFTS, DRAFTS_CHOICES
 from medusa_export.engines.serving.options import ServingOptions
 
 OTHERS = ServingOptions(
@@ -40,8 +40,8 @@ def test_ranges(name: str) -> None:
 
 
 def test_drafts_by_name() -> None:
-    assert {ServingOptions(drafts=name).drafts for name in ("heads", "text", "both", "none")} == set(DRAFTS)
-    with pytest.raises(ConfigError, match="--drafts: got words; expected one of heads, text, both, none"):
+    assert {ServingOptions(drafts=name).drafts for name in DRAFTS_CHOICES} == {"auto", *DRAFTS}
+    with pytest.raises(ConfigError, match="--drafts: got words; expected one of auto, heads, text, both, none"):
         ServingOptions.from_text({"drafts": "words"})
 
 

@@ -36,6 +36,7 @@ class Drafter(Protocol):
     """Guesses the next tokens of sequences. What is right is decided by the step that verifies them."""
 
     trees: Sequence[Tree]  # what its steps may verify
+    depths: Sequence[int]  # how many heads they may ask
 
     def begin(self, tokens: Sequence[int]) -> Any:
         """A sequence, from its prompt and first token; what :meth:`draft` is given, and is told of new tokens."""
@@ -76,6 +77,7 @@ class TreeDrafter:
         for tree in trees:
             info.require_tree(tree)
         self.trees: Sequence[Tree] = trees
+        self.depths: Sequence[int] = sorted({tree.depth for tree in trees} - {0})
         self._choose = choose or (lambda running: trees[0])
 
     def begin(self, tokens: Sequence[int]) -> LastToken:
@@ -108,6 +110,7 @@ class PayingDrafter:
         shapes = [Shape(tree, chain) for tree in trees for chain in CHAINS]
         self._shapes = [shape for shape in shapes if shape.tree.num_nodes <= max_nodes]
         self.trees: Sequence[Tree] = [shape.tree for shape in self._shapes]
+        self.depths: Sequence[int] = sorted({shape.heads.depth for shape in self._shapes} - {0})
         self._heads = [sum(paths[choice] for choice in shape.heads.choices) for shape in self._shapes]
         self._firsts = [
             sum(paths[choice] for choice in shape.heads.choices if len(choice) == 1) for shape in self._shapes

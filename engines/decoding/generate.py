@@ -56,6 +56,7 @@ def _decode_by_steps(
     sampler: Sampler | None, typical: Typical | None,
 ) -> Generation:  # fmt: skip
     result, eos, decoder = Generation(), set(eos_token_ids), OneSequence(engine)
+    decoder.prepare(drafter.trees, drafter.depths)
     start = time.perf_counter()
     first = sampler.draw(engine.prefill_logits(input_ids)) if sampler else engine.prefill(input_ids)
     result.tokens.append(first)

@@ -43,6 +43,9 @@ class StepEngine(Protocol):
     def prepare(self, tree: Tree) -> Step:
         """Bind a tree; cheap after the first time."""
 
+    def open_heads(self, depth: int) -> None:
+        """Make the first heads ready; cheap after the first time."""
+
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
         """Candidates of the first heads for the last kept row.  # [depth, top_k]"""
 
@@ -105,8 +108,16 @@ class TreeDecoder(StepDecoder, Protocol):
     slots: int
     active: int
 
-    def prepare(self, trees: Sequence[Tree]) -> None:
-        """Make steps with these trees ready, so that nobody's first step waits for it; ConfigError for one that is too large."""
+    def prepare(self, trees: Sequence[Tree], depths: Sequence[int]) -> None:
+        """Make steps ready, so that nobody's first one waits for it.
+
+        Args:
+            trees: that may be verified.
+            depths: numbers of heads that may be asked for drafts.
+
+        Raises:
+            ConfigError: a tree that is too large.
+        """
 
     def remaining(self, slot: int) -> int:
         """Tokens that still fit."""

@@ -27,10 +27,12 @@ class OneSequence:
         self._prompt, self._unread = list[int](), 0
         self._step: Step | None = None
 
-    def prepare(self, trees: Sequence[Tree]) -> None:
-        """Bind trees before the first step needs them."""
+    def prepare(self, trees: Sequence[Tree], depths: Sequence[int]) -> None:
+        """Bind trees and open heads before the first step needs them."""
         for tree in trees:
             self._engine.prepare(tree)
+        for depth in depths:
+            self._engine.open_heads(depth)
 
     def remaining(self, slot: int) -> int:
         """Tokens that still fit."""

@@ -51,8 +51,10 @@ class TreeBatchDecoder(Slots):
         self._blocks: dict[tuple[int, int, int], _Block] = {}  # (first slot, batch, size)
         self._block: _Block | None = None  # the last verified one
 
-    def prepare(self, trees: Sequence[Tree]) -> None:
-        """Any tree is ready: buffers depend on how many sequences there are."""
+    def prepare(self, trees: Sequence[Tree], depths: Sequence[int]) -> None:
+        """Open heads. Any tree is ready: buffers depend on how many sequences there are."""
+        for depth in depths:
+            self._open_heads(depth)
 
     def admit(self, input_ids: Sequence[int]) -> Array:
         """Run a prompt in the next free slot.  # [S] -> logits [vocab_size]
@@ -106,11 +108,14 @@ class TreeBatchDecoder(Slots):
 
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
         """Candidates of the first heads for the last kept row of every active sequence.  # [active, depth, top_k]"""
+        drafts: npt.NDArray[np.int64]
+        (drafts,) = self._open_heads(depth).run(["draft_ids"], {"hidden_states": self._hidden[: self.active]})
+        return drafts
+
+    def _open_heads(self, depth: int) -> Any:
         if depth not in self._heads:
             self._heads[depth] = open_heads(self._dir, self.info, depth)
-        drafts: npt.NDArray[np.int64]
-        (drafts,) = self._heads[depth].run(["draft_ids"], {"hidden_states": self._hidden[: self.active]})
-        return drafts
+        return self._heads[depth]
 
     def verify(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The base model's greedy next token after every node of every active sequence.  # [active, N] -> [active, N]"""

@@ -72,11 +72,14 @@ class OnnxRuntimeEngine:
         return self._steps[id(tree)][1]
 
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
-        heads = self._heads.get(depth)
-        if heads is None:
-            heads = self._heads[depth] = _Heads(self, depth)
+        self.open_heads(depth)
+        heads = self._heads[depth]
         self._run(heads.session, heads.binding)
         return heads.draft_ids[0]
+
+    def open_heads(self, depth: int) -> None:
+        if depth not in self._heads:
+            self._heads[depth] = _Heads(self, depth)
 
     def rewind(self, length: int) -> None:
         self.length = min(length, self.length)

@@ -63,7 +63,7 @@ def open_served(
     """
     decoder = SERVED[info.backend].open(engine_dir, options)
     drafter = open_drafter(options.drafts, Engine(engine_dir, info, trees, decoder.max_nodes))
-    decoder.prepare(drafter.trees)
+    decoder.prepare(drafter.trees, drafter.depths)
     return decoder, drafter
 
 

@@ -79,6 +79,9 @@ class TensorRtEngine:
             self._steps[id(tree)] = tree, TensorRtStep(self, tree)
         return self._steps[id(tree)][1]
 
+    def open_heads(self, depth: int) -> None:
+        """All heads are one engine, which is open."""
+
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
         start = time.perf_counter()
         self._draft()

@@ -49,6 +49,7 @@ class ScriptedEngine:
         self.trees: list[Tree] = []
         self.max_nodes = 64
         self.drafts, self.backend_seconds = 0, 0.0
+        self.opened: list[int] = []
 
     def say(self, text: Sequence[int]) -> int:
         """The next token after a text: the script's, where the text follows it."""
@@ -62,6 +63,9 @@ class ScriptedEngine:
     def prepare(self, tree: Tree) -> ScriptedStep:
         self.trees.append(tree)
         return ScriptedStep(self, tree)
+
+    def open_heads(self, depth: int) -> None:
+        self.opened.append(depth)
 
     def draft(self, depth: int) -> npt.NDArray[np.int64]:
         self.drafts += 1
@@ -163,7 +167,9 @@ def test_uses_the_context_to_the_last_row(max_length: int) -> None:
     room = max_length - len(PROMPT)
     assert (result.tokens, result.finish_reason) == (TRUTH[: room + 1], "context")
     assert engine.length == max_length
-    single = [tree is AUTOREGRESSIVE for tree in engine.trees]
+    made_ready, *verified = engine.trees
+    assert (made_ready, engine.opened) == (CHAIN, [CHAIN.depth]), "before anything is timed"
+    single = [tree is AUTOREGRESSIVE for tree in verified]
     assert single == [False] * (room // 4) + [True] * (room % 4), "single steps only where the tree does not fit"
 
 

@@ -141,7 +141,7 @@ def test_a_step_is_bound_once_and_brings_back_next_tokens_and_drafts(
     result = generate(engine, PROMPT, tree, max_new_tokens=24, eos_token_ids=())
     steps = len(result.accepted)
     assert steps > 3
-    assert bound == [False, True], "the prompt's, and one for all steps"
+    assert bound == [True, False], "one for all steps, before anything is timed, and the prompt's"
     assert copied == [(1,), *[(tree.depth, engine.info.top_k), (tree.num_nodes,)] * steps]
 
 

@@ -19,7 +19,7 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.training.dataset import Example
-from medusa_export.heads.training.full.arguments import ReferenceArguments
+from medusa_export.heads.training.full.arguments import LAYOUTS, ReferenceArguments
 from medusa_export.heads.training.full.run import ReferenceReport, train_reference
 from medusa_export.quantize.format_facts import QAT_TARGETS, Reach, Refusal, Rounding
 from medusa_export.quantize.formats import FORMATS, Format, get_format, get_kv_cache
@@ -79,8 +79,10 @@ def train_qat(
         MedusaExportError: as for ``train_reference``.
     """
     weight_format, rounding = quantization.check()
-    if arguments.layout == "modelopt":
-        raise ConfigError("layout", "modelopt", "v1 or v2: its checkpoint would hold the quantizers", "use layout v2")
+    if LAYOUTS[arguments.layout].holds_base:
+        raise ConfigError(
+            "layout", arguments.layout, "v1 or v2: its checkpoint would hold the quantizers", "use layout v2"
+        )
     if arguments.uses_adapters and weight_format.smooths:  # ModelOpt cannot smooth weights under adapters
         expected = f"0 with {weight_format.name}, which moves factors into the weights"
         raise ConfigError("lora_rank", str(arguments.lora_rank), expected, "train all weights, or another format")

@@ -13,17 +13,20 @@ from medusa_export.engines.serving import decoders
 from medusa_export.engines.serving.triton import repository
 from medusa_export.engines.trtllm import command
 from medusa_export.engines.verify import selfcheck
-from medusa_export.exporter.job import engine_kinds, gpu_costs
+from medusa_export.exporter.cli import data
+from medusa_export.exporter.job import engine_kinds, gpu_costs, output_forms
 from medusa_export.exporter.onnx import linear
 from medusa_export.exporter.onnx.portable import linear as portable
-from medusa_export.exporter.pipeline import engine_writers
+from medusa_export.exporter.pipeline import engine_writers, parts
 from medusa_export.exporter.verify import agreement, contradictions, dequantize, scales_file
 from medusa_export.exporter.verify.parts import engine_files, unified
 from medusa_export.exporter.verify.parts import export as export_part
 from medusa_export.exporter.verify.trtllm_loader import modules
+from medusa_export.exporter.write import heads as head_writer
 from medusa_export.exporter.write import tensor_maker
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.roofline.gpus import GPUS
+from medusa_export.heads.training.full import arguments
 from medusa_export.heads.trees import step_costs
 from medusa_export.quantize import formats
 from medusa_export.quantize.format_facts import QAT_TARGETS, Refusal, TensorRt
@@ -60,7 +63,8 @@ class Table:
 
 def tables() -> list[Table]:
     """All of them, as they are now."""
-    return [*format_tables(), *backend_tables()]
+    written = Table("exporter/pipeline/parts.py FORM_WRITERS", {*parts.FORM_WRITERS}, {*output_forms.OUTPUT_FORMS})
+    return [*format_tables(), *backend_tables(), written]
 
 
 def format_tables() -> list[Table]:
@@ -150,7 +154,7 @@ SOURCES = ("core", "heads", "quantize", "exporter", "engines", "benchmarks")
 
 
 def names() -> set[str]:
-    """What a branch must not compare with: names of formats, forms, algorithms, families and backends."""
+    """What a branch must not compare with, and what keys a table: names of formats, forms, algorithms, families and backends."""
     rows = formats.FORMATS.values()
     found = (
         {row.name for row in rows} | {str(row.trtllm.algo) for row in rows} | {*families.FAMILIES, *backends.BACKENDS}
@@ -158,6 +162,11 @@ def names() -> set[str]:
     found |= {row.onnxruntime.form for row in rows if row.onnxruntime} | {"qwen", "int4_fp8"}
     found |= {row.tensorrt.form for row in rows if isinstance(row.tensorrt, TensorRt)}
     return (found | {str(row.quant_algo) for row in formats.KV_CACHE.values()}) - {"None"}
+
+
+def choices() -> set[str]:
+    """What flags choose among besides, which no branch may compare with either; each has one table."""
+    return {*output_forms.OUTPUT_FORMS, *head_writer.LAYOUTS, *arguments.LAYOUTS, *arguments.BASES, *data.EXECUTORS}
 
 
 def constants(node: ast.AST) -> set[str]:

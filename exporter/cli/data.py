@@ -19,13 +19,47 @@ from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP, read_tokenizer
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import Common, command, require
 from medusa_export.heads.contract.engine_info import ENGINE_FILE
-from medusa_export.heads.data.chat_model import ModelFactory
+from medusa_export.heads.data.chat_model import ChatModel, ModelFactory
 from medusa_export.heads.data.conversations import Conversation, read_conversations
 from medusa_export.heads.data.distill import Executor, Summary, distill, require_rows
 from medusa_export.heads.data.row_store import Maker
 from medusa_export.heads.decoding.sampling import Sampling
 
 data_app = command_app()
+
+
+def _in_process(model: ChatModel, factory: ModelFactory, maker: Maker, concurrency: int, workers: int) -> Executor:
+    from medusa_export.heads.data.local_executor import local_executor
+
+    return local_executor(model, maker, concurrency)
+
+
+def _on_ray(model: ChatModel, factory: ModelFactory, maker: Maker, concurrency: int, workers: int) -> Executor:
+    import asyncio
+
+    from medusa_export.heads.data.ray_executor import ray_executor
+
+    asyncio.run(model.close())  # every worker opens its own
+    return ray_executor(factory, maker, workers=workers, concurrency=concurrency)
+
+
+@dataclass(frozen=True)
+class ExecutorKind:
+    """Where conversations are run.
+
+    Attributes:
+        description: for --help.
+        start: (opened model, what opens another, maker, concurrency, workers) gives what runs them.
+    """
+
+    description: str
+    start: Callable[[ChatModel, ModelFactory, Maker, int, int], Executor]
+
+
+EXECUTORS = {
+    "local": ExecutorKind("in this process", _in_process),
+    "ray": ExecutorKind("on a Ray cluster", _on_ray),
+}
 
 INPUT, OUTPUT, MODEL, SERVER, SAMPLING, WORK = (
     "Input",
@@ -74,7 +108,7 @@ class DataFlags:
     skip_bad_lines: bool = flag(False, help="Report bad lines and go on.", panel=INPUT)
     limit: int | None = flag(None, help="Use only the first N conversations.", panel=INPUT, metavar="N")
     executor: str = flag(
-        "local", help="Where to run.", panel=WORK, choices={"local": "in this process", "ray": "on a Ray cluster"}
+        "local", help="Where to run.", panel=WORK, choices={name: row.description for name, row in EXECUTORS.items()}
     )
     workers: int | None = flag(
         None, help="Ray actors; each opens the model.", panel=WORK, default="2", requires="--executor ray"
@@ -109,7 +143,8 @@ def _check_flags(given: DataFlags) -> None:
         raise ConfigError(
             "--model", "nothing", "a directory, owner/name on the hub, or --server URL", "see medusa-data --help"
         )
-    require(given, {"--server": bool(given.server), _HERE: not given.server, "--executor ray": given.executor == "ray"})
+    executors = {f"--executor {name}": given.executor == name for name in EXECUTORS}
+    require(given, {"--server": bool(given.server), _HERE: not given.server, **executors})
     for name in ("concurrency", "max_batch", "max_length", "workers"):
         value = getattr(given, name)
         if value is not None and value < 1:
@@ -162,16 +197,7 @@ def _executor(factory: ModelFactory, sampling: Sampling, given: DataFlags) -> tu
     concurrency = given.concurrency or given.max_batch or 16 * max(1, len(given.server))
     model = factory()
     maker = Maker(model.name, sampling)
-    if given.executor == "local":
-        from medusa_export.heads.data.local_executor import local_executor
-
-        return maker, local_executor(model, maker, concurrency)
-    import asyncio
-
-    from medusa_export.heads.data.ray_executor import ray_executor
-
-    asyncio.run(model.close())
-    return maker, ray_executor(factory, maker, workers=given.workers or 2, concurrency=concurrency)
+    return maker, EXECUTORS[given.executor].start(model, factory, maker, concurrency, given.workers or 2)
 
 
 @contextmanager

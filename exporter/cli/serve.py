@@ -16,6 +16,7 @@ from medusa_export.exporter.cli.flags.commands import Common, command
 
 serve_app = command_app()
 SERVER = "Server"  # heading of --help
+LOG_FORMATS = {"text": False, "json": True}  # whether a line is a JSON object
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ServeFlags:
         (), help="Let web pages of this origin send requests; *: of any. Can be repeated.", panel=SERVER, metavar="ORIGIN",
         default="no origin",
     )  # fmt: skip
-    log_format: str = flag("text", help="Format of log lines.", panel=SERVER, choices=("text", "json"))
+    log_format: str = flag("text", help="Format of log lines.", panel=SERVER, choices=tuple(LOG_FORMATS))
     max_connections: int = flag(1024, help="Most open connections; 0: no limit.", panel=SERVER)
     max_client_connections: int = flag(256, help="Most open connections per address; 0: no limit.", panel=SERVER)
 
@@ -56,7 +57,7 @@ def serve_command(own: ServeFlags, options: ServingOptions, choice: TreeChoice, 
     from medusa_export.engines.serving.text_service import TextService
     from medusa_export.heads.contract.engine_info import EngineInfo
 
-    as_json = own.log_format == "json"
+    as_json = LOG_FORMATS[own.log_format]
     configure_logging(as_json=as_json)
     engine = find_engine(own.engine)
     info = EngineInfo.load(engine)

@@ -18,7 +18,7 @@ from medusa_export.exporter.cli.console import command_app, main, progress_bars,
 from medusa_export.exporter.cli.flags.commands import Given, command
 from medusa_export.heads.training.arguments import RUN
 from medusa_export.heads.training.cached.arguments import DEFAULT_WAY, HeadShape, TrainArguments
-from medusa_export.heads.training.full.arguments import JOINT, WITH_MODEL, ReferenceArguments
+from medusa_export.heads.training.full.arguments import DEFAULT_LAYOUT, JOINT, LAYOUTS, WITH_MODEL, ReferenceArguments
 from medusa_export.quantize.qat_flags import QatFlags
 
 if TYPE_CHECKING:
@@ -104,8 +104,9 @@ def _way(own: TrainFlags, given: Given) -> Callable[[Request], Any]:
     uses_model = own.joint or own.reference or "quant" in given
     holding = {JOINT: own.joint, "--quant": "quant" in given, WITH_MODEL: uses_model, DEFAULT_WAY: not uses_model}
     given.require(EITHER, holding)
-    if not uses_model and given.get("layout") == "modelopt":
-        raise ConfigError("--layout", "modelopt", f"v1 or v2; modelopt with {WITH_MODEL}", "choose one")
+    layout = given.get("layout", DEFAULT_LAYOUT)
+    if not uses_model and LAYOUTS[layout].holds_base:
+        raise ConfigError("--layout", layout, f"v1 or v2; {layout} with {WITH_MODEL}", "choose one")
     if not uses_model and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "processes", os.environ["WORLD_SIZE"], f"one; several with {WITH_MODEL}", "run it without torchrun"
@@ -129,7 +130,7 @@ def _on_this_machine(own: TrainFlags, given: Given) -> tuple[TrainFlags, Given]:
     heads = None if own.heads is None else find_model(own.heads, wanted=HEADS).path
     num_heads, num_layers = head_shape(
         ckpt, heads, num_heads=given.get("num_heads"), num_layers=given.get("num_layers"),
-        own_lm_head=given.get("layout", "v2") != "v2", takes_more=not uses_model,
+        own_lm_head=LAYOUTS[given.get("layout", DEFAULT_LAYOUT)].holds_own, takes_more=not uses_model,
     )  # fmt: skip
     return replace(own, ckpt=ckpt, heads=heads), Given(given | {"num_heads": num_heads, "num_layers": num_layers})
 
@@ -166,7 +167,7 @@ def _train_fast(asked: Request) -> Any:
     from medusa_export.heads.training.cached.run import train_fast
 
     own, given = asked.own, asked.given
-    shape = given.build(HeadShape, own_lm_head=given.get("layout") == "v1")
+    shape = given.build(HeadShape, own_lm_head=LAYOUTS[given.get("layout", DEFAULT_LAYOUT)].holds_own)
     return train_fast(
         own.ckpt, asked.dataset, asked.held_out, own.output, given.build(TrainArguments), shape,
         heads=own.heads, cache=given.build(CacheFlags).cache, progress=asked.progress,

@@ -15,6 +15,7 @@ from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
 from medusa_export.core.typed_paths import as_recorded
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
 from medusa_export.exporter.job.engine_kinds import CPU_TREE, ENGINES, GPU_TREE, NO_ENGINE
+from medusa_export.exporter.job.output_forms import DEFAULT_FORM, OUTPUT_FORMS
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.contract.trtllm_releases import DEFAULT_RELEASE
 from medusa_export.heads.roofline.gpus import BY_KEY
@@ -26,7 +27,6 @@ from medusa_export.quantize.tensorrt_targets import TARGETS, named
 SMALL_MODEL = 1_000_000_000  # parameters up to which the written logits are compared with transformers
 
 
-HEAD_FORMS = {"vllm-heads": "vllm", "medusa-v1": "medusa-v1", "medusa-v2": "medusa-v2"}  # --format -> layout
 AUTO = "auto"
 DEFAULT_CALIB = Path(str(files("medusa_export.quantize") / "default_prompts.jsonl"))
 MAX_LENGTH, MAX_BATCH = 2048, 4  # TensorRT-LLM's own example builds for 4: with more, trees cost more than they give
@@ -34,14 +34,6 @@ MAX_LENGTH, MAX_BATCH = 2048, 4  # TensorRT-LLM's own example builds for 4: with
 
 INPUT, OUTPUT, QUANTIZATION = "Input", "Output", "Quantization"
 TRTLLM, ENGINE, TREE = "TensorRT-LLM", "Engine", "Tree"  # headings of --help
-DESCRIBED_FORMS = {
-    "trtllm": "a TensorRT-LLM checkpoint",
-    "hf": "ModelOpt's unified checkpoint",
-    "vllm-heads": "the heads alone, for vLLM",
-    "medusa-v1": "the heads alone, each with its lm_head",
-    "medusa-v2": "the heads alone, sharing the base's lm_head",
-}
-FORMS = tuple(DESCRIBED_FORMS)
 
 
 def _beside(given: Mapping[str, Any]) -> Path:
@@ -109,7 +101,7 @@ class ExportArguments:
         DEFAULT_RELEASE, help="TensorRT-LLM release that will build the engine: 0.17 to 1.2.1.", panel=TRTLLM, metavar="VERSION"
     )  # fmt: skip
     pp: int = flag(1, help="Pipeline-parallel stages; Medusa engines need 1.", panel=TRTLLM)
-    format: str = flag("trtllm", help="What to write.", panel=OUTPUT, choices=DESCRIBED_FORMS)
+    format: str = flag(DEFAULT_FORM, help="What to write.", panel=OUTPUT, choices=_descriptions(OUTPUT_FORMS))
     prompts: Path | None = flag(
         None, help="Prompts like those to be served, JSONL: the tree is measured on them.", panel=TREE
     )  # fmt: skip

@@ -15,14 +15,13 @@ from medusa_export.core.flags import requirement_error
 from medusa_export.core.text.model_tokens import ModelTokens
 from medusa_export.core.text.prompts import Prompt, load_prompts
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES, read_tokenizer
-from medusa_export.exporter.job.arguments import AUTO, DEFAULT_CALIB, FORMS, MAX_LENGTH, ExportArguments
+from medusa_export.exporter.job.arguments import AUTO, DEFAULT_CALIB, MAX_LENGTH, ExportArguments
 from medusa_export.exporter.job.engine_kinds import CPU_TREE, ENGINES, GPU_TREE, EngineKind, engine_kind
 from medusa_export.exporter.job.gpu_costs import Target, prediction
-from medusa_export.exporter.plan.hf_layout import require_hf
+from medusa_export.exporter.job.output_forms import OutputForm, output_form
 from medusa_export.exporter.plan.spec import ExportSpec, export_spec
-from medusa_export.exporter.plan.trtllm_compat import release_warnings, require_no_gaps
+from medusa_export.exporter.plan.trtllm_compat import release_warnings
 from medusa_export.exporter.plan.trtllm_layout import require_scales
-from medusa_export.exporter.plan.trtllm_rope import require_rope
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import TREE_FILE
 from medusa_export.heads.contract.trtllm_releases import find_release
@@ -152,16 +151,19 @@ class Job:
         return CostCurve({1: 1.0, MAX_GPU_NODES: 1.0})
 
     @property
+    def form(self) -> OutputForm:
+        """What is written."""
+        return output_form(self.arguments.format)
+
+    @property
     def has_scales(self) -> bool:
         """Whether the output has a file of scales."""
-        return self.arguments.format in ("trtllm", "hf") and needs_calibration(
-            self.weight_format, self.arguments.kv_cache
-        )
+        return self.form.holds_base and needs_calibration(self.weight_format, self.arguments.kv_cache)
 
     @property
     def writes_engine(self) -> bool:
         """Whether the output has an ONNX graph and an engine."""
-        return self.arguments.format == "trtllm" and engine_kind(self.arguments.engine) is not None
+        return self.form.has_engine and engine_kind(self.arguments.engine) is not None
 
     @property
     def engine(self) -> EngineKind:
@@ -260,11 +262,6 @@ class Job:
         arguments, spec = self.arguments, self.spec
         for warning in release_warnings(self.checkpoint.config, self.release, self.weight_format):
             logger.warning("%s", warning)
-        if arguments.format == "trtllm":
-            require_rope(self.checkpoint.config, self.release)
-            require_no_gaps(self.trtllm_tree)
-        if arguments.format == "hf":
-            require_hf(spec)
         if arguments.gpu is not None and not (self.writes_engine and self.engine.takes_gpus):
             takers = " or ".join(name for name, kind in ENGINES.items() if kind.takes_gpus)
             raise requirement_error("--gpu", arguments.gpu, f"--engine {takers}")
@@ -328,8 +325,7 @@ def fetch(arguments: ExportArguments) -> None:
             "1 (TensorRT-LLM cannot build the Medusa graph on a stage that is not the last)",
             f"use --tp {max(arguments.tp, 1) * max(arguments.pp, 1)}",
         )
-    if arguments.format not in FORMS:
-        raise ConfigError("--format", repr(arguments.format), f"one of {', '.join(FORMS)}", "pick one of them")
+    output_form(arguments.format)
     engine_kind(arguments.engine)
     _ = arguments.base, arguments.own_heads
 

@@ -39,12 +39,6 @@ class EngineWriter:
     write_engine: Callable[[Job, Scales | None, Path, EngineBuilder, Progress], None]
 
 
-def require_writable(job: Job) -> None:
-    """Raise what the job's engine cannot be, before any work; a job without an engine has nothing to refuse."""
-    if job.writes_engine:
-        WRITERS[job.arguments.engine].check(job)
-
-
 def _check_onnxruntime(job: Job) -> None:
     require_packages("onnxruntime", extra="onnx")  # it opens what was written, in the end
     onnx_form(job.weight_format)

@@ -18,8 +18,8 @@ from medusa_export.core.errors import OutputError
 from medusa_export.core.text.model_tokens import describe_tokens
 from medusa_export.exporter.job.arguments import SMALL_MODEL, ExportArguments
 from medusa_export.exporter.job.job import Job
-from medusa_export.exporter.pipeline.engine_writers import WRITERS, require_writable
-from medusa_export.exporter.pipeline.parts import PartWriter, part_names
+from medusa_export.exporter.pipeline.engine_writers import WRITERS
+from medusa_export.exporter.pipeline.parts import PartWriter, part_names, require_writable
 from medusa_export.exporter.verify.checkpoint import verify_trtllm
 from medusa_export.exporter.verify.comparison import Comparison
 from medusa_export.exporter.verify.error_table import recorded

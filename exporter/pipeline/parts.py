@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from medusa_export.core.artifacts.resumable import ResumableOutput
-from medusa_export.exporter.job.arguments import HEAD_FORMS
 from medusa_export.exporter.job.job import Job
 from medusa_export.exporter.pipeline.engine_writers import WRITERS
-from medusa_export.exporter.plan.hf_layout import plan_hf
+from medusa_export.exporter.plan.hf_layout import plan_hf, require_hf
 from medusa_export.exporter.plan.tensor_plan import TensorPlan
+from medusa_export.exporter.plan.trtllm_compat import require_no_gaps
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
 from medusa_export.exporter.plan.trtllm_layout import require_scales
+from medusa_export.exporter.plan.trtllm_rope import require_rope
 from medusa_export.exporter.verify.comparison import Comparison
 from medusa_export.exporter.write.huggingface import write_hf_configs, write_shard
 from medusa_export.exporter.write.ranks import rank_names, write_ranks
@@ -31,20 +33,6 @@ logger = logging.getLogger(__name__)
 TREE_FILE, TOKENIZER, CONFIG, ONNX, ENGINE = "tree.json", "tokenizer", "trtllm/config.json", "onnx", "engine"
 GPU_ESTIMATE = "gpu-estimate.json"
 HF, HF_CONFIGS, HEADS = "hf", "hf/config.json", "heads"
-
-
-def part_names(job: Job) -> list[str]:
-    """Everything that :class:`PartWriter` writes, in its order."""
-    scales = [SCALES_FILE] if job.has_scales else []
-    if job.arguments.format == "hf":
-        return [*scales, *(f"{HF}/{name}" for name in _hf_shards(job)), HF_CONFIGS]
-    if job.arguments.format in HEAD_FORMS:
-        return [HEADS]
-    estimate = [GPU_ESTIMATE] if job.gpu_costs else []
-    checkpoint = [*estimate, TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp)]
-    if not job.writes_engine:
-        return [*scales, *checkpoint]
-    return [*scales, *([ONNX, ENGINE, *checkpoint] if job.engine.has_graph else [*checkpoint, ENGINE])]
 
 
 @dataclass(frozen=True)
@@ -71,22 +59,22 @@ class PartWriter:
         scales = self._scales()
         if scales is not None:
             self.work.record("scales", scales.summary())
-        if self.job.arguments.format == "trtllm":
-            return self._write_trtllm(scales)
-        if self.job.arguments.format == "hf":
-            self._write_hf(scales)
-        else:
-            self._write_heads()
-        return None
+        return FORM_WRITERS[self.job.arguments.format].write(self, scales)
 
-    def _write_heads(self) -> None:
+    def write_heads(self, scales: Scales | None, layout: str) -> None:
+        """Write the heads alone.
+
+        Args:
+            scales: none; other forms have some.
+            layout: one of :data:`~medusa_export.exporter.write.heads.LAYOUTS`.
+        """
         from medusa_export.exporter.write.heads import write_heads
 
-        layout = HEAD_FORMS[self.job.arguments.format]
         logger.info("writing the heads as %s", layout)
         self.work.run_once(HEADS, lambda path: write_heads(path, self.job.checkpoint, layout))
 
-    def _write_hf(self, scales: Scales | None) -> None:
+    def write_hf(self, scales: Scales | None) -> None:
+        """Write ModelOpt's unified checkpoint."""
         job = self.job
         files, found = _hf_shards(job), require_scales(job.spec, scales)
         for done, (name, plans) in enumerate(files.items()):
@@ -97,7 +85,8 @@ class PartWriter:
         self.work.run_once(HF_CONFIGS, lambda path: write_hf_configs(path.parent, job.ckpt, job.spec, files))
         job.tokenizer.save_pretrained(self.work.path / HF)
 
-    def _write_trtllm(self, scales: Scales | None) -> Comparison:
+    def write_trtllm(self, scales: Scales | None) -> Comparison:
+        """Write the TensorRT-LLM checkpoint and the engine; what the ranks lost against the source."""
         job, work = self.job, self.work
         if job.writes_engine and job.engine.has_graph:  # before the rest, whose tree may be measured on it
             self._write_graph_and_engine(scales)
@@ -161,3 +150,60 @@ class PartWriter:
 
 def _hf_shards(job: Job) -> dict[str, list[TensorPlan]]:
     return shards(plan_hf(job.checkpoint, job.spec))
+
+
+@dataclass(frozen=True)
+class FormWriter:
+    """What writes one form of output.
+
+    Attributes:
+        check: raises what the form cannot hold, before any work.
+        parts: the parts behind the scales, in the order in which they are written.
+        write: (writer, scales) writes them, and gives the ranks compared with the source where there are any.
+    """
+
+    check: Callable[[Job], None]
+    parts: Callable[[Job], list[str]]
+    write: Callable[[PartWriter, Scales | None], Comparison | None]
+
+
+def _check_trtllm(job: Job) -> None:
+    require_rope(job.checkpoint.config, job.release)
+    require_no_gaps(job.trtllm_tree)
+    if job.writes_engine:
+        WRITERS[job.arguments.engine].check(job)
+
+
+def _trtllm_parts(job: Job) -> list[str]:
+    estimate = [GPU_ESTIMATE] if job.gpu_costs else []
+    checkpoint = [*estimate, TREE_FILE, TOKENIZER, CONFIG, *rank_names(job.spec.tp)]
+    if not job.writes_engine:
+        return checkpoint
+    return [ONNX, ENGINE, *checkpoint] if job.engine.has_graph else [*checkpoint, ENGINE]
+
+
+def _hf_parts(job: Job) -> list[str]:
+    return [*(f"{HF}/{name}" for name in _hf_shards(job)), HF_CONFIGS]
+
+
+def _heads_as(layout: str) -> FormWriter:
+    return FormWriter(lambda job: None, lambda job: [HEADS], partial(PartWriter.write_heads, layout=layout))
+
+
+FORM_WRITERS: dict[str, FormWriter] = {
+    "trtllm": FormWriter(_check_trtllm, _trtllm_parts, PartWriter.write_trtllm),
+    "hf": FormWriter(lambda job: require_hf(job.spec), _hf_parts, PartWriter.write_hf),
+    "vllm-heads": _heads_as("vllm"),
+    "medusa-v1": _heads_as("medusa-v1"),
+    "medusa-v2": _heads_as("medusa-v2"),
+}
+
+
+def require_writable(job: Job) -> None:
+    """Raise what the job's form and engine cannot be, before any work."""
+    FORM_WRITERS[job.arguments.format].check(job)
+
+
+def part_names(job: Job) -> list[str]:
+    """Everything that :class:`PartWriter` writes, in its order."""
+    return [*([SCALES_FILE] if job.has_scales else []), *FORM_WRITERS[job.arguments.format].parts(job)]

@@ -18,8 +18,9 @@ from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES
 from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.exporter.job.job import Job
+from medusa_export.exporter.job.output_forms import OUTPUT_FORMS
 from medusa_export.exporter.onnx.forms import onnx_form
-from medusa_export.exporter.pipeline.engine_writers import require_writable
+from medusa_export.exporter.pipeline.parts import require_writable
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.tensor_plan import TensorPlan
 from medusa_export.exporter.plan.trtllm_layout import plan_ranks
@@ -60,8 +61,9 @@ def plan_export(arguments: ExportArguments, *, batch: int = 1, context: int | No
     job.check()
     require_writable(job)
     _refuse_output(arguments)
-    if arguments.format != "trtllm":
-        raise ConfigError("--format", arguments.format, "trtllm, the only form with a plan", "leave --format out")
+    if not job.form.has_engine:
+        planned = ", ".join(name for name, form in OUTPUT_FORMS.items() if form.has_engine)
+        raise ConfigError("--format", arguments.format, f"{planned}, the only form with a plan", "leave --format out")
     longest = job.checkpoint.config.max_position_embeddings
     context = min(DEFAULT_CONTEXT, longest) if context is None else context
     for flag, value, most in (("--batch", batch, MAX_BATCH), ("--context", context, longest)):

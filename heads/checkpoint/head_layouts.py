@@ -64,6 +64,11 @@ class MedusaHeads:
     warnings: tuple[str, ...]
 
     @property
+    def has_base(self) -> bool:
+        """Whether a base model is stored beside them."""
+        return _has_base(self.source)
+
+    @property
     def shares_lm_head(self) -> bool:
         """Whether the heads' logits come from the base model's lm_head."""
         return HEAD_LM_HEAD.format(0, self.num_layers) not in self.names

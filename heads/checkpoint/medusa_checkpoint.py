@@ -67,7 +67,7 @@ class MedusaCheckpoint:
             _refuse_two_lm_heads(base, config, check_values)
         found = open_heads(_heads_inside(ckpt, base) if heads is None else heads, config, check_values=check_values)
         warnings = [*_surplus(base, config), *found.warnings]
-        if heads is not None and found.layout == "modelopt" and heads.resolve() != ckpt.resolve():
+        if heads is not None and found.has_base and heads.resolve() != ckpt.resolve():
             warnings.append(f"{heads}: it holds a base model too; the one in {ckpt} is used")
         return cls(config, base, found, tuple(warnings))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_export.exporter.job.arguments import FORMS
+from medusa_export.exporter.job.output_forms import OUTPUT_FORMS
 from medusa_export.exporter.sizing.gpus import GPUS
 from medusa_export.exporter.verify.error_table import COLUMNS
 from medusa_export.heads.checkpoint.families import FAMILIES
@@ -92,7 +92,7 @@ def test_every_page_is_in_the_site() -> None:
 
 
 def test_every_choice_is_named() -> None:
-    for name in (*FORMS, *FAMILIES):
+    for name in (*OUTPUT_FORMS, *FAMILIES):
         assert re.search(rf"^\|.*`{name}`.*\|", EXPORT, flags=re.MULTILINE), name
     for name in KV_CACHE:
         assert f"`{name}`" in EXPORT.split("`--kv-cache` takes", 1)[1].split("\n\n")[0], name

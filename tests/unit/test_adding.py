@@ -21,12 +21,13 @@ from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt
 from medusa_export.engines.verify import selfcheck
 from medusa_export.engines.verify.selfcheck import BackendCheck, check_engine
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
-from medusa_export.exporter.job import engine_kinds
+from medusa_export.exporter.job import engine_kinds, output_forms
 from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.exporter.job.engine_kinds import EngineKind
+from medusa_export.exporter.job.output_forms import OutputForm
 from medusa_export.exporter.onnx import linear
 from medusa_export.exporter.onnx.portable import linear as portable
-from medusa_export.exporter.pipeline import engine_writers
+from medusa_export.exporter.pipeline import engine_writers, parts
 from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.sizing.estimate import plan_export
 from medusa_export.exporter.verify import agreement, dequantize, scales_file
@@ -212,6 +213,23 @@ def test_a_family_on_the_wrong_base_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 class MineEngine(OnnxRuntimeEngine):
     """Opened under another name; what it runs is ONNX Runtime's."""
+
+
+def test_a_form_of_output(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its facts, and what writes it."""
+
+    def write(writer: parts.PartWriter, scales: Any) -> None:
+        writer.work.run_once("mine.txt", lambda path: path.write_text(str(writer.job.checkpoint.num_medusa_heads)))
+
+    monkeypatch.setitem(output_forms.OUTPUT_FORMS, "mine", OutputForm("a made-up form"))
+    assert problems() == ["exporter/pipeline/parts.py FORM_WRITERS lacks 'mine'"]
+    writer = parts.FormWriter(lambda job: None, lambda job: ["mine.txt"], write)
+    monkeypatch.setitem(parts.FORM_WRITERS, "mine", writer)
+    assert problems() == []
+    given = make(format="mine")
+    assert export(given, EngineTools(check_engine, no_tree, engine_builder(given.engine)))  # type: ignore[arg-type]
+    assert (given.output / "mine.txt").read_text() == "3"
+    assert not (given.output / "trtllm").exists()
 
 
 def test_a_backend(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

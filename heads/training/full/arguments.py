@@ -15,8 +15,31 @@ from medusa_export.heads.training.arguments import HEADS, OPTIMIZATION, RUN, Sha
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-BASES = ("frozen", "joint")
-LAYOUTS = ("v1", "v2", "modelopt")
+BASES = {"frozen": False, "joint": True}  # whether the base model is trained
+
+
+@dataclass(frozen=True)
+class HeadsLayout:
+    """How trained heads are stored.
+
+    Attributes:
+        description: for --help.
+        holds_own, holds_shared: whether there is a place for lm_heads of the heads' own, and whether the base's may stand for them.
+        holds_base: whether the base model is in the same checkpoint.
+    """
+
+    description: str
+    holds_own: bool = True
+    holds_shared: bool = True
+    holds_base: bool = False
+
+
+LAYOUTS: dict[str, HeadsLayout] = {
+    "v1": HeadsLayout("each head has its own lm_head", holds_shared=False),
+    "v2": HeadsLayout("heads share the base's lm_head", holds_own=False),
+    "modelopt": HeadsLayout("one checkpoint with the base; with --reference, --joint or --quant", holds_base=True),
+}
+DEFAULT_LAYOUT = "v2"
 BEST_METRIC = "eval_head0_top1"
 # Of the base model. Adapters: arXiv 2401.10774, appendix B.2; all weights: what fine-tuning of chat models commonly takes.
 ADAPTER_RATE, FULL_RATE = 5e-4, 2e-5
@@ -65,11 +88,8 @@ class ReferenceArguments(SharedArguments):
     heads: int = flag(4, help="Medusa heads.", panel=HEADS, name="--num-heads")
     layers: int = flag(1, help="Residual blocks of each head.", panel=HEADS, name="--num-layers")
     layout: str = flag(
-        "v2", help="Layout of the heads' checkpoint.", panel=HEADS,
-        choices={
-            "v1": "each head has its own lm_head", "v2": "heads share the base's lm_head",
-            "modelopt": "one checkpoint with the base; with --reference, --joint or --quant",
-        },
+        DEFAULT_LAYOUT, help="Layout of the heads' checkpoint.", panel=HEADS,
+        choices={name: row.description for name, row in LAYOUTS.items()},
     )  # fmt: skip
     share_lm_head: bool | None = None
     batch_size: int = flag(8, help="Conversations per micro-batch.", panel=OPTIMIZATION, requires=WITH_MODEL)
@@ -102,7 +122,7 @@ class ReferenceArguments(SharedArguments):
     @property
     def trains_base(self) -> bool:
         """Whether the base model changes."""
-        return self.base == "joint"
+        return BASES[self.base]
 
     @property
     def uses_adapters(self) -> bool:
@@ -112,7 +132,7 @@ class ReferenceArguments(SharedArguments):
     @property
     def shares_lm_head(self) -> bool:
         """Whether the heads use the base's own lm_head."""
-        return self.layout == "v2" if self.share_lm_head is None else self.share_lm_head
+        return not LAYOUTS[self.layout].holds_own if self.share_lm_head is None else self.share_lm_head
 
     @property
     def base_rate(self) -> float:
@@ -131,7 +151,7 @@ class ReferenceArguments(SharedArguments):
 
     def check(self) -> None:
         """Raise ConfigError where two arguments contradict each other, or one has no sense."""
-        for name, table in (("base", BASES), ("layout", LAYOUTS), ("ramp", tuple(RAMPS))):
+        for name, table in (("base", BASES), ("layout", LAYOUTS), ("ramp", RAMPS)):
             if getattr(self, name) not in table:
                 raise _error(name, getattr(self, name), f"one of {', '.join(table)}")
         for name in ("heads", "layers", "batch_size", "accumulate", "checkpoint_every", "log_every"):
@@ -146,10 +166,13 @@ class ReferenceArguments(SharedArguments):
         for name in ("lora_rank", "patience", "weight_decay"):
             if getattr(self, name) < 0:
                 raise _error(name, getattr(self, name), "0 or more")
-        if self.share_lm_head is False and self.layout == "v2":
-            raise _error("share_lm_head", False, "true for layout v2, which has no place for lm_heads", "use layout v1")
-        if self.share_lm_head and self.layout == "v1":
-            raise _error("share_lm_head", True, "false for layout v1, whose heads have their own", "use layout v2")
+        layout = LAYOUTS[self.layout]
+        if self.share_lm_head is False and not layout.holds_own:
+            expected = f"true for layout {self.layout}, which has no place for lm_heads"
+            raise _error("share_lm_head", False, expected, "use layout v1")
+        if self.share_lm_head and not layout.holds_shared:
+            expected = f"false for layout {self.layout}, whose heads have their own"
+            raise _error("share_lm_head", True, expected, "use layout v2")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise _error("learning_rate", self.learning_rate, "a number above 0")
         if self.max_steps is not None and self.max_steps < 1:

@@ -11,7 +11,7 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
-from medusa_export.heads.training.full.arguments import ReferenceArguments
+from medusa_export.heads.training.full.arguments import LAYOUTS, ReferenceArguments
 from medusa_export.heads.training.full.modelopt_medusa import own_head_parameters, save_combined
 from medusa_export.heads.training.head_module import write_heads, write_heads_config
 
@@ -43,7 +43,7 @@ def write_output(model: Any, model_dir: Path, out: Path, arguments: ReferenceArg
         raise ConfigError(
             "joint training", "a base model that did not change", "one that did", "train longer or with a higher rate"
         )
-    if arguments.layout == "modelopt":
+    if LAYOUTS[arguments.layout].holds_base:
         save_combined(model.to(dtype), out)
         _copy_companions(model_dir, out)
         return change

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from medusa_export.core import errors
@@ -32,6 +33,7 @@ from medusa_export.engines.serving.triton_trtllm.configs import (
 )
 from medusa_export.engines.serving.triton_trtllm.deployment import deployment_files
 from medusa_export.engines.serving.triton_trtllm.parameters import parameter_problems
+from medusa_export.engines.serving.triton_trtllm.standalone import model_sources
 from medusa_export.engines.trtllm.build import BUILD_FILE
 from medusa_export.engines.trtllm.command import MEDUSA
 from medusa_export.engines.trtllm.scripts import BUILD_SCRIPT, PLAIN_CONFIG, RUN_SCRIPT
@@ -44,16 +46,10 @@ KIND, VERSION, BACKEND = "tensorrt-llm", "1", "tensorrt-llm"
 TOKENIZER = "tokenizer"
 WITH_TOKENIZER = (PREPROCESSING, POSTPROCESSING, BLS)
 SOURCES = {PREPROCESSING: trtllm_preprocessing, POSTPROCESSING: trtllm_postprocessing, BLS: trtllm_bls}
-# Modules that lie in a model's own lib, under the names that the copies import them by.
-LIBRARIES: dict[str, dict[str, Any]] = {
+# Modules that lie in a model's own lib, under the names that its model.py and they themselves import them by.
+LIBRARIES: dict[str, dict[str, ModuleType]] = {
     BLS: {"stream_text": stream_text},
     PREPROCESSING: {"encoding": encoding, "special_tokens": special_tokens, "errors": errors},
-}
-_COPIED = {
-    "medusa_export.engines.serving.text_stream": "lib.stream_text",
-    "medusa_export.core.text.encoding": "lib.encoding",
-    "medusa_export.core.text.special_tokens": "lib.special_tokens",
-    "medusa_export.core.errors": "lib.errors",
 }
 OURS = (ENGINE_FILE, TREE_FILE)
 
@@ -132,12 +128,8 @@ def write_trtllm_repository(engine_dir: Path, output: Path, serving: TrtllmServi
         for path in _tokenizer_files(engine_dir)
     }
     texts = {f"{model}/config.pbtxt": render(config) for model, config in configs.items()}
-    texts |= {f"{model}/{VERSION}/model.py": _source(module) for model, module in SOURCES.items()}
-    texts |= {
-        f"{model}/{VERSION}/lib/{name}.py": _source(module) if module else ""
-        for model, modules in LIBRARIES.items()
-        for name, module in {"__init__": None, **modules}.items()
-    }
+    for model, module in SOURCES.items():
+        texts |= {f"{model}/{VERSION}/{name}": text for name, text in model_sources(module, LIBRARIES.get(model, {}))}
     texts |= {f"{ENSEMBLE}/{VERSION}/README.md": "An ensemble has no files of its own; Triton wants the folder.\n"}
     texts |= deployment_files(facts, serving)
     arguments = {
@@ -212,14 +204,6 @@ def _tokenizer_files(engine_dir: Path) -> list[Path]:
     read_tokenizer(engine_dir)
     others = {*OURS, BUILD_FILE, PLAIN_CONFIG, BUILD_SCRIPT, RUN_SCRIPT, ACCEPTANCE_FILE}
     return [path for name, path in list_files(engine_dir, engine_dir).items() if "/" not in name and name not in others]
-
-
-def _source(module: Any) -> str:
-    """A module's text, as it stands alone in a model's folder."""
-    text = Path(module.__file__).read_text(encoding="utf-8")
-    for name, copied in _COPIED.items():
-        text = text.replace(f"from {name} import", f"from {copied} import")
-    return text
 
 
 def _parse(path: Path) -> Any:

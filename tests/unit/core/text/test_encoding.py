@@ -13,7 +13,8 @@ import pytest
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.encoding import encode_chat, encode_text
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.serving.triton_trtllm.repository import LIBRARIES, PREPROCESSING, _source
+from medusa_export.engines.serving.triton_trtllm.repository import LIBRARIES, PREPROCESSING
+from medusa_export.engines.serving.triton_trtllm.standalone import standalone_source
 
 BOS, EOS, FIRST = 1, 2, 5
 ADDED = {"bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>", "none": "$A"}
@@ -65,9 +66,7 @@ def test_a_repository_for_tensorrt_llm_encodes_with_the_same_code(
     library.mkdir()
     (library / "__init__.py").write_text("")
     for name, module in LIBRARIES[PREPROCESSING].items():
-        text = _source(module)
-        assert "from medusa_export" not in text
-        (library / f"{name}.py").write_text(text)
+        (library / f"{name}.py").write_text(standalone_source(module, LIBRARIES[PREPROCESSING]))
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name == "lib" or name.startswith("lib.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -117,9 +117,10 @@ _INT4_PARTS = (
 )
 _INT4_CONFIG = {"has_zero_point": False, "pre_quant_scale": True}
 
-# ONNX Runtime. Blocks: MatMulNBits with 8-bit products; others: fold DequantizeLinear into float32 weights once, when the session is
-# made.
+# ONNX Runtime. Blocks: MatMulNBits with 8-bit products; products of integers: such as do not saturate on processors before VNNI;
+# others: fold DequantizeLinear into float32 weights once, when the session is made.
 INT8_PRODUCTS = {"session.qdq_matmulnbits_accuracy_level": "4"}
+EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 FOLDED = {"session.disable_quant_qdq": "1"}
 _ORT_FP8 = "the exported FP8 weights, float32 arithmetic"
 _ORT_INT4_AWQ = OnnxRuntime(
@@ -241,7 +242,12 @@ FORMATS: dict[str, Format] = {
                 products="int8",
             ),
             onnxruntime=OnnxRuntime(
-                "int8_row", "the exported INT8 weights, float32 arithmetic", _BY_ROW, FOLDED, activations="int8"
+                "int8_row",
+                "the exported INT8 weights and activations, products of integers",
+                _BY_ROW,
+                EXACT_PRODUCTS,
+                activations="int8",
+                integers=True,
             ),
             tensorrt=TensorRt("int8_sq", "INT8 weights, activations and products, smoothed", _BY_ROW),
             qat=_on_all_targets(Rounding("INT8_SMOOTHQUANT_CFG", Reach.ROW)),

@@ -284,7 +284,7 @@ def tiny_engine(
     """``tiny_engine(family="llama", quant="none", *, drafts_well, sharpness, tree, max_length, draft_vocab, heads, **config)``.
 
     ``drafts_well`` and ``sharpness`` go through ``predictable``; ``heads`` are arguments of ``tiny_heads`` and ``config`` those of
-    ``tiny_checkpoint``. FP8 scales are the weights' true maxima.
+    ``tiny_checkpoint``. FP8 scales are the weights' true maxima; smoothing factors run from 0.8 to 1.25.
     """
 
     def make(
@@ -314,7 +314,10 @@ def tiny_engine(
         checkpoint = MedusaCheckpoint.open(model_dir, heads_dir)
         linears = [name for name in checkpoint.names if name.endswith("proj.weight")]
         amax = {name.removesuffix(".weight"): float(checkpoint.read(name).abs().max()) for name in linears}
-        scales = Scales(dict.fromkeys(amax, 8.0), amax, {})
+        smoothing = {
+            name: torch.linspace(0.8, 1.25, checkpoint.shape(f"{name}.weight")[1]) for name in amax
+        }  # one for all that have the same input
+        scales = Scales(dict.fromkeys(amax, 8.0), amax, {}, smoothing)
         write_engine(
             root / "engine", checkpoint, get_format(quant), scales, tree=tree or load_tree("cpu-8"),
             max_length=max_length, draft_vocab=draft_vocab, save_tokenizer=tiny_tokenizer, source={"checkpoint": "tiny"},

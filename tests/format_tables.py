@@ -129,9 +129,10 @@ def row_problems() -> Iterator[str]:
             yield f"{name}: the row is named {row.name}"
         if row.onnxruntime and row.onnxruntime.form in linear.LINEAR_FORMS:
             form = linear.LINEAR_FORMS[row.onnxruntime.form]
-            in_blocks = row.onnxruntime.codes.reach.value == "group"
-            if (form.smooths, form.in_blocks) != (row.smooths, in_blocks):
-                yield f"{name}: LINEAR_FORMS and the row differ on smoothing or blocks"
+            keeps_codes = row.onnxruntime.codes.reach.value == "group" or row.onnxruntime.integers
+            said = (row.smooths, keeps_codes, row.onnxruntime.integers)
+            if (form.smooths, form.keeps_codes, form.integers) != said:
+                yield f"{name}: LINEAR_FORMS and the row differ on smoothing, codes or integers"
         portable_form = portable.PORTABLE_FORMS.get(getattr(row.tensorrt, "form", ""))
         if portable_form and portable_form.smooths != row.smooths:
             yield f"{name}: PORTABLE_FORMS and the row differ on smoothing"

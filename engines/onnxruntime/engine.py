@@ -21,6 +21,9 @@ from medusa_export.heads.contract.engine_info import DECODER_FILE, EngineInfo, h
 from medusa_export.heads.trees.tree import MAX_CHOICES, Tree
 
 MASKED = np.float32(-1e30)
+MIN_ROWS = (
+    2  # where numbers must not depend on the number of rows: attention sums those of one row alone in another order
+)
 Array = npt.NDArray[Any]
 
 
@@ -49,6 +52,7 @@ class OnnxRuntimeEngine:
         self._kv_values = [share(self._kv[layer, kind]) for layer in range(shape[0]) for kind in (0, 1)]
         self._hidden = np.zeros((1, info.hidden_size), dtype=np.float32)  # the last kept row, what the heads read
         self._heads: dict[int, _Heads] = {}
+        self._min_rows = MIN_ROWS if info.row_independent else 1
         self._steps: dict[int, tuple[Tree, OnnxRuntimeStep]] = {}  # by id, which holds as long as the tree is kept
         self.length, self.backend_seconds = 0, 0.0
 
@@ -144,27 +148,31 @@ class _Block:
     ) -> None:
         self.engine, self.size = engine, size
         info, rows = engine.info, np.asarray(output_rows, dtype=np.int64)
+        self._rows = max(size, engine._min_rows)  # with padding, whose outputs nothing reads
         is_tree = size == tree.num_nodes
         self._is_tree = is_tree and size > 1  # otherwise nothing is masked: GQA itself is causal
         self._tail = np.where(tree.mask, np.float32(0), MASKED)
-        self._depths = tree.depths if is_tree else np.arange(size)
-        self._bias = np.zeros(size * info.max_length, dtype=np.float32)
+        self._depths = tree.depths if self._is_tree else np.arange(self._rows)
+        self._bias = np.zeros(self._rows * info.max_length, dtype=np.float32)
         self._bias_address = self._bias.ctypes.data
-        self.input_ids = np.zeros((1, size), dtype=np.int64)
-        self.position_ids = np.zeros((1, size), dtype=np.int64)
+        self.input_ids = np.zeros((1, self._rows), dtype=np.int64)
+        self.position_ids = np.zeros((1, self._rows), dtype=np.int64)
         self._seqlens_k, self._total = np.zeros(1, dtype=np.int32), np.zeros((), dtype=np.int32)
         self.next_ids = np.zeros(len(rows), dtype=np.int64)
         self.hidden = np.zeros((len(rows), info.hidden_size), dtype=np.float32)
         self.logits = np.zeros((len(rows), info.vocab_size) if logits else (0, 0), dtype=np.float32)
-        inputs: dict[str, Array] = {
-            "input_ids": self.input_ids, "position_ids": self.position_ids, "output_rows": rows,
-            "seqlens_k": self._seqlens_k, "total_sequence_length": self._total,
+        self._inputs: dict[str, Array] = {
+            "output_rows": rows, "seqlens_k": self._seqlens_k, "total_sequence_length": self._total,
         }  # fmt: skip
         outputs: dict[str, Array] = {"next_ids": self.next_ids, "hidden_states": self.hidden}
-        self._binding = self._bind(inputs, outputs | ({"logits": self.logits} if logits else {}))
+        self._outputs = outputs | ({"logits": self.logits} if logits else {})
+        self._bindings = {self._rows: self._bind(self._rows)}
 
-    def _bind(self, inputs: dict[str, Array], outputs: dict[str, Array]) -> Any:
-        engine = self.engine
+    def _bind(self, rows: int) -> Any:
+        """Inputs of so many rows.  # 1 .. self._rows"""
+        engine, outputs = self.engine, self._outputs
+        per_row = {"input_ids": self.input_ids[:, :rows], "position_ids": self.position_ids[:, :rows]}
+        inputs = self._inputs | per_row
         binding = engine._decoder.io_binding()
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, share(array))
@@ -179,17 +187,21 @@ class _Block:
     def run(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Run the decoder after the rows now in the cache.  # [size] -> [len(output_rows)]"""
         past, size = self.engine.length, self.size
-        total = past + size
-        self.input_ids[0] = node_ids
+        has_room = past + self._rows <= self.engine.info.max_length  # for the padding too
+        rows = self._rows if has_room else size
+        total = past + rows
+        self.input_ids[0, :size] = node_ids
         np.add(self._depths, past, out=self.position_ids[0])
         self._seqlens_k[0], self._total[()] = total - 1, total
         if self._is_tree:
             bias = self._bias[: size * total].reshape(size, total)
             bias[:, :past] = 0
             bias[:, past:] = self._tail
-        shape = (1, 1, size, total)
-        self._binding.bind_input("attention_bias", "cpu", 0, np.float32, shape, self._bias_address)
-        self.engine._run(self.engine._decoder, self._binding)
+        if rows not in self._bindings:
+            self._bindings[rows] = self._bind(rows)
+        binding = self._bindings[rows]
+        binding.bind_input("attention_bias", "cpu", 0, np.float32, (1, 1, rows, total), self._bias_address)
+        self.engine._run(self.engine._decoder, binding)
         return self.next_ids
 
 

@@ -63,14 +63,16 @@ def write_engine(
 
     Nothing outside it is needed to run.
 
-    Activations stay in float32 here also for FP8: a CPU has no FP8 arithmetic to gain from, and rounding activations turns the noise
-    between a single step and a tree step into different tokens (see docs/decisions).
+    Activations stay in float32 here for FP8: a CPU has no FP8 arithmetic to gain from, and rounding activations turns the noise
+    between a single step and a tree step into different tokens (see docs/decisions). Rounded to INT8 they make products of integers,
+    which have no such noise.
     """
     form = onnx_form(weight_format)
     config, num_heads = checkpoint.config, checkpoint.num_medusa_heads
     top_k = max(MIN_TOP_K, tree.top_k if tree.max_draft_len else 1)
     out.mkdir()
-    linear = LinearWriter(checkpoint, form.form, scales, group_size=weight_format.group_size, excluded=excluded)
+    activations = getattr(torch, form.activations) if form.activations and form.integers else None
+    linear = LinearWriter(checkpoint, form.form, scales, activations, weight_format.group_size, excluded)
     write_decoder(out, checkpoint, linear, max_length=max_length, num_tokens=tokens.count if tokens else None)
     write_batch_decoder(out, config)
     if num_heads:
@@ -89,6 +91,7 @@ def write_engine(
         session_options=dict(form.session_options),
         heads_session_options=INT8_PRODUCTS,
         source=source,
+        row_independent=form.integers,
     )
 
 

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.builder import MICROSOFT, GraphBuilder, first_columns, silu
-from medusa_export.exporter.onnx.linear import LinearWriter, int8_matrix
+from medusa_export.exporter.onnx.linear import LinearWriter
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
@@ -55,7 +55,7 @@ def write_decoder(
             graph.tensor(name, cache)
         table = graph.tensor(families.EMBED_TOKENS, checkpoint.read(families.EMBED_TOKENS))
         hidden = _to_float(graph, graph.node("Gather", [table, "input_ids"]), checkpoint, families.EMBED_TOKENS)
-        norm = _norm_weight(graph, checkpoint, families.INPUT_LAYERNORM.format(0))
+        norm = _norm_before(graph, checkpoint, linear, families.INPUT_LAYERNORM.format(0), _qkv(0))
         normed = graph.node(
             "SimplifiedLayerNormalization", [hidden, norm], axis=-1, epsilon=config.rms_norm_eps, stash_type=1
         )
@@ -141,19 +141,31 @@ def _block(
     """One decoder layer. Returns the next layer's normed input and the residual stream."""
     attention = _attention(graph, checkpoint, linear, layer, normed)
     attention = linear(graph, attention, [families.O_PROJ.format(layer)])
-    normed, hidden = _add_norm(graph, checkpoint, attention, hidden, families.POST_ATTENTION_LAYERNORM.format(layer))
-    gate, up = _gate_and_up(graph, linear, layer, normed)
-    mlp = linear(graph, graph.node("Mul", [silu(graph, gate), up]), [families.DOWN_PROJ.format(layer)])
-    last = layer == checkpoint.config.num_hidden_layers - 1
-    norm = families.FINAL_NORM if last else families.INPUT_LAYERNORM.format(layer + 1)
-    return _add_norm(graph, checkpoint, mlp, hidden, norm)
+    name = families.POST_ATTENTION_LAYERNORM.format(layer)
+    pair = [families.GATE_PROJ.format(layer), families.UP_PROJ.format(layer)]
+    weight = _norm_before(graph, checkpoint, linear, name, pair)
+    normed, hidden = _add_norm(graph, checkpoint, attention, hidden, name, weight)
+    gate, up = _gate_and_up(graph, linear, pair, normed)
+    down_proj = families.DOWN_PROJ.format(layer)
+    product = graph.node("Mul", [silu(graph, gate), up])
+    mlp = linear(graph, product, [down_proj], smoothed=linear.smooths_up(down_proj, pair[1]))
+    if layer == checkpoint.config.num_hidden_layers - 1:
+        name = families.FINAL_NORM
+        return _add_norm(graph, checkpoint, mlp, hidden, name, _norm_weight(graph, checkpoint, name))
+    name = families.INPUT_LAYERNORM.format(layer + 1)
+    weight = _norm_before(graph, checkpoint, linear, name, _qkv(layer + 1))
+    return _add_norm(graph, checkpoint, mlp, hidden, name, weight)
 
 
-def _gate_and_up(graph: GraphBuilder, linear: LinearWriter, layer: int, normed: str) -> tuple[str, str]:
+def _qkv(layer: int) -> list[str]:
+    return [name.format(layer) for name in (families.Q_PROJ, families.K_PROJ, families.V_PROJ)]
+
+
+def _gate_and_up(graph: GraphBuilder, linear: LinearWriter, pair: list[str], normed: str) -> tuple[str, str]:
     """One product where both take the same input, which saves a start of all threads; else two, under one FP8 scale."""
-    gate_proj, up_proj = families.GATE_PROJ.format(layer), families.UP_PROJ.format(layer)
-    if linear.takes_as_one([gate_proj, up_proj]):
-        packed = linear(graph, normed, [gate_proj, up_proj])
+    gate_proj, up_proj = pair
+    if linear.takes_as_one(pair):
+        packed = linear(graph, normed, pair, smoothed=linear.folds(pair))
         gate, up = graph.node("Split", [packed], 2, axis=-1, num_outputs=2)
         return gate, up
     gate = linear(graph, normed, [gate_proj], scale_with=[up_proj])
@@ -162,9 +174,8 @@ def _gate_and_up(graph: GraphBuilder, linear: LinearWriter, layer: int, normed: 
 
 def _attention(graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: LinearWriter, layer: int, normed: str) -> str:
     """Packed QKV, rotary embedding, cache update and tree attention.  # [B, S, h] -> [B, S, num_attention_heads * head_dim]"""
-    config = checkpoint.config
-    modules = [name.format(layer) for name in (families.Q_PROJ, families.K_PROJ, families.V_PROJ)]
-    packed = linear(graph, normed, modules)
+    config, modules = checkpoint.config, _qkv(layer)
+    packed = linear(graph, normed, modules, smoothed=linear.folds(modules))
     query, key, value = packed, "", ""
     if config.family.qk_norm:
         sizes = graph.ints(config.q_size, config.kv_size, config.kv_size)
@@ -198,12 +209,14 @@ def _head_norm(graph: GraphBuilder, checkpoint: MedusaCheckpoint, x: str, weight
     return graph.node("Reshape", [heads, graph.ints(0, 0, size)])
 
 
-def _add_norm(graph: GraphBuilder, checkpoint: MedusaCheckpoint, x: str, residual: str, weight: str) -> tuple[str, str]:
+def _add_norm(
+    graph: GraphBuilder, checkpoint: MedusaCheckpoint, x: str, residual: str, name: str, weight: str
+) -> tuple[str, str]:
     """RMSNorm of x + residual, and the sum itself."""
     outputs = graph.node(
         "SkipSimplifiedLayerNormalization",
-        [x, residual, _norm_weight(graph, checkpoint, weight)],
-        [f"{weight}.normed", "", "", f"{weight}.sum"],
+        [x, residual, weight],
+        [f"{name}.normed", "", "", f"{name}.sum"],
         domain=MICROSOFT,
         epsilon=checkpoint.config.rms_norm_eps,
     )
@@ -212,14 +225,21 @@ def _add_norm(graph: GraphBuilder, checkpoint: MedusaCheckpoint, x: str, residua
 
 def _lm_head(graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: LinearWriter) -> None:
     """hidden_states [R, h] -> logits [R, V]; a tied projection reuses the embedding table, transposed when the session is made."""
-    if linear.in_blocks:  # 8 bits also there: half of a small model's bytes are in it
-        weight = int8_matrix(graph, "lm_head", checkpoint.read(families.LM_HEAD))
-        graph.node("MatMul", ["hidden_states", weight], ["logits"])
+    if linear.vocabulary is not None:
+        linear.vocabulary.write(graph, "hidden_states", "lm_head", checkpoint.read(families.LM_HEAD), "logits")
         return
     source = families.EMBED_TOKENS if checkpoint.config.tie_word_embeddings else families.LM_HEAD
     stored = graph.tensor(source, checkpoint.read(source))
     weight = graph.node("Transpose", [_to_float(graph, stored, checkpoint, source)], perm=[1, 0])
     graph.node("MatMul", ["hidden_states", weight], ["logits"])
+
+
+def _norm_before(
+    graph: GraphBuilder, checkpoint: MedusaCheckpoint, linear: LinearWriter, name: str, modules: list[str]
+) -> str:
+    """A norm's weight times the smoothing factors of the linears behind it, where they can be folded."""
+    weight = _norm_weight(graph, checkpoint, name)
+    return str(graph.node("Mul", [weight, linear.factor(graph, modules)])) if linear.folds(modules) else weight
 
 
 def _norm_weight(graph: GraphBuilder, checkpoint: MedusaCheckpoint, name: str) -> str:

@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.builder import ExternalData, GraphBuilder, silu
-from medusa_export.exporter.onnx.linear import int8_matrix
+from medusa_export.exporter.onnx.matrices import int8_matrix
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import HEADS_DATA, heads_file

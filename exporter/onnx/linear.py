@@ -10,10 +10,11 @@ from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.builder import GraphBuilder
+from medusa_export.exporter.onnx.matrices import block_of, int4_matrix, int8_matrix, per_output
+from medusa_export.exporter.onnx.vocabulary import BLOCKS, INTEGERS, Vocabulary
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
-from medusa_export.heads.checkpoint.tensor_source import row_chunks
 from medusa_export.quantize import numerics as codes
-from medusa_export.quantize.format_facts import INT4_BLOCKS, INT8_BLOCKS
+from medusa_export.quantize.format_facts import INT4_BLOCKS
 from medusa_export.quantize.formats import FP8_MAX, INT8_MAX
 from medusa_export.quantize.numerics import code_scale, fused_amax, fused_scale, quantize_fp8
 from medusa_export.quantize.scales import Scales
@@ -40,35 +41,55 @@ class LinearWriter:
     group_size: int | None = None
     excluded: Callable[[str], bool] = lambda module: False
 
-    def __call__(self, graph: GraphBuilder, x: str, modules: Sequence[str], *, scale_with: Sequence[str] = ()) -> str:
+    def __call__(
+        self,
+        graph: GraphBuilder,
+        x: str,
+        modules: Sequence[str],
+        *,
+        scale_with: Sequence[str] = (),
+        smoothed: bool = False,
+    ) -> str:
         """Add the product.  # x [..., K] -> [..., sum of N]
 
         Args:
             x: name of the input value.
             modules: Hugging Face module names, fused in this order.
             scale_with: further modules that share the FP8 scales (gate_proj and up_proj, which TensorRT-LLM fuses).
+            smoothed: what gives x has multiplied it with the smoothing factors already, see :meth:`folds`.
         """
-        name = modules[0] if len(modules) == 1 else f"{modules[0]}+{len(modules) - 1}"
+        name = fused_name(modules)
         is_float = self.excluded(modules[0])
         form = FLOAT if is_float else self.form
         smooths = LINEAR_FORMS[form].smooths
-        if smooths:
-            x = graph.node("Mul", [x, graph.tensor(f"{name}.pre_quant_scale", self._smoothing(modules))])
+        if smooths and not smoothed:
+            x = graph.node("Mul", [x, self.factor(graph, modules)])
         weight = LINEAR_FORMS[form].weights(self, graph, name, modules, scale_with)
         if self.activations is not None and not is_float:
             x = self._fake_quantize(graph, x, name, modules if smooths else [*modules, *scale_with])
         out = graph.node("MatMul", [x, weight])
         bias = self._bias(modules)
-        return out if bias is None else graph.node("Add", [out, graph.tensor(f"{name}.bias", bias)])
+        if bias is None:
+            return str(out)
+        stored, factor = graph.tensor(f"{name}.bias", bias), self._output_factor(graph, modules)
+        return str(graph.node("Add", [out, graph.node("Mul", [stored, factor]) if factor else stored]))
 
     def takes_as_one(self, modules: Sequence[str]) -> bool:
         """Whether a product of several modules is the same as theirs, side by side."""
         return is_one_product(self.form, [self.excluded(module) for module in modules])
 
+    def folds(self, modules: Sequence[str]) -> bool:
+        """Whether the linears that take a value get it multiplied with their smoothing factors by what makes it."""
+        return LINEAR_FORMS[self.form].integers and not any(map(self.excluded, modules))
+
+    def smooths_up(self, down: str, up: str) -> bool:
+        """Whether up_proj's outputs come multiplied with the smoothing factors of down_proj."""
+        return LINEAR_FORMS[self.form].integers and not self.excluded(up) and not self.excluded(down)
+
     @property
-    def in_blocks(self) -> bool:
-        """Whether ONNX Runtime keeps the weights as they are, in blocks; it makes float32 of the others."""
-        return LINEAR_FORMS[self.form].in_blocks
+    def vocabulary(self) -> Vocabulary | None:
+        """What writes vocabulary projections; None: they stay in the checkpoint's numbers."""
+        return LINEAR_FORMS[self.form].vocabulary
 
     def _bias(self, modules: Sequence[str]) -> torch.Tensor | None:
         names = [f"{module}.bias" for module in modules]
@@ -82,7 +103,18 @@ class LinearWriter:
         return self.scales
 
     def _smoothing(self, modules: Sequence[str]) -> torch.Tensor:
-        return self._required_scales().pre_quant_scale[modules[0]]  # fused modules share it
+        """The factor of every input; modules that are one product share it.  # [K]"""
+        factors = self._required_scales().pre_quant_scale
+        first = factors[modules[0]]
+        for module in modules[1:]:
+            if not torch.equal(factors[module], first):
+                expected = f"those of {modules[0]}, which has the same input"
+                raise ConfigError(f"pre_quant_scale of {module}", "other factors", expected, "calibrate again")
+        return first
+
+    def factor(self, graph: GraphBuilder, modules: Sequence[str]) -> str:
+        """The smoothing factors of linears that are one product, as a constant.  # [K]"""
+        return graph.tensor(f"{fused_name(modules)}.pre_quant_scale", self._smoothing(modules))
 
     def _fake_quantize(self, graph: GraphBuilder, x: str, name: str, modules: Sequence[str]) -> str:
         assert self.activations is not None
@@ -119,23 +151,36 @@ class LinearWriter:
         weight = self._read(modules).float()
         scales = codes.row_scales(weight, FP8_MAX)
         stored = quantize_fp8(weight, scales[:, None]).view(torch.uint8).T.contiguous().view(torch.float8_e4m3fn)
-        return _per_output(graph, name, stored, scales)
+        return per_output(graph, name, stored, scales)
 
     def _int8_row(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
-        """[K, N] int8 with a scale an output, smoothed."""
+        """[K, N] int8 with a scale an output, smoothed.
+
+        The outputs that are multiplied with a later linear's smoothing factors get them through their scales.
+        """
         weight = self._smoothed(modules)
         scales = codes.row_scales(weight, INT8_MAX)
-        return _per_output(graph, name, codes.int8_rows(weight, scales).T, scales)
+        return per_output(graph, name, codes.int8_rows(weight, scales).T, scales, self._output_factor(graph, modules))
+
+    def _output_factor(self, graph: GraphBuilder, modules: Sequence[str]) -> str | None:
+        """Smoothing factors of down_proj in the rows of up_proj, 1 in those of gate_proj; see :meth:`smooths_up`."""
+        last = modules[-1]
+        if not last.endswith(UP) or not self.smooths_up(down := last.removesuffix(UP) + DOWN, last):
+            return None
+        shapes = self.checkpoint.config.tensor_shapes()
+        height = sum(shapes[f"{module}.weight"][0] for module in modules[:-1])
+        factor = torch.cat([torch.ones(height), self._smoothing([down])])
+        return graph.tensor(f"{fused_name(modules)}.output_factor", factor)
 
     def _int8(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
         return int8_matrix(graph, name, self._read(modules))
 
     def _int4(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
         weight = self._read(modules).float()
-        return _int4_matrix(graph, name, weight, _block(weight.shape[1], name, INT4_BLOCKS))
+        return int4_matrix(graph, name, weight, block_of(weight.shape[1], name, INT4_BLOCKS))
 
     def _int4_awq(self, graph: GraphBuilder, name: str, modules: Sequence[str], scale_with: Sequence[str]) -> str:
-        return _int4_matrix(graph, name, self._smoothed(modules), self.group_size or 128)
+        return int4_matrix(graph, name, self._smoothed(modules), self.group_size or 128)
 
 
 @dataclass(frozen=True)
@@ -145,92 +190,46 @@ class LinearForm:
     Attributes:
         weights: adds them, dequantized.
         smooths: a calibrated factor a channel moves between inputs and weights.
-        in_blocks: ONNX Runtime keeps them as they are, in blocks along the inputs.
+        vocabulary: writes the vocabulary projection in 8 bits too, where ONNX Runtime keeps the codes: half of a small model's bytes
+            are in it. None: ONNX Runtime makes float32 of all weights.
+        integers: inputs are rounded with the calibrated scale and products are of integers, which are exact: how many rows are
+            computed at once does not change a row's numbers. Smoothing is folded into what makes the inputs.
     """
 
     weights: Callable[[LinearWriter, GraphBuilder, str, Sequence[str], Sequence[str]], str]
     smooths: bool = False
-    in_blocks: bool = False
+    vocabulary: Vocabulary | None = None
+    integers: bool = False
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether ONNX Runtime keeps the weights as they are; it makes float32 of the others."""
+        return self.vocabulary is not None
 
 
 LINEAR_FORMS: dict[str, LinearForm] = {
     "float": LinearForm(LinearWriter._float),
     "fp8": LinearForm(LinearWriter._fp8),
     "fp8_row": LinearForm(LinearWriter._fp8_row),
-    "int8": LinearForm(LinearWriter._int8, in_blocks=True),
-    "int8_row": LinearForm(LinearWriter._int8_row, smooths=True),
-    "int4": LinearForm(LinearWriter._int4, in_blocks=True),
-    "int4_awq": LinearForm(LinearWriter._int4_awq, smooths=True, in_blocks=True),
+    "int8": LinearForm(LinearWriter._int8, vocabulary=BLOCKS),
+    "int8_row": LinearForm(LinearWriter._int8_row, smooths=True, vocabulary=INTEGERS, integers=True),
+    "int4": LinearForm(LinearWriter._int4, vocabulary=BLOCKS),
+    "int4_awq": LinearForm(LinearWriter._int4_awq, smooths=True, vocabulary=BLOCKS),
 }
 FLOAT = "float"  # the form of linears that stay as they are
+UP, DOWN = "up_proj", "down_proj"
 
 
 def is_one_product(form: str, excluded: Sequence[bool]) -> bool:
-    """Whether linears with the same input are stored as one: of smoothed ones, each has an input of its own.
+    """Whether linears with the same input are stored as one: of smoothed ones, each has an input of its own, unless that is folded.
 
     Args:
         excluded: of each, whether it stays in float.
     """
-    return len(set(excluded)) == 1 and (excluded[0] or not LINEAR_FORMS[form].smooths)
+    row = LINEAR_FORMS[form]
+    return len(set(excluded)) == 1 and (excluded[0] or not row.smooths or row.integers)
 
 
-def _per_output(graph: GraphBuilder, name: str, stored: torch.Tensor, scales: torch.Tensor) -> str:
-    """[K, N] codes, [N] scales."""
-    weight = graph.tensor(f"{name}.weight", stored)
-    return graph.node("DequantizeLinear", [weight, graph.tensor(f"{name}.weight_scale", scales)], axis=1)
-
-
-def _int4_matrix(graph: GraphBuilder, name: str, weight: torch.Tensor, block: int) -> str:
-    """float32 [N, K] stored as [K, N] UINT4 around 8, in blocks along K; ONNX Runtime fuses it to MatMulNBits."""
-    values = (codes.int4_groups(weight, block) + 8).to(torch.uint8)
-    scales = codes.group_scales(weight, block)
-    stored = graph.tensor(f"{name}.weight", values.T, nibbles=True)
-    scale = graph.tensor(f"{name}.weight_scale", scales.T)
-    zero = graph.tensor(f"{name}.weight_zero", torch.full(scales.T.shape, 8, dtype=torch.uint8), nibbles=True)
-    return graph.node("DequantizeLinear", [stored, scale, zero], axis=0, block_size=block)
-
-
-def int8_matrix(graph: GraphBuilder, name: str, weight: torch.Tensor) -> str:
-    """[N, K] stored as [K, N] uint8 in blocks along K; ONNX Runtime fuses DequantizeLinear and MatMul into MatMulNBits.
-
-    Args:
-        graph: the graph that gets the nodes.
-        name: prefix of the stored tensors.
-        weight: float32 [N, K].
-    """
-    values, scales = quantize_int8_blocks(weight, name)
-    stored = graph.tensor(f"{name}.weight", values.T)
-    scale = graph.tensor(f"{name}.weight_scale", scales.T)
-    zero = graph.tensor(f"{name}.weight_zero", torch.full(scales.T.shape, 128, dtype=torch.uint8))
-    return graph.node("DequantizeLinear", [stored, scale, zero], axis=0, block_size=weight.shape[1] // scales.shape[1])
-
-
-def _block(width: int, name: str, sizes: Sequence[int]) -> int:
-    block = next((size for size in sizes if width % size == 0), None)
-    if block is None:
-        raise ConfigError(name, f"{width} input features", "a multiple of 16", "use --quant none or fp8")
-    return block
-
-
-def quantize_int8_blocks(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric 8-bit blocks along the input dimension.
-
-    Args:
-        weight: [N, K].
-        name: for the error message.
-
-    Returns:
-        uint8 values around the zero point 128, [N, K], and float32 scales, [N, K / block].
-    """
-    rows, width = weight.shape
-    block = _block(width, name, INT8_BLOCKS)
-    values, scales = torch.empty((rows, width), dtype=torch.uint8), torch.empty(rows, width // block)
-    start = 0
-    for part in row_chunks(weight):
-        groups = part.float().reshape(len(part), width // block, block)
-        scale = groups.abs().amax(dim=-1).clamp_min(1e-12) / 127.0  # [n, K / block]
-        rounded = (groups / scale[..., None]).round().clamp(-127, 127) + 128
-        values[start : start + len(part)] = rounded.reshape(len(part), width)  # whole numbers, so the cast is exact
-        scales[start : start + len(part)] = scale
-        start += len(part)
-    return values, scales
+def fused_name(modules: Sequence[str]) -> str:
+    """What the constants of several linears, fused, are named after."""
+    return modules[0] if len(modules) == 1 else f"{modules[0]}+{len(modules) - 1}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from medusa_export.exporter.onnx.builder import ALIGNMENT, INLINE_BYTES
 from medusa_export.exporter.onnx.forms import onnx_form
 from medusa_export.exporter.onnx.linear import LINEAR_FORMS, is_one_product
+from medusa_export.exporter.onnx.vocabulary import BLOCKS, Vocabulary
 from medusa_export.exporter.plan.module_names import STORED_LINEARS, trtllm_linear
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.trtllm_config import trtllm_config
@@ -15,7 +16,6 @@ from medusa_export.exporter.sizing.linears import linear_bytes
 from medusa_export.exporter.sizing.portable import portable_decoder_bytes, portable_heads_bytes
 from medusa_export.exporter.sizing.types import ENGINE_CODE, FLOAT32, Item, Request
 from medusa_export.heads.checkpoint import families
-from medusa_export.quantize.format_facts import INT8_BLOCKS, Codes, Reach
 from medusa_export.quantize.formats import FLOAT_CODES
 
 
@@ -47,16 +47,14 @@ def _aligned(tensors: Iterable[int]) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in tensors if size > INLINE_BYTES)
 
 
-INT8_CODES = Codes(8, Reach.GROUP, INT8_BLOCKS, zero_points=True)  # of vocabulary projections, whatever the format
-
-
 def _decoder_bytes(spec: ExportSpec, request: Request, onnx_form: str) -> int:
     """decoder.onnx.data: embedding, vocabulary projection, cosines and sines, the last norm, and the layers."""
     config, stored = spec.config, request.stored_bytes
     table = config.vocab_size * config.hidden_size
     tensors = [table * stored, *[FLOAT32 * request.max_length * config.head_dim // 2] * 2, FLOAT32 * config.hidden_size]
-    if LINEAR_FORMS[onnx_form].in_blocks:
-        tensors += _int8(config.vocab_size, config.hidden_size)
+    vocabulary = LINEAR_FORMS[onnx_form].vocabulary
+    if vocabulary is not None:
+        tensors += _int8(vocabulary, config.vocab_size, config.hidden_size)
     elif not config.tie_word_embeddings:
         tensors.append(table * stored)
     layers = (_layer_tensors(spec, layer, onnx_form, stored) for layer in range(config.num_hidden_layers))
@@ -68,26 +66,27 @@ def _layer_tensors(spec: ExportSpec, layer: int, onnx_form: str, stored: int) ->
     config, shapes = spec.config, spec.config.linear_shapes()
     shapes[families.Q_PROJ] = (config.q_size + 2 * config.kv_size, config.hidden_size)
     excluded = {name: spec.is_excluded(trtllm_linear(name, layer)) for name in STORED_LINEARS}
-    gate, up = families.GATE_PROJ, families.UP_PROJ
+    gate, up, down = families.GATE_PROJ, families.UP_PROJ, families.DOWN_PROJ
+    in_up = LINEAR_FORMS[onnx_form].integers and not excluded[up] and not excluded[down]  # the smoothing of down_proj
     if is_one_product(onnx_form, [excluded[gate], excluded[up]]):
         shapes[gate], shapes[up] = (2 * config.intermediate_size, config.hidden_size), (0, 0)
     for name in STORED_LINEARS:
-        yield from _matrix(spec, shapes[name], stored, excluded=excluded[name])
+        smooths = spec.weight_format.smooths and not (in_up and name == down)
+        yield from _matrix(spec, shapes[name], stored, excluded=excluded[name], smooths=smooths)
         yield FLOAT32 * shapes[name][0] * config.has_bias(name)
+    yield FLOAT32 * (shapes[up][0] or shapes[gate][0]) * in_up
     yield from [FLOAT32 * config.hidden_size] * 2
     yield from [FLOAT32 * config.head_dim * config.family.qk_norm] * 2
 
 
-def _matrix(spec: ExportSpec, shape: tuple[int, ...], stored: int, *, excluded: bool) -> tuple[int, ...]:
+def _matrix(spec: ExportSpec, shape: tuple[int, ...], stored: int, *, excluded: bool, smooths: bool) -> tuple[int, ...]:
     """A linear's tensors in the ONNX form of the format."""
     codes = FLOAT_CODES if excluded else onnx_form(spec.weight_format).codes
-    return linear_bytes(
-        codes, shape, spec.weight_format.group_size, smooths=spec.weight_format.smooths, weight=stored, number=FLOAT32
-    )
+    return linear_bytes(codes, shape, spec.weight_format.group_size, smooths=smooths, weight=stored, number=FLOAT32)
 
 
-def _int8(rows: int, width: int) -> tuple[int, ...]:
-    return linear_bytes(INT8_CODES, (rows, width), None, smooths=False, weight=FLOAT32, number=FLOAT32)
+def _int8(vocabulary: Vocabulary, rows: int, width: int) -> tuple[int, ...]:
+    return linear_bytes(vocabulary.codes, (rows, width), None, smooths=False, weight=FLOAT32, number=FLOAT32)
 
 
 def _heads_bytes(spec: ExportSpec, request: Request) -> int:
@@ -96,6 +95,6 @@ def _heads_bytes(spec: ExportSpec, request: Request) -> int:
     restricted = 0 < request.draft_vocab < vocab
     rows = request.draft_vocab if restricted else vocab
     blocks = [FLOAT32 * hidden * hidden, FLOAT32 * hidden] * spec.num_medusa_heads * spec.num_medusa_layers
-    projection = _int8(rows, hidden) if hidden % 16 == 0 else (FLOAT32 * rows * hidden,)
+    projection = _int8(BLOCKS, rows, hidden) if hidden % 16 == 0 else (FLOAT32 * rows * hidden,)
     projections = projection * (1 if request.shared_lm_head else spec.num_medusa_heads)
     return _aligned([*blocks, *projections, 8 * rows * restricted])

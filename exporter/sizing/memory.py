@@ -79,7 +79,7 @@ def _engine_check(spec: ExportSpec, request: Request, onnx_form: str) -> Item:
     linears = config.num_hidden_layers * sum(map(math.prod, config.linear_shapes().values()))
     files = _decoder_bytes(spec, request, onnx_form) + _heads_bytes(spec, request)
     copies = (
-        files if LINEAR_FORMS[onnx_form].in_blocks else FLOAT32 * (linears + config.vocab_size * config.hidden_size)
+        files if LINEAR_FORMS[onnx_form].keeps_codes else FLOAT32 * (linears + config.vocab_size * config.hidden_size)
     )
     cache = FLOAT32 * 2 * config.num_hidden_layers * config.kv_size * request.max_length
     if linears >= SMALL_MODEL:

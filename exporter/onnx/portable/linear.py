@@ -11,7 +11,8 @@ from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.builder import GraphBuilder
-from medusa_export.exporter.onnx.linear import FLOAT, _block
+from medusa_export.exporter.onnx.linear import FLOAT
+from medusa_export.exporter.onnx.matrices import block_of
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.quantize import numerics as codes
 from medusa_export.quantize.format_facts import INT4_BLOCKS
@@ -171,7 +172,7 @@ def _int8_row(
 
 def _int4(linear: PortableLinear, graph: GraphBuilder, name: str, weight: torch.Tensor, modules: Sequence[str]) -> str:
     """[K, N] INT4 in blocks along K."""
-    block = linear.group_size or _block(weight.shape[1], name, INT4_BLOCKS)
+    block = linear.group_size or block_of(weight.shape[1], name, INT4_BLOCKS)
     scales = linear.rounded(codes.group_scales(weight.float(), block))
     values = (
         (weight.float().unflatten(1, (-1, block)) / scales.float()[..., None]).round_().clamp_(-INT4_MAX - 1, INT4_MAX)

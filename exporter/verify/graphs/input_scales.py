@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from medusa_export.exporter.verify.graphs.onnx_file import OnnxFile
-from medusa_export.exporter.verify.graphs.weights import FUSED
+from medusa_export.exporter.verify.graphs.weights import FACTOR, FUSED, OUTPUT_FACTOR
 from medusa_export.exporter.verify.scales_file import FP4, FP8, INT8, ScalesFile
 
 ROUNDED = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # a scale in that dtype, rounded up
-SCALE, FACTOR = ".input_scale", ".pre_quant_scale"
+SCALE = ".input_scale"
 
 
 def input_scale_problems(file: OnnxFile, scales: ScalesFile) -> Iterator[str]:
@@ -23,6 +23,10 @@ def input_scale_problems(file: OnnxFile, scales: ScalesFile) -> Iterator[str]:
         elif name.endswith(FACTOR):
             stored, factors = file.value(name), scales.factors(_modules(name.removesuffix(FACTOR), True)[0])
             if factors is None or stored.shape != factors.shape or not torch.equal(stored, factors.to(stored.dtype)):
+                yield f"{name} is not what scales.safetensors gives"
+        elif name.endswith(OUTPUT_FACTOR):
+            stored, factors = file.value(name), scales.factors(f"{name.rpartition('.mlp.')[0]}.mlp.down_proj")
+            if factors is None or not torch.equal(stored[-len(factors) :], factors.to(stored.dtype)):
                 yield f"{name} is not what scales.safetensors gives"
 
 

@@ -30,6 +30,7 @@ def operator_problems(file: OnnxFile, facts: Facts, *, of: str = "model.layers")
     return [
         *_attribute_problems(file, facts),
         *_int_problems(file),
+        *_factor_problems(file),
         *_rotary_problems(file, facts),
         *_layer_problems(file, of),
     ]
@@ -66,6 +67,17 @@ def _int_problems(file: OnnxFile) -> Iterator[str]:
         parts = name.split("_")
         if parts[0] == "int64" and file.value(name).flatten().tolist() != [int(part) for part in parts[1:]]:
             yield f"{name} holds {file.value(name).flatten().tolist()}"
+
+
+def _factor_problems(file: OnnxFile) -> Iterator[str]:
+    """Factors of outputs that have none, and the scale of rows that were divided by their largest value."""
+    for name in file.initializers:
+        if "+1.output_factor" in name and not bool((file.value(name).chunk(2)[0] == 1).all()):
+            yield f"{name} changes the outputs of gate_proj"
+    if "unit_scale" in file.initializers and not math.isclose(float(file.value("unit_scale")), 1 / 127, rel_tol=1e-6):
+        yield f"unit_scale is {float(file.value('unit_scale')):.6g}; expected 1/127"
+    if "smallest" in file.initializers and not 0 < float(file.value("smallest")) < 1e-6:
+        yield f"smallest is {float(file.value('smallest')):.6g}; expected a value next to 0"
 
 
 def _rotary_problems(file: OnnxFile, facts: Facts) -> Iterator[str]:
@@ -116,8 +128,13 @@ def _numbers(file: OnnxFile, node: NodeProto, of: str) -> Iterator[int]:
     """Layers whose constants a node reads; norms aside, which are the end of the layer before."""
     for name in node.input:
         match = LAYER.fullmatch(name)
-        if match and match["kind"] == of and name in file.initializers and "Norm" not in node.op_type:
+        if match and match["kind"] == of and name in file.initializers and not _is_of_norm(file, node):
             yield int(match["number"])
+
+
+def _is_of_norm(file: OnnxFile, node: NodeProto) -> bool:
+    """A norm, or the product of its weight with smoothing factors."""
+    return "Norm" in node.op_type or (node.op_type == "Mul" and all(name in file.initializers for name in node.input))
 
 
 def _signatures(file: OnnxFile, starts: dict[int, int], layer: int) -> list[Signature]:

@@ -25,6 +25,7 @@ from medusa_export.exporter.verify.dequantize import (
 from medusa_export.exporter.verify.graphs.onnx_file import Constant, OnnxFile, attributes
 
 FUSED = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
+FACTOR, OUTPUT_FACTOR = ".pre_quant_scale", ".output_factor"
 _NAME = re.compile(r"(?P<module>.+?)(?:\+(?P<more>\d+))?(?:\.weight)+")
 
 
@@ -138,6 +139,9 @@ def _of_node(file: OnnxFile, node: NodeProto, draft_vocab: torch.Tensor | None) 
         found = _matrix(file, node.input[1], transposed=not attributes(node).get("transB", 0))
         if found is not None:
             smoothing = _smoothing(file, node.input[0])
+            if smoothing is not None and len(smoothing) != found.shape[1]:
+                got, expected = f"{len(smoothing)} smoothing factors before it", f"{found.shape[1]}, one an input"
+                raise CheckpointError(f"{file.path}: {found.name}", got, expected, "export again")
             rows_of = draft_vocab if draft_vocab is not None and _is_vocabulary(found.constant.name) else None
             yield from _split(replace(found, smoothing=smoothing, rows_of=rows_of))
         if node.op_type == "Gemm" and len(node.input) > 2:
@@ -148,9 +152,9 @@ def _of_node(file: OnnxFile, node: NodeProto, draft_vocab: torch.Tensor | None) 
             yield from _split(found)
     elif node.op_type == "Add":
         for name in node.input:
-            yield from _vector(file, name)
+            yield from _vector(file, _without(file, name, OUTPUT_FACTOR))
     elif "Norm" in node.op_type:
-        yield from _vector(file, node.input[2 if node.op_type.startswith("Skip") else 1])
+        yield from _vector(file, _without(file, _norm_weight(node), FACTOR))
 
 
 def _is_vocabulary(name: str) -> bool:
@@ -194,6 +198,8 @@ def _number(file: OnnxFile, value: str) -> torch.Tensor:
     if value in file.initializers:
         return file.value(value).to(torch.float32)
     node = file.producers.get(value)
+    if node is not None and (own := _without(file, value, OUTPUT_FACTOR)) != value:
+        return _number(file, own)
     if node is None or node.op_type not in ("Cast", "DequantizeLinear"):
         raise CheckpointError(f"{file.path}: {value}", "a computed scale", "a constant one", "export again")
     inner = _number(file, node.input[0])
@@ -201,14 +207,54 @@ def _number(file: OnnxFile, value: str) -> torch.Tensor:
 
 
 def _smoothing(file: OnnxFile, value: str) -> torch.Tensor | None:
-    """The factors that an input was multiplied with, behind its rounding."""
+    """The factors that an input was multiplied with, behind its rounding: by itself, in a norm's weight, or in up_proj's rows."""
     node = file.producers.get(value)
     while node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear", "Cast"):
         node = file.producers.get(node.input[0])
+    if node is None:
+        return None
+    if "Norm" in node.op_type:
+        node = file.producers.get(_norm_weight(node))
     if node is None or node.op_type != "Mul":
         return None
-    names = [name for name in node.input if name.endswith(".pre_quant_scale") and name in file.initializers]
-    return file.value(names[0]) if names else None
+    names = _factors(file, node, FACTOR)
+    return file.value(names[0]) if names else _of_outputs(file, node)
+
+
+def _of_outputs(file: OnnxFile, node: NodeProto) -> torch.Tensor | None:
+    """The factors in the scales of the product that one side of a Mul comes from."""
+    for name in node.input:
+        part, parts = 0, 1
+        source = file.producers.get(name)
+        if source is not None and source.op_type == "Split":
+            part, parts = list(source.output).index(name), len(source.output)
+            source = file.producers.get(source.input[0])
+        if source is not None and source.op_type == "Add":
+            source = next((file.producers[each] for each in source.input if each in file.producers), None)
+        weight = file.producers.get(source.input[1]) if source is not None and source.op_type == "MatMul" else None
+        scale = file.producers.get(weight.input[1]) if weight is not None and len(weight.input) > 1 else None
+        found = _factors(file, scale, OUTPUT_FACTOR) if scale is not None and scale.op_type == "Mul" else []
+        if found:
+            factors = file.value(found[0]).chunk(parts)[part]
+            if not bool((factors == 1).all()):  # gate_proj's
+                return factors
+    return None
+
+
+def _norm_weight(node: NodeProto) -> str:
+    return str(node.input[2 if node.op_type.startswith("Skip") else 1])
+
+
+def _factors(file: OnnxFile, node: NodeProto, suffix: str) -> list[str]:
+    return [name for name in node.input if name.endswith(suffix) and name in file.initializers]
+
+
+def _without(file: OnnxFile, value: str, suffix: str) -> str:
+    """The constant that a product of constants has beside a factor; any other value as it is."""
+    node = file.producers.get(value)
+    if node is None or node.op_type != "Mul" or not _factors(file, node, suffix):
+        return value
+    return next((str(name) for name in node.input if not name.endswith(suffix)), value)
 
 
 def _vector(file: OnnxFile, name: str) -> Iterator[GraphWeight]:

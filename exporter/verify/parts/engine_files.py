@@ -23,12 +23,13 @@ from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE
 from medusa_export.heads.trees.tree import load_tree
 
 BLOCKS, FOLDED = {"session.qdq_matmulnbits_accuracy_level": "4"}, {"session.disable_quant_qdq": "1"}
+EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 # Form -> ONNX type of its weights, and what ONNX Runtime is told; None: any.
 FORMS: dict[str, tuple[int | None, dict[str, str]]] = {
     "float": (None, {}),
     "fp8": (TensorProto.FLOAT8E4M3FN, FOLDED),
     "fp8_row": (TensorProto.FLOAT8E4M3FN, FOLDED),
-    "int8_row": (TensorProto.INT8, FOLDED),
+    "int8_row": (TensorProto.INT8, EXACT_PRODUCTS),
     "int8": (TensorProto.UINT8, BLOCKS),
     "int4": (TensorProto.UINT4, BLOCKS),
     "int4_awq": (TensorProto.UINT4, BLOCKS),

@@ -59,8 +59,8 @@ def scales_of(checkpoint: MedusaCheckpoint) -> Scales:
 
 
 def _representative(module: str) -> str:
-    """The first of linears that are fused: q for k and v."""
-    return module.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+    """The first of linears that are fused or have the same input: q for k and v, gate for up."""
+    return module.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
 
 
 def _one_of_fused(modules: list[str]) -> list[str]:

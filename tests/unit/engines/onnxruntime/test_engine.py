@@ -14,6 +14,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.verify.selfcheck import tree_error
 from medusa_export.exporter.onnx.heads import write_heads
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.contract.engine_info import EngineInfo
@@ -98,6 +99,32 @@ def test_kept_rows_are_those_of_a_prefill(path: list[int], tiny_engine: Callable
         assert ids[0] == ids[1]
         for step in steps:
             step.commit(np.array([0, 2, 5]))
+
+
+@pytest.fixture
+def of_integers(tiny_engine: Callable[..., Any]) -> OnnxRuntimeEngine:
+    made = tiny_engine(quant="int8_sq", dtype=torch.bfloat16, vocab_size=24, heads={"num_heads": 4}, max_length=64)
+    return OnnxRuntimeEngine(made.path)
+
+
+def test_rows_do_not_change_a_number(of_integers: OnnxRuntimeEngine) -> None:
+    """Bit by bit: one row at a time, eight rows, and the nodes of a tree."""
+    engine, text = of_integers, [(5 * index) % 24 for index in range(40)]
+    one, eight = (np.concatenate(list(engine.score(text, chunk=chunk, start=16))) for chunk in (1, 8))
+    assert np.array_equal(one, eight)
+    assert tree_error(engine, text[:20], TREE) == 0
+    drawn = decode(engine, AUTOREGRESSIVE, new=48).tokens
+    for tree in (load_tree("cpu-8"), TREE):
+        assert decode(engine, tree, new=48).tokens == drawn
+
+
+def test_the_last_row_of_the_context(of_integers: OnnxRuntimeEngine) -> None:
+    """Where there is no room for the padding of a single row, it goes alone."""
+    text = [(5 * index) % 24 for index in range(64)]
+    logits = list(of_integers.score(text, chunk=1, start=60))
+    assert [part.shape for part in logits] == [(1, 24)] * 4
+    assert np.isfinite(np.concatenate(logits)).all()
+    assert of_integers.length == 64
 
 
 def test_two_trees_alternate(tiny_engine: Callable[..., Any]) -> None:

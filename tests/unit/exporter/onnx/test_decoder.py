@@ -12,7 +12,8 @@ import torch
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.decoder import require_supported, write_decoder
-from medusa_export.exporter.onnx.linear import LinearWriter, quantize_int8_blocks
+from medusa_export.exporter.onnx.linear import LinearWriter
+from medusa_export.exporter.onnx.matrices import quantize_int8_blocks
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.trees.tree import Tree
@@ -220,6 +221,74 @@ def test_int8_weights(family: str, decoder: Callable[..., Any]) -> None:
     np.testing.assert_allclose(logits, reference_logits(quantized_model(case, int8_weight), PROMPT), atol=1e-3, rtol=0)
     source = reference_logits(load_reference(case.model_dir, torch.float32), PROMPT)
     assert 0 < rms(logits - source) < INT8_LOSS * rms(source)
+
+
+def rounded(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Values of INT8 codes."""
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+def int8_model(case: Any) -> Any:
+    """transformers' model with INT8 weights a row and INT8 inputs, smoothed, as TensorRT-LLM computes; and rows of the projection."""
+    model: Any = load_reference(case.model_dir, torch.float32)
+    scales = case.scales
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name == "lm_head":
+                module.weight = torch.nn.Parameter(by_row(module.weight))
+                module.register_forward_pre_hook(
+                    lambda _, args: (rounded(args[0], args[0].abs().amax(-1, keepdim=True) / 127),)
+                )
+            elif name.endswith("_proj"):
+                factor, (owner, _, last) = scales.pre_quant_scale[name], name.rpartition(".")
+                module.weight = torch.nn.Parameter(by_row(module.weight * (1 / factor)))
+                group = next((group for group in SAME_INPUT if last in group), (last,))
+                amax = max(scales.input_amax[f"{owner}.{each}"] for each in group)
+                module.register_forward_pre_hook(
+                    lambda _, args, factor=factor, scale=amax / 127: (rounded(args[0] * factor, scale),)
+                )
+    return model
+
+
+def by_row(weight: torch.Tensor) -> torch.Tensor:
+    return rounded(weight, weight.abs().amax(1, keepdim=True) / 127)
+
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def fused_operators(path: Path) -> list[str]:
+    """What ONNX Runtime makes of a graph's operators."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads, options.log_severity_level = False, 3
+    options.optimized_model_filepath = str(path.with_name("fused.onnx"))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(path.with_name("fused.onnx"), load_external_data=False).graph.node]
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"mlp_bias": True, "attention_bias": True}),
+        ("llama", {"tie_word_embeddings": True, "dtype": torch.bfloat16}),
+        ("qwen3", {"head_dim": 32}),
+    ],
+    ids=["biases", "bfloat16, tied", "qwen3"],
+)
+def test_int8_integers(family: str, config: dict[str, Any], decoder: Callable[..., Any], tmp_path: Path) -> None:
+    """Folded smoothing and products of integers give the numbers of the arithmetic that they stand for."""
+    case, made = decoder(family, "int8_row", activations=torch.int8, **config)
+    products = [node for node in fused_operators(tmp_path / "decoder.onnx") if "MatMul" in node]
+    assert products == ["MatMulIntegerToFloat"] * (4 * 2 + 1), "every product is one of integers"
+    _, _, logits = made.run(PROMPT)
+    expected = reference_logits(int8_model(case), PROMPT)
+    close = np.abs(logits - expected).max(-1) < 1e-3 * np.abs(expected).max()
+    assert close.mean() >= 0.7, "a rounding that falls the other way changes a row and those behind it"
+    source = reference_logits(load_reference(case.model_dir, torch.float32), PROMPT)
+    assert rms(logits - source) > 30 * rms((logits - expected)[close])
 
 
 class TestRefusals:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from medusa_export.core.errors import ConfigError
 from medusa_export.exporter.onnx.builder import ExternalData, GraphBuilder
 from medusa_export.exporter.onnx.decoder import write_decoder
-from medusa_export.exporter.onnx.linear import LinearWriter, quantize_int8_blocks
+from medusa_export.exporter.onnx.linear import LinearWriter
+from medusa_export.exporter.onnx.matrices import quantize_int8_blocks
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 QKV = [f"{ATTENTION}.{x}_proj" for x in "qkv"]
@@ -79,6 +80,46 @@ def test_what_is_one_product(make_case: Callable[..., Any]) -> None:
     for excluded, is_one in ((pair[:1], False), (pair[1:], False), (pair, True)):
         assert LinearWriter(checkpoint, "int8", excluded=excluded.__contains__).takes_as_one(pair) == is_one
         assert LinearWriter(checkpoint, "int8_row", excluded=excluded.__contains__).takes_as_one(pair) == is_one
+    assert LinearWriter(checkpoint, "int8_row").takes_as_one(pair), "their smoothing is in the norm"
+
+
+@pytest.mark.parametrize("excluded", [(), ("up_proj",), ("down_proj",), ("gate_proj",), ("gate_proj", "up_proj")])
+def test_where_smoothing_goes(excluded: tuple[str, ...], make_case: Callable[..., Any], tmp_path: Path) -> None:
+    """Into the norm and up_proj's rows where all that read them are smoothed alike; else it multiplies the input."""
+    case = make_case(dtype=torch.float32)
+    linear = LinearWriter(
+        case.checkpoint, "int8_row", case.scales, torch.int8, excluded=lambda module: module.endswith(excluded)
+    )
+    write_decoder(tmp_path, case.checkpoint, linear, max_length=64)
+    stored = initializers(tmp_path / "decoder.onnx")
+    found = {name.removeprefix(f"{MLP}.") for name in stored if name.startswith(MLP)}
+    factors = {name for name in found if name.endswith(("pre_quant_scale", "output_factor"))}
+    expected = {
+        (): {"gate_proj+1.pre_quant_scale", "gate_proj+1.output_factor"},
+        ("up_proj",): {"gate_proj.pre_quant_scale", "down_proj.pre_quant_scale"},
+        ("down_proj",): {"gate_proj+1.pre_quant_scale"},
+        ("gate_proj",): {"up_proj.pre_quant_scale", "up_proj.output_factor"},
+        ("gate_proj", "up_proj"): {"down_proj.pre_quant_scale"},
+    }
+    assert factors == expected[excluded]
+    nodes = onnx.load(tmp_path / "decoder.onnx").graph.node
+    norms = [
+        node
+        for node in nodes
+        if node.op_type == "Mul" and "model.layers.0.post_attention_layernorm.weight" in node.input
+    ]
+    assert len(norms) == (excluded in ((), ("down_proj",)))
+
+
+def test_one_product_has_one_smoothing(make_case: Callable[..., Any], tmp_path: Path) -> None:
+    case = make_case()
+    case.scales.pre_quant_scale[f"{MLP}.up_proj"] = case.scales.pre_quant_scale[f"{MLP}.gate_proj"] * 2
+    with pytest.raises(
+        ConfigError, match=r"up_proj: got other factors; expected those of .*gate_proj.*calibrate again"
+    ):
+        write_decoder(
+            tmp_path, case.checkpoint, LinearWriter(case.checkpoint, "int8_row", case.scales, torch.int8), max_length=64
+        )
 
 
 def test_fp8_without_scales(make_case: Callable[..., Any], tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def insert_quantizers(
                 "check it for NaN",
             ) from error
         if weight_format.smooths:
-            _share_smoothing(model)
+            _share_smoothing(model, weight_format)
 
 
 def import_quantization() -> Any:
@@ -139,7 +139,7 @@ def _quant_config(quantization: Any, weight_format: Format, kv: KvCache, quant_h
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithm: Any = "max"
     if weight_format.modelopt_config is not None:
-        rules, algorithm = recipe(quantization, weight_format.modelopt_config, weight_format.group_size)
+        rules, algorithm = recipe(quantization, weight_format.modelopt_config, weight_format)
     if kv.bits is not None:
         rules.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": kv.bits, "axis": None}})
     if not quant_heads:
@@ -147,12 +147,20 @@ def _quant_config(quantization: Any, weight_format: Format, kv: KvCache, quant_h
     return {"quant_cfg": rules, "algorithm": algorithm}
 
 
-def recipe(quantization: Any, name: str, group_size: int | None) -> tuple[list[dict[str, Any]], Any]:
-    """Rules and algorithm of one of ModelOpt's recipes, with our size of groups."""
+def recipe(quantization: Any, name: str, weight_format: Format) -> tuple[list[dict[str, Any]], Any]:
+    """Rules and algorithm of one of ModelOpt's recipes, with the format's size of groups and smoothing.
+
+    Args:
+        quantization: ModelOpt's package.
+        name: of the recipe in it.
+        weight_format: the format that it is for.
+    """
     found = copy.deepcopy(getattr(quantization, name))
     rules = list(found["quant_cfg"])
     for rule in rules:
-        _set_group_size(rule, group_size)
+        _set_group_size(rule, weight_format.group_size)
+    if weight_format.smoothing_alpha is not None:
+        return rules, {"method": "smoothquant", "alpha": weight_format.smoothing_alpha}
     return rules, found["algorithm"]
 
 
@@ -163,12 +171,19 @@ def _set_group_size(rule: dict[str, Any], group_size: int | None) -> None:
             stage["block_sizes"][-1] = group_size
 
 
-def _share_smoothing(model: torch.nn.Module) -> None:
-    """q, k and v are one linear in TensorRT-LLM: they get one factor a channel, the mean of theirs, as in ModelOpt's exporter."""
+def _share_smoothing(model: torch.nn.Module, weight_format: Format) -> None:
+    """q, k and v are one linear in TensorRT-LLM: they get one factor a channel, the mean of theirs, as in ModelOpt's exporter.
+
+    SmoothQuant's gate and up get one too: it then goes into the norm before them.
+    """
     from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 
+    groups = [[f"self_attn.{name}_proj" for name in "qkv"]]
+    if weight_format.smoothing_alpha is not None:
+        groups.append(["mlp.gate_proj", "mlp.up_proj"])
     for layer in model.get_submodule("model.layers").children():
-        preprocess_linear_fusion([layer.get_submodule(f"self_attn.{name}_proj") for name in "qkv"])
+        for names in groups:
+            preprocess_linear_fusion([layer.get_submodule(name) for name in names])
 
 
 def _forward_loop(

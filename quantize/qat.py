@@ -145,7 +145,7 @@ class Quantizers:
 
     def _config(self, model: Any) -> dict[str, Any]:
         """ModelOpt's recipe for the base model's linears; later rules win."""
-        rules, algorithm = recipe(import_quantization(), self.rounding.modelopt_config, self.weight_format.group_size)
+        rules, algorithm = recipe(import_quantization(), self.rounding.modelopt_config, self.weight_format)
         rules += [
             {"quantizer_name": pattern, "enable": False} for pattern in (f"*{HEADS}*", "*.lora_*", "*.base_layer.*")
         ]

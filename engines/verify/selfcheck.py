@@ -38,8 +38,8 @@ class Bound:
 
 
 # Loose enough for small models. Measured on SmolLM2-135M (see docs/decisions/0003): fp8 0.04 nats, int8 0.005. The int8 noise is the
-# rounding of activations inside MatMulNBits, which one token and several tokens do not share. Products of integers have no noise; where
-# attention before them sums in another order, a code may fall the other way, and all behind it moves.
+# rounding of activations inside MatMulNBits, which one token and several tokens do not share. Products of integers have no noise;
+# where attention before them sums in another order, a code may fall the other way, and all behind it moves.
 BOUNDS = {
     "float": Bound(1e-3, 0.97, 5e-2),
     **{form: Bound(0.4, 0.5, 5e-2) for form in ("fp8", "fp8_row")},

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,34 @@ def test_heads_with_their_own_weights(layout: str, opened: Opened) -> None:
     assert heads == {f"medusa_heads.{head}.{part}" for head in range(2) for part in ("0.linear", "1")}
     assert all(scales.weight_amax[name] == float(checkpoint.read(f"{name}.weight").abs().max()) for name in heads)
     assert scales.kv_amax == {}
+
+
+def test_smoothing(opened: Opened) -> None:
+    """SmoothQuant with the format's alpha; gate and up share factors, as q, k and v do: all that one norm feeds."""
+    model_dir, checkpoint = opened()
+    form = get_format("int8_sq")
+    scales = calibrate(model_dir, checkpoint, form, kv_cache="none", quant_heads=False, batches=BATCHES)
+    layer, shared = (
+        "model.layers.1",
+        ("self_attn.k_proj", "self_attn.v_proj"),
+    )
+    for first, others in (("self_attn.q_proj", shared), ("mlp.gate_proj", ("mlp.up_proj",))):
+        for other in others:
+            assert torch.equal(scales.pre_quant_scale[f"{layer}.{first}"], scales.pre_quant_scale[f"{layer}.{other}"])
+            assert scales.input_amax[f"{layer}.{first}"] == scales.input_amax[f"{layer}.{other}"]
+    seen: list[torch.Tensor] = []
+    model: Any = load_reference(model_dir, torch.float32)
+    down = model.model.layers[1].mlp.down_proj
+    down.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().amax((0, 1))))
+    with torch.no_grad():
+        for ids in BATCHES:
+            model(torch.tensor([ids]))
+    inputs, alpha = torch.stack(seen).amax(0), form.smoothing_alpha
+    assert alpha is not None
+    expected = down.weight.abs().amax(0) ** (1 - alpha) / inputs**alpha
+    found = scales.pre_quant_scale[f"{layer}.mlp.down_proj"]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=0)
+    assert scales.input_amax[f"{layer}.mlp.down_proj"] == pytest.approx(float((inputs * found).max()), rel=1e-3)
 
 
 def test_cache_only(opened: Opened) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from medusa_export.core.errors import CheckpointError, ConfigError
-from medusa_export.exporter.onnx import linear as onnx_linear
+from medusa_export.exporter.onnx import matrices
 from medusa_export.exporter.verify.rebuild import rebuild_hf
 from medusa_export.exporter.write.trtllm import write_trtllm
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
@@ -24,7 +24,7 @@ from medusa_export.heads.training.full.output import write_output
 from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize import numerics as codes
 from medusa_export.quantize import qat
-from medusa_export.quantize.format_facts import QAT_TARGETS, Refusal
+from medusa_export.quantize.format_facts import INT4_BLOCKS, QAT_TARGETS, Refusal
 from medusa_export.quantize.formats import FORMATS
 from medusa_export.quantize.qat import QatArguments, Quantizers, effective_weight, train_qat
 from medusa_export.quantize.scales import SCALES_FILE, Scales
@@ -119,11 +119,11 @@ def _deployed(out: Path, name: str, target: str, stored: dict[str, torch.Tensor]
                 scale = weight.abs().amax(1, keepdim=True) / 2 ** (bits - 1)
                 found[module] = (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
             elif bits == 8:
-                values, scale = onnx_linear.quantize_int8_blocks(weight, module)
+                values, scale = matrices.quantize_int8_blocks(weight, module)
                 scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
                 found[module] = (values.float() - 128) * scale
             else:
-                block = onnx_linear._block(weight.shape[1], module, onnx_linear.INT4_BLOCKS)
+                block = matrices.block_of(weight.shape[1], module, INT4_BLOCKS)
                 scale = codes.group_scales(weight, block).repeat_interleave(block, dim=1)
                 found[module] = codes.int4_groups(weight, block) * scale
         return found

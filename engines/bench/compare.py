@@ -83,12 +83,12 @@ def compare_engines(
         rows.append(_compare(ours, theirs, answer))
         progress()
     positions = sum(row.positions for row in rows)
-    paired = [_paired("log-likelihood of the other's answers, nats a token", [
+    differences = [paired("log-likelihood of the other's answers, nats a token", [
         (row.other_nll - row.nll) / row.positions for row in rows
     ])]  # fmt: skip
     known = [index for index, text in enumerate(references) if text.strip()]
     if known:
-        paired += _against_references(
+        differences += _against_references(
             (engine, other), [(prompts[index], references[index]) for index in known], tokenizer, max_length
         )
     return {
@@ -104,7 +104,7 @@ def compare_engines(
             first_divergence(prompt.other_baseline[0], prompt.baseline[0]) is None for prompt in prompts
         ),
         "references": len(known),
-        "paired": paired,
+        "paired": differences,
     }
 
 
@@ -145,8 +145,8 @@ def _against_references(
         ours_f1, theirs_f1 = (word_f1(text, reference) for text in texts)
         overlap.append(ours_f1 - theirs_f1)
     return [
-        _paired("log-likelihood of people's answers, nats a token", likelihood),
-        _paired("words shared with people's answers, F1", overlap),
+        paired("log-likelihood of people's answers, nats a token", likelihood),
+        paired("words shared with people's answers, F1", overlap),
     ]
 
 
@@ -157,8 +157,13 @@ def word_f1(text: str, reference: str) -> float:
     return 2 * shared / (ours.total() + theirs.total()) if shared else 0.0
 
 
-def _paired(name: str, differences: Sequence[float]) -> dict[str, Any]:
-    """Mean difference a prompt, this engine less the other: its 95 % interval, and what would have been seen at 80 % power."""
+def paired(name: str, differences: Sequence[float]) -> dict[str, Any]:
+    """Mean difference a prompt, with its 95 % interval, and what would have been seen at 80 % power.
+
+    Args:
+        name: of what differs, with its unit.
+        differences: this engine or mode less the other, by prompt.
+    """
     values = np.asarray(differences)
     mean = float(values.mean())
     error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("inf")

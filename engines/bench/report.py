@@ -233,6 +233,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_row("parity", _parity_line(parity))
     if report["reference"]:
         table.add_row("against the checkpoint", _reference_line(report["reference"]))
+        if report["reference"]["parted"]:
+            table.add_row("where outputs part, drafts' likelihood", paired_line(report["reference"]["parted"]))
     console.print(table)
     rows = Table("category", "prompts", "speed-up", "tokens per step", "exact")
     for row in report["categories"]:

@@ -15,7 +15,7 @@ from medusa_export.core.text.prompts import Prompt, load_prompts
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.backends import BACKENDS, open_engine
 from medusa_export.engines.bench.arguments import RunArguments
-from medusa_export.engines.bench.compare import compare_engines, require_comparable
+from medusa_export.engines.bench.compare import compare_engines, paired, require_comparable
 from medusa_export.engines.bench.findings import (
     Named,
     accepted_findings,
@@ -25,7 +25,7 @@ from medusa_export.engines.bench.findings import (
     step_findings,
 )
 from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
-from medusa_export.engines.bench.runner import RunResult, run_prompts
+from medusa_export.engines.bench.runner import RunResult, continuations, run_prompts
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.draft_kinds import (
@@ -49,6 +49,7 @@ from medusa_export.heads.trees.tree import Tree, load_tree
 
 SHOWN_TOKENS = 24  # of a text before and after a divergence
 REFERENCE_PROMPTS = 8  # prompts on which the engine is compared with the checkpoint
+RATED_PROMPTS = 64  # whose two outputs part, and are rated by the checkpoint
 
 Progress = Callable[[str, int, int], None]
 
@@ -240,9 +241,13 @@ def _reference(engine: Any, result: RunResult, arguments: RunArguments, progress
     assert arguments.reference is not None  # the caller's condition, for the type checker
     texts = [(prompt.input_ids, prompt.baseline[0].tokens) for prompt in result.prompts[:REFERENCE_PROMPTS]]
     done = iter(range(1, len(texts) + 1))
-    return compare_with_checkpoint(
-        engine, arguments.reference, texts, progress=lambda: progress("reference", next(done), len(texts))
+    parted = [continuations(prompt) for prompt in result.prompts if prompt.divergence]
+    pairs = [pair for pair in parted if pair[1] and pair[2]][:RATED_PROMPTS]
+    found = compare_with_checkpoint(
+        engine, arguments.reference, texts, parted=pairs, progress=lambda: progress("reference", next(done), len(texts))
     )
+    measure = "log-likelihood of the continuation with drafts less that without, nats a token"
+    return found | {"parted": paired(measure, found["parted"]) if pairs else None}
 
 
 def _findings(

@@ -152,6 +152,14 @@ def _modes(
     return [*modes, ("other_baseline", other[0], AUTOREGRESSIVE), ("other_medusa", *other)] if other else modes
 
 
+def continuations(result: PromptResult) -> tuple[list[int], list[int], list[int]]:
+    """The text up to where the outputs without and with drafts part, and how each goes on, as far as both do."""
+    baseline = result.baseline[0]
+    run, at = next((run, at) for run in result.drafted if (at := first_divergence(baseline, run)) is not None)
+    length = min(len(baseline.tokens), len(run.tokens))
+    return [*result.input_ids, *baseline.tokens[:at]], baseline.tokens[at:length], run.tokens[at:length]
+
+
 def _most_nodes(way: Tree | Drafter) -> int:
     """Of a step."""
     return max(tree.num_nodes for tree in ([way] if isinstance(way, Tree) else way.trees))
@@ -160,7 +168,10 @@ def _most_nodes(way: Tree | Drafter) -> int:
 def _judge(
     engine: ScoringEngine, nodes: int, results: list[PromptResult], sampler: Callable[[int], Sampler | None]
 ) -> float:
-    """Fill in every prompt's verdict; returns the tolerance, which is the measured noise."""
+    """Fill in every prompt's verdict; returns the tolerance, which is the measured noise.
+
+    Where numbers do not depend on the number of rows there is no noise: outputs that part are a mismatch.
+    """
     diverging = []
     for index, result in enumerate(results):
         for medusa in result.drafted:
@@ -169,6 +180,10 @@ def _judge(
                 result.divergence = found
                 diverging.append(result)
                 break
+    if engine.info.row_independent:
+        for result in diverging:
+            result.verdict = "mismatch"
+        return 0.0
     noise = 0.0
     for result in [*results[:NOISE_PROMPTS], *diverging]:
         answer = result.baseline[0].tokens

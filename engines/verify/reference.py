@@ -17,6 +17,7 @@ def compare_with_checkpoint(
     checkpoint: Path,
     texts: Sequence[tuple[list[int], list[int]]],
     *,
+    parted: Sequence[tuple[list[int], list[int], list[int]]] = (),
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Teacher-forced agreement over the answers.
@@ -25,10 +26,12 @@ def compare_with_checkpoint(
         engine: the engine under test.
         checkpoint: Hugging Face directory of the unquantized model; computed in float32.
         texts: (prompt ids, answer ids); every answer token is one position.
+        parted: (ids up to where two outputs part, how the one goes on, how the other does).
 
     Returns:
         positions; greedy_agreement (0 .. 1, equal argmax); kl_mean and kl_max (nats, reference to engine); perplexity of the answers
-        under each; logit_max_abs_diff.
+        under each; logit_max_abs_diff; parted: of each pair, the mean log-likelihood of the second continuation under the checkpoint
+        less that of the first, nats a token.
     """
     try:
         import torch
@@ -46,8 +49,12 @@ def compare_with_checkpoint(
             theirs = model(torch.tensor([text])).logits[0, start:].float()  # [A, V]
             rows.append(_compare(ours, theirs, torch.tensor(answer)))
             progress()
+        differences = [
+            _likelihood(model, start, second) - _likelihood(model, start, first) for start, first, second in parted
+        ]
     columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     return {
+        "parted": differences,
         "positions": len(columns["agree"]),
         "greedy_agreement": columns["agree"].float().mean().item(),
         "kl_mean": columns["kl"].mean().item(),
@@ -58,6 +65,14 @@ def compare_with_checkpoint(
         },
         "logit_max_abs_diff": columns["diff"].max().item(),
     }
+
+
+def _likelihood(model: Any, text: list[int], answer: list[int]) -> float:
+    """Mean log-likelihood of a continuation, nats a token."""
+    import torch
+
+    logits = model(torch.tensor([[*text, *answer[:-1]]])).logits[0, len(text) - 1 :].float()  # [A, V]
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).mean())
 
 
 def _compare(ours: Any, theirs: Any, answer: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from medusa_export.engines.bench.compare import paired
 from medusa_export.engines.bench.report import build_report, drafts_line, print_report, speedup, tokens_per_step
 from medusa_export.engines.bench.runner import PromptResult, RunResult
 from medusa_export.engines.decoding.protocols import Generation
@@ -184,7 +185,7 @@ def test_printed_form_says_what_matters() -> None:
     ]
     reference = {
         "positions": 9, "greedy_agreement": 0.875, "kl_mean": 0.0123, "kl_max": 1.0, "logit_max_abs_diff": 2.0,
-        "perplexity": {"engine": 5.5, "checkpoint": 5.4},
+        "perplexity": {"engine": 5.5, "checkpoint": 5.4}, "parted": paired("likelihood", [0.25, 0.15]),
     }  # fmt: skip
     body = report(prompts) | {
         "reference": reference,
@@ -194,7 +195,8 @@ def test_printed_form_says_what_matters() -> None:
     print_report(body, Console(file=text, width=160))
     for expected in (
         "1.86x (1.86 .. 1.86)", "2 exact, 1 ties, 1 mismatches", "2.00 with a tree of 3", "10.0 / 10.0 ms",
-        "87.5% of tokens, KL 0.012 nats", "tie: prompt c at token 3, logit gap 0.005",
+        "87.5% of tokens, KL 0.012 nats", "drafts' likelihood", "+0.2 (+0.102 .. +0.298) over 2 prompts",
+        "tie: prompt c at token 3, logit gap 0.005",
         "mismatch: prompt d at token 5, an output ended early", "FAILED parity: wrong 4",
         "FAILED parity: ... and 2 more", "code", "float32 for the test",
     ):  # fmt: skip

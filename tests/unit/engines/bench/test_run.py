@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,37 @@ def test_a_wrong_token_with_medusa_is_a_mismatch(made: Any, prompts: Path, monke
     assert "mismatch" in render(report | {"command": "medusa-run"})
 
 
+def test_no_tie_where_rows_do_not_matter(
+    tiny_engine: Callable[..., Any], prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small the gap; and the checkpoint rates how both outputs go on."""
+    from medusa_export.engines.bench import runner
+
+    made = tiny_engine(quant="int8_sq", drafts_well=True, eos_token_id=None)
+    assert run(arguments(made, prompts, limit=1, max_new_tokens=8))["parity"]["exact"] == 1
+    generate, explain = runner.generate, runner.explain
+
+    def parting(engine: Any, ids: list[int], tree: Tree, **limits: Any) -> Generation:
+        result = generate(engine, ids, tree, **limits)
+        if tree.max_draft_len:
+            result.tokens[5] = (result.tokens[5] + 1) % 97
+        return result
+
+    def narrow(*args: Any) -> Any:
+        found = explain(*args)
+        return replace(found, logit_gap=0.0) if found else None
+
+    monkeypatch.setattr(runner, "generate", parting)
+    monkeypatch.setattr(runner, "explain", narrow)
+    report = run(arguments(made, prompts, max_new_tokens=8, repeats=1, reference=made.model_dir))
+    assert (report["parity"]["mismatches"], report["parity"]["logit_tolerance"]) == (4, 0)
+    rated = report["reference"]["parted"]
+    assert rated["prompts"] == 4
+    assert rated["ci95"][1] < 0, "a token that the model would not choose is less likely"
+    page = render(report | {"command": "medusa-run"})
+    assert "log-likelihood of the continuation with drafts" in page
+
+
 def test_outputs_and_files(made: Any, prompts: Path, tmp_path: Path) -> None:
     report = run(arguments(made, prompts, save_outputs=tmp_path / "out.jsonl"))
     first, *rest = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
@@ -149,7 +181,7 @@ def test_nan_is_not_the_checkpoint(made: Any, prompts: Path, monkeypatch: pytest
 
     nan = float("nan")
     found = {
-        "positions": 1, "greedy_agreement": 1.0, "kl_mean": nan, "kl_max": nan, "logit_max_abs_diff": nan,
+        "parted": [], "positions": 1, "greedy_agreement": 1.0, "kl_mean": nan, "kl_max": nan, "logit_max_abs_diff": nan,
         "perplexity": {"engine": nan, "checkpoint": 1.0},
     }  # fmt: skip
     monkeypatch.setattr(bench, "compare_with_checkpoint", lambda *args, **options: found)

@@ -88,3 +88,17 @@ def test_another_best_token_counts(model_dir: Path) -> None:
 def test_nan_is_not_agreement(model_dir: Path) -> None:
     found = compare_with_checkpoint(ModelScorer(model_dir, lambda logits: logits * float("nan")), model_dir, TEXTS)
     assert math.isnan(found["kl_mean"])
+
+
+def test_continuations_are_rated_by_the_checkpoint(model_dir: Path) -> None:
+    """The mean log-likelihood of each, behind the text up to where they part."""
+    scorer = ModelScorer(model_dir, torch.zeros_like)
+    start, first, second = [1, 20, 7], [7, 11], [12, 23, 3]
+    found = compare_with_checkpoint(scorer, model_dir, TEXTS, parted=[(start, first, second), (start, first, first)])
+
+    def likelihood(answer: list[int]) -> float:
+        with torch.no_grad():
+            logits = scorer.model(torch.tensor([[*start, *answer]])).logits[0].log_softmax(-1)
+        return sum(float(logits[len(start) - 1 + place, token]) for place, token in enumerate(answer)) / len(answer)
+
+    assert found["parted"] == pytest.approx([likelihood(second) - likelihood(first), 0], abs=1e-5)

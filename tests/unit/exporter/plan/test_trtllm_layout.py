@@ -310,3 +310,18 @@ class TestRefusals:
     def test_what_tensorrt_llm_cannot_build(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             make_spec(**options)
+
+
+def test_linears_and_what_ranks_split_of_them() -> None:
+    """qkv as fused over all ranks: with fewer key/value heads than ranks, each rank holds one of its own."""
+    spec = make_spec("llama", tp=4, num_hidden_layers=1, vocab_size=97, heads=1, layers=2)
+    assert spec.linear_shapes() == {
+        "transformer.layers.0.attention.qkv": ((64 + 2 * 4 * 16, 64), 0),
+        "transformer.layers.0.attention.dense": ((64, 64), 1),
+        "transformer.layers.0.mlp.fc": ((128, 64), 0),
+        "transformer.layers.0.mlp.gate": ((128, 64), 0),
+        "transformer.layers.0.mlp.proj": ((64, 128), 1),
+        "medusa_heads.0.medusa_layers.0.linear": ((64, 64), 0),
+        "medusa_heads.0.medusa_layers.1.linear": ((64, 64), 0),
+        "medusa_heads.0.lm_head": ((100, 64), 0),
+    }

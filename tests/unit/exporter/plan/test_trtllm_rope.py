@@ -28,6 +28,7 @@ SCALINGS: dict[str, dict[str, Any] | None] = {
     "yarn": {**YARN, "original_max_position_embeddings": 2048},
     "yarn without the old context": YARN,
     "yarn with an attention factor": {**YARN, "original_max_position_embeddings": 2048, "attention_factor": 1.3},
+    "yarn with an attention factor and a small factor": {"rope_type": "yarn", "factor": 1.5, "attention_factor": 1.3},
     "yarn with no attention factor": {**YARN, "original_max_position_embeddings": 2048, "attention_factor": 1.0},
     "yarn with scales": {**YARN, "original_max_position_embeddings": 2048, "mscale": 0.7, "mscale_all_dim": 1.2},
     "yarn with one scale": {**YARN, "original_max_position_embeddings": 2048, "mscale": 0.7},

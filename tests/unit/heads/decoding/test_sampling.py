@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.decoding.sampling import Sampler, Sampling
+from medusa_export.heads.decoding.token_choice import token_chooser
 
 LOGITS = np.array([0.3, -1.2, 2.0, 0.0, 1.1, -3.0], dtype=np.float32)
 CRITICAL = 20.5  # of chi-square with 5 degrees of freedom, at 0.001
@@ -85,3 +89,38 @@ def test_what_rows_of_data_keep_is_what_they_always_kept() -> None:
         "seed": 1,
         "top_k": 5,
     }
+
+
+def test_by_default_nothing_changes_the_logits() -> None:
+    assert token_chooser(Sampling(), [1], [2]) is None
+    assert asdict(Sampling()) == {
+        "temperature": 0.0, "top_p": 1.0, "max_tokens": 256, "seed": None, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "min_tokens": 0, "ignore_eos": False, "logprobs": None,
+    }  # fmt: skip
+
+
+INF, NAN = float("inf"), float("nan")
+BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {  # what is taken, and what is refused
+    "temperature": ([0, 2], [-0.1, INF, NAN]),
+    "top_p": ([0.01, 1], [0, 1.01, NAN]),
+    "max_tokens": ([1], [0]),
+    "seed": ([0, None], [-1]),
+    "top_k": ([0], [-1]),
+    "min_p": ([0, 1], [-0.1, 1.1]),
+    "presence_penalty": ([-2, 2], [INF, NAN]),
+    "frequency_penalty": ([-2, 2], [INF, NAN]),
+    "repetition_penalty": ([0.1, 9], [0, INF, NAN]),
+    "logit_bias": ([{}, {1: -100}], [{1: 0, 2: INF}]),
+    "min_tokens": ([0, 256], [-1, 257]),
+    "logprobs": ([0, None], [-1]),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds(name: str) -> None:
+    good, bad = BOUNDS[name]
+    for value in good:
+        assert getattr(Sampling(**{name: value}), name) == value
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"^{name}: "):
+            Sampling(**{name: value})

@@ -13,6 +13,7 @@ from medusa_export.heads.trees.prompt_lookup import DRAFTS, accepted_lengths
         ([1, 2, 3], [4, 5, 6], [0, 0, 0]),  # nothing comes again
         ([1, 2, 3, 4, 5], [1, 2, 3, 9], [2, 1, 0, 0]),  # copied up to where it differs
         ([7, 1, 8, 2, 3, 1, 9], [2, 3, 1, 9], [3, 2, 1, 0]),
+        ([1, 2, 3, 4, 0], [1, 2, 9, 4], [1, 0, 0, 0]),  # what is right behind the first wrong one does not count
         ([5, 6, 7, 0, 6, 8], [6, 7], [1, 0]),  # the first place of a single token wins
         (
             [1, 2, 3, 4, 0, 9, 3, 5],

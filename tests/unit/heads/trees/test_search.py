@@ -139,3 +139,30 @@ def test_on_the_published_accuracies_no_shipped_tree_is_better(size: int) -> Non
     assert grown.tokens_per_step == pytest.approx(expected(grown.tree, frequencies))
     assert grown.tokens_per_step >= max(rivals)
     assert grown.tokens_per_step == pytest.approx({8: 2.0698, 63: 2.3845}[size], abs=1e-4)
+
+
+def test_costs_by_hand() -> None:
+    ranges = {1: (1.0, 1.0), 5: (1.2, 2.0), 9: (1.4, 4.0)}
+    cost = CostCurve({1: 10.0, 5: 14.0, 9: 30.0}, {1: 1.0, 2: 3.0}, "H100", ranges)
+    assert cost.max_nodes == 9
+    assert [cost.ratio(nodes) for nodes in (1, 3, 5, 7)] == pytest.approx([1.0, 1.2, 1.4, 2.2])
+    assert [cost.ratio(5, depth) for depth in (1, 2, 3)] == pytest.approx([1.5, 1.7, 1.4])
+    assert cost.ratio_range(1) is None
+    assert cost.ratio_range(5) == pytest.approx((1.2, 2.0))
+    assert cost.ratio_range(7) == pytest.approx((1.3, 3.0))
+    assert FLAT.ratio_range(5) is None
+    assert cost.depth({(0,): 3, (0, 0): 2, (0, 0, 0): 1}) == 2  # of so many heads the cost is known
+    assert cost.depth({(0,): 3}) == 1
+    assert FLAT.depth({(0,): 3, (0, 0): 2, (0, 0, 0): 1}) == 3
+
+
+def test_candidates_say_what_their_steps_cost() -> None:
+    frequencies = {(0,): 8.0, (1,): 2.0, (0, 0): 4.0}
+    cost = CostCurve({1: 10.0, 4: 10.0}, {1: 5.0, 2: 10.0}, "H100", {1: (1.0, 1.0), 4: (1.1, 2.0)})
+    found = candidates(frequencies, 10, cost, max_draft_len=9)
+    assert [(each.tree.num_nodes, each.tokens_per_step, each.cost_ratio) for each in found] == [
+        (1, 1.0, 1.0), (2, pytest.approx(1.8), 1.5), (3, pytest.approx(2.0), 1.5), (4, pytest.approx(2.4), 2.0),
+    ]  # fmt: skip
+    assert found[2].tree.choices == ((0,), (1,)), "as deep as (0, 0) a step would cost more than it gives"
+    assert [each.cost_range for each in found[:2]] == [None, pytest.approx((1 + 0.1 / 3, 1 + 1 / 3))]
+    assert [each.tree.num_nodes for each in candidates(frequencies, 10, cost, max_draft_len=9, sizes=[3])] == [1, 3]

@@ -207,3 +207,32 @@ def test_what_is_no_tree_file_is_not_opened(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(TreeError, match=message):
             load_tree(spec)
+
+
+# FasterDecoding/Medusa, medusa_choices.py, in its order.
+MC_SIM_7B_63 = [
+    [0], [0, 0], [1], [0, 1], [2], [0, 0, 0], [1, 0], [0, 2], [3], [0, 3], [4], [0, 4], [2, 0], [0, 5], [0, 0, 1], [5], [0, 6], [6],
+    [0, 7], [0, 1, 0], [1, 1], [7], [0, 8], [0, 0, 2], [3, 0], [0, 9], [8], [9], [1, 0, 0], [0, 2, 0], [1, 2], [0, 0, 3], [4, 0],
+    [2, 1], [0, 0, 4], [0, 0, 5], [0, 0, 0, 0], [0, 1, 1], [0, 0, 6], [0, 3, 0], [5, 0], [1, 3], [0, 0, 7], [0, 0, 8], [0, 0, 9],
+    [6, 0], [0, 4, 0], [1, 4], [7, 0], [0, 1, 2], [2, 0, 0], [3, 1], [2, 2], [8, 0], [0, 5, 0], [1, 5], [1, 0, 1], [0, 2, 1], [9, 0],
+    [0, 6, 0], [0, 0, 0, 1], [1, 6], [0, 7, 0],
+]  # fmt: skip
+
+
+def test_presets_are_the_published_trees() -> None:
+    assert load_tree("medusa-63") == Tree.from_choices(MC_SIM_7B_63)
+    assert load_tree("cpu-1").choices == ((0,),)
+    assert load_tree("cpu-3").choices == ((0,), (1,), (2,))
+    assert load_tree("cpu-4").choices == ((0,), (1,), (2,), (0, 0))
+    assert load_tree("cpu-8").choices == ((0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+    assert list(PRESETS) == ["none", "cpu-1", "cpu-3", "cpu-4", "cpu-8", "medusa-63"]
+
+
+@given(prefix_closed())
+@settings(max_examples=50, deadline=None)
+def test_paths_and_children_follow_the_parents(choices: list[Choice]) -> None:
+    tree = Tree.from_choices(choices)
+    nodes: list[Choice] = [(), *tree.choices]
+    for node, choice in enumerate(nodes):
+        assert [nodes[index] for index in tree.path_to(node)] == [choice[:level] for level in range(len(choice) + 1)]
+        assert [nodes[index] for index in tree.children[node]] == [each for each in nodes[1:] if each[:-1] == choice]

@@ -26,8 +26,9 @@ def standalone_source(module: ModuleType, library: Mapping[str, ModuleType]) -> 
     copies = {copied.__name__: f"{LIBRARY}.{name}" for name, copied in library.items()}
     lines = text.splitlines(keepends=True)
     for node in ast.walk(ast.parse(text)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
         for name in names:
             if name.partition(".")[0] != PACKAGE:
                 continue

@@ -26,12 +26,12 @@ def write_heads(
     Input hidden_states float [B, hidden_size], a row a sequence; output draft_ids int64 [B, depth, top_k], best first.
 
     Drafts need not be exact, because the base model verifies them: the projection may be restricted to the most frequent tokens
-    (FR-Spec, arXiv 2502.14856) and stored in 8 bits; that costs acceptance only, never correctness.
+    (FR-Spec, arXiv 2502.14856) and all matrices stored in 8 bits; that costs acceptance only, never correctness.
 
     Args:
         top_k: candidates a head.
         draft_vocab: int64 token ids to restrict the projection to, or None for the whole vocabulary.
-        int8: store the projection in 8-bit blocks.
+        int8: store the heads' matrices and the projection in 8-bit blocks.
 
     Raises:
         ConfigError: fewer tokens to draw from than candidates.
@@ -55,7 +55,7 @@ def _write_depth(
 ) -> None:
     graph.input("hidden_states", TensorProto.FLOAT, ["B", checkpoint.config.hidden_size])
     graph.output("draft_ids", TensorProto.INT64, ["B", depth, top_k])
-    rows = [_blocks(graph, checkpoint, head) for head in range(depth)]  # [B, 1, h] each
+    rows = [_blocks(graph, checkpoint, head, int8) for head in range(depth)]  # [B, 1, h] each
     if checkpoint.heads_share_lm_head:
         stacked = graph.node("Concat", rows, axis=1)  # one product reads the shared projection once
         tokens = _top_k(graph, checkpoint, families.LM_HEAD, stacked, top_k, draft_vocab, int8)
@@ -71,14 +71,15 @@ def _write_depth(
     graph.node("Identity", [tokens], ["draft_ids"])
 
 
-def _blocks(graph: GraphBuilder, checkpoint: MedusaCheckpoint, head: int) -> str:
+def _blocks(graph: GraphBuilder, checkpoint: MedusaCheckpoint, head: int, int8: bool) -> str:
     """The residual blocks of one head: x + silu(W x + b).  # [B, h] -> [B, 1, h]"""
     x = graph.node("Unsqueeze", ["hidden_states", graph.ints(1)])
     for layer in range(checkpoint.num_medusa_layers):
         name = f"medusa_heads.{head}.{layer}.linear"
-        weight = graph.tensor(f"{name}.weight", checkpoint.read(f"{name}.weight").float().T)
+        weight = checkpoint.read(f"{name}.weight")
+        matrix = int8_matrix(graph, name, weight) if int8 else graph.tensor(f"{name}.weight", weight.float().T)
         bias = graph.tensor(f"{name}.bias", checkpoint.read(f"{name}.bias").float())
-        product = graph.node("Add", [graph.node("MatMul", [x, weight]), bias])
+        product = graph.node("Add", [graph.node("MatMul", [x, matrix]), bias])
         x = graph.node("Add", [x, silu(graph, product)])
     return x
 

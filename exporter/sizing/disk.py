@@ -90,11 +90,14 @@ def _int8(vocabulary: Vocabulary, rows: int, width: int) -> tuple[int, ...]:
 
 
 def _heads_bytes(spec: ExportSpec, request: Request) -> int:
-    """heads.onnx.data: float32 blocks, projections to the draft vocabulary, and its token ids."""
+    """heads.onnx.data: the heads' matrices and projections to the draft vocabulary in 8 bits, biases, and its token ids."""
     hidden, vocab = spec.config.hidden_size, spec.config.vocab_size
     restricted = 0 < request.draft_vocab < vocab
     rows = request.draft_vocab if restricted else vocab
-    blocks = [FLOAT32 * hidden * hidden, FLOAT32 * hidden] * spec.num_medusa_heads * spec.num_medusa_layers
-    projection = _int8(BLOCKS, rows, hidden) if hidden % 16 == 0 else (FLOAT32 * rows * hidden,)
-    projections = projection * (1 if request.shared_lm_head else spec.num_medusa_heads)
+
+    def matrix(height: int) -> tuple[int, ...]:
+        return _int8(BLOCKS, height, hidden) if hidden % 16 == 0 else (FLOAT32 * height * hidden,)
+
+    blocks = [*matrix(hidden), FLOAT32 * hidden] * spec.num_medusa_heads * spec.num_medusa_layers
+    projections = matrix(rows) * (1 if request.shared_lm_head else spec.num_medusa_heads)
     return _aligned([*blocks, *projections, 8 * rows * restricted])

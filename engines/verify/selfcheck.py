@@ -28,22 +28,21 @@ class Bound:
         max_kl: mean KL divergence in nats, checkpoint to engine.
         min_agreement: share of positions with the same best token.
         max_tree_noise: logits.
-        max_batch_noise: logits, of several sequences at once, whose attention sums in another order; None: as that of trees.
     """
 
     max_kl: float
     min_agreement: float
     max_tree_noise: float
-    max_batch_noise: float | None = None
 
 
 # Loose enough for small models. Measured on SmolLM2-135M (see docs/decisions/0003): fp8 0.04 nats, int8 0.005. The int8 noise is the
-# rounding of activations inside MatMulNBits, which one token and several tokens do not share. Products of integers have no noise;
-# where attention before them sums in another order, a code may fall the other way, and all behind it moves.
+# rounding of activations inside MatMulNBits, which one token and several tokens do not share. Products of integers have no noise,
+# but attention before them sums in another order where masked rows lie between: about one step of a small tree in a hundred has a
+# code that falls the other way, and all behind it moves.
 BOUNDS = {
     "float": Bound(1e-3, 0.97, 5e-2),
     **{form: Bound(0.4, 0.5, 5e-2) for form in ("fp8", "fp8_row")},
-    "int8_row": Bound(0.8, 0.4, 5e-2, max_batch_noise=4.0),
+    "int8_row": Bound(0.8, 0.4, 4.0),
     "int8": Bound(0.1, 0.8, 4.0),
     **{form: Bound(0.8, 0.4, 4.0) for form in ("int4", "int4_awq")},
 }

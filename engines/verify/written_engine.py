@@ -49,8 +49,7 @@ def batch_problems(engine_dir: Path, texts: Sequence[Sequence[int]]) -> list[str
     width = info.sampled  # ids that no tokenizer knows may be left out
     pairs = zip(found, expected, strict=True)
     errors = [float(np.abs(one[:, :width] - other[:, :width]).max()) for one, other in pairs]
-    limits = bound_of(info)
-    bound = limits.max_tree_noise if limits.max_batch_noise is None else limits.max_batch_noise
+    bound = bound_of(info).max_tree_noise
     if all(error <= bound for error in errors):  # NaN is not
         return []
     return [

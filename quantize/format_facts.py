@@ -104,8 +104,8 @@ class OnnxRuntime:
         codes: what is stored.
         session_options: of the decoder's session.
         activations: torch's name of the dtype that inputs are rounded to in the exchange graph; None: not at all.
-        integers: the engine rounds its inputs like that too and multiplies integers, which is exact: a row's numbers do not depend on
-            how many rows are computed at once, and greedy decoding gives the same tokens with drafts and without.
+        integers: the engine rounds its inputs like that too and multiplies integers, which is exact: how many rows a product has does
+            not change a row's numbers.
     """
 
     form: str

@@ -10,7 +10,7 @@ from statistics import median
 from medusa_export.engines.decoding.drafters import Drafter
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation, ScoringEngine
-from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
+from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, order_noise, verdict
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
@@ -170,7 +170,7 @@ def _judge(
 ) -> float:
     """Fill in every prompt's verdict; returns the tolerance, which is the measured noise.
 
-    Where numbers do not depend on the number of rows there is no noise: outputs that part are a mismatch.
+    Where it is none, as products of integers have it, outputs that part are a mismatch, however small the gap.
     """
     diverging = []
     for index, result in enumerate(results):
@@ -180,15 +180,13 @@ def _judge(
                 result.divergence = found
                 diverging.append(result)
                 break
-    if engine.info.row_independent:
-        for result in diverging:
-            result.verdict = "mismatch"
-        return 0.0
     noise = 0.0
     for result in [*results[:NOISE_PROMPTS], *diverging]:
         answer = result.baseline[0].tokens
         answer = answer if result.divergence else answer[:NOISE_TOKENS]
         noise = max(noise, logit_noise(engine, result.input_ids, answer, nodes))
+        if engine.info.exact_products and result.divergence:
+            noise = max(noise, order_noise(engine, result.input_ids, answer))
     for result in results:
         result.verdict = verdict(result.divergence, noise)
     return noise

@@ -52,7 +52,7 @@ class OnnxRuntimeEngine:
         self._kv_values = [share(self._kv[layer, kind]) for layer in range(shape[0]) for kind in (0, 1)]
         self._hidden = np.zeros((1, info.hidden_size), dtype=np.float32)  # the last kept row, what the heads read
         self._heads: dict[int, _Heads] = {}
-        self._min_rows = MIN_ROWS if info.row_independent else 1
+        self._min_rows = MIN_ROWS if info.exact_products else 1
         self._steps: dict[int, tuple[Tree, OnnxRuntimeStep]] = {}  # by id, which holds as long as the tree is kept
         self.length, self.backend_seconds = 0, 0.0
 

@@ -25,8 +25,8 @@ def sampled_tree_error(
 ) -> tuple[float, float]:
     """The largest difference between a tree step and its paths on some steps of a run, and its bound from measured noise.
 
-    Where rows are independent, differences are none, but for one step in a hundred in which a code fell the other way: there it is the
-    smallest one. A wrong mask, parent or position is in all steps.
+    With products of integers there is no difference, but for one step in a hundred in which a code fell the other way: there it is
+    the smallest one. A wrong mask, parent or position is in all steps.
 
     Args:
         tree: the run's.
@@ -42,7 +42,7 @@ def sampled_tree_error(
         text = [*prompt, *answer[: int(drawn.integers(1, min(len(answer), room) + 1))]]
         bound = max(bound, NOISE_FACTOR * _block_noise(engine, text))
         errors.append(tree_error(engine, text, _some_paths(tree, drawn)))
-    found = np.min(errors[1:] or errors) if engine.info.row_independent else np.max(errors)  # both keep NaN
+    found = np.min(errors[1:] or errors) if engine.info.exact_products else np.max(errors)  # both keep NaN
     return float(found), bound
 
 
@@ -81,7 +81,9 @@ def choice_findings(
     for name, prompt, run in texts:
         answer = run.tokens
         chunk, start = 64, len(prompt) - 1
-        if engine.info.row_independent:  # as it was decoded: then there is no noise at all; the prefill chose the first token
+        if (
+            engine.info.exact_products
+        ):  # as it was decoded: then there is no noise at all; the prefill chose the first token
             chunk, start, answer = 1, len(prompt), answer[1:]
         text = [*prompt, *run.tokens[:-1]]
         if not answer:

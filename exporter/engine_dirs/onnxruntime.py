@@ -91,7 +91,7 @@ def write_engine(
         session_options=dict(form.session_options),
         heads_session_options=INT8_PRODUCTS,
         source=source,
-        row_independent=form.integers,
+        exact_products=form.integers,
     )
 
 

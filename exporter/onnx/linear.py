@@ -192,8 +192,8 @@ class LinearForm:
         smooths: a calibrated factor a channel moves between inputs and weights.
         vocabulary: writes the vocabulary projection in 8 bits too, where ONNX Runtime keeps the codes: half of a small model's bytes
             are in it. None: ONNX Runtime makes float32 of all weights.
-        integers: inputs are rounded with the calibrated scale and products are of integers, which are exact: how many rows are
-            computed at once does not change a row's numbers. Smoothing is folded into what makes the inputs.
+        integers: inputs are rounded with the calibrated scale and products are of integers, which are exact: how many rows a product
+            has does not change a row's numbers. Smoothing is folded into what makes the inputs.
     """
 
     weights: Callable[[LinearWriter, GraphBuilder, str, Sequence[str], Sequence[str]], str]

@@ -34,8 +34,8 @@ class EngineInfo:
         eos_token_ids: tokens that end an answer, the one that ends a turn of the chat template first.
         num_tokens: ids from 0 on that the tokenizer knows, where it is fewer than ``vocab_size``: the others are never sampled and
             never drafted. 0: all.
-        row_independent: a row's numbers do not depend on how many rows are computed at once, so that greedy decoding with drafts and
-            without has nothing to differ by.
+        exact_products: products are of integers, and a single row is padded to two: a row's numbers do not depend on how many rows
+            are computed at once, but for the rare step in which attention's order of sums turns a code round.
     """
 
     backend: str
@@ -54,7 +54,7 @@ class EngineInfo:
     heads_session_options: dict[str, str]
     source: dict[str, Any] = field(default_factory=dict)
     num_tokens: int = 0
-    row_independent: bool = False
+    exact_products: bool = False
 
     @property
     def sampled(self) -> int:
@@ -70,7 +70,7 @@ class EngineInfo:
         """
         body = read_json(engine_dir / ENGINE_FILE)
         names = set(cls.__dataclass_fields__)
-        if {*body, "num_tokens", "row_independent"} != names:  # earlier exports lack these two
+        if {*body, "num_tokens", "exact_products"} != names:  # earlier exports lack these two
             odd = sorted(set(body) ^ names)
             raise ConfigError(str(engine_dir / ENGINE_FILE), f"keys {odd}", "this version's keys", "export again")
         return cls(**{**body, "eos_token_ids": tuple(body["eos_token_ids"])})

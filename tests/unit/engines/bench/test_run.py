@@ -109,9 +109,7 @@ def test_a_wrong_token_with_medusa_is_a_mismatch(made: Any, prompts: Path, monke
     assert "mismatch" in render(report | {"command": "medusa-run"})
 
 
-def test_no_tie_where_rows_do_not_matter(
-    tiny_engine: Callable[..., Any], prompts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_tie_without_noise(tiny_engine: Callable[..., Any], prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the gap; and the checkpoint rates how both outputs go on."""
     from medusa_export.engines.bench import runner
 
@@ -127,7 +125,7 @@ def test_no_tie_where_rows_do_not_matter(
 
     def narrow(*args: Any) -> Any:
         found = explain(*args)
-        return replace(found, logit_gap=0.0) if found else None
+        return replace(found, logit_gap=1e-3) if found else None
 
     monkeypatch.setattr(runner, "generate", parting)
     monkeypatch.setattr(runner, "explain", narrow)

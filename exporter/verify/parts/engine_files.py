@@ -151,7 +151,7 @@ def _graph_problems(path: Path, info: EngineInfo) -> Iterator[str]:
     if kind is not None and kind not in kinds:
         yield f"engine.json: form {info.form!r}; the graph stores its weights otherwise"
     if info.session_options != options or (info.max_depth and info.heads_session_options != BLOCKS):
-        yield f"engine.json: session options that are not those of the form {info.form!r}"
+        yield f"engine.json: session options that are not those of the form {info.form!r}; export again"
     with_bits = {"fp8": "FP8", "fp8_row": "FP8", "int8": "int8", "int8_row": "INT8", "int4": "int4", "int4_awq": "INT4"}
     if with_bits.get(info.form, "float32") not in info.precision:
         yield f"engine.json: precision {info.precision!r} for the form {info.form!r}"

@@ -10,7 +10,7 @@ from statistics import median
 from medusa_export.engines.decoding.drafters import Drafter
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation, ScoringEngine
-from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, order_noise, verdict
+from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
@@ -185,8 +185,6 @@ def _judge(
         answer = result.baseline[0].tokens
         answer = answer if result.divergence else answer[:NOISE_TOKENS]
         noise = max(noise, logit_noise(engine, result.input_ids, answer, nodes))
-        if engine.info.exact_products and result.divergence:
-            noise = max(noise, order_noise(engine, result.input_ids, answer))
     for result in results:
         result.verdict = verdict(result.divergence, noise)
     return noise

@@ -99,24 +99,6 @@ def logit_noise(engine: Scorer, prompt: Sequence[int], answer: Sequence[int], nu
         return 0.0
     single = np.concatenate(list(engine.score(text, chunk=1, start=start)))  # [answer, V]
     block = np.concatenate(list(engine.score(text, chunk=chunk, start=start)))
-    return _gap_movement(single, block)
-
-
-def order_noise(engine: Scorer, prompt: Sequence[int], answer: Sequence[int]) -> float:
-    """How much that gap moves when the prompt goes in as one block, or half of it by single steps.
-
-    Where products are of integers, the number of rows of a step moves nothing. What is left is the order in which attention sums,
-    which depends on where a block ends: it turns a code round here and there, as a row between others of a tree does.
-    """
-    text, start = [*prompt, *answer], len(prompt)
-    half = max(1, start // 2)
-    one = np.concatenate(list(engine.score(text, chunk=1, start=start)))  # [answer, V]
-    two = np.concatenate(list(engine.score(text, chunk=1, start=half)))[start - half :]
-    return _gap_movement(one, two)
-
-
-def _gap_movement(single: npt.NDArray[np.float32], block: npt.NDArray[np.float32]) -> float:
-    """The largest change of the gap between the best two tokens, logits.  # [answer, V] each"""
     best_two = np.argpartition(single, -2, axis=-1)[:, -2:]  # [answer, 2]
     gaps = [np.diff(np.take_along_axis(logits, best_two, axis=-1), axis=-1) for logits in (single, block)]
     return float(np.abs(gaps[0] - gaps[1]).max())

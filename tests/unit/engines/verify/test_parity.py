@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from medusa_export.engines.decoding.protocols import Generation
-from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, order_noise, verdict
+from medusa_export.engines.verify.parity import Divergence, explain, first_divergence, logit_noise, verdict
 
 VOCAB = 6
 PROMPT = [4, 5, 4]
@@ -150,15 +150,3 @@ class TestNoise:
     @pytest.mark.parametrize(("length", "nodes"), [(1, 4), (0, 4), (12, 1)])
     def test_nothing_to_measure(self, length: int, nodes: int) -> None:
         assert logit_noise(TableScorer(table(), noise=9.0), PROMPT, [0] * length, nodes) == 0.0
-
-
-def test_noise_of_order() -> None:
-    """Of logits that change with where the prompt's last block began; what all logits share moves no gap."""
-
-    class Ordered:
-        def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterator[npt.NDArray[np.float32]]:
-            for _ in range(start, len(input_ids), chunk):
-                yield np.array([[0.0, 2.0, 1.0 + 0.25 * (start < 4)]], dtype=np.float32) + start
-
-    assert order_noise(Ordered(), [1, 2, 3, 4], [5, 6, 7]) == pytest.approx(0.25)
-    assert order_noise(Ordered(), [1], [5, 6, 7]) == 0

@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
     "int8_sq, heads too": Kind(
         "qwen3", {"head_dim": 32}, {"quant": "int8_sq", "quant_heads": True, "engine": "none", "calib_prompts": 2}
     ),
+    "int8_sq, biases, engine": Kind("llama", {"mlp_bias": True}, {"quant": "int8_sq", "calib_prompts": 2}),
     "hf, fp8": Kind("llama", {}, {"quant": "fp8", "format": "hf", "kv_cache": "fp8", "calib_prompts": 2}),
     "heads alone": Kind("llama", {}, {"format": "medusa-v1"}),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from serving_client import Answer, Client, NoAnswerError, Part, Question
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.triton.repository import write_repository
-from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
+from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 
 MODEL = "medusa"
 REQUEST_SECONDS = 600.0

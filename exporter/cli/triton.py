@@ -12,11 +12,12 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
 from medusa_export.engines.serving.options import INPUT, ServingOptions, TreeChoice
 from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing
-from medusa_export.exporter.cli.console import command_app, main, stdout
+from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import Given, callback, command
 from medusa_export.heads.contract.engine_info import ENGINE_FILE
 
 triton_app = command_app()
+SERVER = "Server"  # heading of --help
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,25 @@ class VerifyFlags:
     """What medusa-triton verify takes."""
 
     repository: Path = flag(help="A model repository that medusa-triton wrote.", panel=INPUT, positional=True)
+
+
+@dataclass(frozen=True)
+class ServeFlags:
+    """What medusa-triton serve takes."""
+
+    repository: Path = flag(help="A model repository that medusa-triton wrote.", panel=INPUT, positional=True)
+    host: str = flag("127.0.0.1", help="Address to listen on.", panel=SERVER)
+    http_port: int = flag(8000, help="Port of the HTTP endpoint.", panel=SERVER)
+    grpc_port: int = flag(8001, help="Port of the gRPC endpoint.", panel=SERVER)
+    metrics_port: int = flag(8002, help="Port of the metrics.", panel=SERVER)
+    exit_timeout_s: int = flag(
+        30, help="Seconds for requests in flight to finish when the server stops.", panel=SERVER, metavar="SECONDS"
+    )
+    install: bool = flag(
+        False, panel=SERVER,
+        help="Serve with the wheel nvidia-pytriton, which pip installs once into the user's cache, instead of the tritonserver "
+        "of the PATH or of this environment.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,6 +151,28 @@ def verify_command(own: VerifyFlags) -> None:
     if problems:
         raise typer.Exit(1)
     stdout.print(f"{own.repository}: complete and consistent", soft_wrap=True)
+
+
+@command(triton_app, "serve")
+def serve_command(own: ServeFlags) -> None:
+    """Serve a repository with tritonserver, until SIGTERM or Ctrl-C: its launch.sh, with what the server needs around it.
+
+    Example: medusa-triton serve repository
+    """
+    from medusa_export.engines.serving.triton.hosting.serve import serve_repository
+    from medusa_export.engines.serving.triton.hosting.server import Address
+
+    if own.exit_timeout_s < 0:
+        raise ConfigError("--exit-timeout-s", f"{own.exit_timeout_s}", "0 or more", "change it")
+    if not own.host.startswith("127."):
+        warning = f"warning: {own.host} takes requests from other machines, and Triton from anybody who reaches it"
+        stderr.print(warning, soft_wrap=True, markup=False)
+    address = Address(own.host, own.http_port, own.grpc_port, own.metrics_port)
+    serve_repository(own.repository, address, exit_seconds=own.exit_timeout_s, install=own.install, say=_say)
+
+
+def _say(text: str) -> None:
+    stdout.print(text, soft_wrap=True, markup=False)
 
 
 def triton_main() -> None:

@@ -27,7 +27,7 @@ from medusa_export.engines.serving.meter import REASONS
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.triton.metrics import FLUSH_SECONDS
 from medusa_export.engines.serving.triton.repository import write_repository
-from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
+from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 from tests.integration.triton_fixture import SECONDS, Served, Stream, endless_engine, tensors
 
 QUESTION = "w3 w4 w5"

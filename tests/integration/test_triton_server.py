@@ -20,7 +20,7 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.triton.metrics import FLUSH_SECONDS
 from medusa_export.engines.serving.triton.repository import verify_repository, write_repository
-from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
+from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 from tests.integration.triton_fixture import CONTEXT, SECONDS, Served, Stream, endless_engine, tensors
 
 MAX_TEXT = 20_000

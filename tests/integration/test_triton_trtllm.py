@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving.triton.repository import render
-from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
+from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing, model_configs
 from medusa_export.engines.serving.triton_trtllm.repository import engine_facts, write_trtllm_repository
 from medusa_export.heads.contract.engine_info import EngineInfo

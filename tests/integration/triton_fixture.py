@@ -19,7 +19,7 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.serving.triton.testing.server import Address, TritonServer
+from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
 from tests.integration.metrics import Metrics

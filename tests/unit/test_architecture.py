@@ -64,7 +64,7 @@ ALLOWED: dict[str, str] = {
     "engines/serving/openai/protocol": "core engines/serving heads/decoding",
     "engines/serving/openai": "core engines/serving engines/serving/openai/protocol",
     "engines/serving/triton": "core core/artifacts core/text engines/decoding engines/serving heads/contract heads/decoding",
-    "engines/serving/triton/testing": "core engines heads",
+    "engines/serving/triton/hosting": "core engines heads",
     "engines/serving/triton_trtllm": "core core/artifacts core/text engines/serving engines/serving/triton engines/trtllm"
     " heads/contract heads/trees",
     "engines/bench": "core core/artifacts core/text engines engines/decoding engines/measure engines/onnxruntime engines/trtllm"

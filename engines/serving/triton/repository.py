@@ -32,6 +32,7 @@ __all__ = ["TritonPythonModel"]
 '''
 LAUNCH = """#!/usr/bin/env bash
 # Starts tritonserver on this repository: bash launch.sh [further flags of tritonserver]. On loopback; HOST=0.0.0.0 lets others in.
+# HTTP_PORT, GRPC_PORT and METRICS_PORT are other ports. Without a tritonserver on the PATH: medusa-triton serve --install DIRECTORY
 set -euo pipefail
 cd "$(dirname "$0")"
 command -v tritonserver >/dev/null || {
@@ -40,15 +41,16 @@ command -v tritonserver >/dev/null || {
 }
 # Triton recurses through an HTTP body: with the usual stack of 8 MB, one of 4 MB ends the server.
 ulimit -s 262144 2>/dev/null || echo "warning: the stack stays at $(ulimit -s) KB: keep large bodies away from this server" >&2
-exec tritonserver --model-repository . --disable-auto-complete-config --http-address "${HOST:-127.0.0.1}" \\
-  --grpc-address "${HOST:-127.0.0.1}" --metrics-address "${HOST:-127.0.0.1}" "$@"
+host="${HOST:-127.0.0.1}"
+exec tritonserver --model-repository . --disable-auto-complete-config --http-address "$host" --http-port "${HTTP_PORT:-8000}" \\
+  --grpc-address "$host" --grpc-port "${GRPC_PORT:-8001}" --metrics-address "$host" --metrics-port "${METRICS_PORT:-8002}" "$@"
 """
 README = """# {name}: {precision}
 
 Text in, text out, decoded with Medusa. Made from `{source}`; nothing outside this directory is needed but the package `medusa-export`
 in the server's Python environment, with {packages}.
 
-    bash {directory}/launch.sh
+    bash {directory}/launch.sh  # or: medusa-triton serve {directory}
     curl -s 127.0.0.1:8000/v2/models/{name}/generate_stream -d '{{"text_input": "Why is the sky blue?", "stream": true}}'
     curl -s 127.0.0.1:8000/v2/models/{name}/generate -d '{{"text_input": "Why is the sky blue?"}}'
 

@@ -9,17 +9,25 @@ from __future__ import annotations
 from medusa_export.engines.serving.triton_trtllm.configs import BLS, ENGINE, ENSEMBLE, MOUNT, EngineFacts, TrtllmServing
 
 LAUNCH = r"""#!/usr/bin/env bash
-# Starts Triton on this repository, in {container}.
-# {ranks}
+# Starts Triton on this repository, in {container}: bash launch.sh [further flags].
+# On loopback; HOST=0.0.0.0 lets others in, as a container's own loopback is closed to all. {ranks}
 set -euo pipefail
 models="${{MODELS:-{mount}}}"
 if [ "$models" != {mount} ]; then
   echo "error: got the repository at $models; expected {mount}, which its configurations name" >&2
   exit 2
 fi
+command -v tritonserver >/dev/null || {{
+  echo "error: tritonserver: got no such program; expected {container}; run it there" >&2
+  exit 2
+}}
+# Triton recurses through an HTTP body: with the usual stack of 8 MB, one of 4 MB ends the server.
+ulimit -s 262144 2>/dev/null || echo "warning: the stack stays at $(ulimit -s) KB: keep large bodies away from this server" >&2
 shared=(--model-repository "$models" --disable-auto-complete-config --exit-timeout-secs 30)
-first=("${{shared[@]}}" --http-port "${{HTTP_PORT:-8000}}" --grpc-port "${{GRPC_PORT:-8001}}" --metrics-port "${{METRICS_PORT:-8002}}"
-  --backend-config python,shm-region-prefix-name=medusa0_)
+host="${{HOST:-127.0.0.1}}"
+first=("${{shared[@]}}" --http-address "$host" --http-port "${{HTTP_PORT:-8000}}"
+  --grpc-address "$host" --grpc-port "${{GRPC_PORT:-8001}}"
+  --metrics-address "$host" --metrics-port "${{METRICS_PORT:-8002}}" --backend-config python,shm-region-prefix-name=medusa0_)
 {start}
 """
 ONE_RANK = 'exec tritonserver "${first[@]}" "$@"'
@@ -36,10 +44,10 @@ services:
     image: {container}
     command: ["bash", "{mount}/launch.sh"]
     volumes: [".:{mount}:ro"]
-    environment: {{PYTHONDONTWRITEBYTECODE: "1"}}
+    environment: {{PYTHONDONTWRITEBYTECODE: "1", HOST: 0.0.0.0}}
     ports: ["127.0.0.1:8000:8000", "127.0.0.1:8001:8001", "127.0.0.1:8002:8002"]
     shm_size: {shm}gb
-    ulimits: {{memlock: -1, stack: 67108864}}
+    ulimits: {{memlock: -1, stack: 268435456}}
     stop_grace_period: 45s
     deploy:
       resources:
@@ -65,7 +73,7 @@ spec:
         - name: tritonserver
           image: {container}
           command: ["bash", "{mount}/launch.sh"]
-          env: [{{name: PYTHONDONTWRITEBYTECODE, value: "1"}}]
+          env: [{{name: PYTHONDONTWRITEBYTECODE, value: "1"}}, {{name: HOST, value: 0.0.0.0}}]
           ports:
             - {{name: http, containerPort: 8000}}
             - {{name: grpc, containerPort: 8001}}
@@ -96,7 +104,7 @@ README = """# A TensorRT-LLM engine with Medusa, for Triton
 Engine of TensorRT-LLM {release}, {tp} GPU{s}, a tree of {draft} draft tokens; {container} runs it, and
 needs nothing else. The engine runs on the kind of GPU that it was built on, and with this release, only.
 
-    docker run --rm --gpus {gpus} --shm-size {shm}g --ulimit memlock=-1 \\
+    docker run --rm --gpus {gpus} --shm-size {shm}g --ulimit memlock=-1 --ulimit stack=268435456 -e HOST=0.0.0.0 \\
       -p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 -p 127.0.0.1:8002:8002 \\
       -v "$PWD:{mount}:ro" {container} bash {mount}/launch.sh
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +48,9 @@ def layered(folder: Path) -> Path:
     """A virtual environment in ``folder`` that has the pinned packages and, as ``medusa_export``, the code that runs now.
 
     The python backend's stub ignores PYTHONPATH, so a path file says where both lie.
+
+    Raises:
+        ConfigError, OutputError: as :func:`environment`.
     """
     base, layer, source = environment(), folder / "env", folder / "source"
     venv.create(layer, symlinks=True, with_pip=False)
@@ -65,30 +67,6 @@ def layered(folder: Path) -> Path:
 def site_packages(environment: Path) -> Path:
     """Where a virtual environment of the running Python has its packages."""
     return environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-
-
-def backends(folder: Path) -> Path:
-    """A backend directory in ``folder``: the wheel's python backend with the stub of this Python."""
-    wheel = site_packages(environment()) / "pytriton" / "tritonserver"
-    target = folder / "backends"
-    shutil.copytree(wheel / "backends", target)
-    stub = wheel / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
-    shutil.copy(stub / "triton_python_backend_stub", target / "python")
-    return target
-
-
-def server_variables(layer: Path) -> dict[str, str]:
-    """What the server needs in its environment: Python's own library and those that the wheel brings."""
-    libraries = site_packages(environment()) / "nvidia_pytriton.libs"
-    python = sysconfig.get_config_var("LIBDIR")
-    search = [str(libraries), str(python), *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
-    path = f"{layer / 'bin'}:{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": path, "LD_LIBRARY_PATH": ":".join(filter(None, search))}
-
-
-def server_program() -> Path:
-    """The tritonserver of the wheel."""
-    return site_packages(environment()) / "pytriton" / "tritonserver" / "bin" / "tritonserver"
 
 
 def _install(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs the real tritonserver of the nvidia-pytriton wheel on a model repository, and watches over it."""
+"""A tritonserver in a process of its own: where it listens, when it is ready, and how it ends."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from medusa_export.core.errors import OutputError
-from medusa_export.engines.serving.triton.testing.environment import backends, layered, server_program, server_variables
+from medusa_export.engines.serving.triton.hosting.installation import pinned
 
 START_SECONDS, EXIT_SECONDS, POLL_SECONDS = 120.0, 30, 0.1
+MARGIN_SECONDS = 5.0  # for a server that is slow to end
 SHARED_MEMORY = Path("/dev/shm")
 STACK_BYTES = 256 << 20
 
@@ -62,8 +64,58 @@ class Address:
                 item.close()
 
 
-class TritonServer:
-    """One tritonserver with its stubs; :meth:`stop` leaves nothing of them.
+class ServerProcess:
+    """A tritonserver that runs.
+
+    Args:
+        process: it, in a session of its own, whose id is the process's.
+        exit_seconds: that it gives to requests in flight when it is told to end.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], address: Address, exit_seconds: float) -> None:
+        self.process, self.address, self._exit_seconds = process, address, exit_seconds
+
+    def wait_ready(self, seconds: float = START_SECONDS, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Return when all models are loaded and metrics can be read, or nobody waits for that any more.
+
+        Raises:
+            OutputError: the server ended, or took too long; its log says why.
+        """
+        deadline = time.monotonic() + seconds
+        while not is_cancelled() and not (self.is_ready() and _is_fine(self.address.metrics)):  # that one opens last
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                got = f"exit code {self.process.returncode}"
+                raise OutputError("tritonserver", got, "a server that is ready", "read what it wrote above")
+            time.sleep(POLL_SECONDS)
+
+    def is_ready(self) -> bool:
+        """Whether the server and all models say so."""
+        return _is_fine(f"{self.address.http}/v2/health/ready")
+
+    def stop(self) -> int:
+        """Have the server finish what is in flight and end. Returns its exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                # With a stream that a client holds open, Triton 2.51 does not end.
+                self.process.wait(self._exit_seconds + MARGIN_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._kill_left()
+        return self.process.returncode
+
+    def _kill_left(self) -> None:
+        """Stubs outlive a server that was killed."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+class TritonServer(ServerProcess):
+    """The pinned tritonserver on a repository, without its launch.sh, for tests and benchmarks; :meth:`stop` leaves nothing of it.
 
     Args:
         repository: of models.
@@ -74,38 +126,19 @@ class TritonServer:
     def __init__(
         self, repository: Path, address: Address, log: IO[bytes] | None = None, *, exit_seconds: int = EXIT_SECONDS
     ) -> None:
-        self.address, self._exit_seconds = address, exit_seconds
         self._prefix = f"medusa_{uuid.uuid4().hex[:12]}"  # of the shared memory
         self._folder = Path(tempfile.mkdtemp(prefix="medusa-triton-"))
         try:
-            layer = layered(self._folder)
-            command = self._command(repository.resolve(), backends(self._folder))
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT if log else None,
-                env={**server_variables(layer), "TMPDIR": str(self._folder)},
-                start_new_session=True, preexec_fn=_deepen_stack,
+            found = pinned(self._folder)
+            process = subprocess.Popen(
+                [str(found.program), *found.flags, *self._flags(repository.resolve(), address, exit_seconds)],
+                stdout=log, stderr=subprocess.STDOUT if log else None, env=found.variables, start_new_session=True,
+                preexec_fn=_deepen_stack,
             )  # fmt: skip
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
-
-    def wait_ready(self, seconds: float = START_SECONDS) -> None:
-        """Return when all models are loaded, and metrics can be read.
-
-        Raises:
-            OutputError: the server ended, or took too long; its log says why.
-        """
-        deadline = time.monotonic() + seconds
-        while not (self.is_ready() and _is_fine(self.address.metrics)):  # the endpoint that it opens last
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                got = f"exit code {self.process.returncode}"
-                raise OutputError("tritonserver", got, "a server that is ready", "read what it wrote above")
-            time.sleep(POLL_SECONDS)
-
-    def is_ready(self) -> bool:
-        """Whether the server and all models say so."""
-        return _is_fine(f"{self.address.http}/v2/health/ready")
+        super().__init__(process, address, exit_seconds)
 
     def stubs(self) -> list[int]:
         """Process ids of the python backend's stubs."""
@@ -120,42 +153,23 @@ class TritonServer:
         return sorted(SHARED_MEMORY.glob(f"{self._prefix}*"))
 
     def stop(self) -> int:
-        """Have the server finish what is in flight and end, and remove what is left of it. Returns its exit code."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(
-                    self._exit_seconds + 5
-                )  # with a stream that a client holds open, Triton 2.51 does not end
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self._kill_left()
+        """As the base's, and remove what is left of it."""
+        code = super().stop()
         for path in self.shared_memory():
             path.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
-        return self.process.returncode
+        return code
 
-    def _kill_left(self) -> None:
-        """Stubs outlive a server that was killed."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-
-    def _command(self, repository: Path, backend_directory: Path) -> list[str]:
-        at = self.address
+    def _flags(self, repository: Path, at: Address, exit_seconds: int) -> list[str]:
         flags = {
             "model-repository": repository,
-            "backend-directory": backend_directory,
             "backend-config": f"python,shm-region-prefix-name={self._prefix}",
             "http-address": at.host, "http-port": at.http_port,
             "grpc-address": at.host, "grpc-port": at.grpc_port,
             "metrics-address": at.host, "metrics-port": at.metrics_port,
-            "exit-timeout-secs": self._exit_seconds,
+            "exit-timeout-secs": exit_seconds,
         }  # fmt: skip
-        named = [f"--{name}={value}" for name, value in flags.items()]
-        return [str(server_program()), "--disable-auto-complete-config", *named]
+        return ["--disable-auto-complete-config", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def _deepen_stack() -> None:

@@ -1,1 +1,0 @@
-"""A real tritonserver on this machine, for tests and benchmarks."""

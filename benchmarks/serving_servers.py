@@ -20,14 +20,14 @@ from serving_client import Answer, Client, NoAnswerError, Part, Question
 
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.serving.triton.repository import write_repository
 from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
+from medusa_export.engines.serving.triton.repository import write_repository
 
 MODEL = "medusa"
 REQUEST_SECONDS = 600.0
 START_SECONDS = 120.0
-KINDS = {"text_input": "BYTES", "system": "BYTES", "max_tokens": "INT64", "stream": "BOOL"}
-DTYPES: dict[str, Any] = {"BYTES": np.object_, "INT64": np.int64, "BOOL": np.bool_}
+KINDS = {"text_input": "BYTES", "system": "BYTES", "max_tokens": "INT32", "stream": "BOOL"}
+DTYPES: dict[str, Any] = {"BYTES": np.object_, "INT32": np.int32, "BOOL": np.bool_}
 EXIT_SECONDS = 1  # nothing is in flight then, but Triton 2.51 may hold on to a stream that was cancelled as it ended
 BUSY = "that wait"  # what both servers say of a full queue
 PROGRAM = Path(sys.executable).with_name("medusa-serve")
@@ -141,8 +141,8 @@ def _part(result: Any, error: Any, request_id: str) -> Part:
     is_last = response.parameters["triton_final_response"].bool_param
     if not response.outputs:
         return Part([], "", is_last=is_last)
-    tokens, text = result.as_numpy("token_ids").tolist(), result.as_numpy("text_output")[0].decode()
-    return Part(tokens, text, float(result.as_numpy("tokens_per_step")[0]), is_last)
+    tokens, text = result.as_numpy("token_ids")[0].tolist(), result.as_numpy("text_output")[0, 0].decode()
+    return Part(tokens, text, float(result.as_numpy("tokens_per_step")[0, 0]), is_last)
 
 
 def _inputs(question: Question, max_tokens: int) -> list[Any]:
@@ -153,8 +153,8 @@ def _inputs(question: Question, max_tokens: int) -> list[Any]:
         given["system"] = question.messages[0]["content"].encode()
     made: list[Any] = []
     for name, value in given.items():
-        values = np.array([value], dtype=DTYPES[KINDS[name]])
-        made.append(InferInput(name, [1], KINDS[name]).set_data_from_numpy(values))
+        values = np.array([[value]], dtype=DTYPES[KINDS[name]])
+        made.append(InferInput(name, [1, 1], KINDS[name]).set_data_from_numpy(values))
     return made
 
 

@@ -94,7 +94,7 @@ class TextService:
         require_served(engine_dir, info, options)
         options = replace(options, drafts=settle_drafts(options.drafts, info, own_tree=tree is not None))
         self._grammars = GrammarCompiler(self.tokenizer, info.vocab_size, info.eos_token_ids)
-        self._vocab_size, self._eos = info.vocab_size, info.eos_token_ids
+        self._vocab_size, self.end_ids = info.vocab_size, info.eos_token_ids
         decoder, drafter = open_served(engine_dir, info, options, trees)
         self.max_length = decoder.max_length
         self.name = Path(str(info.source.get("checkpoint", engine_dir))).name
@@ -119,7 +119,7 @@ class TextService:
             return None
         timeout_s = min(request.timeout_s or self.options.timeout_s, self.options.timeout_s)
         rule = self._grammars.rule(request.grammar) if request.grammar else None
-        chooser = token_chooser(request.sampling, input_ids, self._eos, rule)
+        chooser = token_chooser(request.sampling, input_ids, self.end_ids, rule)
         callbacks = _TextCallbacks(TextStream(self.tokenizer, request.stop), say, chooser)
         return self.scheduler.submit(input_ids, request.sampling, callbacks, timeout_s=timeout_s, chooser=chooser)
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ import pytest
 
 from medusa_export.engines.serving.openai.protocol.errors import REFUSALS, UNFINISHED
 from medusa_export.engines.serving.openai.protocol.fields import CHAT, COMPLETIONS
+from medusa_export.engines.serving.triton.hosting.installation import pinned
+from medusa_export.engines.serving.triton.hosting.server import Address, ServerProcess
 from tests.integration.openai_fixture import Served
 from tests.integration.triton_fixture import endless_engine
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 PORT, NAME = "8000", "smollm2"
+PROGRAMS = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NO_PROXY": "127.0.0.1"}
 
 
 def block(name: str) -> str:
@@ -67,6 +71,65 @@ def test_the_commands(served: Served) -> None:
     assert done.stdout.count("data: [DONE]") == 1
     assert '{"status":"ok"}' in done.stdout
     assert f'vllm:generation_tokens_total{{model_name="{NAME}"}} 140.0' in done.stdout
+
+
+@pytest.fixture
+def folder(tiny_engine: Callable[..., Any], tmp_path: Path) -> Path:
+    """A directory in which Triton's commands can be run as they stand."""
+    export = tmp_path / "quickstart" / "out"
+    export.mkdir(parents=True)
+    shutil.copytree(endless_engine(tiny_engine), export / "engine")
+    return tmp_path
+
+
+@contextlib.contextmanager
+def running(command: str, folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A server that is told to end, and ends well, with all that it started."""
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            command, shell=True, cwd=folder, env=PROGRAMS | variables, text=True, stdout=subprocess.PIPE, stderr=log
+        )
+    try:
+        yield process
+        process.terminate()
+        assert process.wait(60) == 0, (folder / "server.log").read_text()[-2000:]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def asked(port: int, folder: Path) -> str:
+    """What the documented questions are answered with."""
+    if shutil.which("curl") is None:
+        pytest.skip("no curl")
+    script = "set -e\n" + block("ask-triton").replace(f":{PORT}", f":{port}")
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60, env=PROGRAMS, check=False)
+    assert done.returncode == 0, done.stderr + (folder / "server.log").read_text()[-2000:]
+    return done.stdout
+
+
+def test_the_commands_for_triton(folder: Path) -> None:
+    write, verify, serve = block("triton").splitlines()
+    subprocess.run(write, shell=True, cwd=folder, env=PROGRAMS, check=True, capture_output=True)
+    at = Address.free()
+    ports = f" --http-port {at.http_port} --grpc-port {at.grpc_port} --metrics-port {at.metrics_port}"
+    with running(f"exec {serve}{ports}", folder) as server:
+        assert server.stdout is not None
+        ready = server.stdout.readline()
+        assert ready.startswith(
+            f"serving medusa, medusa_unary on {at.http}, gRPC on {at.grpc}, metrics at {at.metrics};"
+        )
+        answers = asked(at.http_port, folder)
+        assert answers.count('"finish_reason":"length"') == 3
+    assert "stopping" in server.stdout.read()
+    verified = subprocess.run(verify, shell=True, cwd=folder, env=PROGRAMS, capture_output=True, text=True, check=False)
+    assert verified.returncode == 0, f"after use: {verified.stdout}"
+    found = pinned(folder / "pinned")
+    variables = {name: found.variables[name] for name in ("LD_LIBRARY_PATH", "PATH", "TMPDIR")}
+    variables |= {"HTTP_PORT": f"{at.http_port}", "GRPC_PORT": f"{at.grpc_port}", "METRICS_PORT": f"{at.metrics_port}"}
+    with running(f"exec {block('launch').strip()} {' '.join(found.flags)}", folder, **variables) as server:
+        ServerProcess(server, at, 10).wait_ready()  # type: ignore[arg-type]
+        assert len(asked(at.http_port, folder)) == len(answers)
 
 
 def test_the_command_with_a_key() -> None:

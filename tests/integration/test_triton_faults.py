@@ -25,9 +25,9 @@ from tritonclient.utils import InferenceServerException
 
 from medusa_export.engines.serving.meter import REASONS
 from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 from medusa_export.engines.serving.triton.metrics import FLUSH_SECONDS
 from medusa_export.engines.serving.triton.repository import write_repository
-from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 from tests.integration.triton_fixture import SECONDS, Served, Stream, endless_engine, tensors
 
 QUESTION = "w3 w4 w5"
@@ -229,7 +229,7 @@ def _ask_in_all_ways(served: Served, count: int, found: dict[str, Any]) -> list[
         while True:
             result, error = stream.next()
             if error is None and result.get_response().outputs:
-                tokens += result.as_numpy("token_ids").tolist()
+                tokens += result.as_numpy("token_ids")[0].tolist()
             if error is not None or result.get_response().parameters["triton_final_response"].bool_param:
                 stream.close()
                 return tokens if error is None else error.message()
@@ -237,7 +237,7 @@ def _ask_in_all_ways(served: Served, count: int, found: dict[str, Any]) -> list[
     def unary() -> Any:
         with grpc.InferenceServerClient(served.address.grpc) as client:
             try:
-                return client.infer("medusa_unary", tensors(**question)).as_numpy("token_ids").tolist()
+                return client.infer("medusa_unary", tensors(**question)).as_numpy("token_ids")[0].tolist()
             except InferenceServerException as error:
                 return error.message()
 

@@ -18,9 +18,9 @@ from tritonclient.utils import InferenceServerException
 
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 from medusa_export.engines.serving.triton.metrics import FLUSH_SECONDS
 from medusa_export.engines.serving.triton.repository import verify_repository, write_repository
-from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 from tests.integration.triton_fixture import CONTEXT, SECONDS, Served, Stream, endless_engine, tensors
 
 MAX_TEXT = 20_000
@@ -71,9 +71,9 @@ def test_every_client_gets_the_tokens_of_decoding_alone(served: Served) -> None:
     assert [event["finish_reason"] for event in events] == [""] * (len(events) - 1) + ["length"]
     with grpc.InferenceServerClient(served.address.grpc) as client:
         result = client.infer("medusa_unary", tensors(**inputs), request_id="7")
-        assert result.as_numpy("token_ids").tolist() == expected
+        assert result.as_numpy("token_ids").tolist() == [expected]
         assert result.get_response().id == "7"
-    json_inputs = [{"name": "text_input", "shape": [1], "datatype": "BYTES", "data": [QUESTION]}]
+    json_inputs = [{"name": "text_input", "shape": [1, 1], "datatype": "BYTES", "data": [QUESTION]}]
     status, body = served.http("models/medusa_unary/infer", {"inputs": json_inputs})
     outputs = {output["name"]: output["data"] for output in body["outputs"]}
     assert outputs["token_ids"] == expected[:5], "max_tokens of the server's options"
@@ -136,8 +136,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "negative tokens": ({**GOOD, "max_tokens": -5}, "max_tokens: got -5"),
     "a number of another type": ({**GOOD, "max_tokens": "many"}, ""),
     "a negative temperature": ({**GOOD, "temperature": -1.0}, "temperature: got -1"),
-    "no top_p": ({**GOOD, "top_p": 0.0}, "top_p: got 0"),
-    "a negative seed": ({**GOOD, "temperature": 1.0, "seed": -1}, "seed: got -1"),
+    "too much top_p": ({**GOOD, "top_p": 1.5}, "top_p: got 1.5"),
+    "a negative seed": ({**GOOD, "temperature": 1.0, "seed": -1}, ""),
+    "banned words": ({**GOOD, "bad_words": ["a"]}, "bad_words: got ['a']; expected none"),
+    "beams": ({**GOOD, "beam_width": 4}, "beam_width: got 4; expected 1"),
+    "the prompt in the answer": ({**GOOD, "exclude_input_in_output": False}, "exclude_input_in_output: got false"),
+    "another model's end": ({**GOOD, "end_id": 50256}, "end_id: got 50256; expected"),
+    "an adapter": ({**GOOD, "lora_task_id": 1}, "lora_task_id"),
     "no time": ({**GOOD, "timeout_s": 0.0}, "timeout_s: got 0"),
     "many stop words": ({**GOOD, "stop": ["a"] * 17}, "stop: got 17"),
     "an unknown input": ({**GOOD, "nonsense": 1}, "nonsense"),
@@ -161,17 +166,67 @@ def test_bad_requests_are_refused_and_the_next_is_served(served: Served, model: 
     assert (status, answer["completion_tokens"]) == (200, 2)
 
 
-def test_a_number_past_64_bits_is_no_small_one(served: Served) -> None:
-    status, answer = served.http("models/medusa/generate", b'{"text_input": "w1", "max_tokens": 18446744073709551621}')
-    assert status >= 400, answer
-    status, answer = served.generate(text_input=QUESTION, max_tokens=2**32 + 1, timeout_s=0.2)
-    assert "time limit" in answer.get("error", "") or answer["completion_tokens"] > 3000  # not a single token
+@pytest.mark.parametrize("model", ["medusa", "medusa_unary"])
+def test_a_refused_request_is_a_failure_in_every_metric(served: Served, model: str) -> None:
+    triton = {"model": "medusa", "version": "1"}
+    before = served.metrics.read("nv_inference_request_failure", **triton, reason="BACKEND")
+    succeeded = served.metrics.read("nv_inference_request_success", **triton)
+    ours = served.metrics.read("medusa_requests_refused_total", reason="INVALID_ARG")
+    for _ in range(3):
+        status, answer = served.generate(model, text_input="")
+        assert (status, answer) == (400, {"error": answer["error"]})
+        assert answer["error"].startswith("text: got nothing; expected a question"), "Triton's word for a raise"
+    served.metrics.wait_for("nv_inference_request_failure", before + 3, **triton, reason="BACKEND")
+    served.metrics.wait_for("medusa_requests_refused_total", ours + 3, reason="INVALID_ARG")
+    assert served.metrics.read("nv_inference_request_success", **triton) == succeeded
+
+
+def test_nvidias_dialect(served: Served) -> None:
+    """The command of NVIDIA's documents, and every optional input of theirs with a value that changes nothing."""
+    expected = served.offline(QUESTION, 20)
+    text = read_tokenizer(served.engine).decode(expected, skip_special_tokens=True)
+    body = {"text_input": QUESTION, "max_tokens": 20, "bad_words": "", "stop_words": ""}
+    nested = {"text_input": QUESTION, "parameters": {"max_tokens": 20, "bad_words": [""], "stop_words": [""]}}
+    neutral = {
+        "pad_id": 2, "end_id": -1, "top_k": 1, "top_p": 0.0, "temperature": 1.0, "length_penalty": 1.0, "min_tokens": 1,
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "random_seed": 7, "beam_width": 1,
+        "num_return_sequences": 1, "exclude_input_in_output": True, "return_context_logits": False,
+        "return_generation_logits": False, "return_perf_metrics": False, "return_log_probs": False, "stream": False,
+    }  # fmt: skip
+    for model in ("medusa", "medusa_unary"):
+        for asked in (body, nested, {**body, **neutral}):
+            status, answer = served.http(f"models/{model}/generate", asked)
+            assert (status, answer.get("token_ids"), answer.get("text_output")) == (200, expected, text), answer
+            assert "cum_log_probs" not in answer
+    with grpc.InferenceServerClient(served.address.grpc) as client:
+        inputs = tensors(**{**body, **neutral, "bad_words": [""], "stop_words": [""]})
+        assert client.infer("medusa_unary", inputs).as_numpy("token_ids").tolist() == [expected]
+
+
+def test_nvidias_sampling_is_ours(served: Served) -> None:
+    drawn = served.offline(QUESTION, 12, temperature=0.7, seed=5)
+    for name in ("seed", "random_seed"):
+        inputs = {"text_input": QUESTION, "max_tokens": 12, "temperature": 0.7, name: 5}
+        assert served.generate(**inputs)[1]["token_ids"] == drawn
+    warm = served.offline(QUESTION, 12, temperature=1.0, seed=5)
+    _, body = served.generate(text_input=QUESTION, max_tokens=12, top_k=10_000, seed=5)
+    assert body["token_ids"] == warm, "top_k alone draws at temperature 1, as in TensorRT-LLM"
+    _, body = served.generate(text_input=QUESTION, max_tokens=12, repetition_penalty=5.0)
+    assert body["token_ids"] != served.offline(QUESTION, 12)
+
+
+@pytest.mark.parametrize("model", ["medusa", "medusa_unary"])
+def test_log_probabilities(served: Served, model: str) -> None:
+    _, body = served.generate(model, text_input=QUESTION, max_tokens=9, return_log_probs=True)
+    assert len(body["output_log_probs"]) == 9
+    assert body["cum_log_probs"] == pytest.approx(sum(body["output_log_probs"]), rel=1e-5)
+    assert all(-20 < value < 0 for value in body["output_log_probs"])
 
 
 def test_wrong_tensors_over_grpc(served: Served) -> None:
-    wrong_type = grpc.InferInput("max_tokens", [1], "INT32").set_data_from_numpy(np.array([3], np.int32))
-    two = grpc.InferInput("text_input", [2], "BYTES").set_data_from_numpy(np.array([b"w1", b"w2"], object))
-    no_text = grpc.InferInput("text_input", [1], "BYTES").set_data_from_numpy(np.array([b"w1\xff\xfe"], object))
+    wrong_type = grpc.InferInput("max_tokens", [1, 1], "INT64").set_data_from_numpy(np.array([[3]], np.int64))
+    two = grpc.InferInput("text_input", [1, 2], "BYTES").set_data_from_numpy(np.array([[b"w1", b"w2"]], object))
+    no_text = grpc.InferInput("text_input", [1, 1], "BYTES").set_data_from_numpy(np.array([[b"w1\xff\xfe"]], object))
     text = tensors(text_input=QUESTION)
     with grpc.InferenceServerClient(served.address.grpc) as client:
         for inputs in ([*text, wrong_type], [two], [no_text], []):

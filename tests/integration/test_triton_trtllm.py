@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.serving.triton.repository import render
+from medusa_export.engines.serving.triton.config_files import render
 from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
 from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing, model_configs
 from medusa_export.engines.serving.triton_trtllm.repository import engine_facts, write_trtllm_repository
@@ -124,6 +124,22 @@ def test_text_to_text(model: str, served: tuple[TritonServer, Path]) -> None:
         assert body["total_draft_tokens"] == body["engine_steps"] * 3
 
 
+@pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])
+def test_nvidias_dialect(model: str, served: tuple[TritonServer, Path]) -> None:
+    """The command of NVIDIA's documents, and every optional input of theirs with a value that changes nothing."""
+    server, engine = served
+    text = expected(engine, "w3 w4 w5", 11)[1]
+    body = {"text_input": "w3 w4 w5", "max_tokens": 11, "bad_words": "", "stop_words": ""}
+    neutral = {
+        "pad_id": 2, "end_id": 2, "top_k": 1, "top_p": 0.9, "temperature": 0.7, "length_penalty": 1.0, "min_tokens": 1,
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": 7, "beam_width": 1,
+        "return_log_probs": False, "return_context_logits": False, "num_return_sequences": 1, "stream": False,
+    }  # fmt: skip
+    for inputs in (body, {**body, **neutral}):
+        status, answer = ask(server, model, **inputs)
+        assert (status, answer.get("text_output")) == (200, text), answer
+
+
 def test_streaming(served: tuple[TritonServer, Path]) -> None:
     server, engine = served
     ids, text = expected(engine, "w9 w8 w7 w6", 20)
@@ -178,6 +194,10 @@ def test_special_tokens_in_a_text_stay_text(served: tuple[TritonServer, Path]) -
         ({"text_input": "w3 " * 1000, "max_tokens": 5}, "text_input: got 3000 bytes; expected at most 2000"),
         ({"text_input": "w3 " * 300, "max_tokens": 5}, "max_tokens: got 5; expected 1 .. -"),
         ({"max_tokens": 5}, "text_input"),
+        ({"text_input": "w3", "max_tokens": 5, "temperature": 0.7}, "temperature: got 0.7"),
+        ({"text_input": "w3", "max_tokens": 5, "bad_words": ["w4"]}, "bad_words: got ['w4']; expected none"),
+        ({"text_input": "w3", "max_tokens": 5, "beam_width": 4}, "beam_width: got 4; expected 1"),
+        ({"text_input": "w3", "max_tokens": 5, "end_id": 50256}, "end_id: got 50256; expected 2, or -1"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])

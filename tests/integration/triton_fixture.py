@@ -20,11 +20,12 @@ from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.serving.triton.hosting.server import Address, TritonServer
+from medusa_export.engines.serving.triton.tensors import DTYPES, INPUTS
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import Tree
 from tests.integration.metrics import Metrics
 
-DTYPES = {str: "BYTES", int: "INT64", float: "FP32", bool: "BOOL", list: "BYTES"}
+TYPES = {port.name: port.data_type for port in INPUTS}
 TREE = Tree.from_choices([[0], [1], [0, 0], [0, 0, 0]])
 CONTEXT = 4000
 MANY_LAYERS = 16  # a long answer takes seconds then: tests of what happens meanwhile do not race with it
@@ -92,15 +93,13 @@ class Served:
 
 
 def tensors(**inputs: Any) -> list[Any]:
-    """Inputs of a gRPC request, by the types of their values."""
+    """Inputs of a gRPC request, as NVIDIA's clients send them: with a batch axis of 1."""
     made = []
     for name, value in inputs.items():
-        dtype = DTYPES[type(value)]
-        values = value if isinstance(value, list) else [value]
-        encoded = [item.encode() for item in values] if dtype == "BYTES" else values
-        tensor = grpc.InferInput(name, [len(values)], dtype)
-        kind = {"BYTES": np.object_, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}[dtype]
-        made.append(tensor.set_data_from_numpy(np.array(encoded, dtype=kind)))
+        kind, values = TYPES[name], value if isinstance(value, list) else [value]
+        encoded = [[item.encode() if kind == "STRING" else item for item in values]]
+        tensor = grpc.InferInput(name, [1, len(values)], "BYTES" if kind == "STRING" else kind)
+        made.append(tensor.set_data_from_numpy(np.array(encoded, dtype=DTYPES[kind])))
     return made
 
 
@@ -131,9 +130,9 @@ class Stream:
             response = result.get_response()
             ids, text, reason = found.get(response.id, ([], "", ""))
             if response.outputs:
-                ids = [*ids, *result.as_numpy("token_ids").tolist()]
-                text += result.as_numpy("text_output")[0].decode()
-                reason = result.as_numpy("finish_reason")[0].decode()
+                ids = [*ids, *result.as_numpy("token_ids")[0].tolist()]
+                text += result.as_numpy("text_output")[0, 0].decode()
+                reason = result.as_numpy("finish_reason")[0, 0].decode()
             found[response.id] = ids, text, reason
             if response.parameters["triton_final_response"].bool_param:
                 ended.add(response.id)

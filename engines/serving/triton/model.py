@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from dataclasses import fields
 from heapq import nsmallest
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from medusa_export.core.errors import MedusaExportError
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo, RequestHandle
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
+from medusa_export.engines.serving.triton.dialect import read_inputs, settle
 from medusa_export.engines.serving.triton.guard import Guard
 from medusa_export.engines.serving.triton.metrics import TritonMeter
 from medusa_export.engines.serving.triton.sender import Sender
-from medusa_export.engines.serving.triton.tensors import read_inputs, write_outputs
+from medusa_export.engines.serving.triton.tensors import INPUTS, write_outputs
 from medusa_export.heads.decoding.sampling import Sampling
 
 POLL_SECONDS = 0.02  # a step takes longer
@@ -27,6 +29,7 @@ CODED = " | "
 # Instead of a code: the message is the answer, as JSON. The stub of Triton 2.51 makes numpy arrays of a response's tensors without
 # holding Python's lock (InferRequest::Exec), and with several requests at once that ends it; of an error it reads a string alone.
 ANSWERED = "ANSWERED"
+SAMPLING = {item.name for item in fields(Sampling)}  # of which the dialect has most, under the same names
 ERRORS = {  # how a request can end without an answer: Triton's code, and what the client reads
     "cancelled": ("CANCELLED", "the request was cancelled"),
     "timeout": ("UNAVAILABLE", "the request took longer than its time limit"),
@@ -35,6 +38,10 @@ ERRORS = {  # how a request can end without an answer: Triton's code, and what t
 }
 
 logger = logging.getLogger(__name__)
+
+
+class RefusedRequest(Exception):  # noqa: N818 - what the server's log calls it
+    """A request was refused; its client knows."""
 
 
 class MedusaModel:
@@ -48,6 +55,7 @@ class MedusaModel:
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         engine = Path(args["model_repository"]) / args["model_version"] / parameters.pop("engine")
+        self.is_batched = int(config["max_batch_size"]) > 0
         self._meter = TritonMeter(pb_utils, args["model_name"])
         self._service = TextService(engine, ServingOptions.from_text(parameters), self._meter)
         self._open: dict[int, _Open] = {}
@@ -57,9 +65,15 @@ class MedusaModel:
         self._guard = Guard(self._stop)
 
     def execute(self, requests: list[Any]) -> None:
-        """Queue requests and return: the answers come later."""
-        for request in requests:
-            self._take(request, Sender(self._pb, request.get_response_sender()))
+        """Queue requests and return: the answers come later.
+
+        Raises:
+            RefusedRequest: some were refused. Their clients have been told why; this is how Triton counts them as failures
+                (nv_inference_request_failure). Without dynamic batching there is one request at a time.
+        """
+        refused = [self._take(request, Sender(self._pb, request.get_response_sender())) for request in requests]
+        if any(refused):
+            raise RefusedRequest(", ".join(filter(None, refused))) from None
 
     def finalize(self) -> None:
         """Finish what is being answered, for a while; called once by Triton."""
@@ -74,15 +88,18 @@ class MedusaModel:
         arguments = {"drain": True, "timeout_s": self._service.options.grace_s}
         threading.Thread(target=self._service.close, kwargs=arguments, name="medusa-export-stop", daemon=True).start()
 
-    def _take(self, request: Any, sender: Sender) -> None:
+    def _take(self, request: Any, sender: Sender) -> str:
+        """Queue a request. Returns the code of an error if it was refused."""
         parameters = json.loads(request.parameters() or "{}")
         if CANCEL in parameters:
             self._cancel(str(parameters[CANCEL]), sender)
-            return
+            return ""
         answer = _Open(self, sender, request.request_id(), is_coded=bool(parameters.pop(TWIN, False)))
         try:
-            values = read_inputs({tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, parameters)
+            arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            values = settle(read_inputs(arrays, INPUTS, parameters), self._service.end_ids)
             answer.streams = bool(values.get("stream", False))
+            answer.wants_logprobs = bool(values.get("return_log_probs", False))
             with self._lock:
                 self._open[id(answer)] = answer  # before the first piece can come
             answer.handle = self._service.submit(self._request(values), answer.say)
@@ -91,21 +108,25 @@ class MedusaModel:
             code = "UNAVAILABLE" if isinstance(error, (BusyError, ClosedError)) else "INVALID_ARG"
             self._meter.refused(code)
             answer.fail(code, str(error))
+            return code
         except Exception:
             self.forget(answer)
             logger.exception("a request could not be read")
             answer.fail("INTERNAL", "the server failed to read this request")
+            return "INTERNAL"
+        return ""
 
     def _request(self, values: dict[str, Any]) -> TextRequest:
-        options, text = self._service.options, values["text_input"]
-        sampling = Sampling(
-            temperature=float(values.get("temperature", 0.0)), top_p=float(values.get("top_p", 1.0)),
-            max_tokens=int(values.get("max_tokens", options.max_tokens)), seed=values.get("seed"),
-        )  # fmt: skip
+        text = values["text_input"]
+        given = {
+            "max_tokens": self._service.options.max_tokens,
+            **{name: values[name] for name in SAMPLING & values.keys()},
+        }
+        sampling = Sampling(**given, logprobs=0 if values.get("return_log_probs") else None)
         system = [{"role": "system", "content": values["system"]}] if values.get("system") else []
         messages = [*system, {"role": "user", "content": text}] if values.get("chat", True) else ()
         prompt = "" if messages else text
-        return TextRequest(messages, prompt, sampling, tuple(values.get("stop", ())), values.get("timeout_s"))
+        return TextRequest(messages, prompt, sampling, tuple(values["stop"]), values.get("timeout_s"))
 
     def _cancel(self, request_id: str, sender: Sender) -> None:
         """End the request with an id, for the twin, whose clients' cancellations do not reach this model."""
@@ -144,11 +165,15 @@ class _Open:
         self.handle: RequestHandle | None = None
         self._model = model
         self._text, self._token_ids = "", list[int]()  # not sent yet
+        self._logprobs = list[float]()
+        self._told_logprob = 0.0  # their sum so far
+        self.wants_logprobs = False
 
     def say(self, piece: Piece) -> None:
         """In the scheduler's thread."""
         self._text += piece.text
         self._token_ids += piece.token_ids
+        self._logprobs += [item.logprob for item in piece.logprobs]
         if piece.end is not None:
             self._finish(piece.end)
         elif self.streams:
@@ -171,8 +196,11 @@ class _Open:
             "prompt_tokens": end.prompt_tokens if end else 0, "completion_tokens": end.completion_tokens if end else 0,
             "tokens_per_step": end.tokens_per_step if end else 0.0,
         }  # fmt: skip
-        self._text, self._token_ids = "", []
+        if self.wants_logprobs:
+            self._told_logprob += sum(self._logprobs)
+            values |= {"cum_log_probs": self._told_logprob, "output_log_probs": self._logprobs}
+        self._text, self._token_ids, self._logprobs = "", [], []
         if self._is_coded:  # always whole
             self.sender.error("UNKNOWN", f"{ANSWERED}{CODED}{json.dumps(values)}")
         else:
-            self.sender.tensors(write_outputs(values), is_last=end is not None)
+            self.sender.tensors(write_outputs(values, is_batched=self._model.is_batched), is_last=end is not None)

@@ -16,6 +16,7 @@ from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.draft_kinds import settle_drafts
 from medusa_export.engines.serving.decoders import require_served
 from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.triton.dialect import UNHONOURED, Port
 from medusa_export.engines.serving.triton.tensors import INPUTS, OUTPUTS
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 
@@ -127,7 +128,7 @@ def repository_configs(name: str, options: ServingOptions) -> dict[str, dict[str
     """The fields of both models' configurations, by model."""
     shared = {
         "backend": "python",
-        "max_batch_size": 0,
+        "max_batch_size": 1,  # a batch axis, as NVIDIA's clients send it; a request is one text
         "input": [port.as_config() for port in INPUTS],
         "output": [port.as_config() for port in OUTPUTS],
         "instance_group": [{"kind": "KIND_CPU", "count": 1}],
@@ -212,12 +213,16 @@ def _code(model: str, name: str) -> str:
 
 
 def _readme(name: str, output: Path, info: EngineInfo) -> str:
-    def type_of(port: Any) -> str:
-        return port.data_type.removeprefix("TYPE_") + ("[]" if port.dims == (-1,) else "")
+    def type_of(port: Port) -> str:
+        return port.data_type + ("[]" if port.dims[-1] == -1 else "")
+
+    def note_of(port: Port) -> str:
+        limit = UNHONOURED.get(port.name)
+        return f"only {limit.expected}" if limit else "" if port.is_optional else "required"
 
     return README.format(
         name=name, unary=UNARY, directory=output.name, precision=info.precision, **README_WORDS[info.backend],
         source=Path(str(info.source.get("checkpoint", "a checkpoint"))).name,
-        inputs="\n".join(f"| `{p.name}` | {type_of(p)} | {'' if p.is_optional else 'required'} |" for p in INPUTS),
+        inputs="\n".join(f"| `{port.name}` | {type_of(port)} | {note_of(port)} |" for port in INPUTS),
         outputs="\n".join(f"| `{port.name}` | {type_of(port)} |" for port in OUTPUTS),
     )  # fmt: skip

@@ -26,7 +26,8 @@ class UnaryModel:
         import triton_python_backend_utils as pb_utils
 
         self._pb = pb_utils
-        self._model = json.loads(args["model_config"])["parameters"]["model"]["string_value"]
+        config = json.loads(args["model_config"])
+        self._model, self._is_batched = config["parameters"]["model"]["string_value"], int(config["max_batch_size"]) > 0
         self._guard = Guard()
 
     def finalize(self) -> None:
@@ -59,7 +60,7 @@ class UnaryModel:
         (answer,) = [answer for answer in asked.exec(decoupled=True) if answer.has_error()]
         code, mark, message = answer.error().message().partition(CODED)
         if code == ANSWERED:
-            sender.tensors(write_outputs(json.loads(message)), is_last=True)
+            sender.tensors(write_outputs(json.loads(message), is_batched=self._is_batched), is_last=True)
         elif mark:
             sender.error(code, message)
         else:  # the server's own
@@ -71,7 +72,8 @@ class UnaryModel:
             POLL_SECONDS * (1 + threading.active_count() // (2 * ASKED_AT_ONCE))
         ):  # two threads a request
             if sender.is_cancelled():
-                text = self._pb.Tensor("text_input", np.array([b""], dtype=object))  # the server wants one
+                empty = np.full((1, 1) if self._is_batched else (1,), b"", dtype=object)
+                text = self._pb.Tensor("text_input", empty)  # it has to be there
                 for _ in self._request([text], request_id, {CANCEL: request_id}).exec(decoupled=True):
                     pass
                 return

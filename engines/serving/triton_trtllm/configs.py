@@ -1,7 +1,7 @@
 """The five models of a repository for a TensorRT-LLM engine, as data: preprocessing, tensorrt_llm, postprocessing, ensemble, BLS.
 
 Names of the engine's inputs and outputs are those of the tensorrtllm backend (all_models/inflight_batcher_llm in TensorRT-LLM's
-triton_backend). Medusa accepts greedily, so there is nothing for a temperature to do, and the models do not offer one.
+triton_backend). What a request may say is in triton/dialect.py; preprocessing refuses what would need more than greedy acceptance.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from medusa_export.core.flags import flag
 from medusa_export.engines.serving.options import LIMITS, MAX_QUEUE, MAX_TEXT_BYTES, QUEUE_HELP, TEXT_HELP
+from medusa_export.engines.serving.triton.dialect import NVIDIAS, OURS, STREAM
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
 from medusa_export.heads.trees.tree import Tree
 
@@ -79,14 +80,10 @@ def _tensor(
     return tensor | ({"allow_ragged_batch": True} if ragged else {})
 
 
+# Every one of them has to be said to be optional in each of the three models that it goes through.
 TEXT_INPUTS = [
-    _tensor("text_input", "STRING", 1),
-    _tensor("max_tokens", "INT32", 1),
-    _tensor("stop_words", "STRING", -1, optional=True),
-    _tensor("system", "STRING", 1, optional=True),
-    _tensor("chat", "BOOL", 1, optional=True),
+    {**port.as_config(), "optional": port.name not in ("text_input", "max_tokens")} for port in (*NVIDIAS, *OURS)
 ]
-STREAM = _tensor("stream", "BOOL", 1, optional=True)
 PREPARED = [
     _tensor("input_ids", "INT32", -1),
     _tensor("input_lengths", "INT32", 1),
@@ -119,7 +116,7 @@ def model_configs(facts: EngineFacts, serving: TrtllmServing) -> dict[str, Confi
         },
         ENSEMBLE: _ensemble(),
         BLS: {
-            **_python(BLS, [*TEXT_INPUTS, STREAM], _bls_outputs(facts)),
+            **_python(BLS, [*TEXT_INPUTS, STREAM.as_config()], _bls_outputs(facts)),
             # An instance waits for the answer of its request: as many as the engine decodes at once.
             "instance_group": [{"count": facts.max_batch_size, "kind": "KIND_CPU"}],
             **decoupled,
@@ -188,31 +185,29 @@ def _engine(facts: EngineFacts, serving: TrtllmServing) -> Config:
 
 
 def _ensemble() -> Config:
-    """Text to text in three steps; every name of a step is that of the ensemble or of the step before."""
+    """Text to text in three steps; what goes from one to the next has a name of its own, as a request has an end_id too."""
+    texts, prepared, tokens = (
+        [str(tensor["name"]) for tensor in tensors] for tensors in (TEXT_INPUTS, PREPARED, TOKENS)
+    )
+    between = {name: f"_{name}" for name in (*prepared, *tokens)}
     steps = [
-        (PREPROCESSING, [tensor["name"] for tensor in TEXT_INPUTS], [tensor["name"] for tensor in PREPARED], {}),
+        (PREPROCESSING, {name: name for name in texts}, {name: between[name] for name in prepared}),
         (
             ENGINE,
-            [tensor["name"] for tensor in PREPARED],
-            [tensor["name"] for tensor in TOKENS],
-            {"streaming": "stream"},
+            {**{name: between[name] for name in prepared}, "streaming": "stream"},
+            {name: between[name] for name in tokens},
         ),
-        (POSTPROCESSING, [tensor["name"] for tensor in TOKENS], ["text_output"], {}),
+        (POSTPROCESSING, {name: between[name] for name in tokens}, {"text_output": "text_output"}),
     ]
     return {
         "name": ENSEMBLE,
         "platform": "ensemble",
-        "input": [*TEXT_INPUTS, STREAM],
+        "input": [*TEXT_INPUTS, STREAM.as_config()],
         "output": [TEXT_OUTPUT],
         "ensemble_scheduling": {
             "step": [
-                {
-                    "model_name": model,
-                    "model_version": -1,
-                    "input_map": {**{name: name for name in inputs}, **renamed},
-                    "output_map": {name: name for name in outputs},
-                }
-                for model, inputs, outputs, renamed in steps
+                {"model_name": model, "model_version": -1, "input_map": inputs, "output_map": outputs}
+                for model, inputs, outputs in steps
             ]
         },
     }

@@ -132,6 +132,6 @@ def _flag(pb_utils: Any, request: Any, name: str) -> bool:
 
 
 def _words(pb_utils: Any, request: Any) -> list[str]:
-    tensor = pb_utils.get_input_tensor_by_name(request, "stop_words")
-    values = [] if tensor is None else tensor.as_numpy().reshape(-1)
+    tensors = [pb_utils.get_input_tensor_by_name(request, name) for name in ("stop", "stop_words")]
+    values = [value for tensor in tensors if tensor is not None for value in tensor.as_numpy().reshape(-1)]
     return [word for value in values if (word := value.decode("utf-8", "replace"))]

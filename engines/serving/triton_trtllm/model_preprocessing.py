@@ -14,12 +14,11 @@ import numpy as np
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.encoding import encode_chat, encode_text
+from medusa_export.engines.serving.triton.dialect import GREEDY, NVIDIAS, OURS, read_inputs, settle
 
 Array = Any
-
-
-class BadRequestError(ValueError):
-    """What the client is told."""
+INPUTS = (*NVIDIAS, *OURS)
+NO_END = -1
 
 
 class TritonPythonModel:
@@ -49,7 +48,7 @@ class TritonPythonModel:
         pb = self._pb
         try:
             arrays = self._encode({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
-        except BadRequestError as error:
+        except ConfigError as error:
             return pb.InferenceResponse(error=pb.TritonError(str(error), pb.TritonError.INVALID_ARG))
         except Exception:  # what a raise says holds paths
             message = "the text could not be turned into tokens"
@@ -58,36 +57,29 @@ class TritonPythonModel:
 
     def _encode(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Tensors for the engine, each with a leading batch axis of 1."""
-        text, max_tokens = self._text(inputs, "text_input"), int(_one(inputs, "max_tokens"))
-        chat = bool(_one(inputs, "chat", True))
-        system = self._text(inputs, "system") if "system" in inputs else ""
-        ids = self._prompt_ids(text, system, chat=chat)
+        values = settle(read_inputs(inputs, INPUTS), self._end_ids, GREEDY)
+        text, system, max_tokens = values["text_input"], values.get("system", ""), values["max_tokens"]
+        for name in ("text_input", "system"):
+            size = len(values.get(name, "").encode())
+            if size > self._max_text_bytes:
+                raise ConfigError(name, f"{size} bytes", f"at most {self._max_text_bytes}", "shorten it")
+        ids = self._prompt_ids(text.replace("\x00", ""), system.replace("\x00", ""), chat=values.get("chat", True))
         room = self._max_seq_len - len(ids)
         if not ids:
-            raise BadRequestError("text_input: got nothing; expected text")
+            raise ConfigError("text_input", "nothing", "text", "add some")
         if not 0 < max_tokens <= room:
-            raise BadRequestError(
-                f"max_tokens: got {max_tokens}; expected 1 .. {room} behind {len(ids)} tokens of prompt"
-            )
-        words = [word.decode("utf-8", "replace") for word in inputs.get("stop_words", np.zeros(0)).reshape(-1)]
-        stops = [self._plain_ids(word) for word in words if word] + [[token] for token in self._end_ids[1:]]
+            expected = f"1 .. {room} behind {len(ids)} tokens of prompt"
+            raise ConfigError("max_tokens", f"{max_tokens}", expected, "change it, or shorten the prompt")
+        end_ids = [NO_END] if values["ignore_eos"] else self._end_ids
+        stops = [self._plain_ids(word) for word in values["stop"]] + [[token] for token in end_ids[1:]]
         return {
             "input_ids": np.array([ids], np.int32),
             "input_lengths": np.array([[len(ids)]], np.int32),
             "request_output_len": np.array([[max_tokens]], np.int32),
-            "end_id": np.array([[self._end_ids[0]]], np.int32),
-            "pad_id": np.array([[self._end_ids[0]]], np.int32),
+            "end_id": np.array([[end_ids[0]]], np.int32),
+            "pad_id": np.array([[values.get("pad_id", self._end_ids[0])]], np.int32),
             "stop_words_list": words_list(stops),
         }
-
-    def _text(self, inputs: dict[str, Array], name: str) -> str:
-        raw = _one(inputs, name)
-        if len(raw) > self._max_text_bytes:
-            raise BadRequestError(f"{name}: got {len(raw)} bytes; expected at most {self._max_text_bytes}")
-        try:
-            return str(raw.decode("utf-8").replace("\x00", ""))
-        except UnicodeDecodeError:
-            raise BadRequestError(f"{name}: got bytes that are no UTF-8; expected text") from None
 
     def _prompt_ids(self, text: str, system: str, *, chat: bool) -> list[int]:
         """Tokens of what the engine gets to read."""
@@ -96,9 +88,9 @@ class TritonPythonModel:
         try:
             ids = encode_chat(self._tokenizer, messages) if chat else encode_text(self._tokenizer, text)
         except ConfigError as error:  # it names the tokenizer's directory, which is no client's business
-            raise BadRequestError(f"text_input: got {error.got}; expected {error.expected}") from error
+            raise ConfigError("text_input", error.got, error.expected, error.action) from error
         if max(ids, default=0) >= self._vocab_size:
-            raise BadRequestError(f"text_input: got the token {max(ids)}; expected ids below {self._vocab_size}")
+            raise ConfigError("text_input", f"the token {max(ids)}", f"ids below {self._vocab_size}", "leave it out")
         return ids
 
     def _plain_ids(self, text: str) -> list[int]:
@@ -117,15 +109,3 @@ def words_list(words: list[list[int]]) -> Array:
     table[0, 0, len(tokens) :] = 0
     table[0, 1, : len(ends)] = ends
     return table
-
-
-def _one(inputs: dict[str, Array], name: str, default: Any = None) -> Any:
-    """The single value of a tensor."""
-    if name not in inputs:
-        if default is None:
-            raise BadRequestError(f"{name}: got nothing; expected one value")
-        return default
-    values = inputs[name].reshape(-1)
-    if len(values) != 1:
-        raise BadRequestError(f"{name}: got {len(values)} values; expected one")
-    return values[0]

@@ -17,6 +17,7 @@ from medusa_export.core.text import encoding, special_tokens
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.core.typed_paths import as_recorded
 from medusa_export.engines.serving import text_stream as stream_text
+from medusa_export.engines.serving.triton import dialect
 from medusa_export.engines.serving.triton.repository import LEFT_BY_USE, render
 from medusa_export.engines.serving.triton_trtllm import model_bls as trtllm_bls
 from medusa_export.engines.serving.triton_trtllm import model_postprocessing as trtllm_postprocessing
@@ -49,7 +50,7 @@ SOURCES = {PREPROCESSING: trtllm_preprocessing, POSTPROCESSING: trtllm_postproce
 # Modules that lie in a model's own lib, under the names that its model.py and they themselves import them by.
 LIBRARIES: dict[str, dict[str, ModuleType]] = {
     BLS: {"stream_text": stream_text},
-    PREPROCESSING: {"encoding": encoding, "special_tokens": special_tokens, "errors": errors},
+    PREPROCESSING: {"dialect": dialect, "encoding": encoding, "special_tokens": special_tokens, "errors": errors},
 }
 OURS = (ENGINE_FILE, TREE_FILE)
 

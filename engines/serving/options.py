@@ -63,6 +63,14 @@ class ServingOptions:
                 flag = f"--{item.name.replace('_', '-')}"
                 raise ConfigError(flag, f"{value}", f"{least} or more", "change it")
 
+    @classmethod
+    def may_be(cls, name: str) -> str:
+        """What an option may be, in words; nothing for one that is none."""
+        words = {"int": "an integer", "float": "a number", "str": f"one of {', '.join(DRAFTS)}"}
+        found = next((words[str(item.type)] for item in fields(cls) if item.name == name), "")
+        least = 0 if name in MAY_BE_NOTHING else 1
+        return f"{found}, {least} or more" if found.startswith("a") else found
+
     def as_text(self) -> dict[str, str]:
         """The values as a model's parameters."""
         return {name: str(value) for name, value in asdict(self).items()}

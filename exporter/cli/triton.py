@@ -33,7 +33,7 @@ class TritonFlags:
 class VerifyFlags:
     """What medusa-triton verify takes."""
 
-    repository: Path = flag(help="A model repository that medusa-triton wrote.", panel=INPUT, positional=True)
+    repository: Path = flag(help="A model repository, of medusa-triton or another tool.", panel=INPUT, positional=True)
 
 
 @dataclass(frozen=True)
@@ -136,16 +136,22 @@ def triton_command(own: TritonFlags, given: Given) -> None:
 def verify_command(own: VerifyFlags) -> None:
     """Check a repository again: every file, every configuration, the engine and the tokenizer.
 
-    Exit code 1 when something is wrong.
+    Of a repository that another tool wrote: configurations, the engine's parameters, and the steps of ensembles. Exit code 1 when
+    something is wrong.
 
     Example: medusa-triton verify repository
     """
-    from medusa_export.core.artifacts.manifest import read_manifest
+    from medusa_export.core.artifacts.manifest import has_manifest, read_manifest
+    from medusa_export.engines.serving.triton_trtllm.foreign import verify_foreign_repository
 
-    kind = read_manifest(own.repository)["arguments"].get("kind")
-    if kind not in KINDS:
-        raise ConfigError(str(own.repository), "no model repository", "one that medusa-triton wrote", "check the path")
-    problems = KINDS[kind].verify(own.repository)
+    if not has_manifest(own.repository):
+        problems = verify_foreign_repository(own.repository)
+    else:
+        kind = read_manifest(own.repository)["arguments"].get("kind")
+        if kind not in KINDS:
+            expected = "one that medusa-triton or another tool wrote"
+            raise ConfigError(str(own.repository), "no model repository", expected, "check the path")
+        problems = KINDS[kind].verify(own.repository)
     for problem in problems:
         stdout.print(problem, soft_wrap=True, markup=False)
     if problems:

@@ -9,13 +9,14 @@ from typing import Any
 
 from medusa_export.core.artifacts.hashing import list_files
 from medusa_export.core.artifacts.manifest import MANIFEST, hash_files, output_directory, read_manifest, verify_manifest
-from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
+from medusa_export.core.errors import ConfigError, MedusaExportError
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.core.typed_paths import as_recorded
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.draft_kinds import settle_drafts
 from medusa_export.engines.serving.decoders import require_served
 from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.triton.config_files import CONFIG_FILE, differences, parse, render
 from medusa_export.engines.serving.triton.dialect import UNHONOURED, Port
 from medusa_export.engines.serving.triton.tensors import INPUTS, OUTPUTS
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
@@ -118,7 +119,7 @@ def write_repository(
         for relative, path in paths.items():
             work.copy(f"{name}/{VERSION}/{ENGINE}/{relative}", path)
         for model, config in repository_configs(name, options).items():
-            work.write_text(f"{model}/config.pbtxt", render(config))
+            work.write_text(f"{model}/{CONFIG_FILE}", render(config))
             work.write_text(f"{model}/{VERSION}/model.py", _code(model, name))
         work.write_text("README.md", _readme(name, output, info))
         work.write_text("launch.sh", LAUNCH)
@@ -140,17 +141,6 @@ def repository_configs(name: str, options: ServingOptions) -> dict[str, dict[str
     }
 
 
-def render(config: dict[str, Any]) -> str:
-    """A configuration as config.pbtxt.
-
-    Raises:
-        MissingPackageError: no tritonclient, which knows the fields.
-    """
-    json_format, text_format, model_config = _protobuf()
-    text: str = text_format.MessageToString(json_format.ParseDict(config, model_config.ModelConfig()))
-    return text
-
-
 def verify_repository(repository: Path) -> list[str]:
     """What is wrong with a repository, one line each: files, configurations, engine and tokenizer."""
     problems = verify_manifest(repository, left_by_use=LEFT_BY_USE)
@@ -160,9 +150,8 @@ def verify_repository(repository: Path) -> list[str]:
         arguments = read_manifest(repository)["arguments"]
         expected = repository_configs(arguments["name"], ServingOptions.from_text(arguments))
         for model, config in expected.items():
-            path = repository / model / "config.pbtxt"
-            found = _parse(path)
-            problems += [f"{path}: {line}" for line in _differences(found, config)]
+            path = repository / model / CONFIG_FILE
+            problems += [f"{path}: {line}" for line in differences(parse(path), config, _may_be)]
         engine = repository / arguments["name"] / VERSION / ENGINE
         BatchTrees.load(engine / TREE_FILE, unmeasured=1).require(EngineInfo.load(engine))
         read_tokenizer(engine)
@@ -171,35 +160,10 @@ def verify_repository(repository: Path) -> list[str]:
     return problems
 
 
-def _parse(path: Path) -> Any:
-    """A configuration, as Triton reads it.
-
-    Raises:
-        ConfigError: an unknown field, or a value of another type.
-    """
-    _, text_format, model_config = _protobuf()
-    try:
-        return text_format.Parse(path.read_text(encoding="utf-8"), model_config.ModelConfig())
-    except text_format.ParseError as error:
-        raise ConfigError(
-            str(path), f"no model configuration ({error})", "what Triton reads", "write it again"
-        ) from error
-
-
-def _differences(found: Any, expected: dict[str, Any]) -> list[str]:
-    json_format, _, model_config = _protobuf()
-    wanted = json_format.ParseDict(expected, model_config.ModelConfig())
-    names = [field.name for field in model_config.ModelConfig.DESCRIPTOR.fields]
-    return [f"{name} is not what was written" for name in names if getattr(found, name) != getattr(wanted, name)]
-
-
-def _protobuf() -> tuple[Any, Any, Any]:
-    try:
-        from google.protobuf import json_format, text_format
-        from tritonclient.grpc import model_config_pb2
-    except ImportError as error:
-        raise missing_package("tritonclient", "triton") from error
-    return json_format, text_format, model_config_pb2
+def _may_be(parameter: str) -> str:
+    """What a parameter of either model may be."""
+    fixed = {"engine": f"{ENGINE}, where the engine lies", "model": "the name of the model that has the engine"}
+    return fixed.get(parameter) or ServingOptions.may_be(parameter)
 
 
 def _parameters(values: dict[str, str]) -> dict[str, dict[str, str]]:

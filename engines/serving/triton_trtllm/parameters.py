@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.heads.contract.trtllm_releases import FIRST, TrtllmRelease
@@ -25,12 +25,14 @@ class Parameter:
         is_right: whether a text is.
         since: the first release that knows it; earlier ones ignore it.
         required: the backend throws without it.
+        is_ours: only the models that this project writes around the engine need it so.
     """
 
     expected: str
     is_right: Callable[[str], bool]
     since: tuple[int, ...] = FIRST
     required: bool = False
+    is_ours: bool = False
 
 
 def _one_of(*values: str, since: tuple[int, ...] = FIRST, required: bool = False) -> Parameter:
@@ -84,7 +86,7 @@ def _is_tree(text: str) -> bool:
 MOVED = (0, 19)  # the backend lies in TensorRT-LLM's own repository; what only that copy has is taken to be as old
 PARAMETERS: dict[str, Parameter] = {
     "FORCE_CPU_ONLY_INPUT_TENSORS": _one_of("yes", "no"),
-    "gpt_model_type": _one_of("inflight_fused_batching", required=True),  # Medusa needs in-flight batching
+    "gpt_model_type": _one_of("inflight_fused_batching", "inflight_batching", required=True),  # Medusa needs it
     "gpt_model_path": _matching(r"/[^$]*", "an absolute path in the container", required=True),
     "decoding_mode": _one_of("medusa", required=True),
     "medusa_choices": Parameter("a whole tree, like {0}, {1}, {0, 0}", _is_tree, required=True),
@@ -97,7 +99,7 @@ PARAMETERS: dict[str, Parameter] = {
     "enable_chunked_context": _flag(),
     "max_attention_window_size": _matching(r"\d+(,\d+)*", "numbers of tokens with commas between them"),
     "sink_token_length": _count(),
-    "exclude_input_in_output": _flag(TRUE, required=True),  # our models expect the answer alone
+    "exclude_input_in_output": replace(_flag(TRUE, required=True), is_ours=True),  # our models expect the answer alone
     "normalize_log_probs": _flag(),
     "cancellation_check_period_ms": _count(1),
     "stats_check_period_ms": _count(1),
@@ -111,6 +113,7 @@ PARAMETERS: dict[str, Parameter] = {
     "enable_context_fmha_fp32_acc": _flag(),
     "cuda_graph_mode": _flag(),
     "cuda_graph_cache_size": _count(),
+    "enable_trt_overlap": _flag(),
     "gpu_weights_percent": Parameter("a fraction, above 0 and at most 1", _is_fraction),
     "recv_poll_period_ms": _count(),
     "kv_cache_onboard_blocks": _flag(),
@@ -128,17 +131,24 @@ PARAMETERS: dict[str, Parameter] = {
     "lookahead_ngram_size": _one_of(""),
     "lookahead_verification_set_size": _one_of(""),
     "eagle_choices": _one_of(""),
-    # Read without a fallback by later releases: they have to be there, and empty.
-    "tokenizer_dir": _one_of("", required=True),
+    # Read without a fallback by later releases: they have to be there. Guided decoding is for engines without drafts.
+    "tokenizer_dir": _matching(".*", "anything: the backend passes it over", required=True),
     "guided_decoding_backend": _one_of("", required=True),
     "xgrammar_tokenizer_info_path": _one_of("", required=True),
 }  # fmt: skip
 
 
-def parameter_problems(parameters: Mapping[str, str], release: TrtllmRelease) -> list[str]:
-    """What a release would refuse, ignore or read as something else, one line each."""
+def parameter_problems(parameters: Mapping[str, str], release: TrtllmRelease, *, is_ours: bool = True) -> list[str]:
+    """What a release would refuse, ignore or read as something else, one line each.
+
+    Args:
+        is_ours: whether this project's models are around the engine.
+    """
+    table = {name: row for name, row in PARAMETERS.items() if is_ours or not row.is_ours}
     problems = [
-        f"parameter {name}: missing" for name, row in PARAMETERS.items() if row.required and name not in parameters
+        f"parameter {name}: missing; expected {row.expected}"
+        for name, row in table.items()
+        if row.required and name not in parameters
     ]
     for name, text in parameters.items():
         row = PARAMETERS.get(name)
@@ -147,6 +157,6 @@ def parameter_problems(parameters: Mapping[str, str], release: TrtllmRelease) ->
         elif release.numbers[:2] < row.since:
             known = ".".join(map(str, row.since))
             problems.append(f"parameter {name}: known from TensorRT-LLM {known} on; {release.name} would ignore it")
-        elif not row.is_right(text):
+        elif name in table and not row.is_right(text):
             problems.append(f"parameter {name}: got {text[:60]!r}; expected {row.expected}")
     return problems

@@ -11,14 +11,15 @@ from typing import Any
 from medusa_export.core import errors
 from medusa_export.core.artifacts.hashing import list_files
 from medusa_export.core.artifacts.manifest import MANIFEST, hash_files, output_directory, read_manifest, verify_manifest
-from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
+from medusa_export.core.errors import ConfigError, MedusaExportError
 from medusa_export.core.json_fields import read_json
 from medusa_export.core.text import encoding, special_tokens
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.core.typed_paths import as_recorded
 from medusa_export.engines.serving import text_stream as stream_text
 from medusa_export.engines.serving.triton import dialect
-from medusa_export.engines.serving.triton.repository import LEFT_BY_USE, render
+from medusa_export.engines.serving.triton.config_files import CONFIG_FILE, differences, parse, render, text_parameters
+from medusa_export.engines.serving.triton.repository import LEFT_BY_USE
 from medusa_export.engines.serving.triton_trtllm import model_bls as trtllm_bls
 from medusa_export.engines.serving.triton_trtllm import model_postprocessing as trtllm_postprocessing
 from medusa_export.engines.serving.triton_trtllm import model_preprocessing as trtllm_preprocessing
@@ -33,7 +34,7 @@ from medusa_export.engines.serving.triton_trtllm.configs import (
     model_configs,
 )
 from medusa_export.engines.serving.triton_trtllm.deployment import deployment_files
-from medusa_export.engines.serving.triton_trtllm.parameters import parameter_problems
+from medusa_export.engines.serving.triton_trtllm.parameters import PARAMETERS, parameter_problems
 from medusa_export.engines.serving.triton_trtllm.standalone import model_sources
 from medusa_export.engines.trtllm.build import BUILD_FILE
 from medusa_export.engines.trtllm.command import MEDUSA
@@ -128,7 +129,7 @@ def write_trtllm_repository(engine_dir: Path, output: Path, serving: TrtllmServi
         for model in WITH_TOKENIZER
         for path in _tokenizer_files(engine_dir)
     }
-    texts = {f"{model}/config.pbtxt": render(config) for model, config in configs.items()}
+    texts = {f"{model}/{CONFIG_FILE}": render(config) for model, config in configs.items()}
     for model, module in SOURCES.items():
         texts |= {f"{model}/{VERSION}/{name}": text for name, text in model_sources(module, LIBRARIES.get(model, {}))}
     texts |= {f"{ENSEMBLE}/{VERSION}/README.md": "An ensemble has no files of its own; Triton wants the folder.\n"}
@@ -161,7 +162,7 @@ def verify_trtllm_repository(repository: Path) -> list[str]:
         built = repository / ENGINE / VERSION
         facts = engine_facts(built, built)
         for model, config in model_configs(facts, serving).items():
-            problems += _config_problems(repository / model / "config.pbtxt", config, facts)
+            problems += _config_problems(repository / model / CONFIG_FILE, config, facts)
         for model in WITH_TOKENIZER:
             read_tokenizer(repository / model / VERSION / TOKENIZER)
     except MedusaExportError as error:
@@ -171,16 +172,11 @@ def verify_trtllm_repository(repository: Path) -> list[str]:
 
 def _config_problems(path: Path, expected: dict[str, Any], facts: EngineFacts) -> list[str]:
     """How a configuration differs from what it should be, and what the backend would make of its parameters."""
-    found, wanted = _parse(path), _message(expected)
-    problems = [
-        f"{path}: {field.name} is not what was written"
-        for field in wanted.DESCRIPTOR.fields
-        if getattr(found, field.name) != getattr(wanted, field.name)
-    ]
+    found = parse(path)
+    problems = differences(found, expected, lambda name: PARAMETERS[name].expected if name in PARAMETERS else "")
     if path.parent.name == ENGINE:
-        parameters = {name: value.string_value for name, value in found.parameters.items()}
-        problems += [f"{path}: {problem}" for problem in parameter_problems(parameters, facts.release)]
-    return problems
+        problems += parameter_problems(text_parameters(found), facts.release)
+    return [f"{path}: {problem}" for problem in problems]
 
 
 def _require_parameters(config: dict[str, Any], facts: EngineFacts) -> None:
@@ -205,32 +201,3 @@ def _tokenizer_files(engine_dir: Path) -> list[Path]:
     read_tokenizer(engine_dir)
     others = {*OURS, BUILD_FILE, PLAIN_CONFIG, BUILD_SCRIPT, RUN_SCRIPT, ACCEPTANCE_FILE}
     return [path for name, path in list_files(engine_dir, engine_dir).items() if "/" not in name and name not in others]
-
-
-def _parse(path: Path) -> Any:
-    """A configuration, as Triton reads it.
-
-    Raises:
-        ConfigError: an unknown field, or a value of another type.
-    """
-    text_format = _import_protobuf()[1]
-    try:
-        return text_format.Parse(path.read_text(encoding="utf-8"), _message({}))
-    except text_format.ParseError as error:
-        raise ConfigError(
-            str(path), f"no model configuration ({error})", "what Triton reads", "write it again"
-        ) from error
-
-
-def _message(config: dict[str, Any]) -> Any:
-    json_format, _, model_config = _import_protobuf()
-    return json_format.ParseDict(config, model_config.ModelConfig())
-
-
-def _import_protobuf() -> tuple[Any, Any, Any]:
-    try:
-        from google.protobuf import json_format, text_format
-        from tritonclient.grpc import model_config_pb2
-    except ImportError as error:
-        raise missing_package("tritonclient", "triton") from error
-    return json_format, text_format, model_config_pb2

@@ -12,7 +12,9 @@ import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.engines.serving.triton.repository import verify_repository, write_repository
+from medusa_export.engines.serving.triton.config_files import render
+from medusa_export.engines.serving.triton.repository import repository_configs, verify_repository, write_repository
+from tests.paths import assert_golden
 
 
 @pytest.fixture
@@ -47,6 +49,11 @@ def test_a_repository(engine: Path, tmp_path: Path) -> None:
     assert 'string_value: "7"' in streaming
 
 
+@pytest.mark.parametrize("model", ["medusa", "medusa_unary"])
+def test_the_configuration_is_what_was_kept(model: str) -> None:
+    assert_golden(f"triton/{model}.pbtxt", render(repository_configs("medusa", ServingOptions())[model]))
+
+
 def test_another_tree(engine: Path, tmp_path: Path) -> None:
     tree = written_tree(tmp_path / "tree.json", [0], [1])
     write_repository(engine, tmp_path / "repository", tree=tree)
@@ -57,10 +64,22 @@ def test_another_tree(engine: Path, tmp_path: Path) -> None:
 def test_a_changed_file_is_named(engine: Path, tmp_path: Path) -> None:
     write_repository(engine, tmp_path / "repository")
     config = tmp_path / "repository/medusa/config.pbtxt"
-    config.write_text(config.read_text().replace("decoupled: true", "decoupled: false"))
-    changed, named = verify_repository(tmp_path / "repository")
+    text = config.read_text().replace("decoupled: true", "decoupled: false").replace('"256"', '"-3"')
+    config.write_text(text.replace('key: "threads"', 'key: "treads"').replace("TYPE_BOOL", "TYPE_INT8", 1))
+
+    def port(kind: str) -> str:
+        return f'name: "exclude_input_in_output" data_type: {kind} dims: 1 optional: true'
+
+    changed, *named = verify_repository(tmp_path / "repository")
     assert "medusa/config.pbtxt" in changed
-    assert "model_transaction_policy is not what was written" in named
+    assert [line.partition("config.pbtxt: ")[2] for line in named] == [
+        f"input exclude_input_in_output: got {port('TYPE_INT8')}; written was {port('TYPE_BOOL')}",
+        "parameter max_queue: got '-3'; written was '256'; it may be an integer, 1 or more",
+        "parameter max_tokens: got '-3'; written was '256'; it may be an integer, 1 or more",
+        "parameter threads: got nothing; written was '0'; it may be an integer, 0 or more",
+        "parameter treads: got '0'; written was nothing; there is no such parameter",
+        "model_transaction_policy: got nothing; written was decoupled: true",
+    ]
 
 
 def test_use_leaves_compiled_files(engine: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, OutputError
+from medusa_export.engines.serving.triton.config_files import render
 from medusa_export.engines.serving.triton_trtllm.configs import (
     EngineFacts,
     TrtllmServing,
@@ -30,6 +31,7 @@ from medusa_export.engines.serving.triton_trtllm.repository import (
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.contract.trtllm_releases import RELEASES, find_release
 from medusa_export.heads.trees.tree import Tree, load_tree
+from tests.paths import assert_golden
 
 TREE = Tree.from_choices([[0], [1], [0, 0]])
 FACTS = EngineFacts(find_release("1.2.1"), TREE, 1, 4, 512, (2, 7), paged_context=True, logits="float32", vocab_size=97)
@@ -237,9 +239,19 @@ class TestRepository:
         ("model", "old", "new", "message"),
         [
             ("tensorrt_llm", '"medusa"', '"medussa"', "parameter decoding_mode: got 'medussa'"),
-            ("tensorrt_llm", "{0, 0}", "{1, 0}", "parameters is not what was written"),
-            ("tensorrt_llm", "max_batch_size: 4", "max_batch_size: 8", "max_batch_size is not what was written"),
-            ("tensorrt_llm", "decoupled: true", "decoupled: false", "model_transaction_policy is not"),
+            (
+                "tensorrt_llm",
+                "{0, 0}",
+                "{1, 0}",
+                "medusa_choices: got '{0}, {1}, {1, 0}'; written was '{0}, {1}, {0, 0}'; it may be a whole",
+            ),
+            ("tensorrt_llm", "max_batch_size: 4", "max_batch_size: 8", "max_batch_size: got 8; written was 4"),
+            (
+                "tensorrt_llm",
+                "decoupled: true",
+                "decoupled: false",
+                "model_transaction_policy: got nothing; written was decoupled: true",
+            ),
             ("ensemble", "max_batch_size", "max_batchsize", "no model configuration"),
             ("preprocessing", "TYPE_INT32", "TYPE_INT33", "no model configuration"),
         ],
@@ -267,6 +279,11 @@ class TestRepository:
     def test_is_there_already(self, engine_dir: Path, repository: Path) -> None:
         with pytest.raises(OutputError):
             write_trtllm_repository(engine_dir, repository, TrtllmServing(max_queue=1))
+
+
+@pytest.mark.parametrize("model", model_configs(FACTS, SERVING))
+def test_the_configuration_is_what_was_kept(model: str) -> None:
+    assert_golden(f"triton_trtllm/{model}.pbtxt", render(model_configs(FACTS, SERVING)[model]))
 
 
 class TestRefusals:

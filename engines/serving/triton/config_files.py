@@ -1,0 +1,116 @@
+"""config.pbtxt: written, read as Triton reads it, and compared with what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from medusa_export.core.errors import ConfigError, missing_package
+
+CONFIG_FILE = "config.pbtxt"
+_LONGEST = 120  # characters of a value in a message
+
+
+def render(config: dict[str, Any]) -> str:
+    """A configuration as config.pbtxt.
+
+    Raises:
+        MissingPackageError: no tritonclient, which knows the fields.
+    """
+    text: str = _protobuf()[1].MessageToString(_message(config))
+    return text
+
+
+def parse(path: Path) -> Any:
+    """A configuration, as Triton reads it.
+
+    Raises:
+        ConfigError: no such file, an unknown field, or a value of another type.
+        MissingPackageError: no tritonclient, which knows the fields.
+    """
+    text_format = _protobuf()[1]
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), _message({}))
+    except OSError as error:
+        raise ConfigError(str(path), f"{error.strerror}", "a model configuration", "write it again") from error
+    except (UnicodeDecodeError, text_format.ParseError) as error:
+        got = f"no model configuration ({error})"
+        raise ConfigError(str(path), got, "what Triton reads", "write it again") from error
+
+
+def text_parameters(found: Any) -> dict[str, str]:
+    """The parameters of a configuration."""
+    return {name: value.string_value for name, value in found.parameters.items()}
+
+
+def differences(found: Any, config: dict[str, Any], may_be: Callable[[str], str]) -> list[str]:
+    """How a configuration differs from the one that was written, a line each.
+
+    Args:
+        found: see :func:`parse`.
+        config: what was written.
+        may_be: what a parameter may be, in words; nothing for an unknown one.
+    """
+    wanted, lines = _message(config), list[str]()
+    for field in wanted.DESCRIPTOR.fields:
+        got, want = getattr(found, field.name), getattr(wanted, field.name)
+        if got == want:
+            continue
+        if field.name == "parameters":
+            lines += _parameter_lines(text_parameters(found), text_parameters(wanted), may_be)
+        elif field.name in ("input", "output"):
+            lines += _by_name(field.name, got, want)
+        else:
+            lines.append(_line(field.name, _told(got), _told(want)))
+    return lines
+
+
+def _parameter_lines(got: dict[str, str], want: dict[str, str], may_be: Callable[[str], str]) -> Iterator[str]:
+    for name in sorted(got.keys() | want.keys()):
+        if got.get(name) != want.get(name):
+            told = (repr(values[name]) if name in values else "nothing" for values in (got, want))
+            words = may_be(name)
+            yield _line(f"parameter {name}", *told) + (
+                f"; it may be {words}" if words else "; there is no such parameter"
+            )
+
+
+def _by_name(field: str, got: Any, want: Any) -> Iterator[str]:
+    """Of a list of inputs or outputs."""
+    found, wanted = ({item.name: item for item in items} for items in (got, want))
+    lines = [
+        _line(f"{field} {name}", _told(found.get(name)), _told(wanted.get(name)))
+        for name in dict.fromkeys((*wanted, *found))
+        if found.get(name) != wanted.get(name)
+    ]
+    yield from lines or [_line(field, "another order", "as the table has it")]
+
+
+def _line(where: str, got: str, want: str) -> str:
+    return f"{where}: got {got[:_LONGEST]}; written was {want[:_LONGEST]}"
+
+
+def _told(value: Any) -> str:
+    """A field's value on one line."""
+    if isinstance(value, (str, int, float)):
+        return f"{value}"
+    if value is None:
+        return "nothing"
+    items = [value] if hasattr(value, "DESCRIPTOR") else list(value)
+    text = "; ".join(_protobuf()[1].MessageToString(item, as_one_line=True).strip() for item in items)
+    return text or "nothing"
+
+
+def _message(config: dict[str, Any]) -> Any:
+    json_format, _, model_config = _protobuf()
+    return json_format.ParseDict(config, model_config.ModelConfig())
+
+
+def _protobuf() -> tuple[Any, Any, Any]:
+    try:
+        from google.protobuf import json_format, text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise missing_package("tritonclient", "triton") from error
+    return json_format, text_format, model_config_pb2

@@ -72,10 +72,43 @@ REASONS = (*ANSWERS, "cancelled", "timeout", "closed", "error")
 MODEL_LABEL = "model_name"
 
 
-def step_counts(count: int, drafts: int) -> dict[str, int]:
-    """What a step of one request adds to which counter.
+class CountingMeter(Meter):
+    """Says what a server does in three kinds of numbers; where those are kept is its subclasses' business."""
 
-    Args:
-        count: tokens that it yielded.
-    """
-    return {TOKENS: count, STEPS: 1, DRAFTS: drafts, ACCEPTED: count - 1}
+    def first_token(self, seconds: float) -> None:
+        self.observe(FIRST, seconds)
+        self.add(TOKENS, 1)
+
+    def tokens(self, count: int, seconds: float, drafts: int) -> None:
+        """Tokens that came in one step share the time that it took."""
+        for _ in range(count):
+            self.observe(BETWEEN, seconds / count)
+        for name, number in ((TOKENS, count), (STEPS, 1), (DRAFTS, drafts), (ACCEPTED, count - 1)):
+            self.add(name, number)
+
+    def ended(self, finish: FinishInfo) -> None:
+        self.add(ENDED, 1, finish.reason)
+        self.add(PROMPT_TOKENS, finish.prompt_tokens)
+        if finish.reason in ANSWERS:
+            self.add(ANSWERED, 1, finish.reason)
+            self.observe(WHOLE, finish.seconds)
+
+    def load(self, load: Load) -> None:
+        for name, value in ((RUNNING, load.running), (WAITING, load.waiting), (CACHE_USE, load.cache_use)):
+            self.set(name, value)
+
+    def refused(self, reason: str) -> None:
+        """A request was not taken: a code of the server's protocol."""
+        self.add(REFUSED, 1, reason)
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Into a histogram."""
+        raise NotImplementedError
+
+    def add(self, name: str, number: float, label: str = "") -> None:
+        """To a counter; of those in LABELLED, the one with this value of its label."""
+        raise NotImplementedError
+
+    def set(self, name: str, value: float) -> None:
+        """A gauge."""
+        raise NotImplementedError

@@ -9,33 +9,21 @@ from medusa_export.core.errors import missing_package
 from medusa_export.engines.serving.meter import (
     ANSWERED,
     ANSWERS,
-    BETWEEN,
-    CACHE_USE,
     ENDED,
     FAMILIES,
-    FIRST,
     LABELLED,
     MODEL_LABEL,
     PASSED_OVER,
-    PROMPT_TOKENS,
     REASONS,
-    REFUSED,
-    RUNNING,
     SECONDS,
-    TOKENS,
-    WAITING,
-    WHOLE,
-    Load,
-    Meter,
-    step_counts,
+    CountingMeter,
 )
-from medusa_export.engines.serving.request import FinishInfo
 
 MOST_FIELDS, OTHERS = 64, "(others)"  # names of fields that clients made up: so many have a counter of their own
 
 
-class PrometheusMeter(Meter):
-    """Counts in a registry of its own. Tokens that came in one step share the time that it took.
+class PrometheusMeter(CountingMeter):
+    """Counts in a registry of its own.
 
     Args:
         model: label of every metric.
@@ -68,31 +56,15 @@ class PrometheusMeter(Meter):
         self._fields: set[str] = set()
         self._lock = threading.Lock()
 
-    def first_token(self, seconds: float) -> None:
-        self._metrics[FIRST].observe(seconds)
-        self._metrics[TOKENS].inc()
+    def observe(self, name: str, seconds: float) -> None:
+        self._metrics[name].observe(seconds)
 
-    def tokens(self, count: int, seconds: float, drafts: int) -> None:
-        for _ in range(count):
-            self._metrics[BETWEEN].observe(seconds / count)
-        for name, number in step_counts(count, drafts).items():
-            self._metrics[name].inc(number)
+    def add(self, name: str, number: float, label: str = "") -> None:
+        metric = self._labelled[name].labels(self._model, label) if label else self._metrics[name]
+        metric.inc(number)
 
-    def ended(self, finish: FinishInfo) -> None:
-        self._labelled[ENDED].labels(self._model, finish.reason).inc()
-        self._metrics[PROMPT_TOKENS].inc(finish.prompt_tokens)
-        if finish.reason in ANSWERS:
-            self._labelled[ANSWERED].labels(self._model, finish.reason).inc()
-            self._metrics[WHOLE].observe(finish.seconds)
-
-    def load(self, load: Load) -> None:
-        self._metrics[RUNNING].set(load.running)
-        self._metrics[WAITING].set(load.waiting)
-        self._metrics[CACHE_USE].set(load.cache_use)
-
-    def refused(self, reason: str) -> None:
-        """A request was refused: a code of the protocol's."""
-        self._labelled[REFUSED].labels(self._model, reason).inc()
+    def set(self, name: str, value: float) -> None:
+        self._metrics[name].set(value)
 
     def passed_over(self, field: str) -> bool:
         """A field of a request was passed over; whether that is the first time for its name."""

@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from medusa_export.engines.serving.meter import (
     ANSWERED,
     ANSWERS,
-    BETWEEN,
-    CACHE_USE,
     ENDED,
     FAMILIES,
-    FIRST,
     LABELLED,
     MODEL_LABEL,
-    PROMPT_TOKENS,
     REASONS,
     REFUSED,
-    RUNNING,
     SECONDS,
-    TOKENS,
-    WAITING,
-    WHOLE,
+    CountingMeter,
     Load,
-    Meter,
-    step_counts,
 )
-from medusa_export.engines.serving.request import FinishInfo
 
 REFUSALS = ("INVALID_ARG", "UNAVAILABLE")  # Triton's codes of requests that are not taken
 FLUSH_SECONDS = 0.1
 
 
-class TritonMeter(Meter):
-    """Counts into Triton's metrics endpoint. Tokens that came in one step share the time that it took.
+class TritonMeter(CountingMeter):
+    """Counts into Triton's metrics endpoint.
 
     Every number is a message to the server, so a thread of its own hands them on, summed up where they can be.
 
@@ -58,30 +49,22 @@ class TritonMeter(Meter):
             self._metrics |= {
                 f"{name} {value}": family.Metric(labels={MODEL_LABEL: model, label: value}) for value in values
             }
-        self._pending: deque[tuple[str, float]] = deque()  # (histogram or counter, value)
-        self._load = Load(0, 0)
+        self._observed: deque[tuple[str, float]] = deque()
+        self._added: deque[tuple[str, float]] = deque()
+        self._gauges: dict[str, float] = {}
+        self.load(Load(0, 0))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="medusa-export-metrics", daemon=True)
         self._thread.start()
 
-    def first_token(self, seconds: float) -> None:
-        self._pending += [(FIRST, seconds), (TOKENS, 1)]
+    def observe(self, name: str, seconds: float) -> None:
+        self._observed.append((name, seconds))
 
-    def tokens(self, count: int, seconds: float, drafts: int) -> None:
-        self._pending += [(BETWEEN, seconds / count)] * count
-        self._pending += step_counts(count, drafts).items()
+    def add(self, name: str, number: float, label: str = "") -> None:
+        self._added.append((f"{name} {label}" if label else name, number))
 
-    def ended(self, finish: FinishInfo) -> None:
-        self._pending += [(f"{ENDED} {finish.reason}", 1), (PROMPT_TOKENS, finish.prompt_tokens)]
-        if finish.reason in ANSWERS:
-            self._pending += [(f"{ANSWERED} {finish.reason}", 1), (WHOLE, finish.seconds)]
-
-    def load(self, load: Load) -> None:
-        self._load = load
-
-    def refused(self, code: str) -> None:
-        """A request was not taken: one of ``REFUSALS``."""
-        self._pending.append((f"{REFUSED} {code}", 1))
+    def set(self, name: str, value: float) -> None:
+        self._gauges[name] = value
 
     def close(self) -> None:
         """Hand on what is left, and stop. Metrics and families go now: one that lives until the interpreter ends asks a server that
@@ -97,23 +80,23 @@ class TritonMeter(Meter):
         self._flush()
 
     def _flush(self) -> None:
+        for name, seconds in _taken(self._observed):
+            self._metrics[name].observe(seconds)
         sums: dict[str, float] = {}
-        for _ in range(len(self._pending)):
-            name, value = self._pending.popleft()
-            if name in (FIRST, BETWEEN, WHOLE):
-                self._metrics[name].observe(value)
-            else:
-                sums[name] = sums.get(name, 0) + value
-        for name, value in sums.items():
-            self._metrics[name].increment(value)
-        for name, value in (
-            (RUNNING, self._load.running),
-            (WAITING, self._load.waiting),
-            (CACHE_USE, self._load.cache_use),
-        ):
+        for name, number in _taken(self._added):
+            sums[name] = sums.get(name, 0) + number
+        for name, number in sums.items():
+            self._metrics[name].increment(number)
+        for name, value in list(self._gauges.items()):
             self._metrics[name].set(value)
 
     def _family(self, pb_utils: Any, name: str, kind: str, text: str) -> Any:
         family = pb_utils.MetricFamily(name=name, description=text, kind=getattr(pb_utils.MetricFamily, kind))
         self._families.append(family)
         return family
+
+
+def _taken(pending: deque[tuple[str, float]]) -> Iterator[tuple[str, float]]:
+    """What is there now; more may come meanwhile."""
+    for _ in range(len(pending)):
+        yield pending.popleft()

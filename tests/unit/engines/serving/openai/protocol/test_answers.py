@@ -21,6 +21,7 @@ from medusa_export.engines.serving.openai.protocol.fields import StreamOptions
 from medusa_export.engines.serving.request import FinishInfo
 from medusa_export.engines.serving.text_service import Piece, TextRequest
 from medusa_export.heads.decoding.token_choice import TokenLogprob
+from tests.paths import assert_golden
 
 END = FinishInfo("stop", 5, 11, 4, 1.0)
 
@@ -116,3 +117,19 @@ def test_an_end_without_an_answer() -> None:
     for take in (writer(CHAT_SHAPE).take, writer(CHAT_SHAPE).piece):
         with pytest.raises(UnfinishedError):
             take(0, Piece("a", [1], FinishInfo("timeout", 1, 1, 0, 0.0)))
+
+
+@pytest.mark.parametrize("shape", [CHAT_SHAPE, TEXT_SHAPE], ids=["chat", "completion"])
+def test_the_bodies_are_what_was_kept(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, and as a stream, with log-probabilities: what clients parse."""
+    monkeypatch.setattr("secrets.token_hex", lambda count: "0" * 2 * count)
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.5)
+    likely = TokenLogprob(7, -0.25, ((7, -0.25), (9, -1.5)))
+    pieces = [Piece("The sky ", [7], logprobs=(likely,)), Piece("is blue.", [8, 9]), Piece("", [], END)]
+    told, kept = writer(shape, stream_options=StreamOptions(usage=True)), writer(shape)
+    stream = told.first() + "".join(told.piece(0, piece) for piece in pieces)
+    for piece in pieces:
+        kept.take(0, piece)
+    name = shape.whole.replace(".", "_")
+    assert_golden(f"openai/{name}.json", kept.whole())
+    assert_golden(f"openai/{name}_stream.txt", stream)

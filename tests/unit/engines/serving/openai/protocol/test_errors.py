@@ -15,6 +15,7 @@ from medusa_export.engines.serving.openai.protocol.errors import (
     require_answer,
 )
 from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo, PromptError
+from tests.paths import assert_golden
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,10 @@ def test_statuses(error: MedusaExportError, status: int, code: str, param: str |
     body = body_of(error)["error"]
     assert (refusal_of(error).status, body["code"], body["param"], body["message"]) == (status, code, param, str(error))
     assert ("Retry-After" in refusal_of(error).headers) == (status in (429, 503))
+
+
+def test_the_body_is_what_was_kept() -> None:
+    assert_golden("openai/error.json", body_of(PromptError("messages", 9, 8)))
 
 
 def test_no_rule_hides_another() -> None:

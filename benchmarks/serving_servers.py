@@ -80,7 +80,7 @@ def openai(engine_dir: Path, tree: Path | None, options: ServingOptions, folder:
     with out.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        url, tokenizer = _url(process, out), read_tokenizer(engine_dir)
+        url, tokenizer = find_url(process, out), read_tokenizer(engine_dir)
         yield Running(
             lambda: {"server": [process.pid]},
             lambda: _openai_client(url, tokenizer),
@@ -208,7 +208,7 @@ def _find_tokens(answer: Answer, tokenizer: Any) -> None:
     answer.tokens = [*ours[:count], *rest]
 
 
-def _url(process: subprocess.Popen[bytes], out: Path) -> str:
+def find_url(process: subprocess.Popen[bytes], out: Path) -> str:
     deadline = time.monotonic() + START_SECONDS
     while not (found := re.search(r"serving (http://\S+/v1);", out.read_text())):
         if process.poll() is not None or time.monotonic() > deadline:

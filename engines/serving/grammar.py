@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
+from medusa_export.core.errors import ConfigError, missing_package
 from medusa_export.heads.decoding.token_choice import Scores
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,12}"}
 
 
-class GrammarError(MedusaExportError):
-    """A grammar that the matcher gave up on."""
+class GrammarError(ConfigError):
+    """A grammar that no text of this model follows, or that the matcher gave up on: the client's to change."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ class GrammarRule:
 
     Args:
         matcher: llguidance's.
+        where: the request's field that has the grammar.
     """
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, where: str) -> None:
+        self._matcher, self._where = matcher, where
 
     def apply(self, scores: Scores) -> None:
         permitted = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)  # [tokenizer's vocabulary]
@@ -65,7 +66,7 @@ class GrammarRule:
         if self._matcher.is_error():
             reason = self._matcher.get_error().partition("\n")[0]
             raise GrammarError(
-                "grammar", f"a matcher that gave up ({reason})", "one that goes on", "use a simpler schema"
+                self._where, f"a matcher that gave up ({reason})", "one that goes on", "use a simpler schema"
             )
 
 
@@ -107,7 +108,7 @@ class GrammarCompiler:
             raise ConfigError(
                 grammar.where, f"a schema that cannot be followed ({reason})", "another one", "simplify it"
             )
-        return GrammarRule(matcher)
+        return GrammarRule(matcher, grammar.where)
 
 
 def _ll_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: list[int]) -> Any:

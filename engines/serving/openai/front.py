@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.engines.serving.grammar import GrammarError
 from medusa_export.engines.serving.openai.async_answer import AsyncAnswer
 from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 from medusa_export.engines.serving.openai.protocol.answers import Shape, Writer, event
@@ -294,7 +295,7 @@ async def _events(
         async for index, piece in pieces:
             if events := writer.piece(index, piece):
                 yield events
-    except UnfinishedError as error:  # its status is gone, and OpenAI's clients raise on such an event
+    except (UnfinishedError, GrammarError) as error:  # its status is gone, and OpenAI's clients raise on such an event
         yield event(body_of(error))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_export.core.errors import ConfigError, MedusaExportError, MissingPackageError
+from medusa_export.engines.serving.grammar import GrammarError
 from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo, PromptError
 
 
@@ -107,7 +108,9 @@ INTERNAL = UNFINISHED["error"]
 
 
 def require_answer(end: FinishInfo | None) -> None:
-    """Raise UnfinishedError where a request ended without its answer."""
+    """Raise UnfinishedError where a request ended without its answer, GrammarError where its own grammar was why."""
+    if end is not None and isinstance(end.error, GrammarError):
+        raise end.error
     if end is not None and end.reason in END_MESSAGES:
         raise UnfinishedError(end.reason)
 

@@ -82,18 +82,15 @@ def test_another_backend(engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "no such" in refused(monkeypatch, capsys, "--engine", engine / "absent")
 
 
-@pytest.mark.parametrize("format_flags", [(), ("--log-format", "json")], ids=["text", "json"])
-def test_output_to_a_full_device_is_one_line(engine: Path, format_flags: tuple[str, ...]) -> None:
+def test_output_to_a_full_device_is_one_line(engine: Path) -> None:
     """It has nobody to tell that it serves, so it does not."""
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full here")
     program = Path(sys.executable).with_name("medusa-serve")
     with full.open("w") as out:
-        done = subprocess.run(
-            [program, "--engine", engine, "--port", "0", *format_flags], stdout=out, stderr=subprocess.PIPE, text=True,
-            timeout=120, check=False,
-        )  # fmt: skip
+        command = [program, "--engine", engine, "--port", "0"]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2,
         "error: standard output: No space left on device; nothing more can be said there\n",

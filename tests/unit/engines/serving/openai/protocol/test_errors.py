@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medusa_export.core.errors import CheckpointError, ConfigError, MedusaExportError
+from medusa_export.engines.serving.grammar import GrammarError
 from medusa_export.engines.serving.openai.protocol.errors import (
     END_MESSAGES,
     REFUSALS,
@@ -33,6 +34,13 @@ def test_statuses(error: MedusaExportError, status: int, code: str, param: str |
     body = body_of(error)["error"]
     assert (refusal_of(error).status, body["code"], body["param"], body["message"]) == (status, code, param, str(error))
     assert ("Retry-After" in refusal_of(error).headers) == (status in (429, 503))
+
+
+def test_a_grammar_that_cannot_be_followed_is_the_clients() -> None:
+    error = GrammarError("response_format", "a matcher that gave up (x)", "one that goes on", "use a simpler schema")
+    with pytest.raises(GrammarError) as raised:
+        require_answer(FinishInfo("error", 1, 2, 3, 4.0, error))
+    assert (refusal_of(raised.value).status, body_of(raised.value)["error"]["param"]) == (400, "response_format")
 
 
 def test_the_body_is_what_was_kept() -> None:

@@ -66,7 +66,7 @@ class ServingOptions:
     @classmethod
     def may_be(cls, name: str) -> str:
         """What an option may be, in words; nothing for one that is none."""
-        words = {"int": "an integer", "float": "a number", "str": f"one of {', '.join(DRAFTS)}"}
+        words = {"int": "an integer", "float": "a number", "str": f"one of {', '.join(DRAFTS_CHOICES)}"}
         found = next((words[str(item.type)] for item in fields(cls) if item.name == name), "")
         least = 0 if name in MAY_BE_NOTHING else 1
         return f"{found}, {least} or more" if found.startswith("a") else found

@@ -7,7 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-HEADER_SECONDS = 10.0  # in which a request's headers have to be there, from the connection or the last answer on
+HEADER_SECONDS = 10.0  # in which a request's headers have to be there, from the connection or their first byte on
+# Longer than clients and proxies keep a connection for further use (httpx 5 s, aiohttp 15 s, nginx 60 s): where the server closes it
+# first, a request that is under way just then is lost.
+IDLE_SECONDS = 75.0
 
 
 @dataclass
@@ -16,11 +19,14 @@ class Connections:
 
     Attributes:
         most, most_per_client: at once; 0 for any number. Clients are told apart by their addresses.
+        header_s: for a request's headers.
+        idle_s: for the next request behind an answer.
     """
 
     most: int
     most_per_client: int
     header_s: float = HEADER_SECONDS
+    idle_s: float = IDLE_SECONDS
     _open: Counter[str] = field(default_factory=Counter)
 
     def enter(self, client: str) -> bool:
@@ -47,6 +53,7 @@ def protocol_class(connections: Connections) -> Any:
     class LimitedProtocol(H11Protocol):
         _client = ""  # where it is counted
         _timer: asyncio.TimerHandle | None = None
+        _is_idle = False  # behind an answer, before the next request's first byte
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -55,7 +62,7 @@ def protocol_class(connections: Connections) -> Any:
                 transport.close()
                 return
             self._client = client
-            self._arm()
+            self._arm(connections.header_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
             if self._client:
@@ -64,22 +71,27 @@ def protocol_class(connections: Connections) -> Any:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if not self.transport.is_closing():  # one that was refused
-                super().data_received(data)
+            if self.transport.is_closing():  # one that was refused
+                return
+            if self._is_idle:
+                self._is_idle = False
+                self._arm(connections.header_s)
+            super().data_received(data)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
             if self.conn.their_state is h11.SEND_BODY:  # of a body that was refused, the rest is not waited for
                 self.transport.close()
             elif not self._is_busy():
-                self._arm()
+                self._is_idle = True
+                self._arm(connections.idle_s)
 
         def _is_busy(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
 
-        def _arm(self) -> None:
+        def _arm(self, seconds: float) -> None:
             self._disarm()
-            self._timer = self.loop.call_later(connections.header_s, self._close_idle)
+            self._timer = self.loop.call_later(seconds, self._close_idle)
 
         def _disarm(self) -> None:
             if self._timer is not None:

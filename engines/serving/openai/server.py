@@ -82,7 +82,7 @@ def run_front(
     config = uvicorn.Config(
         build_app(front), log_config=None, access_log=False, http=protocol_class(connections), loop="asyncio", ws="none",
         lifespan="off", proxy_headers=False, server_header=False, backlog=BACKLOG,
-        timeout_graceful_shutdown=round(grace_s + MARGIN_SECONDS),
+        timeout_graceful_shutdown=round(grace_s + MARGIN_SECONDS), timeout_keep_alive=round(connections.idle_s),
     )  # fmt: skip
     server = Server(config)
     with _stopped_by_signals(server):

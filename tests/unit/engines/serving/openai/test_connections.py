@@ -24,7 +24,13 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 async def serving(connections: Connections) -> AsyncIterator[int]:
     sock = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, http=protocol_class(connections), lifespan="off", log_config=None, loop="asyncio", ws="none"
+        app,
+        http=protocol_class(connections),
+        lifespan="off",
+        log_config=None,
+        loop="asyncio",
+        ws="none",
+        timeout_keep_alive=round(connections.idle_s) or 1,
     )
     server = uvicorn.Server(config)
     task = asyncio.ensure_future(server._serve([sock]))
@@ -45,7 +51,7 @@ async def talk(port: int, said: bytes) -> tuple[asyncio.StreamReader, asyncio.St
 
 def test_silence_and_half_requests_end() -> None:
     async def run() -> None:
-        connections = Connections(0, 0, header_s=0.3)
+        connections = Connections(0, 0, header_s=0.3, idle_s=0.3)
         async with serving(connections) as port:
             for said in (b"", b"GET / HTTP/1.1\r\nHo", GET, GET + b"GET /"):
                 reader, writer = await talk(port, said)
@@ -53,6 +59,24 @@ def test_silence_and_half_requests_end() -> None:
                 assert heard.count(b"200 OK") == said.count(GET)
                 writer.close()
             assert not connections._open
+
+    asyncio.run(run())
+
+
+def test_a_connection_may_rest_behind_an_answer() -> None:
+    """Longer than headers may take: clients use it again, and one that is closed just then costs a request."""
+
+    async def run() -> None:
+        connections = Connections(0, 0, header_s=0.2, idle_s=30)
+        async with serving(connections) as port:
+            reader, writer = await talk(port, GET)
+            assert b"200 OK" in await reader.readuntil(b"ok")
+            await asyncio.sleep(0.6)
+            writer.write(GET)
+            assert b"200 OK" in await reader.readuntil(b"ok")
+            writer.write(b"GET / HT")  # from here on, the header's time counts
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+            writer.close()
 
     asyncio.run(run())
 

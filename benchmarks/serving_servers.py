@@ -25,7 +25,7 @@ from medusa_export.engines.serving.triton.repository import write_repository
 
 MODEL = "medusa"
 REQUEST_SECONDS = 600.0
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 KINDS = {"text_input": "BYTES", "system": "BYTES", "max_tokens": "INT32", "stream": "BOOL"}
 DTYPES: dict[str, Any] = {"BYTES": np.object_, "INT32": np.int32, "BOOL": np.bool_}
 EXIT_SECONDS = 1  # nothing is in flight then, but Triton 2.51 may hold on to a stream that was cancelled as it ended

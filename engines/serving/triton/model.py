@@ -17,7 +17,7 @@ from medusa_export.engines.serving.text_service import Piece, TextRequest, TextS
 from medusa_export.engines.serving.triton.dialect import read_inputs, settle
 from medusa_export.engines.serving.triton.guard import Guard
 from medusa_export.engines.serving.triton.metrics import TritonMeter
-from medusa_export.engines.serving.triton.sender import Sender
+from medusa_export.engines.serving.triton.sender import Rest, Sender
 from medusa_export.engines.serving.triton.tensors import INPUTS, write_outputs
 from medusa_export.heads.decoding.sampling import Sampling
 
@@ -60,6 +60,7 @@ class MedusaModel:
         self._service = TextService(engine, ServingOptions.from_text(parameters), self._meter)
         self._open: dict[int, _Open] = {}
         self._lock, self._stopping = threading.Lock(), threading.Event()
+        self._rest = Rest()
         self._watcher = threading.Thread(target=self._watch, name="medusa-export-cancel", daemon=True)
         self._watcher.start()
         self._guard = Guard(self._stop)
@@ -71,7 +72,9 @@ class MedusaModel:
             RefusedRequest: some were refused. Their clients have been told why; this is how Triton counts them as failures
                 (nv_inference_request_failure). Without dynamic batching there is one request at a time.
         """
-        refused = [self._take(request, Sender(self._pb, request.get_response_sender())) for request in requests]
+        refused = [
+            self._take(request, Sender(self._pb, request.get_response_sender(), self._rest)) for request in requests
+        ]
         if any(refused):
             raise RefusedRequest(", ".join(filter(None, refused))) from None
 
@@ -80,6 +83,7 @@ class MedusaModel:
         self._service.close(drain=True, timeout_s=self._service.options.grace_s)
         self._stopping.set()
         self._watcher.join()
+        self._rest.clear()
         self._meter.close()
         self._guard.close()
 

@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
+
+REST_SECONDS = 5.0
+
+
+class Rest:
+    """Where finished senders stay for a while.
+
+    Triton 2.51 answers is_cancelled() from a thread of its own, which touches the sender once more behind its answer
+    (PbCancel::ReportIsCancelled): one that is collected just then is written to after its memory has gone, and the stub ends with a
+    segmentation fault soon after (seen with 128 streams on a machine without time).
+    """
+
+    def __init__(self) -> None:
+        self._senders: deque[tuple[float, Any]] = deque()
+        self._lock = threading.Lock()
+
+    def take(self, sender: Any) -> None:
+        """One more; those that have rested go. From any thread."""
+        now = time.monotonic()
+        with self._lock:
+            self._senders.append((now, sender))
+            while now - self._senders[0][0] > REST_SECONDS:
+                self._senders.popleft()
+
+    def clear(self) -> None:
+        """All go, as they have to before the model does."""
+        self._senders.clear()
 
 
 class Sender:
     """Answers one request.
 
-    Triton's object is let go of with the last response: it lies in memory that is shared with the server, and one that outlives the
-    model makes the stub end with a segmentation fault.
+    Triton's object is let go of a while after the last response: it lies in memory that is shared with the server, and one that
+    outlives the model makes the stub end with a segmentation fault.
 
     Args:
         pb_utils: Triton's module.
         sender: the request's.
+        rest: of the model.
     """
 
-    def __init__(self, pb_utils: Any, sender: Any) -> None:
-        self._pb, self._sender = pb_utils, sender
+    def __init__(self, pb_utils: Any, sender: Any, rest: Rest) -> None:
+        self._pb, self._sender, self._rest = pb_utils, sender, rest
         self._lock = threading.Lock()
 
     def is_cancelled(self) -> bool:
@@ -48,10 +78,12 @@ class Sender:
             return
         with self._lock:
             sender, self._sender = self._sender, None
+            self._rest.take(sender)
             sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def nothing(self) -> None:
         """End without a response."""
         with self._lock:
             sender, self._sender = self._sender, None
+            self._rest.take(sender)
             sender.send(flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

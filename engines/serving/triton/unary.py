@@ -12,7 +12,7 @@ import numpy as np
 
 from medusa_export.engines.serving.triton.guard import Guard
 from medusa_export.engines.serving.triton.model import ANSWERED, ASKED_AT_ONCE, CANCEL, CODED, POLL_SECONDS, TWIN
-from medusa_export.engines.serving.triton.sender import Sender
+from medusa_export.engines.serving.triton.sender import Rest, Sender
 from medusa_export.engines.serving.triton.tensors import OUTPUTS, write_outputs
 
 logger = logging.getLogger(__name__)
@@ -28,16 +28,18 @@ class UnaryModel:
         self._pb = pb_utils
         config = json.loads(args["model_config"])
         self._model, self._is_batched = config["parameters"]["model"]["string_value"], int(config["max_batch_size"]) > 0
+        self._rest = Rest()
         self._guard = Guard()
 
     def finalize(self) -> None:
         """Called once by Triton."""
+        self._rest.clear()
         self._guard.close()
 
     def execute(self, requests: list[Any]) -> None:
         """Start a thread for each request and return: Triton takes the answers from their senders."""
         for request in requests:
-            sender = Sender(self._pb, request.get_response_sender())
+            sender = Sender(self._pb, request.get_response_sender(), self._rest)
             threading.Thread(target=self._answer, args=(request, sender), daemon=True).start()
 
     def _answer(self, request: Any, sender: Sender) -> None:

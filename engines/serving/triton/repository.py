@@ -44,10 +44,7 @@ command -v tritonserver >/dev/null || {
 # Triton recurses through an HTTP body: with the usual stack of 8 MB, one of 4 MB ends the server.
 ulimit -s 262144 2>/dev/null || echo "warning: the stack stays at $(ulimit -s) KB: keep large bodies away from this server" >&2
 host="${HOST:-127.0.0.1}"
-# A stub ends with a segmentation fault when the memory that it shares with the server has to grow while many requests come: 64 MB is
-# room for all but large texts, and takes only what is used.
-exec tritonserver --model-repository . --disable-auto-complete-config --backend-config python,shm-default-byte-size=67108864 \\
-  --http-address "$host" --http-port "${HTTP_PORT:-8000}" \\
+exec tritonserver --model-repository . --disable-auto-complete-config --http-address "$host" --http-port "${HTTP_PORT:-8000}" \\
   --grpc-address "$host" --grpc-port "${GRPC_PORT:-8001}" --metrics-address "$host" --metrics-port "${METRICS_PORT:-8002}" "$@"
 """
 README = """# {name}: {precision}

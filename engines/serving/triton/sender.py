@@ -14,9 +14,8 @@ REST_SECONDS = 5.0
 class Rest:
     """Where finished senders stay for a while.
 
-    Triton 2.51 answers is_cancelled() from a thread of its own, which touches the sender once more behind its answer
-    (PbCancel::ReportIsCancelled): one that is collected just then is written to after its memory has gone, and the stub ends with a
-    segmentation fault soon after (seen with 128 streams on a machine without time).
+    Triton 2.51 answers is_cancelled() from a thread of its own, which wakes the caller and then touches the sender once more
+    (PbCancel::ReportIsCancelled, read in its sources): one that is collected in between is written to after its memory has gone.
     """
 
     def __init__(self) -> None:

@@ -23,9 +23,7 @@ command -v tritonserver >/dev/null || {{
 }}
 # Triton recurses through an HTTP body: with the usual stack of 8 MB, one of 4 MB ends the server.
 ulimit -s 262144 2>/dev/null || echo "warning: the stack stays at $(ulimit -s) KB: keep large bodies away from this server" >&2
-# A stub ends with a segmentation fault when the memory that it shares with the server has to grow while many requests come.
-shared=(--model-repository "$models" --disable-auto-complete-config --exit-timeout-secs 30
-  --backend-config python,shm-default-byte-size=67108864)
+shared=(--model-repository "$models" --disable-auto-complete-config --exit-timeout-secs 30)
 host="${{HOST:-127.0.0.1}}"
 first=("${{shared[@]}}" --http-address "$host" --http-port "${{HTTP_PORT:-8000}}"
   --grpc-address "$host" --grpc-port "${{GRPC_PORT:-8001}}"

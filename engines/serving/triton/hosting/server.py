@@ -25,7 +25,6 @@ START_SECONDS, EXIT_SECONDS, POLL_SECONDS = 120.0, 30, 0.1
 MARGIN_SECONDS = 5.0  # for a server that is slow to end
 SHARED_MEMORY = Path("/dev/shm")
 STACK_BYTES = 256 << 20
-SHARED_BYTES = 64 << 20  # of each stub: it may not have to grow, see launch.sh
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,7 @@ class TritonServer(ServerProcess):
             "metrics-address": at.host, "metrics-port": at.metrics_port,
             "exit-timeout-secs": exit_seconds,
         }  # fmt: skip
-        fixed = ["--disable-auto-complete-config", f"--backend-config=python,shm-default-byte-size={SHARED_BYTES}"]
-        return [*fixed, *(f"--{name}={value}" for name, value in flags.items())]
+        return ["--disable-auto-complete-config", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def _deepen_stack() -> None:

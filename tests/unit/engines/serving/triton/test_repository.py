@@ -13,7 +13,6 @@ import pytest
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.triton.config_files import render
-from medusa_export.engines.serving.triton.hosting.server import SHARED_BYTES
 from medusa_export.engines.serving.triton.repository import repository_configs, verify_repository, write_repository
 from tests.paths import assert_golden
 
@@ -106,7 +105,6 @@ def test_the_script_that_starts_it(engine: Path, tmp_path: Path) -> None:
     assert folder == str((tmp_path / "repository").resolve())
     assert stack in ("262144", "unlimited") or "warning: the stack stays" in done.stderr
     assert given.count("127.0.0.1") == 3
-    assert f"python,shm-default-byte-size={SHARED_BYTES} " in given
     assert given.endswith("--log-verbose 1")
     absent = subprocess.run(script, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"})
     assert (absent.returncode, absent.stderr.count("\n")) == (2, 1)

@@ -11,6 +11,7 @@ HEADER_SECONDS = 10.0  # in which a request's headers have to be there, from the
 # Longer than clients and proxies keep a connection for further use (httpx 5 s, aiohttp 15 s, nginx 60 s): where the server closes it
 # first, a request that is under way just then is lost.
 IDLE_SECONDS = 75.0
+LATE_SECONDS = 1.0  # a loop that stood still for longer has read nothing meanwhile: the time does not count
 
 
 @dataclass
@@ -91,15 +92,20 @@ def protocol_class(connections: Connections) -> Any:
 
         def _arm(self, seconds: float) -> None:
             self._disarm()
-            self._timer = self.loop.call_later(seconds, self._close_idle)
+            due = self.loop.time() + seconds
+            self._timer = self.loop.call_at(due, self._close_idle, due, seconds)
 
         def _disarm(self) -> None:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
 
-        def _close_idle(self) -> None:
-            if not self._is_busy():
+        def _close_idle(self, due: float, seconds: float) -> None:
+            if self._is_busy():
+                return
+            if self.loop.time() - due > LATE_SECONDS:
+                self._arm(seconds)
+            else:
                 self.transport.close()
 
     return LimitedProtocol

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 import uvicorn
 
+from medusa_export.engines.serving.openai import connections as connections_module
 from medusa_export.engines.serving.openai.connections import Connections, protocol_class
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -76,6 +79,23 @@ def test_a_connection_may_rest_behind_an_answer() -> None:
             assert b"200 OK" in await reader.readuntil(b"ok")
             writer.write(b"GET / HT")  # from here on, the header's time counts
             assert await asyncio.wait_for(reader.read(), 20) == b""
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_time_in_which_the_loop_stands_still_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without time, what a client sent long ago may not have been read yet."""
+    monkeypatch.setattr(connections_module, "LATE_SECONDS", 0.2)
+
+    async def run() -> None:
+        async with serving(Connections(0, 0, header_s=0.4)) as port:
+            reader, writer = await talk(port, b"")
+            await asyncio.sleep(0.1)
+            time.sleep(0.8)
+            await asyncio.sleep(0.01)
+            writer.write(GET)
+            assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"ok"), 20)
             writer.close()
 
     asyncio.run(run())

@@ -68,7 +68,8 @@ def protocol_class(connections: Connections) -> Any:
         def connection_lost(self, exc: Exception | None) -> None:
             if self._client:
                 connections.leave(self._client)
-            self._disarm()
+            if self._timer is not None:
+                self._timer.cancel()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -91,14 +92,10 @@ def protocol_class(connections: Connections) -> Any:
             return self.cycle is not None and not self.cycle.response_complete
 
         def _arm(self, seconds: float) -> None:
-            self._disarm()
-            due = self.loop.time() + seconds
-            self._timer = self.loop.call_at(due, self._close_idle, due, seconds)
-
-        def _disarm(self) -> None:
             if self._timer is not None:
                 self._timer.cancel()
-                self._timer = None
+            due = self.loop.time() + seconds
+            self._timer = self.loop.call_at(due, self._close_idle, due, seconds)
 
         def _close_idle(self, due: float, seconds: float) -> None:
             if self._is_busy():

@@ -1,4 +1,4 @@
-"""What all commands share: consoles, a progress bar, signals, and errors as one line and exit code 2."""
+"""What all commands share: consoles, a progress bar, signals, and errors as one line with exit code 2, or 3 for a crash."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medusa_export.core.errors import MedusaExportError
 
 stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
 
+CRASHED = 3  # exit code
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a device that output goes to
 
 
@@ -32,6 +32,8 @@ def command_app() -> typer.Typer:
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """A bar a stage on stderr, from the first stage on: downloads before it have bars of their own. Nothing on no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
     with ExitStack() as shown:
@@ -72,7 +74,11 @@ def _unwinding_on_signals() -> Iterator[list[int]]:
 
 
 def main(app: typer.Typer) -> None:
-    """Run a command; the project's errors become one line on stderr and exit code 2, a signal one line and 128 + its number."""
+    """Run a command and end the process.
+
+    Exit codes: 0; 1 for what a command found wrong; 2 for the project's errors, one line on stderr; 3 for anything else that is
+    raised, one line that names the log with the traceback; 128 + its number for a signal. ``-v`` shows the traceback as well.
+    """
     verbose = bool({"-v", "--verbose"} & set(sys.argv))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     if not verbose:  # or transformers lists the heads of a combined checkpoint as unexpected weights
@@ -92,11 +98,23 @@ def _run(app: typer.Typer, signals: list[int], *, verbose: bool) -> None:
         if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
             _give_up_stdout()
             _fail(f"standard output: {error.strerror}; nothing more can be said there", 2)
-        if not isinstance(error, MedusaExportError):
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
             raise
         if verbose:
             stderr.print_exception()
-        _fail(str(error), 2)
+        if isinstance(error, MedusaExportError):
+            _fail(str(error), 2)
+        _fail(_crash_line(error), CRASHED)
+
+
+def _crash_line(error: BaseException) -> str:
+    """What broke, in one line, and where the rest stands."""
+    from medusa_export.core.crash_log import write_crash_log
+
+    log = write_crash_log(error, sys.argv)
+    place = f"see {log}" if log else "no log could be written: -v shows the traceback"
+    what = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
+    return f"crashed, a fault of this program: {what}; {place}"
 
 
 def _give_up_stdout() -> None:

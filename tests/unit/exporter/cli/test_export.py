@@ -479,14 +479,27 @@ def test_verbose_errors_show_where_they_come_from(run: Run, inputs: Inputs) -> N
     assert result.err.splitlines()[-1].startswith("error: absent/config.json: got no such file")
 
 
-def test_an_error_of_the_program_is_not_hidden(run: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_crash_leaves_a_log(verbose: bool, run: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
-        raise ZeroDivisionError
+        raise ZeroDivisionError("division\nby zero")
 
     monkeypatch.setattr("medusa_export.exporter.pipeline.export.export", broken)
-    monkeypatch.setattr(sys, "argv", ["medusa-export", *inputs.flags()])
-    with pytest.raises(ZeroDivisionError):
-        cli.export_main()
+    monkeypatch.setenv("MEDUSA_EXPORT_CACHE", str(inputs.root / "cache"))
+    result = run("export", *inputs.flags(), *(["-v"] if verbose else []))
+    (log,) = (inputs.root / "cache/crashes").iterdir()
+    assert (result.code, result.out) == (3, "")
+    line = result.err.splitlines()[-1]
+    assert line == f"error: crashed, a fault of this program: ZeroDivisionError: division by zero; see {log}"
+    assert ("Traceback" in result.err) == verbose
+    text = log.read_text()
+    for part in (
+        f"--ckpt {inputs.model}",
+        "Traceback (most recent call last)",
+        "in broken",
+        f"torch {torch.__version__}",
+    ):
+        assert part in text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

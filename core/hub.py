@@ -6,7 +6,6 @@ come first, so that what cannot be used is refused before gigabytes are on their
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,6 +56,8 @@ class ModelFiles:
         """
         if self.commit is not None:
             return {"checkpoint": self.name, "commit": self.commit}
+        import hashlib
+
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
         return {"checkpoint": self.name, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
 

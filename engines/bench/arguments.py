@@ -7,7 +7,7 @@ from pathlib import Path
 
 from medusa_export.core.flags import flag
 from medusa_export.core.hub import REVISION_HELP
-from medusa_export.engines.decoding.draft_kinds import AUTO, DRAFTS_CHOICES, DRAFTS_HELP
+from medusa_export.engines.decoding.draft_flags import AUTO, DRAFTS_CHOICES, DRAFTS_HELP
 from medusa_export.engines.trtllm.session import TIMEOUT
 
 INPUT, RUN, SAMPLING, EXTRAS, TRTLLM = (

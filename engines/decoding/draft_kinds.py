@@ -8,6 +8,7 @@ from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.batch_trees import BatchTrees
+from medusa_export.engines.decoding.draft_flags import AUTO, require_known
 from medusa_export.engines.decoding.drafters import Drafter, PayingDrafter, TreeDrafter, fitting_paths
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.heads.contract.engine_info import EngineInfo
@@ -64,23 +65,8 @@ def _both(engine: Engine) -> Drafter:
 
 
 DRAFTS: Mapping[str, Callable[[Engine], Drafter]] = {"heads": _heads, "text": _text, "both": _both, "none": _none}
-DRAFTS_HELP = "What drafts the tokens that a step verifies."
-AUTO = "auto"
-DRAFTS_CHOICES = {
-    AUTO: "both; heads with --tree or on TensorRT-LLM; text without heads",
-    "heads": "the tree of Medusa heads",
-    "text": "what followed the same words before",
-    "both": "heads and text, step by step as it pays",
-    "none": "nothing",
-}
 NEED_HEADS = ("both",)  # an engine without heads has the empty tree for ``heads``
 OF_RUNTIMES = ("heads", "none")  # what TensorRT-LLM's own decoding can do
-
-
-def require_known(drafts: str) -> None:
-    """Raise ConfigError for a name that ``--drafts`` does not have."""
-    if drafts not in DRAFTS_CHOICES:
-        raise ConfigError("--drafts", drafts, f"one of {', '.join(DRAFTS_CHOICES)}", "choose one of them")
 
 
 def settle_drafts(drafts: str, info: EngineInfo, *, own_tree: bool) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
-from medusa_export.engines.decoding.draft_kinds import AUTO, DRAFTS_CHOICES, DRAFTS_HELP, require_known
+from medusa_export.engines.decoding.draft_flags import AUTO, DRAFTS_CHOICES, DRAFTS_HELP, require_known
 
 INPUT, LIMITS, DECODING = "Input", "Limits", "Decoding"  # headings of --help
 MAX_QUEUE, QUEUE_HELP = 256, "Most requests that wait; further ones are refused as busy."

@@ -11,7 +11,8 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import measure_acceptance
-from medusa_export.engines.tuning.cost import PAST_LENGTH, SIZES, SingleSteps, measure_cost, write_costs
+from medusa_export.engines.tuning.cost import SIZES, SingleSteps, measure_cost, write_costs
+from medusa_export.engines.tuning.defaults import PAST_LENGTH
 from medusa_export.engines.tuning.search import search, sentence, tree_json
 from medusa_export.heads.contract.engine_info import TREE_FILE
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration

@@ -18,12 +18,12 @@ from medusa_export.core.intervals import median_interval
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
+from medusa_export.engines.tuning.defaults import PAST_LENGTH
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.decoding.accept import accept_greedy
 from medusa_export.heads.trees.tree import Choice, Tree
 
 SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)
-PAST_LENGTH = 256
 ROUNDS = 9
 TIMED = 2  # steps in a row that are timed, after one that is not: decoding repeats the same step too
 ROOT = np.zeros(1, dtype=np.int64)

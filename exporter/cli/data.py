@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
@@ -157,6 +155,8 @@ def _engine(given: DataFlags, conversations: list[Conversation], sampling: Sampl
     if given.server or given.model is None or (Path(given.model) / ENGINE_FILE).is_file():
         yield given
         return
+    import tempfile
+
     from medusa_export.core.artifacts.hashing import sha256_all
     from medusa_export.core.text.encoding import encode_chat
     from medusa_export.exporter.engine_dirs.onnxruntime import write_base_engine
@@ -203,6 +203,8 @@ def _executor(factory: ModelFactory, sampling: Sampling, given: DataFlags) -> tu
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[int, int, int], None]]:
     """Conversations done, tokens per second and the time left, on stderr; nothing where that is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     speed = TextColumn("{task.fields[speed]}")
     columns = (TextColumn("conversations"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bars:

@@ -6,15 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import flag
 from medusa_export.exporter.cli.console import stdout
 from medusa_export.exporter.cli.tree_tables import narrow_table
-from medusa_export.heads.roofline.gpus import BY_KEY
-from medusa_export.heads.roofline.step import ARITHMETIC, BANDWIDTH, COLLECTIVE_US, DEFAULTS, KERNEL_US, Assumptions
+from medusa_export.heads.roofline.gpus import ARITHMETIC, BANDWIDTH, BY_KEY, COLLECTIVE_US, KERNEL_US
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
+
+if TYPE_CHECKING:
+    from medusa_export.heads.roofline.step import Assumptions
 
 SHOWN_NODES = (8, 16, 32, 64)
 
@@ -51,6 +53,8 @@ class EstimateFlags:
 
     def assumptions(self) -> Assumptions:
         """What the data sheet does not say."""
+        from medusa_export.heads.roofline.step import DEFAULTS
+
         return replace(
             DEFAULTS, bandwidth=self.bandwidth_efficiency, arithmetic=self.arithmetic_efficiency, kernel_us=self.kernel_us,
             collective_us=self.collective_us,

@@ -8,7 +8,7 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.flags import flag
-from medusa_export.engines.tuning.cost import PAST_LENGTH
+from medusa_export.engines.tuning.defaults import PAST_LENGTH
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stdout
 from medusa_export.exporter.cli.flags.commands import callback, command, require
 from medusa_export.exporter.cli.gpu_cost import GPU, EstimateFlags, print_estimate, write_estimate

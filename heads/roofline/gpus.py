@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from medusa_export.core.errors import ConfigError
 
+# What kernels reach of the figures below, and what they take besides: defaults of ``Assumptions`` in step.py.
+BANDWIDTH, ARITHMETIC, KERNEL_US, COLLECTIVE_US = 0.8, 0.6, 2.5, 10.0
+
 
 @dataclass(frozen=True)
 class Gpu:

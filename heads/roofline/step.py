@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.heads.roofline.gpus import Gpu
+from medusa_export.heads.roofline.gpus import ARITHMETIC, BANDWIDTH, COLLECTIVE_US, KERNEL_US, Gpu
 from medusa_export.heads.roofline.shape import HALF, Precision, Shape
 
 Number = float | npt.NDArray[np.float64]  # an array has one value of each of several assumptions  # [S]
-BANDWIDTH, ARITHMETIC, KERNEL_US, COLLECTIVE_US = 0.8, 0.6, 2.5, 10.0  # defaults of the assumptions
 ACTIVATION_BYTES, LOGIT_BYTES = 2, 4  # activations are 16 bit, logits float32
 
 

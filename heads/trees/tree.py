@@ -13,12 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from medusa_export.core.errors import TreeError
 from medusa_export.core.regular_files import ABSENT, found_instead
+
+if TYPE_CHECKING:  # arrays are made on demand: --help and readers of tree.json need no NumPy
+    import numpy as np
+    import numpy.typing as npt
 
 Choice = tuple[int, ...]
 
@@ -86,6 +88,8 @@ class Tree:
     @cached_property
     def parents(self) -> npt.NDArray[np.int64]:
         """Index of every node's parent, the root's being itself.  # [N]"""
+        import numpy as np
+
         index = {choice: node for node, choice in enumerate(self.choices, start=1)}
         return np.array([0] + [index.get(choice[:-1], 0) for choice in self.choices], dtype=np.int64)
 
@@ -104,6 +108,8 @@ class Tree:
 
     @cached_property
     def _paths(self) -> list[npt.NDArray[np.int64]]:
+        import numpy as np
+
         paths = [[0]]
         for node, parent in enumerate(self.parent_list, start=1):
             paths.append([*paths[parent], node])
@@ -116,11 +122,15 @@ class Tree:
     @cached_property
     def depths(self) -> npt.NDArray[np.int64]:
         """Position of every node relative to the root.  # [N]"""
+        import numpy as np
+
         return np.array([0] + [len(choice) for choice in self.choices], dtype=np.int64)
 
     @cached_property
     def mask(self) -> npt.NDArray[np.bool_]:
         """mask[i, j]: node i attends to node j, that is j is i or one of its ancestors.  # [N, N]"""
+        import numpy as np
+
         mask = np.eye(self.num_nodes, dtype=bool)
         for node in range(1, self.num_nodes):
             mask[node] |= mask[self.parents[node]]
@@ -129,6 +139,8 @@ class Tree:
     @cached_property
     def heads_and_ranks(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """For every draft node, the head that proposes it and the rank of its token there.  # 2 x [N - 1]"""
+        import numpy as np
+
         heads = np.array([len(choice) - 1 for choice in self.choices], dtype=np.int64)
         ranks = np.array([choice[-1] for choice in self.choices], dtype=np.int64)
         return heads, ranks
@@ -141,6 +153,8 @@ class Tree:
     @cached_property
     def retrieve_indices(self) -> npt.NDArray[np.int64]:
         """Node indices of every root-to-leaf path, padded with -1.  # [leaves, depth + 1]"""
+        import numpy as np
+
         inner = set(self.parents[1:].tolist())
         leaves = [node for node in range(self.num_nodes) if node not in inner] if self.choices else [0]
         table = np.full((len(leaves), self.depth + 1), -1, dtype=np.int64)

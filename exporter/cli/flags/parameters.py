@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -57,6 +56,8 @@ def general_parameters(is_root: bool, takes_flags: bool) -> list[inspect.Paramet
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version  # late: it takes as long as all flags together
+
         typer.echo(f"medusa-export {version('medusa-export')}")
         raise typer.Exit
 

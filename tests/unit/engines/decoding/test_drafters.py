@@ -12,15 +12,8 @@ import pytest
 
 from medusa_export.core.errors import ConfigError, TreeError
 from medusa_export.engines.decoding.batch_trees import BatchTrees
-from medusa_export.engines.decoding.draft_kinds import (
-    AUTO,
-    DRAFTS,
-    DRAFTS_CHOICES,
-    Engine,
-    open_drafter,
-    require_drafts,
-    settle_drafts,
-)
+from medusa_export.engines.decoding.draft_flags import AUTO, DRAFTS_CHOICES
+from medusa_export.engines.decoding.draft_kinds import DRAFTS, Engine, open_drafter, require_drafts, settle_drafts
 from medusa_export.engines.decoding.drafters import CHAINS, PayingDrafter, TreeDrafter
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE

@@ -7,7 +7,8 @@ from dataclasses import asdict, fields
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.draft_kinds import DRAFTS, DRAFTS_CHOICES
+from medusa_export.engines.decoding.draft_flags import DRAFTS_CHOICES
+from medusa_export.engines.decoding.draft_kinds import DRAFTS
 from medusa_export.engines.serving.options import ServingOptions
 
 OTHERS = ServingOptions(

@@ -14,6 +14,7 @@ from medusa_export.engines.serving.triton import repository
 from medusa_export.engines.trtllm import command
 from medusa_export.engines.verify import selfcheck
 from medusa_export.exporter.cli import data
+from medusa_export.exporter.doctor import abilities
 from medusa_export.exporter.job import engine_kinds, gpu_costs, output_forms
 from medusa_export.exporter.onnx import linear
 from medusa_export.exporter.onnx.portable import linear as portable
@@ -111,6 +112,7 @@ def backend_tables() -> list[Table]:
     names: Keys = {*backends.BACKENDS}
     return [
         Table("engines/backends.py BACKENDS", names, {*engine_kinds.ENGINES}),
+        Table("exporter/doctor/abilities.py ENGINES", {*abilities.ENGINES}, names),
         Table("exporter/job/engine_kinds.py ENGINES", {*engine_kinds.ENGINES}, names),
         Table("exporter/pipeline/engine_writers.py WRITERS", {*engine_writers.WRITERS}, names),
         Table("engines/verify/selfcheck.py CHECKS", {*selfcheck.CHECKS}, names),

@@ -1,4 +1,4 @@
-"""medusa-export, with plan and verify: parse, call one function, print."""
+"""medusa-export, with plan, verify and formats: parse, call one function, print."""
 
 from __future__ import annotations
 
@@ -118,6 +118,19 @@ def verify_command(own: VerifyFlags) -> None:
     from medusa_export.exporter.cli.verify import verify_directory
 
     verify_directory(own.out, ckpt=own.ckpt, heads=own.heads, require_source=own.require_source, quick=own.quick)
+
+
+@command(export_app, "formats")
+def formats_command() -> None:
+    """List the weight and key/value-cache formats: bits, GPUs, whether they need prompts, and what this machine can do.
+
+    Example: medusa-export formats
+    """
+    from medusa_export.exporter.doctor.machine import look
+    from medusa_export.exporter.doctor.packages import find_packages
+    from medusa_export.exporter.doctor.report import print_formats
+
+    print_formats(find_packages(imports=False), [gpu.sm for gpu in look().gpus], stdout)
 
 
 def export_main() -> None:

@@ -47,6 +47,7 @@ ALLOWED: dict[str, str] = {
     "exporter/job": "core core/artifacts core/text exporter/plan heads/checkpoint heads/contract heads/roofline heads/trees quantize",
     "exporter/pipeline": "core core/artifacts core/text exporter/engine_dirs exporter/job exporter/onnx exporter/plan exporter/verify"
     " exporter/write heads/contract quantize",
+    "exporter/doctor": "core quantize",
     "exporter/sizing": "core core/artifacts core/text exporter/job exporter/onnx exporter/pipeline"
     " exporter/plan exporter/write heads/checkpoint heads/roofline heads/trees quantize",
     "engines/decoding": "core heads/contract heads/decoding heads/trees",

@@ -14,6 +14,7 @@ from typer.main import get_command
 from medusa_export.core.flags import FlagField
 from medusa_export.exporter.cli.console import main
 from medusa_export.exporter.cli.data import data_app
+from medusa_export.exporter.cli.doctor import doctor_app
 from medusa_export.exporter.cli.export import export_app
 from medusa_export.exporter.cli.run import run_app
 from medusa_export.exporter.cli.serve import serve_app
@@ -23,8 +24,8 @@ from medusa_export.exporter.cli.triton import triton_app
 from tests.paths import GOLDEN, ROOT
 
 APPS = {
-    "medusa-data": data_app, "medusa-export": export_app, "medusa-run": run_app, "medusa-serve": serve_app,
-    "medusa-train": train_app, "medusa-tree": tree_app, "medusa-triton": triton_app,
+    "medusa-data": data_app, "medusa-doctor": doctor_app, "medusa-export": export_app, "medusa-run": run_app,
+    "medusa-serve": serve_app, "medusa-train": train_app, "medusa-tree": tree_app, "medusa-triton": triton_app,
 }  # fmt: skip
 PROGRAMS = {name: get_command(app) for name, app in APPS.items()}
 COMMANDS = {

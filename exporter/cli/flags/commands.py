@@ -13,7 +13,8 @@ import typer
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import FlagField, flag, flags_of, requirement_error
 from medusa_export.exporter.cli.flags.help_page import Flags, command_class, group_class
-from medusa_export.exporter.cli.flags.parameters import CONTEXT, general_parameters, parameter
+from medusa_export.exporter.cli.flags.parameters import CONTEXT, PRINT_CONFIG, general_parameters, parameter
+from medusa_export.exporter.cli.flags.yaml_file import flags_as_yaml
 
 T = TypeVar("T")
 Body = Callable[..., None]
@@ -111,17 +112,32 @@ def _entry(body: Body, either: tuple[type, ...], *, is_root: bool, alone: bool =
 
     def entry(**values: Any) -> None:
         context: typer.Context = values.pop(CONTEXT)
+        values.pop("config", None)
+        is_printed = values.pop(PRINT_CONFIG, False)
         if context.invoked_subcommand:
             return
         given = {key: _checked(item, values[key]) for key, (item, _) in items.items()}
         present = Given({key: given[key] for key in chosen if given[key] is not None})
-        body(**{name: present if kind is Given else _instance(kind, given, context) for name, kind in hints.items()})
+        made = {name: present if kind is Given else _instance(kind, given, context) for name, kind in hints.items()}
+        if is_printed:
+            typer.echo(
+                flags_as_yaml({item.name: given[key] for key, (item, _) in items.items() if _was_given(context, key)}),
+                nl=False,
+            )
+            return
+        body(**made)
 
     parameters = [parameter(item, kind, unset=key in chosen) for key, (item, kind) in items.items()]
     entry.__signature__ = inspect.Signature([*general_parameters(is_root, alone), *parameters])  # type: ignore[attr-defined]
     entry.__annotations__ = {}  # typer reads both
     entry.__name__, entry.__doc__ = body.__name__, body.__doc__
     return entry, items
+
+
+def _was_given(context: typer.Context, key: str) -> bool:
+    """On the command line or in a file of flags."""
+    source = context.get_parameter_source(key)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _distinct(kinds: Iterable[type]) -> Flags:

@@ -13,7 +13,7 @@ import typer
 from medusa_export.core.flags import FlagField
 from medusa_export.exporter.cli.flags.yaml_file import read_flags
 
-CONTEXT = "typer_context"
+CONTEXT, PRINT_CONFIG = "typer_context", "print_config"
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
@@ -40,15 +40,17 @@ def parameter(item: FlagField, kind: Any, *, unset: bool) -> inspect.Parameter:
 
 
 def general_parameters(is_root: bool, takes_flags: bool) -> list[inspect.Parameter]:
-    """What a command has besides its flags: the context, --config where it takes flags, and of a program itself --version."""
+    """What a command has besides its flags: the context, --config, --print-config, and of a program --version."""
     config = typer.Option(
         "--config", callback=read_flags, is_eager=True, metavar="FILE.yaml",
         help="Read flags from this YAML file, such as max-length: 512. The command line wins.",
     )  # fmt: skip
+    printed = typer.Option("--print-config", help="Print the flags given, as YAML for --config, and stop.")
     shown = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     found = [
         (True, inspect.Parameter(CONTEXT, KEYWORD, annotation=typer.Context)),
         (takes_flags, inspect.Parameter("config", KEYWORD, default=None, annotation=Annotated[Path | None, config])),
+        (takes_flags, inspect.Parameter(PRINT_CONFIG, KEYWORD, default=False, annotation=Annotated[bool, printed])),
         (is_root, inspect.Parameter("version", KEYWORD, default=False, annotation=Annotated[bool, shown])),
     ]
     return [each for is_wanted, each in found if is_wanted]

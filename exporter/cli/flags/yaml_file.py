@@ -1,14 +1,15 @@
-"""A command's flags from a YAML file."""
+"""A command's flags from a YAML file, and as one."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from medusa_export.core.errors import ConfigError, missing_package
+from medusa_export.core.errors import ConfigError
 
 
 def read_flags(context: typer.Context, path: Path | None) -> Path | None:
@@ -18,7 +19,6 @@ def read_flags(context: typer.Context, path: Path | None) -> Path | None:
 
     Raises:
         ConfigError: an unreadable file, no mapping, or a key that is no flag of the command.
-        MissingPackageError: PyYAML is not installed.
     """
     if path is None:
         return None
@@ -38,15 +38,31 @@ def read_flags(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def flags_as_yaml(flags: Mapping[str, Any]) -> str:
+    """The text of such a file.
+
+    Args:
+        flags: ``--max-length`` or, of an argument without a name, ``OUT`` -> value.
+    """
+    import yaml
+
+    plain = {name.lstrip("-").lower(): _plain(value) for name, value in flags.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def _key(option: str) -> str:
     return option.lstrip("-").replace("-", "_")
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        import yaml
-    except ImportError as error:
-        raise missing_package("pyyaml", "train") from error
+    import yaml
+
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

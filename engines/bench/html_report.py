@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from medusa_export.engines.bench.report import QUANTILES, paired_line, sweep_rows
+from medusa_export.engines.bench.report import QUANTILES, interval_text, paired_line, sweep_rows, whole_interval
 from medusa_export.engines.tuning.picture import positions
 from medusa_export.heads.trees.tree import Tree
 
@@ -39,7 +39,7 @@ def render(report: Mapping[str, Any]) -> str:
         loader=PackageLoader("medusa_export.engines.bench", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    intervals = [row["speedup_ci95"][1] for row in report["categories"]]
+    intervals = [row["speedup_ci95"][1] for row in report["categories"] if row["speedup_ci95"]]
     tree = Tree.from_choices(report["tree"]["medusa_choices"])
     return environment.get_template(TEMPLATE).render(
         report=report,
@@ -52,6 +52,8 @@ def render(report: Mapping[str, Any]) -> str:
         quantiles=[f"{quantile:.0%}" for quantile in QUANTILES],
         shown_top=SHOWN_TOP,
         paired_line=paired_line,
+        interval_text=interval_text,
+        whole_interval=whole_interval(report),
         sweeps=[sweep_rows(name, rows) for name, rows in report["sweeps"].items()],
     )
 

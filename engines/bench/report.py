@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_FINDINGS = 5
+FEWEST = 3  # prompts that an interval over prompts says something of
 MODES = ("baseline", "medusa")
 ALL_MODES = (*MODES, "other_baseline", "other_medusa")
 
@@ -68,6 +69,7 @@ def build_report(
         "reference": reference,
         "comparison": None,
         "sweeps": {},
+        "stopped": None,
         "expected": [],
         "tree_logits": None,
         "foretold": None,
@@ -133,7 +135,7 @@ def _categories(prompts: Sequence[PromptResult], seed: int) -> list[dict[str, An
                 "category": category,
                 "prompts": len(group),
                 "speedup": round(speedup(group), 4),
-                "speedup_ci95": _speedup_interval(group, seed),
+                "speedup_ci95": _speedup_interval(group, seed) if len(group) >= FEWEST else None,
                 "tokens_per_step": round(tokens_per_step(group), 4),
                 "exact": sum(prompt.verdict == "exact" for prompt in group),
             }
@@ -216,11 +218,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     parity, speed = report["parity"], report["speedup"]
     title = f"{report['engine']['precision']} on {report['device']}"
     table = Table(title=title, title_justify="left", show_header=False)
-    per_second, step, low_high = report["tokens_per_second"], report["step_ms"], speed["ci95"]
-    table.add_row("prompts", str(parity["prompts"]))
+    per_second, step = report["tokens_per_second"], report["step_ms"]
+    left = f" of {report['stopped']['of']}, then stopped" if report["stopped"] else ""
+    table.add_row("prompts", f"{parity['prompts']}{left}")
     table.add_row("tokens/s without Medusa", f"{per_second['baseline']:.1f}")
     table.add_row("tokens/s with Medusa", f"{per_second['medusa']:.1f}")
-    table.add_row("speed-up (95% CI)", f"{speed['median']:.2f}x ({low_high[0]:.2f} .. {low_high[1]:.2f})")
+    table.add_row("speed-up (95% CI)", f"{speed['median']:.2f}x ({interval_text(whole_interval(report))})")
     table.add_row("tokens per step", f"{report['tokens_per_step']:.2f} with {_drafted_by(report)}")
     if foretold := report["foretold"]:
         low, high = foretold["interval"]
@@ -236,10 +239,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         if report["reference"]["parted"]:
             table.add_row("where outputs part, drafts' likelihood", paired_line(report["reference"]["parted"]))
     console.print(table)
-    rows = Table("category", "prompts", "speed-up", "tokens per step", "exact")
+    rows = Table("category", "prompts", "speed-up", "95% CI", "tokens per step", "exact")
     for row in report["categories"]:
-        cells = [str(row["prompts"]), f"{row['speedup']:.2f}x", f"{row['tokens_per_step']:.2f}", str(row["exact"])]
-        rows.add_row(row["category"], *cells)
+        speeds = (f"{row['speedup']:.2f}x", interval_text(row["speedup_ci95"]))
+        rows.add_row(row["category"], str(row["prompts"]), *speeds, f"{row['tokens_per_step']:.2f}", str(row["exact"]))
     console.print(rows)
     for name, sweep in report["sweeps"].items():
         head, *lines = sweep_rows(name, sweep)
@@ -254,6 +257,17 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(f"{item['verdict']}: prompt {item['prompt']} at token {item['position']}, {gap}")
     for failed in finding_lines(report):
         console.print(failed, style="bold red")
+
+
+def whole_interval(report: Mapping[str, Any]) -> list[float] | None:
+    """Of the speed-up over all prompts; None where there are too few."""
+    found: list[float] = report["speedup"]["ci95"]
+    return found if report["parity"]["prompts"] >= FEWEST else None
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """1.12 .. 1.22, and a dash where there is none."""
+    return "-" if interval is None else f"{interval[0]:.2f} .. {interval[1]:.2f}"
 
 
 def finding_lines(report: dict[str, Any]) -> list[str]:

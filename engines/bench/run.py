@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from medusa_export.engines.bench.findings import (
     step_findings,
 )
 from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
-from medusa_export.engines.bench.runner import RunResult, continuations, run_prompts
+from medusa_export.engines.bench.runner import PromptResult, RunResult, continuations, run_prompts
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.draft_kinds import (
@@ -47,29 +47,30 @@ from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.trees.tree import Tree, load_tree
 
+MEASURED = "prompts"  # the stage that can be stopped
 SHOWN_TOKENS = 24  # of a text before and after a divergence
 REFERENCE_PROMPTS = 8  # prompts on which the engine is compared with the checkpoint
 RATED_PROMPTS = 64  # whose two outputs part, and are rated by the checkpoint
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[..., None]  # stage, done, total, and a note that may follow
 
 
-def run(arguments: RunArguments, progress: Progress = lambda stage, done, total: None) -> dict[str, Any]:
+def run(
+    arguments: RunArguments,
+    progress: Progress = lambda *_: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Measure an engine; the report's ``failures`` say why the command should fail.
+
+    Args:
+        arguments: the flags.
+        progress: called with a stage, how much of it is done, of how much, and what is known so far.
+        stopped: asked after every prompt; the report has what was run until then, and leaves out the rest of what was asked for.
 
     Raises:
         MedusaExportError: an engine, tree or prompts file that cannot be used.
     """
-    if not arguments.timeout > 0:
-        raise ConfigError("--timeout", f"{arguments.timeout:g}", "seconds above 0", "correct it")
-    for name in ("max_new_tokens", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}", str(getattr(arguments, name)), "1 or more", "correct it")
-    if arguments.temperature:
-        Sampler(arguments.temperature, 0, arguments.top_p)
-    elif arguments.typical or arguments.top_p != 1:
-        flag = "--typical" if arguments.typical else "--top-p"
-        raise ConfigError(flag, "no --temperature", "one above 0", "give one: greedy decoding draws nothing")
+    _check(arguments)
     prompts = load_prompts(arguments.prompts, arguments.limit)
     tokenizer = read_tokenizer(arguments.engine)
     engine = open_engine(
@@ -87,17 +88,20 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
     longest = engine.info.max_length - arguments.max_new_tokens
     require_sweeps(arguments.sweep_batch, arguments.sweep_length, prompts=len(encoded), longest=longest)
     other = _open_other(arguments, engine.info) if arguments.compare else None
-    done = iter(range(1, len(encoded) * arguments.repeats + 1))
     result = run_prompts(
         engine, way, encoded, ways=ways, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,
         temperature=arguments.temperature, top_p=arguments.top_p, typical=Typical() if arguments.typical else None, other=other,
-        progress=lambda: progress("prompts", next(done), len(encoded) * arguments.repeats),
+        progress=_told(progress, arguments.repeats), stopped=stopped,
     )  # fmt: skip
+    if stopped():
+        prompts = [prompts[index] for index in result.kept or ()]
+        arguments, other = replace(arguments, reference=None, sweep_batch=(), sweep_length=()), None
     reference = _reference(engine, result, arguments, progress) if arguments.reference else None
     step_noise, found = step_findings(engine, tree, result, arguments.seed)
     plain = {key: _plain(value) for key, value in asdict(arguments).items()}
     report = build_report(result, tree, engine.info, plain, reference, num_gpus=getattr(engine, "num_gpus", 1))
     report |= {"files": describe(list_files(arguments.engine, arguments.engine)), **_acceptance(arguments.engine, tree)}
+    report["stopped"] = {"prompts": len(result.prompts), "of": len(encoded)} if stopped() else None
     report["expected"] = _expected(arguments.tree or str(arguments.engine / TREE_FILE))
     report["sweeps"] = _sweeps(engine, way, encoded, arguments, progress)
     references = [prompt.reference for prompt in prompts]
@@ -108,6 +112,20 @@ def run(arguments: RunArguments, progress: Progress = lambda stage, done, total:
         _save_outputs(arguments.save_outputs, result, tokenizer)
     report |= {"tree_logits": step_noise, **_findings(report, arguments, engine, tree, prompts, result, found)}
     return report
+
+
+def _check(arguments: RunArguments) -> None:
+    """Raise ConfigError for values that cannot be meant, before anything is opened."""
+    if not arguments.timeout > 0:
+        raise ConfigError("--timeout", f"{arguments.timeout:g}", "seconds above 0", "correct it")
+    for name in ("max_new_tokens", "repeats"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}", str(getattr(arguments, name)), "1 or more", "correct it")
+    if arguments.temperature:
+        Sampler(arguments.temperature, 0, arguments.top_p)
+    elif arguments.typical or arguments.top_p != 1:
+        flag = "--typical" if arguments.typical else "--top-p"
+        raise ConfigError(flag, "no --temperature", "one above 0", "give one: greedy decoding draws nothing")
 
 
 def _ways(engine: Any, tree: Tree, arguments: RunArguments) -> tuple[Tree | Drafter, dict[str, Tree | Drafter]]:
@@ -125,6 +143,19 @@ def _ways(engine: Any, tree: Tree, arguments: RunArguments) -> tuple[Tree | Draf
     names = [name for name in DRAFTS if drafts_possible(name, engine.info)] if arguments.each_drafts else []
     others = {name: opened(name) for name in names if name not in ("none", arguments.drafts)}
     return opened(arguments.drafts), others
+
+
+def _told(progress: Progress, repeats: int) -> Callable[[Sequence[PromptResult]], None]:
+    """What is done, and what it gives so far: tokens a second without and with Medusa, and how many outputs are equal."""
+
+    def tell(results: Sequence[PromptResult]) -> None:
+        reached = [prompt for prompt in results if prompt.baseline]
+        without, with_medusa = (tokens_per_second(reached, mode) for mode in MODES)
+        equal = sum(prompt.baseline[0].tokens == prompt.medusa[0].tokens for prompt in reached)
+        note = f"{without:.1f} / {with_medusa:.1f} tokens/s, {equal} of {len(reached)} equal"
+        progress(MEASURED, sum(len(prompt.baseline) for prompt in reached), repeats * len(results), note)
+
+    return tell
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -64,10 +64,16 @@ class PromptResult:
 
 @dataclass
 class RunResult:
-    """All prompts' runs, and the tolerance that parity was judged by."""
+    """The runs of all prompts, or of those that were reached before somebody stopped them.
+
+    Attributes:
+        tolerance: what parity was judged by.
+        kept: numbers of these prompts among those asked for; None for all of them.
+    """
 
     prompts: list[PromptResult]
     tolerance: float
+    kept: list[int] | None = None
 
 
 def run_prompts(
@@ -83,7 +89,8 @@ def run_prompts(
     typical: Typical | None = None,
     other: tuple[ScoringEngine, Tree] | None = None,
     ways: Mapping[str, Tree | Drafter] | None = None,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[Sequence[PromptResult]], None] = lambda results: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> RunResult:
     """Measure and judge.
 
@@ -99,6 +106,8 @@ def run_prompts(
         typical: how drafts are accepted with a tree; None: losslessly. Needs a temperature.
         other: another engine and its tree, to be run in between.
         ways: other drafts for this engine, to be run in between too, by name.
+        progress: called with all prompts, as far as they are run, after every turn of one.
+        stopped: asked after every turn of a prompt; the result has what was run until then, once the first prompt is through.
     """
     results = [
         PromptResult(key, category, ids, [], [], ways={way: [] for way in ways or {}}) for key, category, ids in prompts
@@ -111,30 +120,39 @@ def run_prompts(
 
     for _, mode_engine, mode_tree in modes:
         generate(mode_engine, results[0].input_ids, mode_tree, max_new_tokens=WARMUP_TOKENS, eos_token_ids=())
-    order = list(range(len(results)))
+    for index, is_odd in _turns(len(results), repeats, seed):
+        result = results[index]
+        for name, mode_engine, mode_tree in modes if is_odd else modes[::-1]:
+            run = generate(
+                mode_engine, result.input_ids, mode_tree,
+                max_new_tokens=max_new_tokens, eos_token_ids=eos, sampler=sampler(index), typical=typical,
+            )  # fmt: skip
+            result.runs(name).append(run)
+        progress(results)
+        if stopped():
+            break
+    kept = {index: result for index, result in enumerate(results) if result.baseline}
+    if typical:
+        return RunResult(_not_judged(list(kept.values())), 0.0, list(kept))
+    widest = max(_most_nodes(way) for _, mode_engine, way in modes if mode_engine is engine)
+    return RunResult(list(kept.values()), _judge(engine, widest, kept, sampler), list(kept))
+
+
+def _turns(count: int, repeats: int, seed: int) -> Iterator[tuple[int, bool]]:
+    """Every prompt once a repeat, in another order each time, and whether its modes run in the given order or the other way round."""
+    order = list(range(count))
     chance = random.Random(seed)
     for repeat in range(repeats):
         chance.shuffle(order)
         for turn, index in enumerate(order):
-            result = results[index]
-            for name, mode_engine, mode_tree in modes if (turn + repeat) % 2 else modes[::-1]:
-                run = generate(
-                    mode_engine, result.input_ids, mode_tree,
-                    max_new_tokens=max_new_tokens, eos_token_ids=eos, sampler=sampler(index), typical=typical,
-                )  # fmt: skip
-                result.runs(name).append(run)
-            progress()
-    if typical:
-        return _not_judged(results)
-    widest = max(_most_nodes(way) for _, mode_engine, way in modes if mode_engine is engine)
-    return RunResult(results, _judge(engine, widest, results, sampler))
+            yield index, bool((turn + repeat) % 2)
 
 
-def _not_judged(results: list[PromptResult]) -> RunResult:
+def _not_judged(results: list[PromptResult]) -> list[PromptResult]:
     """Of typical acceptance: outputs may differ."""
     for result in results:
         result.verdict = "exact" if first_divergence(result.baseline[0], result.medusa[0]) is None else "other"
-    return RunResult(results, 0.0)
+    return results
 
 
 def _modes(
@@ -166,14 +184,14 @@ def _most_nodes(way: Tree | Drafter) -> int:
 
 
 def _judge(
-    engine: ScoringEngine, nodes: int, results: list[PromptResult], sampler: Callable[[int], Sampler | None]
+    engine: ScoringEngine, nodes: int, numbered: Mapping[int, PromptResult], sampler: Callable[[int], Sampler | None]
 ) -> float:
     """Fill in every prompt's verdict; returns the tolerance, which is the measured noise.
 
     Where it is none, as products of integers have it, outputs that part are a mismatch, however small the gap.
     """
-    diverging = []
-    for index, result in enumerate(results):
+    diverging, results = [], list(numbered.values())
+    for index, result in numbered.items():
         for medusa in result.drafted:
             found = explain(engine, result.input_ids, result.baseline[0], medusa, sampler(index))
             if found is not None:

@@ -30,21 +30,26 @@ def command_app() -> typer.Typer:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage on stderr, from the first stage on: downloads before it have bars of their own. Nothing on no terminal."""
+def progress_bars() -> Iterator[Callable[..., None]]:
+    """A bar a stage on stderr, from the first stage on: downloads before it have bars of their own. Nothing on no terminal.
+
+    Yields:
+        what takes the stage, how much of it is done, of how much, and a note that stands behind the bar.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    note = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
     bars = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
     with ExitStack() as shown:
         tasks: dict[str, Any] = {}
 
-        def update(stage: str, done: int, total: int) -> None:
+        def update(stage: str, done: int, total: int, note: str = "") -> None:
             if not tasks:
                 shown.enter_context(bars)
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, note="")
+            bars.update(tasks[stage], completed=done, total=total, note=note)
 
         yield update
 
@@ -71,6 +76,38 @@ def _unwinding_on_signals() -> Iterator[list[int]]:
     finally:
         for number in ours:
             signal.signal(number, before[number])
+
+
+class StopRequest:
+    """Whether Ctrl-C came.
+
+    Attributes:
+        is_armed: whether it only asks; before and after that, it stops the command at once.
+    """
+
+    def __init__(self) -> None:
+        self.is_armed, self.came = False, False
+
+
+@contextmanager
+def stop_on_request() -> Iterator[StopRequest]:
+    """The first Ctrl-C asks the command to come to an end, the second one ends it; ignored ones stay ignored."""
+    asked, before = StopRequest(), signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_armed and not asked.came:
+            asked.came = True
+            said = "stopping after this prompt, with a report of what is done; Ctrl-C again stops at once"
+            stderr.print(said, soft_wrap=True)
+        elif callable(before):
+            before(number, frame)
+
+    if callable(before):
+        signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(app: typer.Typer) -> None:

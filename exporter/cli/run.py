@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from medusa_export.core.errors import OutputError
 from medusa_export.core.flags import flag, requirement_error
 from medusa_export.core.hub import find_model
 from medusa_export.engines.bench.arguments import RunArguments
-from medusa_export.exporter.cli.console import command_app, main, progress_bars, stdout
-from medusa_export.exporter.cli.flags.commands import command
+from medusa_export.exporter.cli.console import command_app, main, progress_bars, stdout, stop_on_request
+from medusa_export.exporter.cli.flags.commands import callback, command
 
 run_app = command_app()
 
@@ -29,16 +30,18 @@ class ReportFlags:
     html: Path | None = flag(None, help="Write the report to this file as one self-contained page.", panel="Output")
 
 
-@command(run_app)
+@callback(run_app)
 def run_command(arguments: RunArguments, files: ReportFlags) -> None:
     """Run an engine without and with Medusa on the same prompts; measure the speed-up and prove that outputs are equal.
+
+    Ctrl-C ends it after the prompt that is running, with the report of what is done; exit code 130.
 
     Exit code 1: an output differs by more than numerical noise, drafts are accepted less often than acceptance.json foretells,
     a check finds something, or --min-speedup is missed.
 
     Example: medusa-run --engine out/engine --prompts chats.jsonl --report report.json --html report.html
     """
-    from medusa_export.engines.bench.run import run
+    from medusa_export.engines.bench.run import MEASURED, run
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 
     for path in (files.report, files.html, arguments.save_outputs):
@@ -50,8 +53,13 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
         arguments = replace(arguments, reference=reference.path)
     elif arguments.revision is not None:
         raise requirement_error("--revision", arguments.revision, "--reference")
-    with progress_bars() as progress:
-        result = run(arguments, progress)
+    with progress_bars() as show, stop_on_request() as request:
+
+        def progress(stage: str, *at: Any) -> None:
+            request.is_armed = stage == MEASURED
+            show(stage, *at)
+
+        result = run(arguments, progress, lambda: request.came)
     result["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     _print_report(result)
     if files.html is not None:
@@ -60,8 +68,29 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
         files.html.write_text(render(result), encoding="utf-8")
     if files.report is not None:
         files.report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if result["stopped"]:
+        raise typer.Exit(128 + signal.SIGINT)
     if result["failures"]:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class DiffFlags:
+    """What medusa-run diff takes."""
+
+    first: Path = flag(help="Report of medusa-run --report, A.", panel="Input", positional=True)
+    second: Path = flag(help="Another one, B.", panel="Input", positional=True)
+
+
+@command(run_app, "diff")
+def diff_command(own: DiffFlags) -> None:
+    """Lay two reports side by side, and say how much faster one is than the other on the prompts of both.
+
+    Example: medusa-run diff before.json after.json
+    """
+    from medusa_export.engines.bench.diff import print_diff, read_report
+
+    print_diff(read_report(own.first), read_report(own.second), stdout)
 
 
 def _print_report(result: dict[str, Any]) -> None:

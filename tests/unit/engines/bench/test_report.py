@@ -30,7 +30,7 @@ KEYS = {
     "tree_logits", "foretold", "expected", "findings",
     "parity", "speedup", "tokens_per_step", "tokens_per_second", "step_ms", "step_efficiency", "categories", "hardware",
     "versions", "tree", "arguments", "reference", "engine", "overhead_ms", "accepted", "latency_ms", "prompts",
-    "comparison", "sweeps", "device", "counted_drafts", "drafts",
+    "comparison", "sweeps", "device", "counted_drafts", "drafts", "stopped",
 }  # fmt: skip
 
 
@@ -63,6 +63,28 @@ def test_drafts_in_one_line() -> None:
         {"drafts": "text", "decode_speedup": 3.0, "tokens_per_step": 3.0, "equal_outputs": 2},
     ]
     assert drafts_line(body["drafts"]) == "heads 2.00x, text 3.00x"
+
+
+def test_one_or_two_prompts_have_no_interval() -> None:
+    rows = [prompt(str(i), "code" if i < 3 else "chat", [130.0 + i], [70.0]) for i in range(5)]
+    body = report(rows)
+    intervals = {row["category"]: row["speedup_ci95"] for row in body["categories"]}
+    assert intervals["chat"] is None
+    low, high = intervals["code"]
+    assert low < high
+    shown = {}
+    for each in (body, report(SAME)):
+        text = io.StringIO()
+        print_report(each, Console(file=text, width=100))
+        shown[each["parity"]["prompts"]] = {
+            cells[0]: cells
+            for line in text.getvalue().splitlines()
+            if (cells := [cell.strip() for cell in line.split("│")[1:-1]])
+        }
+    assert shown[5]["chat"][3] == "-"
+    assert shown[5]["code"][3] == f"{low:.2f} .. {high:.2f}"
+    assert ".." in shown[5]["speed-up (95% CI)"][1]
+    assert shown[2]["speed-up (95% CI)"][1] == "1.86x (-)"
 
 
 def test_one_ratio() -> None:

@@ -48,7 +48,7 @@ def arguments(made: Any, prompts: Path, **changes: Any) -> RunArguments:
 
 
 def test_report_of_a_good_engine(made: Any, prompts: Path) -> None:
-    progress: list[tuple[str, int, int]] = []
+    progress: list[tuple[Any, ...]] = []
     report = run(
         arguments(made, prompts, drafts="heads", reference=made.model_dir), lambda *call: progress.append(call)
     )
@@ -62,9 +62,42 @@ def test_report_of_a_good_engine(made: Any, prompts: Path) -> None:
     assert report["reference"]["positions"] == 4 * 24
     assert [row["category"] for row in report["categories"]] == ["a", "b"]
     assert report["arguments"]["engine"] == str(made.path)
-    assert progress == [("prompts", i, 8) for i in range(1, 9)] + [("reference", i, 4) for i in range(1, 5)]
+    assert [at[:3] for at in progress] == [("prompts", i, 8) for i in range(1, 9)] + [
+        ("reference", i, 4) for i in range(1, 5)
+    ]
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     print_report(report, Console(file=io.StringIO()))
+
+
+def test_a_line_that_grows(made: Any, prompts: Path) -> None:
+    notes: list[str] = []
+    run(arguments(made, prompts, limit=2, repeats=1), lambda stage, done, total, note: notes.append(note))
+    assert [note.split(", ")[1] for note in notes] == ["1 of 1 equal", "2 of 2 equal"]
+    assert all(float(word) > 0 for note in notes for word in note.split(" tokens/s")[0].split(" / "))
+
+
+def test_stopped(made: Any, prompts: Path, tmp_path: Path) -> None:
+    """After two of four prompts: the report is theirs, whatever their numbers, and nothing else is begun."""
+    progress: list[tuple[Any, ...]] = []
+    whole = run(arguments(made, prompts))
+    asked = arguments(
+        made, prompts, reference=made.model_dir, sweep_length=(8,), save_outputs=tmp_path / "outputs.jsonl"
+    )
+    report = run(asked, lambda *call: progress.append(call), lambda: len(progress) >= 2)
+    assert [at[0] for at in progress] == ["prompts"] * 2
+    assert report["stopped"] == {"prompts": 2, "of": 4}
+    assert whole["stopped"] is None
+    assert (report["reference"], report["sweeps"], report["failures"]) == (None, {}, [])
+    names = [row["prompt"] for row in report["prompts"]]
+    assert len(names) == report["parity"]["exact"] == 2
+    assert set(names) < {row["prompt"] for row in whole["prompts"]}
+    lengths = {row["prompt"]: row["input_tokens"] for row in whole["prompts"]}
+    assert all(row["input_tokens"] == lengths[row["prompt"]] for row in report["prompts"])
+    assert [json.loads(line)["id"] for line in (tmp_path / "outputs.jsonl").read_text().splitlines()] == names
+    text = io.StringIO()
+    print_report(report, Console(file=text))
+    assert "2 of 4, then stopped" in text.getvalue()
+    assert "after\n2 of 4 prompts" in render(report | {"command": "medusa-run"})
 
 
 def test_another_tree_and_fewer_prompts(made: Any, prompts: Path) -> None:

@@ -653,6 +653,59 @@ class TestTerminal:
 
 
 class TestRun:
+    def test_ctrl_c(
+        self,
+        run: Run,
+        tiny_engine: Callable[..., Any],
+        tmp_path: Path,
+        tiny_tokenizer: Any,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The prompt that runs is finished, and what is done is reported; before and after that it stops at once."""
+        from medusa_export.engines.bench import runner
+
+        made = tiny_engine()
+        tiny_tokenizer(made.path)
+        (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "w{i} w2"}}\n' for i in range(4)))
+        flags = ["--engine", made.path, "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 8, "--repeats", 1]
+        calls = []
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) in when:
+                os.kill(os.getpid(), signal.SIGINT)
+            return generate(*arguments, **options)
+
+        generate, when = runner.generate, {5}  # the second prompt's first run, after two that warm up
+        monkeypatch.setattr(runner, "generate", interrupted)
+        result = run("run", *flags, "--report", tmp_path / "report.json")
+        assert result.code == 130
+        assert result.err == "stopping after this prompt, with a report of what is done; Ctrl-C again stops at once\n"
+        assert "2 of 4, then stopped" in result.out
+        assert json.loads((tmp_path / "report.json").read_text())["stopped"] == {"prompts": 2, "of": 4}
+        assert len(calls) == 6
+        for at, lines in (({1}, 1), ({5, 6}, 2)):
+            calls.clear()
+            when.clear()
+            when.update(at)
+            result = run("run", *flags)
+            assert (result.code, result.out) == (130, "")
+            assert len(result.err.splitlines()) == lines
+            assert result.err.splitlines()[-1].startswith("error: stopped by SIGINT")
+
+    def test_diff(self, run: Run, tiny_engine: Callable[..., Any], tmp_path: Path, tiny_tokenizer: Any) -> None:
+        made = tiny_engine()
+        tiny_tokenizer(made.path)
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1 w2 w3"}\n')
+        flags = ["--engine", made.path, "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 8, "--repeats", 1]
+        for name in ("a", "b"):
+            assert run("run", *flags, "--report", tmp_path / f"{name}.json").code == 0
+        result = run("run", "diff", tmp_path / "a.json", tmp_path / "b.json")
+        assert (result.code, result.err) == (0, "")
+        assert "as fast as A with Medusa, on 1 prompts of both" in result.out
+        assert "differs:" not in result.out
+        assert "got no parity" in one_line(run("run", "diff", tmp_path / "a.json", made.path / "engine.json"))
+
     def test_report(self, run: Run, tiny_engine: Callable[..., Any], tmp_path: Path, tiny_tokenizer: Any) -> None:
         made = tiny_engine()
         tiny_tokenizer(made.path)

@@ -142,7 +142,7 @@ class TrtllmEngine:
                 windows=self.info.source.get("sliding_window"),
             )
         except ImportError as error:
-            raise missing_package("tensorrt_llm", "tensorrt") from error
+            raise missing_package("tensorrt_llm", "tensorrt-llm") from error
         self._sessions[name] = (tree.choices, session)
         return session
 

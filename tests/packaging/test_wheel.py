@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 import tomllib
+from packaging.metadata import Metadata
 
 from tests.paths import ROOT
 
@@ -30,9 +33,9 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from copies of the tracked files, so that nothing left over from earlier builds gets into it."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copies of the tracked files, so that nothing left over from earlier builds gets in."""
+    source = tmp_path_factory.mktemp("source")
     names = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *FOLDERS, "pyproject.toml", "README.md", "LICENSE"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -41,6 +44,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
     pip = [
         sys.executable,
         "-m",
@@ -90,6 +99,38 @@ def test_every_file_of_the_packages_is_in_it(wheel: Path) -> None:
     }
     assert len(expected) > 200
     assert expected - inside == set()
+
+
+def test_metadata(wheel: Path) -> None:
+    """What an index checks: fields that go together, extras that exist, a licence file."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    found = Metadata.from_email(archive.read(name), validate=True)
+    assert (found.name, found.license_expression, found.description_content_type) == (
+        "medusa-export",
+        "Apache-2.0",
+        "text/markdown",
+    )
+    assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
+    extras = set(found.provides_extra or ())
+    assert {"all-cpu", "tensorrt-llm", "tensorrt", "tensorrt-rtx", "serve"} <= extras
+    for requirement in found.requires_dist or ():
+        assert requirement.name != "medusa-export" or requirement.extras <= extras
+    (version,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text("utf-8"), flags=re.MULTILINE)
+    assert version == str(found.version)
+
+
+def test_the_sdist_has_what_the_wheel_is_built_from(source: Path, wheel: Path, tmp_path: Path) -> None:
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    inside = {
+        name.removeprefix("medusa_export/") for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name
+    }
+    assert inside - names == set()
+    assert {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
 
 
 def test_every_module_is_importable(python: Path, wheel: Path) -> None:

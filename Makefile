@@ -31,6 +31,7 @@ test-fast: .venv/ready
 # The documentation site, in build/site.
 docs: .venv/ready types
 	$(BIN)/python docs/pictures/draw.py
+	$(BIN)/python docs/command_reference.py
 	$(BIN)/zensical build --strict
 
 coverage: .venv/ready

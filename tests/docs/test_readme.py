@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,12 +74,30 @@ def test_the_readme_is_short() -> None:
     assert len(README.encode()) <= LARGEST
 
 
-def test_pictures_are_what_the_script_draws() -> None:
-    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs/pictures/draw.py")
+def script(path: str) -> Any:
+    """A script of the documents as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
-    draw = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_commands_is_what_the_script_writes() -> None:
+    """``make docs`` rewrites it."""
+    written = script("docs/command_reference.py").page()
+    assert written == (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^##+ (medusa-.*)$", written, flags=re.MULTILINE)
+    assert {path.stem for path in (ROOT / "tests/golden/help").iterdir()} == {
+        name.replace(" ", "-") for name in commands
+    }
+    assert "- `--quant [none|fp8|fp8_rowwise|" in written
+    assert r"'\*mlp.proj\*'" in written
+
+
+def test_pictures_are_what_the_script_draws() -> None:
+    draw = script("docs/pictures/draw.py")
     drawn = {"overview": draw.overview(), "packages": draw.packages()}
     drawn |= {name: draw.chain(*arguments) for name, arguments in draw.CHAINS.items()}
     found = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs/pictures").glob("*.svg")}

@@ -75,19 +75,33 @@ def shown_default(item: FlagField) -> str:
     return "" if item.value in (None, MISSING, (), "") else f"{item.value}"
 
 
-def _described(item: FlagField, kind: Any) -> tuple[str, RenderableType]:
-    """The line of a flag, and what stands below it."""
+def flag_head(item: FlagField, kind: Any) -> str:
+    """The line of a flag: its names, what it takes, and whether it has to be given.
+
+    Args:
+        item: the flag.
+        kind: its field's type.
+    """
     said = item.flag
     names = " ".join([item.name, *said.aliases, *(("/", said.opposite) if said.opposite else ())])
     kinds = [get_args(kind)[0]] if get_origin(kind) is tuple else [kind, *get_args(kind)]
     value = said.metavar or (f"[{'|'.join(said.choices)}]" if said.choices else "")
     value = value or next((TYPES[each] for each in kinds if each in TYPES), "")
     is_required = item.value is MISSING and not said.derive
-    head = " ".join(filter(None, (names, "" if said.positional else value, "(required)" if is_required else "")))
+    return " ".join(filter(None, (names, "" if said.positional else value, "(required)" if is_required else "")))
+
+
+def flag_text(item: FlagField) -> str:
+    """What it means, what it requires, and its default."""
     default = shown_default(item)
-    requires = f" Requires {said.requires}." if said.requires else ""
-    body = Text(said.help + requires + (f" [default: {default}]" if default else ""))
-    described = {name: text for name, text in said.choices.items() if text}
+    requires = f" Requires {item.flag.requires}." if item.flag.requires else ""
+    return item.flag.help + requires + (f" [default: {default}]" if default else "")
+
+
+def _described(item: FlagField, kind: Any) -> tuple[str, RenderableType]:
+    """The line of a flag, and what stands below it."""
+    head, body = flag_head(item, kind), Text(flag_text(item))
+    described = {name: text for name, text in item.flag.choices.items() if text}
     if not described:
         return head, body
     table = Table.grid(padding=(0, 2))

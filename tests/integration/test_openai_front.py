@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +21,7 @@ import pytest
 from medusa_export.core.text.encoding import encode_chat
 from tests.integration.openai_fixture import KEY, SECONDS, Served, byte_tokenizer
 from tests.integration.triton_fixture import CONTEXT, endless_engine
+from tests.paths import ROOT
 
 MAX_TEXT = 20_000
 QUESTION = "w3 w4 w5"
@@ -60,6 +64,14 @@ def streamed(chunks: Any) -> tuple[str, str | None, Any]:
             reason = choice.finish_reason or reason
         usage = chunk.usage or usage
     return text, reason, usage
+
+
+def test_the_example_client(served: Served) -> None:
+    command = [sys.executable, ROOT / "examples/clients/openai_client.py", served.url, QUESTION]
+    environment = {**os.environ, "OPENAI_API_KEY": KEY, "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "\n128 tokens\n")
+    assert done.stdout == served.offline(user(QUESTION), 128)[0]
 
 
 @pytest.mark.parametrize("drawn", [{}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "drawn"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -22,6 +24,7 @@ from medusa_export.engines.serving.triton.hosting.server import Address, TritonS
 from medusa_export.engines.serving.triton.metrics import FLUSH_SECONDS
 from medusa_export.engines.serving.triton.repository import verify_repository, write_repository
 from tests.integration.triton_fixture import CONTEXT, SECONDS, Served, Stream, endless_engine, tensors
+from tests.paths import ROOT
 
 MAX_TEXT = 20_000
 QUESTION = "w3 w4 w5"
@@ -77,6 +80,15 @@ def test_every_client_gets_the_tokens_of_decoding_alone(served: Served) -> None:
     status, body = served.http("models/medusa_unary/infer", {"inputs": json_inputs})
     outputs = {output["name"]: output["data"] for output in body["outputs"]}
     assert outputs["token_ids"] == expected[:5], "max_tokens of the server's options"
+
+
+def test_the_example_client(served: Served) -> None:
+    command = [sys.executable, ROOT / "examples/clients/triton_client.py", served.address.grpc, QUESTION]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    text = read_tokenizer(served.engine).decode(served.offline(QUESTION, 128), skip_special_tokens=True)
+    assert done.stdout == text
+    assert float(done.stderr.split()[0]) > 1.5
 
 
 def test_many_requests_at_once_keep_apart(served: Served) -> None:

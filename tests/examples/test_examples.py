@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 import yaml
 
 from medusa_export.engines.serving.options import ServingOptions
+from tests.command_lines import unknown_words
 from tests.paths import ROOT
 from tests.unit.exporter.cli.flags.test_help_page import COMMANDS
 
@@ -39,14 +38,7 @@ def command_lines() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("file", "line"), command_lines())
 def test_commands_have_these_flags(file: str, line: str) -> None:
-    name, *words = shlex.split(line)
-    sub = (name, words[0]) if (name, words[0]) in COMMANDS else (name,)
-    known = {option for param in COMMANDS[sub].params for option in param.opts}
-    assert {word for word in words if word.startswith("--")} <= known
-    for item, _ in COMMANDS[sub].flags.values():
-        for flag, value in pairwise(words):
-            if flag == item.name and item.flag.choices:
-                assert value in item.flag.choices
+    assert unknown_words(line) == []
 
 
 def test_there_are_commands() -> None:

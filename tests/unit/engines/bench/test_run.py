@@ -162,7 +162,7 @@ def test_no_tie_without_noise(tiny_engine: Callable[..., Any], prompts: Path, mo
 
     monkeypatch.setattr(runner, "generate", parting)
     monkeypatch.setattr(runner, "explain", narrow)
-    report = run(arguments(made, prompts, max_new_tokens=8, repeats=1, reference=made.model_dir))
+    report = run(arguments(made, prompts, drafts="heads", max_new_tokens=8, repeats=1, reference=made.model_dir))
     assert (report["parity"]["mismatches"], report["parity"]["logit_tolerance"]) == (4, 0)
     rated = report["reference"]["parted"]
     assert rated["prompts"] == 4

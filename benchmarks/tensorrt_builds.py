@@ -71,9 +71,9 @@ def main(
         for number in (dtype or [own]) if check else [own]:
             with tempfile.TemporaryDirectory() as directory:
                 out = Path(directory)
-                _write_graphs(out, checkpoint, weight_format, scales, number, length)
+                write_graphs(out, checkpoint, weight_format, scales, number, length)
                 if check:
-                    texts = _texts(ckpt, calib_prompts)
+                    texts = check_texts(ckpt, calib_prompts)
                     found = figures(
                         out / "engine", out / "onnx", ckpt, tensorrt_form(weight_format).form, number, texts
                     )
@@ -111,14 +111,14 @@ def _scales(ckpt: Path, checkpoint: MedusaCheckpoint, weight_format: Format, cal
     return calibrate(ckpt, checkpoint, weight_format, kv_cache="none", quant_heads=False, batches=batches)
 
 
-def _texts(ckpt: Path, calib_prompts: int) -> list[list[int]]:
+def check_texts(ckpt: Path, calib_prompts: int) -> list[list[int]]:
     """Prompts that did not calibrate, as far as there are others."""
     prompts = load_prompts(DEFAULT_CALIB)
     prompts = prompts[calib_prompts:] or prompts
     return token_batches(read_tokenizer(ckpt), prompts, max_prompts=CHECK_PROMPTS, max_length=CHECK_TOKENS)
 
 
-def _write_graphs(
+def write_graphs(
     out: Path, checkpoint: MedusaCheckpoint, weight_format: Format, scales: Scales | None, dtype: str, length: int
 ) -> None:
     """``out/onnx``, and ``out/engine`` without an engine."""

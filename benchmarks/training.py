@@ -89,18 +89,18 @@ def main(
         imports: dict[str, list[Run]] = {side.imports: [] for side in sides.values()}
         for number in range(repeats):
             for modules, found in imports.items():
-                found.append(_run([sys.executable, "-c", f"import {modules}"]))
+                found.append(measured_run([sys.executable, "-c", f"import {modules}"]))
             for place, (name, side) in enumerate(sides.items()):
                 own = [*side.flags, "--output", f"{folder}/{number}-{place}"]
                 own += ["--cache", f"{folder}/{number}-{side.cache}"] if side.cache else []
-                runs[name].append(_run([str(PROGRAM), *flags, *own]))
+                runs[name].append(measured_run([str(PROGRAM), *flags, *own]))
         cached = next(place for place, side in enumerate(sides.values()) if side.imports is _CACHED_IMPORTS)
         tokens = json.loads((Path(folder) / f"0-{cached}" / "training.json").read_text())["rows"] * epochs
     medians = {name: median(found) - median(imports[sides[name].imports]) for name, found in runs.items()}
     _report(figures(medians, tokens), tokens, json_file)
 
 
-def _run(command: list[str]) -> Run:
+def measured_run(command: list[str]) -> Run:
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -113,5 +113,11 @@ def flags_of(kind: type) -> tuple[FlagField, ...]:
 
 
 def requirement_error(name: str, value: object, requires: str) -> ConfigError:
-    """The error for a flag that means nothing here: ``--gpu requires --engine tensorrt``."""
+    """The error for a flag that means nothing here: ``--gpu requires --engine tensorrt``.
+
+    Args:
+        name: of the flag: ``--gpu``.
+        value: what it was given.
+        requires: the flag that gives it a meaning: ``--engine tensorrt``.
+    """
     return ConfigError(name, f"{value}", f"none: {name} requires {requires}", f"leave {name} out")

@@ -27,7 +27,13 @@ class Reach(Enum):
     GROUP = "group"  # of inputs
 
     def count(self, rows: int, width: int, group: int) -> int:
-        """Scales of a weight.  # [rows, width]"""
+        """Scales of a weight.  # [rows, width]
+
+        Args:
+            rows: outputs of the weight.
+            width: inputs of the weight.
+            group: inputs that share a scale.
+        """
         return {Reach.TENSOR: 1, Reach.ROW: rows, Reach.GROUP: rows * width // group}[self]
 
 

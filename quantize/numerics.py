@@ -24,7 +24,13 @@ def row_scales(weight: torch.Tensor, bound: float) -> torch.Tensor:
 
 
 def group_scales(weight: torch.Tensor, group_size: int, bound: float = INT4_MAX) -> torch.Tensor:
-    """The scale of every group of inputs; 1 for groups of zeros.  # float32 [out, in] -> [out, in / group_size]"""
+    """The scale of every group of inputs; 1 for groups of zeros.  # float32 [out, in] -> [out, in / group_size]
+
+    Args:
+        weight: rows of a matrix.  # float32 [out, in]
+        group_size: inputs that share a scale; divides ``in``.
+        bound: largest code.
+    """
     return _filled(_grouped(weight, group_size).abs().amax(dim=-1) / bound)
 
 
@@ -48,6 +54,11 @@ def pack_rows(codes: torch.Tensor) -> torch.Tensor:
 def fp4_block_scales(weight: torch.Tensor, global_scale: float, block_size: int) -> torch.Tensor:
     """NVFP4's scale of every block, itself in units of ``global_scale``.
 
+    Args:
+        weight: rows of a matrix.  # float32 [out, in]
+        global_scale: float32 value above 0, one for the whole matrix.
+        block_size: inputs that share a scale; divides ``in``.
+
     Returns:
         float8_e4m3fn.  # [out, in / block_size]
     """
@@ -59,6 +70,11 @@ def fp4_blocks(weight: torch.Tensor, global_scale: float, block_size: int) -> to
     """NVFP4 codes, two neighbouring inputs a byte, the first in the low half.
 
     Ties go to the even mantissa, as in IEEE rounding.
+
+    Args:
+        weight: rows of a matrix.  # float32 [out, in]
+        global_scale: float32 value above 0, one for the whole matrix.
+        block_size: inputs that share a scale; divides ``in``.
 
     Returns:
         uint8.  # [out, in / 2]

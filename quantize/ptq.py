@@ -62,7 +62,7 @@ def calibrate(
     if not any(batches):
         raise ConfigError("calibration prompts", "none", "at least one prompt with tokens", "give a prompts file")
     with _modelopt_output_to_log():
-        config = _quant_config(import_quantization(), weight_format, kv, quant_heads)
+        config = quant_config(import_quantization(), weight_format, kv, quant_heads)
         model = _load(model_dir, checkpoint, quant_heads, device)
     insert_quantizers(model, config, weight_format, batches, progress)
     return read_scales(model, weight_format)
@@ -90,7 +90,7 @@ def insert_quantizers(
     console = sys.stdout
     with _modelopt_output_to_log():
         try:
-            import_quantization().quantize(model, config, forward_loop=_forward_loop(batches, progress, console))
+            import_quantization().quantize(model, config, forward_loop=forward_loop(batches, progress, console))
         except AssertionError as error:  # how ModelOpt reports values that are not finite
             raise CheckpointError(
                 str(model.config.name_or_path),
@@ -116,11 +116,11 @@ def _load(model_dir: Path, checkpoint: MedusaCheckpoint, with_heads: bool, devic
     dtype = torch.float32 if device == "cpu" else getattr(torch, checkpoint.config.dtype)
     model = load_reference(model_dir, dtype, device)
     if with_heads:
-        _attach_heads(model, checkpoint)
+        attach_heads(model, checkpoint)
     return model
 
 
-def _attach_heads(model: torch.nn.Module, checkpoint: MedusaCheckpoint) -> None:
+def attach_heads(model: torch.nn.Module, checkpoint: MedusaCheckpoint) -> None:
     """Turn the model into ModelOpt's Medusa form and fill its (randomly made) heads, one tensor at a time."""
     import modelopt.torch.speculative as mtsp
 
@@ -134,8 +134,15 @@ def _attach_heads(model: torch.nn.Module, checkpoint: MedusaCheckpoint) -> None:
             parameter.copy_(checkpoint.read(f"{HEADS}.{name}"))
 
 
-def _quant_config(quantization: Any, weight_format: Format, kv: KvCache, quant_heads: bool) -> dict[str, Any]:
-    """ModelOpt's recipe: a list of rules in which later ones win, so exceptions are appended."""
+def quant_config(quantization: Any, weight_format: Format, kv: KvCache, quant_heads: bool) -> dict[str, Any]:
+    """ModelOpt's recipe: a list of rules in which later ones win, so exceptions are appended.
+
+    Args:
+        quantization: the module ``modelopt.torch.quantization``.
+        weight_format: of the linears.
+        kv: of the key/value cache.
+        quant_heads: whether the heads' linears are quantized too.
+    """
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithm: Any = "max"
     if weight_format.modelopt_config is not None:
@@ -186,10 +193,16 @@ def _share_smoothing(model: torch.nn.Module, weight_format: Format) -> None:
             preprocess_linear_fusion([layer.get_submodule(name) for name in names])
 
 
-def _forward_loop(
+def forward_loop(
     batches: Sequence[Sequence[int]], progress: Progress | None, console: TextIO
 ) -> Callable[[torch.nn.Module], None]:
-    """The decoder and, where the model has them, the heads; the base lm_head is never quantized, so it is not run."""
+    """The decoder and, where the model has them, the heads; the base lm_head is never quantized, so it is not run.
+
+    Args:
+        batches: token ids, one sequence each.
+        progress: called with (done, total) sequences.
+        console: the user's stdout; ModelOpt's own lines are kept from it.
+    """
 
     def run(model: Any) -> None:
         device = next(model.parameters()).device

@@ -123,13 +123,15 @@ class Quantizers:
             weights = {name: effective_weight(linear) for name, linear in fused.items()}
             largest = max(float(weight.abs().amax()) for weight in weights.values())
             for name, linear in fused.items():
-                for quantizer, reach in zip(_stages(linear), (self.rounding.reach, Reach.TENSOR), strict=False):
+                for quantizer, reach in zip(
+                    weight_quantizers(linear), (self.rounding.reach, Reach.TENSOR), strict=False
+                ):
                     _set_amax(quantizer, weights[name], reach, largest, self.rounding.span)
 
     def finish(self, model: Any, out: Path) -> None:
         """Give back weights as they are stored, without smoothing, and write the scales that belong to them."""
         dtype = getattr(torch, DecoderConfig.from_dir(self.model_dir).dtype)
-        linears = dict(_linears(model))
+        linears = dict(quantized_linears(model))
         smoothing = {name: linear.input_quantizer.pre_quant_scale for name, linear in linears.items()}
         with torch.no_grad():
             for name, linear in linears.items():
@@ -189,14 +191,14 @@ def _named_projections(model: Any) -> Iterator[tuple[str, Any]]:
             yield f"model.layers.{name}", module
 
 
-def _linears(model: Any) -> Iterator[tuple[str, Any]]:
+def quantized_linears(model: Any) -> Iterator[tuple[str, Any]]:
     """The same, where their weights are rounded."""
     for name, module in _named_projections(model):
-        if any(stage.is_enabled for stage in _stages(module)):
+        if any(stage.is_enabled for stage in weight_quantizers(module)):
             yield name, module
 
 
-def _stages(linear: Any) -> list[Any]:
+def weight_quantizers(linear: Any) -> list[Any]:
     """Quantizers that a weight goes through, one after the other."""
     quantizer = linear.weight_quantizer
     return list(quantizer) if isinstance(quantizer, torch.nn.Sequential) else [quantizer]
@@ -204,7 +206,7 @@ def _stages(linear: Any) -> list[Any]:
 
 def _fused_linears(model: Any, weight_format: Format) -> Iterator[dict[str, Any]]:
     """Linears that share what a scale a tensor is: q, k and v, and without smoothing gate and up; see ``exporter.plan``."""
-    waiting = dict(_linears(model))
+    waiting = dict(quantized_linears(model))
     groups = _FUSED[:1] if weight_format.smooths else _FUSED
     while waiting:
         name = next(iter(waiting))

@@ -43,40 +43,40 @@ class Part:
 
 
 def matrix(out: int, width: int, group: int) -> tuple[int, ...]:
-    """A code a weight."""
+    """As :attr:`Part.shape`: one code a weight."""
     return out, width
 
 
 def packed_rows(out: int, width: int, group: int) -> tuple[int, ...]:
-    """Two rows of 4-bit codes in one."""
+    """As :attr:`Part.shape`: two rows of 4-bit codes in one."""
     return out // 2, width
 
 
 def packed_columns(out: int, width: int, group: int) -> tuple[int, ...]:
-    """Two columns of 4-bit codes in one."""
+    """As :attr:`Part.shape`: two columns of 4-bit codes in one."""
     return out, width // 2
 
 
 def by_group(out: int, width: int, group: int) -> tuple[int, ...]:
-    """A number a group of inputs."""
+    """As :attr:`Part.shape`: one number a group of inputs."""
     return out, width // group
 
 
 def by_output(out: int, width: int, group: int) -> tuple[int, ...]:
-    """A number an output."""
+    """As :attr:`Part.shape`: one number an output."""
     return (out,)
 
 
 def by_input(out: int, width: int, group: int) -> tuple[int, ...]:
-    """A number an input."""
+    """As :attr:`Part.shape`: one number an input."""
     return (width,)
 
 
 def one(out: int, width: int, group: int) -> tuple[int, ...]:
-    """A single number, as TensorRT-LLM stores it."""
+    """As :attr:`Part.shape`: a single number, as TensorRT-LLM stores it."""
     return (1,)
 
 
 def scalar(out: int, width: int, group: int) -> tuple[int, ...]:
-    """A single number, as Hugging Face stores it."""
+    """As :attr:`Part.shape`: a single number, as Hugging Face stores it."""
     return ()

@@ -334,9 +334,9 @@ def open_session() -> Callable[..., Any]:
     def start(path: Path, *, optimize: bool = True) -> Any:
         import onnxruntime
 
-        from medusa_export.engines.onnxruntime.engine import _share_threads
+        from medusa_export.engines.onnxruntime.engine import share_threads
 
-        _share_threads(onnxruntime, 0)
+        share_threads(onnxruntime, 0)
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = False
         if not optimize:

@@ -103,7 +103,7 @@ def format_tables() -> list[Table]:
             "exporter/verify/contradictions.py SHARED_BY_MLP", {*contradictions.SHARED_BY_MLP}, stored, is_subset=True
         ),
         Table("engines/trtllm/command.py AWQ_ALGOS", {*command.AWQ_ALGOS}, stored, is_subset=True),
-        Table("exporter/write/tensor_maker.py", {*tensor_maker._NUMBERS, *tensor_maker._CHUNKS}, {*Kind}),
+        Table("exporter/write/tensor_maker.py", {*tensor_maker.NUMBERS, *tensor_maker.CHUNKS}, {*Kind}),
     ]
 
 

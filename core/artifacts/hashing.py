@@ -13,7 +13,7 @@ from medusa_export.core.threads import StopPoint, cpus, run_all
 
 WORKERS = min(4, cpus())  # more would wait for the disk
 
-_CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20
 
 
 class FileEntry(TypedDict):
@@ -34,7 +34,7 @@ class WrittenFile:
 def sha256(path: Path, stop_point: StopPoint = lambda: None) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces; ``stop_point`` is called before each."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             stop_point()

@@ -26,7 +26,7 @@ def make_locked(path: Path, out: Path) -> int:
     """
     while True:  # more than once when another process removes it meanwhile
         path.mkdir(exist_ok=True)
-        if (descriptor := _open(path)) is None:
+        if (descriptor := open_directory(path)) is None:
             continue
         try:
             unlockable = _try_lock(descriptor, out)
@@ -44,7 +44,7 @@ def make_locked(path: Path, out: Path) -> int:
 def require_idle(path: Path, out: Path) -> None:
     """Raise OutputError when another process holds the directory's lock at this moment."""
     try:
-        descriptor = _open(path)
+        descriptor = open_directory(path)
     except OSError:  # nothing that can be locked: make_locked says why
         return
     if descriptor is None:
@@ -55,7 +55,7 @@ def require_idle(path: Path, out: Path) -> None:
         os.close(descriptor)
 
 
-def _open(path: Path) -> int | None:
+def open_directory(path: Path) -> int | None:
     try:
         return os.open(path, _OPEN_DIRECTORY)
     except FileNotFoundError:

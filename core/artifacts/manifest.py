@@ -67,10 +67,10 @@ def output_directory(
             is full.
     """
     out, hashes = out.resolve(), hashes or (lambda: inputs)
-    _refuse_occupied(out, hashes, arguments)
+    refuse_occupied(out, hashes, arguments)
     run = {"inputs": _plain(inputs), "arguments": _plain(arguments), "versions": package_versions()}
     with staging.full_disk_named(out), staging.partial_beside(out) as partial, staging.sigterm_raises():
-        _refuse_occupied(out, hashes, arguments)  # another process may have published it before the lock was ours
+        refuse_occupied(out, hashes, arguments)  # another process may have published it before the lock was ours
         work = ResumableOutput(partial, run)
         yield work
         _write_manifest(work, {**run, "inputs": _plain(hashes())})
@@ -189,7 +189,14 @@ def _hash_input(path: Path, stop_point: StopPoint) -> str:
         raise ConfigError(str(path), f"no readable file ({error.strerror})", "an input", "check the path") from error
 
 
-def _refuse_occupied(out: Path, hashes: Callable[[], Mapping[str, str]], arguments: Mapping[str, Any]) -> None:
+def refuse_occupied(out: Path, hashes: Callable[[], Mapping[str, str]], arguments: Mapping[str, Any]) -> None:
+    """Raise OutputError for whatever is at ``out``, unless it is nothing or an empty directory.
+
+    Args:
+        out: directory that is to be written.
+        hashes: gives what a manifest calls an input -> SHA-256; called only where there is an output already.
+        arguments: as the manifest would record them.
+    """
     other = "choose another directory or delete this one"
     if not out.exists():
         return

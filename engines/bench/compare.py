@@ -109,7 +109,13 @@ def compare_engines(
 
 
 def scores(engine: Scorer, prompt: Sequence[int], answer: Sequence[int]) -> Array:
-    """Log-probabilities of every token at each place of an answer.  # [A, vocab_size]"""
+    """Log-probabilities of every token at each place of an answer.  # [A, vocab_size]
+
+    Args:
+        engine: gives logits of a given text.
+        prompt: token ids.  # [P]
+        answer: token ids.  # [A]
+    """
     text = [*prompt, *answer[:-1]]
     logits = np.concatenate(list(engine.score(text, chunk=CHUNK, start=len(prompt) - 1))).astype(np.float64)
     logits -= logits.max(-1, keepdims=True)

@@ -20,7 +20,13 @@ Named = tuple[str, str]
 
 
 def expectation_of(engine_dir: Path, tree: Tree, result: RunResult) -> Expectation | None:
-    """What the engine's own acceptance.json foretells for the run's prompts; None where nothing was counted."""
+    """What the engine's own acceptance.json foretells for the run's prompts; None where nothing was counted.
+
+    Args:
+        engine_dir: where acceptance.json is.
+        tree: that the run used.
+        result: the run, for the categories of its prompts.
+    """
     path = engine_dir / ACCEPTANCE_FILE
     if not path.is_file():
         return None
@@ -28,7 +34,13 @@ def expectation_of(engine_dir: Path, tree: Tree, result: RunResult) -> Expectati
 
 
 def run_findings(report: dict[str, Any], info: EngineInfo, min_speedup: float | None) -> Iterator[Named]:
-    """Parity, speed, and the comparison with the checkpoint."""
+    """Parity, speed, and the comparison with the checkpoint.
+
+    Args:
+        report: body of report.json.
+        info: of the engine.
+        min_speedup: least factor over plain decoding; None asks for none.
+    """
     if report["parity"]["mismatches"]:
         yield "parity", f"{report['parity']['mismatches']} prompts differ with Medusa by more than numerical noise"
     speed = report["speedup"]["median"]
@@ -44,7 +56,14 @@ def run_findings(report: dict[str, Any], info: EngineInfo, min_speedup: float | 
 
 
 def step_findings(engine: Any, tree: Tree, result: RunResult, seed: int) -> tuple[dict[str, float] | None, list[Named]]:
-    """Tree steps against their paths on a sample of steps; nothing where a runtime decodes whole answers itself."""
+    """Tree steps against their paths on a sample of steps; nothing where a runtime decodes whole answers itself.
+
+    Args:
+        engine: what ran.
+        tree: that it used.
+        result: the run: its prompts and plain answers are what is sampled.
+        seed: of the sample.
+    """
     if not hasattr(engine, "tree_logits") or not tree.max_draft_len:
         return None, []
     texts = [(prompt.input_ids, prompt.baseline[0].tokens) for prompt in result.prompts]
@@ -59,7 +78,15 @@ def step_findings(engine: Any, tree: Tree, result: RunResult, seed: int) -> tupl
 def accepted_findings(
     report: dict[str, Any], tree: Tree, result: RunResult, expected: Expectation | None, *, ignore: bool
 ) -> list[Named]:
-    """Tokens per step against what is foretold."""
+    """Tokens per step against what is foretold.
+
+    Args:
+        report: body of report.json.
+        tree: that the run used.
+        result: the run.
+        expected: what was foretold; None where nothing was.
+        ignore: the prompts are of another kind than those that were counted.
+    """
     if not tree.max_draft_len:
         return []
     accepted = [count for prompt in result.prompts for count in prompt.medusa[0].accepted]
@@ -70,7 +97,15 @@ def accepted_findings(
 def reference_findings(
     engine: Any, checkpoint: Path, prompts: Sequence[Prompt], result: RunResult, max_new_tokens: int
 ) -> list[Named]:
-    """Prompts, tokens and ends against the checkpoint's own files; of greedy runs."""
+    """Prompts, tokens and ends against the checkpoint's own files; of greedy runs.
+
+    Args:
+        engine: what ran.
+        checkpoint: Hugging Face directory.
+        prompts: as they were given.
+        result: the run, in their order.
+        max_new_tokens: most tokens of an answer.
+    """
     runs = [(p.prompt_id, p.input_ids, run) for p in result.prompts for run in (p.baseline[0], p.medusa[0])]
     found = [("greedy-choice", line) for line in choice_findings(engine, runs, result.tolerance)]
     found += [("answer-end", line) for line in end_findings(checkpoint, runs, max_new_tokens)]

@@ -21,7 +21,14 @@ Progress = Callable[[int, int], None]
 
 
 def require_sweeps(batches: Sequence[int], lengths: Sequence[int], *, prompts: int, longest: int) -> None:
-    """Raise ConfigError for batch sizes that the prompts do not fill, and for lengths that leave no room for an answer."""
+    """Raise ConfigError for batch sizes that the prompts do not fill, and for lengths that leave no room for an answer.
+
+    Args:
+        batches: batch sizes to measure.
+        lengths: prompt lengths to measure, in tokens.
+        prompts: how many there are.
+        longest: tokens of a prompt that leave room for an answer.
+    """
     for batch in batches:
         if not 1 <= batch <= prompts:
             expected = f"1 .. {prompts}, the number of prompts"
@@ -135,6 +142,15 @@ def length_sweep(
     """Speed-up behind prompts of given lengths, prefills not counted.
 
     A prompt that is shorter gets others' texts before it, and what is too much at the front is cut.
+
+    Args:
+        engine: what runs.
+        tree: compared with no tree.
+        prompts: token ids.
+        lengths: of prompts, in tokens.
+        max_new_tokens: most tokens of an answer.
+        repeats: runs of each prompt.
+        progress: called with (done, total) answers.
     """
     rows = []
     for index, length in enumerate(lengths):
@@ -155,7 +171,13 @@ def length_sweep(
 
 
 def stretched(prompts: Sequence[Sequence[int]], at: int, length: int) -> list[int]:
-    """A prompt of exactly ``length`` tokens that ends as prompt ``at`` does; in front of it are the ones before, in a circle."""
+    """A prompt of exactly ``length`` tokens that ends as prompt ``at`` does; in front of it are the ones before, in a circle.
+
+    Args:
+        prompts: token ids.
+        at: index of the prompt that comes last.
+        length: tokens.
+    """
     text: list[int] = []
     while len(text) < length:
         text = [*prompts[at % len(prompts)], *text]

@@ -84,6 +84,7 @@ class TreeDrafter:
         return LastToken(tokens[-1])
 
     def draft(self, decoder: StepDecoder, sequences: Sequence[LastToken], remaining: int) -> Drafts:
+        """As :meth:`Drafter.draft`: the heads' candidates, or none where no tree fits any more."""
         tree = self._choose(len(sequences))
         return draft_heads(
             decoder, tree if remaining >= tree.num_nodes else AUTOREGRESSIVE, [each.last for each in sequences]
@@ -121,6 +122,7 @@ class PayingDrafter:
         return DraftedText(TextLookup(tokens))
 
     def draft(self, decoder: StepDecoder, sequences: Sequence[DraftedText], remaining: int) -> Drafts:
+        """As :meth:`Drafter.draft`: the shape of heads and chains that pays most now."""
         for sequence in sequences:
             sequence.guess(max(CHAINS))
         index = self._choose(sequences, remaining)
@@ -162,7 +164,13 @@ class PayingDrafter:
 
 
 def draft_heads(decoder: StepDecoder, tree: Tree, last: Sequence[int]) -> Drafts:
-    """A tree of the heads' ranks for every active sequence, whose newest tokens are ``last``."""
+    """A tree of the heads' ranks for every active sequence, whose newest tokens are ``last``.
+
+    Args:
+        decoder: whose heads are asked.
+        tree: its choices are the heads and ranks that nodes take.
+        last: newest token of every active sequence.  # [active]
+    """
     node_ids = np.empty((len(last), tree.num_nodes), dtype=np.int64)
     node_ids[:, 0] = last
     if tree.max_draft_len:

@@ -66,10 +66,22 @@ class ScoringEngine(StepEngine, Protocol):
     """A step engine that also gives the logits of given texts, for checks and comparisons."""
 
     def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterable[npt.NDArray[np.float32]]:
-        """Next-token logits of a text, ``chunk`` tokens a run, from token ``start`` on.  # [chunk, vocab_size] a run"""
+        """Next-token logits of a text, ``chunk`` tokens a run, from token ``start`` on.  # [chunk, vocab_size] a run
+
+        Args:
+            input_ids: the text.
+            chunk: tokens of a run.
+            start: first token whose next-token logits are wanted.
+        """
 
     def tree_logits(self, tree: Tree, prompt: Sequence[int], node_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Next-token logits after every node of a tree behind a prompt.  # [N] -> [N, vocab_size]"""
+        """Next-token logits after every node of a tree behind a prompt.  # [N] -> [N, vocab_size]
+
+        Args:
+            tree: its mask and positions.
+            prompt: token ids.
+            node_ids: token of every node, the root first.  # [N]
+        """
 
 
 @runtime_checkable
@@ -81,7 +93,14 @@ class WholeEngine(Protocol):
     def decode(
         self, input_ids: Sequence[int], tree: Tree, *, max_new_tokens: int, eos_token_ids: Sequence[int]
     ) -> Generation:
-        """One greedy answer, up to the first end-of-sequence id, with it."""
+        """One greedy answer, up to the first end-of-sequence id, with it.
+
+        Args:
+            input_ids: the prompt.
+            tree: what its steps verify; an empty one decodes plainly.
+            max_new_tokens: most tokens of the answer.
+            eos_token_ids: any of them ends it.
+        """
 
 
 class StepDecoder(Protocol):

@@ -44,7 +44,7 @@ class TreeBatchDecoder(Slots):
         self._session = open_decoder(engine_dir, self.info, threads, name=BATCH_DECODER_FILE)
         self._heads: dict[int, Any] = {}
         self._hidden = np.zeros((slots, self.info.hidden_size), dtype=np.float32)  # of each sequence's last kept row
-        self._kv = self._cache(BLOCK)
+        self.kv = self._cache(BLOCK)
         self._slack = 0  # runs for which half of the cache would have done
         self._logits = np.empty((0, self.info.vocab_size), dtype=np.float32)
         self._spare, self._rest = slots - 1, list[int]()  # where a prompt is filled in, and what is left of it
@@ -87,7 +87,7 @@ class TreeBatchDecoder(Slots):
         size = ids.shape[1]
         block = _Block(self, self._spare, 1, size, last_only=True)
         block.run(ids, np.arange(size), np.tri(size, dtype=bool))
-        self._keep(block, [np.arange(size)])
+        self.keep_rows(block, [np.arange(size)])
         self._rest = self._rest[size:]
         if self._rest:
             return None
@@ -134,7 +134,7 @@ class TreeBatchDecoder(Slots):
         assert self._block is not None, "verify comes first"
         for slot, path in enumerate(paths):
             self._hidden[slot] = self._block.hidden[slot * self._block.size + path[-1]]
-        self._keep(self._block, paths)
+        self.keep_rows(self._block, paths)
 
     def rewind(self, length: int) -> None:
         """Drop the rows of every active sequence from ``length`` on; what the heads read stays."""
@@ -148,7 +148,7 @@ class TreeBatchDecoder(Slots):
     def _move(self, source: int, target: int) -> None:
         if source != target:
             length = self._lengths[target] = self._lengths[source]
-            self._kv[:, target, :, :length] = self._kv[:, source, :, :length]
+            self.kv[:, target, :, :length] = self.kv[:, source, :, :length]
             self._hidden[target] = self._hidden[source]
 
     def _verify(self, tree: Tree, node_ids: npt.NDArray[np.int64]) -> _Block:
@@ -160,7 +160,7 @@ class TreeBatchDecoder(Slots):
         block.run(node_ids, tree.depths, tree.mask)
         return block
 
-    def _keep(self, block: _Block, paths: Sequence[npt.NDArray[np.int64]]) -> None:
+    def keep_rows(self, block: _Block, paths: Sequence[npt.NDArray[np.int64]]) -> None:
         slots = range(block.first, block.first + len(paths))
         needed = self._lengths.copy()
         if self._rest:
@@ -170,19 +170,19 @@ class TreeBatchDecoder(Slots):
         self._fit(int(needed[[*self._used(), *slots]].max()))
         for row, (slot, path) in enumerate(zip(slots, paths, strict=True)):
             length = self._lengths[slot]
-            self._kv[:, slot, :, length : length + len(path)] = block.rows[:, row][:, :, path]
+            self.kv[:, slot, :, length : length + len(path)] = block.rows[:, row][:, :, path]
             self._lengths[slot] += len(path)
 
     def _fit(self, rows: int) -> None:
         """Room for sequences of so many rows, but not for twice as many: a step reads all rows of a slot, masked ones too."""
-        capacity, old = -(-rows // BLOCK) * BLOCK, self._kv
+        capacity, old = -(-rows // BLOCK) * BLOCK, self.kv
         self._slack = self._slack + 1 if capacity <= old.shape[3] // 2 else 0
         if capacity <= old.shape[3] and self._slack < PATIENCE:
             return
-        self._kv = self._cache(capacity)
+        self.kv = self._cache(capacity)
         for slot in self._used():
             length = self._lengths[slot]
-            self._kv[:, slot, :, :length] = old[:, slot, :, :length]
+            self.kv[:, slot, :, :length] = old[:, slot, :, :length]
         self._blocks.clear()  # they are bound to the old memory
 
     def _used(self) -> list[int]:
@@ -210,19 +210,19 @@ class _Block:
     ) -> None:
         info: EngineInfo = decoder.info
         self.first, self.size, self._decoder = first, size, decoder
-        capacity, self._shape = decoder._kv.shape[3], (batch, size)
+        capacity, self._shape = decoder.kv.shape[3], (batch, size)
         rows = np.arange(size - 1 if last_only else 0, batch * size, dtype=np.int64)
         self._input_ids, self._position_ids = np.zeros((2, batch, size), dtype=np.int64)
         self._bias = np.zeros((batch, 1, size, capacity + size), dtype=np.float32)
         self._past = np.arange(capacity)
         self.hidden = np.zeros((len(rows), info.hidden_size), dtype=np.float32)
-        self.rows = np.zeros((len(decoder._kv), batch, *decoder._kv.shape[2:3], size, info.head_dim), dtype=np.float32)
+        self.rows = np.zeros((len(decoder.kv), batch, *decoder.kv.shape[2:3], size, info.head_dim), dtype=np.float32)
         self._binding = decoder._session.io_binding()
         inputs = {"input_ids": self._input_ids, "position_ids": self._position_ids, "attention_bias": self._bias}
         for name, array in (inputs | {"output_rows": rows}).items():
             self._binding.bind_ortvalue_input(name, share(array))
         self._binding.bind_ortvalue_output("hidden_states", share(self.hidden))
-        for index, (cache, new) in enumerate(zip(decoder._kv, self.rows, strict=True)):
+        for index, (cache, new) in enumerate(zip(decoder.kv, self.rows, strict=True)):
             name = f"{index // 2}.{('key', 'value')[index % 2]}"
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", share(cache[first : first + batch]))
             self._binding.bind_ortvalue_output(f"present.{name}", share(new))

@@ -38,15 +38,15 @@ class OnnxRuntimeEngine:
     max_nodes = MAX_CHOICES + 1
 
     def __init__(self, engine_dir: Path, *, threads: int = 0) -> None:
-        self._ort = _import_onnxruntime()
+        self._ort = import_onnxruntime()
         self.info = EngineInfo.load(engine_dir)
-        _share_threads(self._ort, threads)
+        share_threads(self._ort, threads)
         self._decoder = self._session(engine_dir / DECODER_FILE, self.info.session_options)
         self._dir = engine_dir
         info = self.info
         shape = (info.num_hidden_layers, 2, 1, info.num_key_value_heads, info.max_length, info.head_dim)
         self._kv = lazy_zeros(shape)
-        self._rows = self._kv.reshape(
+        self.rows = self._kv.reshape(
             -1, info.max_length, info.head_dim
         )  # [layers * 2 * kv_heads, max_length, head_dim]
         self._kv_values = [share(self._kv[layer, kind]) for layer in range(shape[0]) for kind in (0, 1)]
@@ -89,7 +89,7 @@ class OnnxRuntimeEngine:
         self.length = min(length, self.length)
 
     def tree_logits(self, tree: Tree, prompt: Sequence[int], node_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Next-token logits after every node of a tree behind a prompt; for checks.  # [N] -> [N, vocab_size]"""
+        """As :meth:`~medusa_export.engines.decoding.protocols.ScoringEngine.tree_logits`.  # [N] -> [N, vocab_size]"""
         self.prefill(prompt)
         block = _Block(self, tree, tree.num_nodes, output_rows=range(tree.num_nodes), logits=True)
         block.run(np.asarray(node_ids, dtype=np.int64))
@@ -233,21 +233,34 @@ class OnnxRuntimeStep:
         engine, count = self._engine, len(path)
         if path[-1] != count - 1:  # otherwise the rows already lie where they belong
             past = engine.length
-            engine._rows[:, past : past + count] = engine._rows[:, past + path]
+            engine.rows[:, past : past + count] = engine.rows[:, past + path]
         engine.length += count
         engine._hidden[0] = self._block.hidden[path[-1]]
 
 
 def open_decoder(engine_dir: Path, info: EngineInfo, threads: int = 0, *, name: str = DECODER_FILE) -> Any:
-    """The session of an engine's decoder, on the process's thread pool."""
-    ort = _import_onnxruntime()
-    _share_threads(ort, threads)
+    """The session of an engine's decoder, on the process's thread pool.
+
+    Args:
+        engine_dir: of the export.
+        info: engine.json, for the session's options.
+        threads: of the pool; 0: one a core.
+        name: file of the graph.
+    """
+    ort = import_onnxruntime()
+    share_threads(ort, threads)
     return open_graph(ort, engine_dir / name, session_options(ort, info.session_options))
 
 
 def open_heads(engine_dir: Path, info: EngineInfo, depth: int) -> Any:
-    """The session of an engine's first heads, on the same pool."""
-    ort = _import_onnxruntime()
+    """The session of an engine's first heads, on the same pool.
+
+    Args:
+        engine_dir: of the export.
+        info: engine.json, for the session's options.
+        depth: heads that the graph runs.
+    """
+    ort = import_onnxruntime()
     return open_graph(ort, engine_dir / heads_file(depth), session_options(ort, info.heads_session_options))
 
 
@@ -262,7 +275,13 @@ def session_options(ort: ModuleType, entries: dict[str, str]) -> Any:
 
 
 def open_graph(ort: ModuleType, path: Path, options: Any) -> Any:
-    """A session; ConfigError when ONNX Runtime refuses the graph."""
+    """A session; ConfigError when ONNX Runtime refuses the graph.
+
+    Args:
+        ort: the module ``onnxruntime``.
+        path: of the graph.
+        options: of the session.
+    """
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own classes, all derived from Exception
@@ -271,10 +290,10 @@ def open_graph(ort: ModuleType, path: Path, options: Any) -> Any:
 
 def share(array: Array) -> Any:
     """An OrtValue on the array's own memory."""
-    return _import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
 
-def _import_onnxruntime() -> ModuleType:
+def import_onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
@@ -285,7 +304,7 @@ def _import_onnxruntime() -> ModuleType:
 _pool_threads: int | None = None
 
 
-def _share_threads(ort: ModuleType, threads: int) -> None:
+def share_threads(ort: ModuleType, threads: int) -> None:
     """One pool for both graphs: two pools would spin against each other on the same cores."""
     global _pool_threads
     if _pool_threads is None:

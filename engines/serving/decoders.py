@@ -68,7 +68,13 @@ def open_served(
 
 
 def require_served(engine_dir: Path, info: EngineInfo, options: ServingOptions) -> None:
-    """Raise ConfigError for an engine that this project's own servers do not decode with, or options that it has no use for."""
+    """Raise ConfigError for an engine that this project's own servers do not decode with, or options that it has no use for.
+
+    Args:
+        engine_dir: what errors name.
+        info: its engine.json.
+        options: of the server.
+    """
     if info.backend not in SERVED:
         got, expected = f"an engine for {info.backend}", f"one for {' or '.join(SERVED)}"
         raise ConfigError(str(engine_dir), got, expected, "see medusa-triton for tensorrt-llm")

@@ -49,22 +49,22 @@ class GrammarRule:
     """
 
     def __init__(self, matcher: Any, where: str) -> None:
-        self._matcher, self._where = matcher, where
+        self.matcher, self._where = matcher, where
 
     def apply(self, scores: Scores) -> None:
-        permitted = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)  # [tokenizer's vocabulary]
+        permitted = np.frombuffer(self.matcher.compute_logit_bias(), np.uint8)  # [tokenizer's vocabulary]
         self._require()
         scores[: len(permitted)][permitted[: len(scores)] == 0] = -np.inf
         scores[len(permitted) :] = -np.inf
 
     def take(self, token: int) -> None:
-        if not self._matcher.is_stopped():  # behind the end of sequence: tokens that the answer does not take
-            self._matcher.consume_token(token)
+        if not self.matcher.is_stopped():  # behind the end of sequence: tokens that the answer does not take
+            self.matcher.consume_token(token)
             self._require()
 
     def _require(self) -> None:
-        if self._matcher.is_error():
-            reason = self._matcher.get_error().partition("\n")[0]
+        if self.matcher.is_error():
+            reason = self.matcher.get_error().partition("\n")[0]
             raise GrammarError(
                 self._where, f"a matcher that gave up ({reason})", "one that goes on", "use a simpler schema"
             )

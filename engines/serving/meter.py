@@ -28,7 +28,13 @@ class Meter:
         """A request's first token, since it was submitted."""
 
     def tokens(self, count: int, seconds: float, drafts: int) -> None:
-        """Tokens of one request in one step with so many drafts, since those before."""
+        """Tokens of one request in one step with so many drafts, since those before.
+
+        Args:
+            count: tokens that were chosen.
+            seconds: since those before.
+            drafts: tokens that the step verified besides the root.
+        """
 
     def ended(self, finish: FinishInfo) -> None:
         """A request ended."""

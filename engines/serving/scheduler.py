@@ -50,12 +50,12 @@ class Scheduler:
         self.decoder, self._max_queue = decoder, max_queue
         self._drafter: Drafter = drafter or TreeDrafter([ROOT], decoder.info)
         self._prefill_tokens, self._meter = prefill_tokens, meter or Meter()
-        self._eos = set(decoder.info.eos_token_ids)
+        self.eos_token_ids = set(decoder.info.eos_token_ids)
         self._waiting: deque[RequestHandle] = deque()
         self._running: list[RequestHandle] = []  # in the order of the decoder's slots
         self._filling: RequestHandle | None = None  # its prompt is being read
         self._wake = threading.Condition()
-        self._unread = 0  # tokens of that prompt
+        self.unread = 0  # tokens of that prompt
         self._closed = self._drains = False
         self._thread = threading.Thread(target=self._work, name="medusa-export-batch", daemon=True)
         self._thread.start()
@@ -94,7 +94,7 @@ class Scheduler:
         if not 0 < len(input_ids) < self.decoder.max_length:
             raise PromptError("prompt", len(input_ids), self.decoder.max_length)
         self.decoder.info.require_known(input_ids)
-        chooser = chooser or token_chooser(sampling, input_ids, self._eos)
+        chooser = chooser or token_chooser(sampling, input_ids, self.eos_token_ids)
         now = time.monotonic()
         handle = RequestHandle(input_ids, sampling, callbacks, chooser, submitted=now, deadline=now + timeout_s)
         with self._wake:
@@ -127,7 +127,7 @@ class Scheduler:
                 self._drop_ended()
                 self._fill()
                 if self._running:
-                    self._step()
+                    self.step()
             except Exception as error:  # whoever waits has to hear of it, and the next request may fare better
                 logger.exception("a step failed")
                 self._end_all("error", error)
@@ -170,8 +170,8 @@ class Scheduler:
                     return
                 with self._wake:
                     self._filling = self._waiting.popleft()
-                self._unread = len(self._filling.input_ids)
-            count = min(room, self._unread, PREFILL)
+                self.unread = len(self._filling.input_ids)
+            count = min(room, self.unread, PREFILL)
             try:
                 self._read(self._filling, count)
             except Exception as error:  # this one's: too large for the memory that is left, for instance
@@ -181,10 +181,10 @@ class Scheduler:
 
     def _read(self, handle: RequestHandle, count: int) -> None:
         """Read so many tokens of a prompt; when they were the last, its request is one of those that run."""
-        if self._unread == len(handle.input_ids):
+        if self.unread == len(handle.input_ids):
             self.decoder.begin(handle.input_ids)
         logits = self.decoder.prefill_chunk(count)
-        self._unread -= count
+        self.unread -= count
         if logits is None:
             return
         try:
@@ -203,7 +203,7 @@ class Scheduler:
         if handle is not None:
             self._end(handle, reason, error)
 
-    def _step(self) -> None:
+    def step(self) -> None:
         remaining = min(self.decoder.remaining(slot) for slot in range(len(self._running)))
         tree, node_ids = self._drafter.draft(self.decoder, [handle.drafted for handle in self._running], remaining)
         new = decode_step(self.decoder, tree, node_ids, [handle.chooser for handle in self._running])
@@ -221,7 +221,7 @@ class Scheduler:
         for taken, token in enumerate(tokens, start=1):  # noqa: B007
             handle.tokens.append(token)
             wants_more = handle.callbacks.take(token)
-            if (token in self._eos and not handle.sampling.ignore_eos) or not wants_more:
+            if (token in self.eos_token_ids and not handle.sampling.ignore_eos) or not wants_more:
                 reason = "stop"
             elif len(handle.tokens) >= handle.sampling.max_tokens:
                 reason = "length"

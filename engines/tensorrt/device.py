@@ -59,7 +59,7 @@ class Device(Protocol):
 
 
 @cache
-def _process_stream() -> Any:
+def process_stream() -> Any:
     """One for all engines of this process: torch's operations on one's buffers would not wait for another's stream."""
     import torch
 
@@ -72,7 +72,7 @@ class CudaStream:
     """A stream of the GPU that torch sees first, as torch's current one, and what is captured on it."""
 
     def __init__(self) -> None:
-        self.stream = _process_stream()
+        self.stream = process_stream()
 
     def capture(self, work: Run) -> Run:
         """See :meth:`Device.capture`."""
@@ -154,6 +154,7 @@ class CudaGraph:
         return dtypes[self._engine.get_tensor_dtype(name).name]
 
     def bind(self, buffers: Buffers, profile: int, *, fixed: bool) -> Run:
+        """As :meth:`Graph.bind`."""
         context = self._context(profile) if fixed else self._contexts.get(profile) or self._context(profile)
         if not fixed:
             self._contexts[profile] = context

@@ -103,7 +103,7 @@ class TensorRtEngine:
         self.prefill(prompt)
         step = self.prepare(tree)
         step.verify(np.asarray(node_ids, dtype=np.int64))
-        return step._block.host_logits()
+        return step.block.host_logits()
 
     def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterator[npt.NDArray[np.float32]]:
         """Next-token logits of a given text, ``chunk`` tokens a run, causally; see OnnxRuntimeEngine.score.
@@ -202,7 +202,7 @@ class TensorRtStep:
 
         self.tree = tree  # kept alive: the engine finds this step by the tree's identity
         self._engine, self._longest = engine, tree.depth + 1
-        self._block = Block(engine, tree, tree.num_nodes, range(tree.num_nodes), STEP)
+        self.block = Block(engine, tree, tree.num_nodes, range(tree.num_nodes), STEP)
         place = engine.device.place
         self._staged = engine.device.staged(self._longest + 2)
         self._plan = torch.zeros(
@@ -214,11 +214,11 @@ class TensorRtStep:
             self._move = engine.device.capture(self._keep)
 
     def verify(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return self._block.run(node_ids)
+        return self.block.run(node_ids)
 
     def verify_logits(self, node_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        self._block.run(node_ids)
-        return self._block.host_logits()[:, : self._engine.info.sampled]
+        self.block.run(node_ids)
+        return self.block.host_logits()[:, : self._engine.info.sampled]
 
     def commit(self, path: npt.NDArray[np.int64]) -> None:
         start, plan, count = time.perf_counter(), self._staged.numpy(), len(path)
@@ -234,5 +234,5 @@ class TensorRtStep:
         engine, path = self._engine, self._plan[: self._longest]
         rows = engine.kv.index_select(2, engine.past + path)  # [2 * layers, kv_heads, depth + 1, head_dim]
         engine.kv.index_copy_(2, engine.past + self._offsets, rows)
-        engine.hidden.copy_(self._block.hidden.index_select(0, self._plan[self._longest : -1]))
+        engine.hidden.copy_(self.block.hidden.index_select(0, self._plan[self._longest : -1]))
         engine.past.add_(self._plan[-1:])

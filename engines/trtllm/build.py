@@ -66,6 +66,13 @@ def build_engines(
 ) -> dict[str, Any]:
     """``engine_dir/medusa`` and ``engine_dir/baseline``, with build.json beside them.
 
+    Args:
+        checkpoint: TensorRT-LLM checkpoint of the export.
+        engine_dir: where the engines go.
+        size: batch and lengths to build for.
+        release: of the installed TensorRT-LLM.
+        progress: called with (stage, done, total).
+
     Returns:
         what build.json holds: the release, and of each engine the command, the seconds that it took and its bytes.
 
@@ -95,7 +102,13 @@ def build_engines(
 
 
 def link_plain_checkpoint(checkpoint: Path, plain: Path, config: Mapping[str, Any]) -> None:
-    """The baseline's checkpoint in ``plain``: its own config.json, and links to the rank files."""
+    """The baseline's checkpoint in ``plain``: its own config.json, and links to the rank files.
+
+    Args:
+        checkpoint: TensorRT-LLM checkpoint with heads.
+        plain: an empty directory.
+        config: body of the checkpoint's config.json.
+    """
     (plain / "config.json").write_text(json.dumps(plain_config(config)), encoding="utf-8")
     for rank in sorted(checkpoint.glob("rank*.safetensors")):
         (plain / rank.name).symlink_to(rank.resolve())
@@ -159,7 +172,15 @@ def _end(process: subprocess.Popen[str]) -> None:
 def check_engine_files(
     engine: Path, config: Mapping[str, Any], size: BuildSize, release: TrtllmRelease, *, medusa: bool
 ) -> None:
-    """Raise BuildError unless an engine directory is what was asked for."""
+    """Raise BuildError unless an engine directory is what was asked for.
+
+    Args:
+        engine: what trtllm-build wrote.
+        config: body of the checkpoint's config.json.
+        size: batch and lengths that were asked for.
+        release: that had to build it.
+        medusa: with Medusa, or the baseline.
+    """
     missing = [
         name
         for name in ("config.json", *(f"rank{rank}.engine" for rank in range(config["mapping"]["tp_size"])))

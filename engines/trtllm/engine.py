@@ -73,6 +73,12 @@ class TrtllmEngine:
     ) -> Generation:
         """One answer. The tree goes to the runtime when the engine is opened; another one opens it anew.
 
+        Args:
+            input_ids: the prompt.
+            tree: what steps verify; an empty one decodes plainly.
+            max_new_tokens: most tokens of the answer.
+            eos_token_ids: any of them ends it.
+
         Raises:
             TreeError, ConfigError: a tree that the engine was not built for.
             RunError: the runtime refuses the request, or says nothing within the time.
@@ -97,6 +103,11 @@ class TrtllmEngine:
 
         The runtime cannot be fed token by token. With ``chunk`` 1 the logits are those of its own decoding steps as long as these
         follow the text; otherwise, and where they do not, those of a prefill of everything before.
+
+        Args:
+            input_ids: the text.
+            chunk: 1: by decoding steps; otherwise by prefills.
+            start: first token whose next-token logits are wanted.
 
         Yields:
             logits of consecutive tokens.  # [1, vocab_size]

@@ -66,7 +66,7 @@ class LlmApiSession:
     def stream(
         self, input_ids: Sequence[int], max_new_tokens: int, end_ids: Sequence[int] = ()
     ) -> Iterator[StepTokens]:
-        """The tokens of each step. See :meth:`~medusa_export.engines.trtllm.session.Session.stream`."""
+        """As :meth:`~medusa_export.engines.trtllm.session.Session.stream`."""
         sampling = self._sampling(max_new_tokens, end_ids, return_perf_metrics=True)
         seen, start = 0, time.perf_counter()
         for part in self._parts(input_ids, sampling, streaming=True):

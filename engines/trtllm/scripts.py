@@ -70,7 +70,13 @@ echo "  or: medusa-run --engine $engine --prompts PROMPTS.jsonl --report report.
 
 
 def build_script(config: Mapping[str, Any], size: BuildSize, release: TrtllmRelease) -> str:
-    """The text of build.sh."""
+    """The text of build.sh.
+
+    Args:
+        config: body of the checkpoint's config.json.
+        size: batch and lengths to build for.
+        release: of TensorRT-LLM.
+    """
     places = {MEDUSA: '"$export_dir/trtllm"', BASELINE: '"$plain"'}
     commands = {
         name: _shell(
@@ -89,7 +95,14 @@ def build_script(config: Mapping[str, Any], size: BuildSize, release: TrtllmRele
 
 
 def write_scripts(engine_dir: Path, config: Mapping[str, Any], size: BuildSize, release: TrtllmRelease) -> None:
-    """build.sh, run.py and the configuration that the baseline is built from, in an export's engine directory."""
+    """build.sh, run.py and the configuration that the baseline is built from, in an export's engine directory.
+
+    Args:
+        engine_dir: of the export.
+        config: body of the checkpoint's config.json.
+        size: batch and lengths to build for.
+        release: of TensorRT-LLM.
+    """
     (engine_dir / BUILD_SCRIPT).write_text(build_script(config, size, release), encoding="utf-8")
     (engine_dir / BUILD_SCRIPT).chmod(0o755)
     (engine_dir / RUN_SCRIPT).write_bytes(Path(trtllm_session.__file__).read_bytes())

@@ -38,7 +38,13 @@ def measure_acceptance(
 
 
 def trace(engine: StepEngine, input_ids: Sequence[int], *, max_new_tokens: int) -> Ranks:
-    """One answer's ranks, see :class:`~medusa_export.heads.trees.acceptance.Answer`.  # [T, max_depth]"""
+    """One answer's ranks, see :class:`~medusa_export.heads.trees.acceptance.Answer`.  # [T, max_depth]
+
+    Args:
+        engine: what answers.
+        input_ids: the prompt.
+        max_new_tokens: most tokens of the answer.
+    """
     return _follow(engine, input_ids, max_new_tokens)[1]
 
 

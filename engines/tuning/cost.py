@@ -140,7 +140,13 @@ def measure_cost(
 
 
 def write_costs(path: Path, curves: Sequence[Mapping[str, Any]], info: EngineInfo) -> dict[str, Any]:
-    """Write ``cost.json`` and return its body."""
+    """Write ``cost.json`` and return its body.
+
+    Args:
+        path: of the file.
+        curves: rows, see :func:`measure_cost`.
+        info: of the engine that was measured.
+    """
     body = {
         "backend": info.backend, "precision": info.precision, "curves": list(curves),
         "hardware": hardware(), "versions": versions(),
@@ -150,7 +156,13 @@ def write_costs(path: Path, curves: Sequence[Mapping[str, Any]], info: EngineInf
 
 
 def wide_tree(nodes: int, max_depth: int, top_k: int) -> Tree | None:
-    """Any tree of that many nodes, breadth first; the cost depends on their number, not on the shape. None: there is no such tree."""
+    """Any tree of that many nodes, breadth first; the cost depends on their number, not on the shape. None: there is no such tree.
+
+    Args:
+        nodes: with the root.
+        max_depth: heads of the engine.
+        top_k: candidates of each.
+    """
     paths = (path for depth in range(1, max_depth + 1) for path in product(range(top_k), repeat=depth))
     choices: list[Choice] = list(islice(paths, nodes - 1))
     return Tree.from_choices(choices) if len(choices) == nodes - 1 else None

@@ -16,6 +16,11 @@ def crossover_rows(
     """A row of every curve: the best tree, tokens a second of the whole batch, and the speed-up over no tree.
 
     Rows of estimated costs say so, and have tokens a second of the alternatives whose acceptance is known.
+
+    Args:
+        counted: acceptance.
+        curves: rows of cost.json, one a batch size and past length.
+        max_draft_len: most draft nodes of a tree.
     """
     return [_row(counted, curve, max_draft_len) for curve in curves]
 

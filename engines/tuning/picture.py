@@ -17,6 +17,11 @@ LABELLED = 24  # nodes up to which every edge has its number
 def draw(path: Path, found: Search, acceptance: Acceptance) -> None:
     """Write an SVG or PNG, by the file's suffix.
 
+    Args:
+        path: of the picture; .svg or .png.
+        found: the search.
+        acceptance: that it was made from.
+
     Raises:
         MissingPackageError: matplotlib is not installed.
     """

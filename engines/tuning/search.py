@@ -52,6 +52,12 @@ def search(
     """The tree with most predicted tokens a second.
 
     Every size's tree comes from the counted paths. Where answers are known, its tokens per step are those of decoding them with it.
+
+    Args:
+        acceptance: counted paths.
+        cost: milliseconds of a step by nodes.
+        max_draft_len: most draft nodes of a tree.
+        sizes: numbers of nodes to look at, the root included; None: all.
     """
     found = [
         _walked(candidate, acceptance)
@@ -73,7 +79,18 @@ def confirm(
     repeats: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Search:
-    """Run the trees with the best predictions, and take the fastest of them if it is faster than no tree."""
+    """Run the trees with the best predictions, and take the fastest of them if it is faster than no tree.
+
+    Args:
+        found: the search.
+        acceptance: that it was made from.
+        engine: what runs the trees.
+        prompts: token ids.
+        count: trees to run.
+        max_new_tokens: most tokens of an answer.
+        repeats: runs of each prompt.
+        progress: called with (done, total) answers.
+    """
     order = sorted(found.sizes[1:], key=lambda candidate: -candidate.speedup)[:count]
     if not order:
         return found

@@ -21,7 +21,13 @@ class Scorer(Protocol):
     """An engine that can give the logits of a text."""
 
     def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterable[npt.NDArray[np.float32]]:
-        """Logits of consecutive tokens, ``chunk`` a run."""
+        """Logits of consecutive tokens, ``chunk`` a run.
+
+        Args:
+            input_ids: the text.
+            chunk: tokens of a run.
+            start: first token whose next-token logits are wanted.
+        """
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,12 @@ def logit_noise(engine: Scorer, prompt: Sequence[int], answer: Sequence[int], nu
 
     The gap is what decides a near tie; a shift that all logits share does not. The block is causal and has no tree in it, so a
     wrong mask, parent or position cannot hide in what this measures.
+
+    Args:
+        engine: gives logits of a given text.
+        prompt: token ids.  # [P]
+        answer: token ids.  # [A]
+        num_nodes: tokens of a block.
 
     Returns:
         The largest movement over the answer's positions, in logits.

@@ -104,7 +104,13 @@ def choice_findings(
 def end_findings(
     checkpoint: Path, texts: Sequence[tuple[str, list[int], Generation]], max_new_tokens: int
 ) -> list[str]:
-    """Answers that end where the checkpoint's would not, or go on where its would end."""
+    """Answers that end where the checkpoint's would not, or go on where its would end.
+
+    Args:
+        checkpoint: Hugging Face directory.
+        texts: (name, prompt, answer) of each.
+        max_new_tokens: most tokens of an answer.
+    """
     ends = end_ids(checkpoint)
     found = []
     for name, _, run in texts:

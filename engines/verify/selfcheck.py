@@ -166,6 +166,11 @@ def tree_error(engine: ScoringEngine, text: Sequence[int], tree: Tree = CHECK_TR
     """Largest logit difference between a tree step and the same paths run token by token.
 
     Finds a wrong mask, parent or position. That accepted rows are moved right, only decoding shows: parity checks it.
+
+    Args:
+        engine: what runs.
+        text: token ids; the last one is the root.
+        tree: cut to the heads there are.
     """
     usable = tree if engine.info.max_depth >= tree.depth else Tree.from_choices([[0], [1]])
     prompt, root = list(text[:-1]), int(text[-1])

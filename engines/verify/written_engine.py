@@ -15,7 +15,13 @@ from medusa_export.heads.contract.engine_info import BATCH_DECODER_FILE, EngineI
 
 
 def run_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Sequence[int]]) -> list[str]:
-    """Problems of a written engine when it runs, one line each; see :func:`check_engine` for the arguments."""
+    """Problems of a written engine when it runs, one line each; see :func:`check_engine` for the arguments.
+
+    Args:
+        engine_dir: what medusa-export wrote.
+        reference: the original checkpoint; None skips the comparison with it.
+        texts: token ids to run.
+    """
     try:
         problems = check_engine(engine_dir, reference, texts)
         if problems or not (engine_dir / BATCH_DECODER_FILE).is_file():

@@ -17,6 +17,13 @@ TRITON = ("python", "tensorrt-llm")  # kinds of repositories, as their manifests
 def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, require_source: bool, quick: bool) -> None:
     """Check, print, and raise typer.Exit(1) when something is wrong; the arguments are the flags.
 
+    Args:
+        out: what was written: an export, a part of one, or a Triton repository.
+        ckpt: base model that it was made from; None: what the manifest names, where that is found.
+        heads: its heads, likewise.
+        require_source: fail where the source is not found, instead of checking less.
+        quick: do not run the engine.
+
     Raises:
         MedusaExportError: a source that was named and cannot be read, or that has to be there and is not.
     """
@@ -26,7 +33,7 @@ def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, requir
 
     found = _repository(out, ckpt, heads, quick)
     if found is None:
-        found = verify(out, ckpt=ckpt, heads=heads, run_engine=None if quick else _run_engine)
+        found = verify(out, ckpt=ckpt, heads=heads, run_engine=None if quick else run_written_engine)
     if isinstance(found.source, str):
         if require_source:
             raise OutputError(str(out), found.source, "the source, to compare with", "pass --ckpt")
@@ -54,7 +61,7 @@ def _notes(out: Path) -> list[str]:
     return [] if checkpoint is None else load_notes(checkpoint)
 
 
-def _run_engine(engine: Path, ckpt: Path | None) -> list[str]:
+def run_written_engine(engine: Path, ckpt: Path | None) -> list[str]:
     """The engine on the built-in prompts; against the checkpoint as far as that fits into memory beside it."""
     from medusa_export.core.text.prompts import load_prompts
     from medusa_export.core.text.tokenizer import read_tokenizer
@@ -91,7 +98,7 @@ def _repository(out: Path, ckpt: Path | None, heads: Path | None, quick: bool) -
     result = Verification(out, find_source(None, ckpt, heads), Findings())
     engine = _repository_problems(out, arguments, result.findings)
     if engine is not None:
-        verify_engine(engine, result, None if quick else _run_engine)
+        verify_engine(engine, result, None if quick else run_written_engine)
     return result
 
 

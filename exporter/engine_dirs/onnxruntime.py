@@ -66,6 +66,19 @@ def write_engine(
     Activations stay in float32 here for FP8: a CPU has no FP8 arithmetic to gain from, and rounding activations turns the noise
     between a single step and a tree step into different tokens (see docs/decisions). Rounded to INT8 they make products of integers,
     which have no such noise.
+
+    Args:
+        out: directory to make.
+        checkpoint: base model and heads.
+        weight_format: of the linears.
+        scales: of a calibration, for formats that take one.
+        tree: the engine's tree.
+        max_length: context, in tokens.
+        draft_vocab: ids that heads may draft, ascending; None: all.  # [D]
+        save_tokenizer: writes the tokenizer's files into a directory.
+        source: what engine.json says of the checkpoint.
+        tokens: which ids texts may hold and which end one; None: config.json's.
+        excluded: whether a linear stays in float, by its Hugging Face name.
     """
     form = onnx_form(weight_format)
     config, num_heads = checkpoint.config, checkpoint.num_medusa_heads

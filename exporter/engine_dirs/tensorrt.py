@@ -69,7 +69,23 @@ def write_tensorrt_engine(
     source: dict[str, Any],
     tokens: ModelTokens | None = None,
 ) -> None:
-    """``out``: rank0.engine, heads.engine, what is in them as JSON, engine.json, tree.json and the tokenizer."""
+    """``out``: rank0.engine, heads.engine, what is in them as JSON, engine.json, tree.json and the tokenizer.
+
+    Args:
+        out: directory to make.
+        onnx_dir: portable graphs, see :func:`write_portable`.
+        checkpoint: base model and heads.
+        weight_format: of the linears.
+        gpus: compute capabilities: 89 for sm89.
+        dtype: of activations: float16 or bfloat16.
+        tree: the engine's tree.
+        max_length: context, in tokens.
+        builder: builds the engines.
+        progress: called with (stage, done, total).
+        save_tokenizer: writes the tokenizer's files into a directory.
+        source: what engine.json says of the checkpoint.
+        tokens: which ids texts may hold and which end one; None: config.json's.
+    """
     form = tensorrt_form(weight_format)
     out.mkdir()
     nodes = tree.num_nodes

@@ -79,7 +79,13 @@ def precision(weight_format: Format) -> Precision:
 
 
 def prediction(chosen: Candidate, counted: Acceptance, curve: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens a second without and with a tree at a curve's costs, the gain, and what that may be."""
+    """Tokens a second without and with a tree at a curve's costs, the gain, and what that may be.
+
+    Args:
+        chosen: the tree, with its tokens per step and cost.
+        counted: acceptance that the interval comes from.
+        curve: a row of cost.json; milliseconds a step.
+    """
     plain = curve["verify"][0]["ms"]
     interval = counted.speedup_interval(chosen)
     return {

@@ -177,7 +177,13 @@ class GraphBuilder:
         self._outputs.append(output)
 
     def tensor(self, name: str, value: torch.Tensor, **nibbles: Any) -> str:
-        """Store an initializer under a unique name; the first value given to a name stays. For ``nibbles`` see ExternalData."""
+        """Store an initializer under a unique name; the first value given to a name stays. For ``nibbles`` see ExternalData.
+
+        Args:
+            name: of the initializer.
+            value: its values; copied into the data file.
+            nibbles: see :meth:`ExternalData.add`.
+        """
         if name not in self._initializers:
             self._initializers[name] = self._data.add(name, value, **nibbles)
         return name
@@ -196,7 +202,14 @@ class GraphBuilder:
 
 
 def first_columns(graph: GraphBuilder, x: str, width: int, count: int | None) -> str:
-    """The first ``count`` of a matrix's ``width`` columns; all of them for None."""
+    """The first ``count`` of a matrix's ``width`` columns; all of them for None.
+
+    Args:
+        graph: takes the node.
+        x: name of the matrix.  # [..., width]
+        width: its columns.
+        count: columns to keep; None: all.
+    """
     if count in (None, width):
         return x
     first: str = graph.node("Split", [x, graph.ints(count, width - count)], 2, axis=-1)[0]

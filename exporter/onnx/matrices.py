@@ -35,7 +35,14 @@ def per_output(
 
 
 def int4_matrix(graph: GraphBuilder, name: str, weight: torch.Tensor, block: int) -> str:
-    """float32 [N, K] stored as [K, N] UINT4 around 8, in blocks along K; ONNX Runtime fuses it to MatMulNBits."""
+    """float32 [N, K] stored as [K, N] UINT4 around 8, in blocks along K; ONNX Runtime fuses it to MatMulNBits.
+
+    Args:
+        graph: the graph that gets the nodes.
+        name: prefix of the stored tensors.
+        weight: float32 [N, K].
+        block: inputs that share a scale; divides K.
+    """
     values = (codes.int4_groups(weight, block) + 8).to(torch.uint8)
     scales = codes.group_scales(weight, block)
     stored = graph.tensor(f"{name}.weight", values.T, nibbles=True)

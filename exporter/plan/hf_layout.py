@@ -39,7 +39,7 @@ def plan_hf(checkpoint: MedusaCheckpoint, spec: ExportSpec) -> list[TensorPlan]:
     return [plan for name in checkpoint.names for plan in _tensors(checkpoint, spec, name)]
 
 
-def _excluded(spec: ExportSpec) -> list[str]:
+def excluded_modules(spec: ExportSpec) -> list[str]:
     return ["lm_head", "model.embed_tokens", *([] if spec.quant_heads else ["medusa_heads*"])]
 
 

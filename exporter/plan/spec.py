@@ -222,7 +222,18 @@ def export_spec(
     quant_heads: bool,
     exclude: tuple[str, ...] = (),
 ) -> ExportSpec:
-    """The layout that :func:`write_trtllm` would write; raises what it would refuse, without touching the disk."""
+    """The layout that :func:`write_trtllm` would write; raises what it would refuse, without touching the disk.
+
+    Args:
+        checkpoint: base model and heads.
+        weight_format: of the linears.
+        tree: what the engine will verify.
+        tp: tensor-parallel ranks.
+        dtype: "float16", "bfloat16" or "auto", the checkpoint's own.
+        kv_cache: name of the key/value cache's format.
+        quant_heads: whether the heads are quantized too.
+        exclude: patterns of TensorRT-LLM's names to leave in 16 bit.
+    """
     tree.require_heads(checkpoint.num_medusa_heads)
     return ExportSpec(
         checkpoint.config,

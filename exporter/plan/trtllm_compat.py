@@ -34,6 +34,11 @@ def require_no_gaps(tree: Tree) -> None:
 def release_warnings(config: DecoderConfig, release: TrtllmRelease, weight_format: Format) -> list[str]:
     """What to know about a family or a format under a release, a line each.
 
+    Args:
+        config: of the base model.
+        release: that will build the engine.
+        weight_format: of the linears.
+
     Raises:
         ConfigError: a family that this release would build wrongly without an error.
     """

@@ -19,16 +19,23 @@ from medusa_export.heads.checkpoint import families
 from medusa_export.quantize.formats import FLOAT_CODES
 
 
-def _disk(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]:
+def disk_items(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]:
+    """What an export writes, in bytes, folder by folder.
+
+    Args:
+        spec: the layout.
+        request: what is written besides the checkpoint.
+        rank_bytes: of all rank files.
+    """
     config = json.dumps(trtllm_config(spec), indent=2, sort_keys=True) + "\n"
     files = "the rank file" if spec.tp == 1 else f"{spec.tp} rank files"
     yield Item("trtllm/", rank_bytes + len(config.encode()), f"{files} and config.json, exact")
     if request.onnx_form is not None:
-        decoder, heads = _decoder_bytes(spec, request, request.onnx_form), _heads_bytes(spec, request)
+        decoder, heads = decoder_bytes(spec, request, request.onnx_form), heads_bytes(spec, request)
         yield Item("onnx/", decoder, f"decoder, {request.onnx_form}")
         yield Item("engine/", decoder + heads + request.tokenizer_bytes, "the decoder again, heads, tokenizer")
     if request.portable is not None:
-        graphs = _portable_bytes(spec, request)
+        graphs = portable_bytes(spec, request)
         yield Item("onnx/", graphs, f"decoder and heads, {request.portable}")
         built = graphs + ENGINE_CODE + request.tokenizer_bytes
         yield Item("engine/", built, "the same weights in the engines, some code, tokenizer: an estimate")
@@ -37,7 +44,7 @@ def _disk(spec: ExportSpec, request: Request, rank_bytes: int) -> Iterator[Item]
     yield Item("tokenizer/", request.tokenizer_bytes, "as in the checkpoint")
 
 
-def _portable_bytes(spec: ExportSpec, request: Request) -> int:
+def portable_bytes(spec: ExportSpec, request: Request) -> int:
     heads = portable_heads_bytes(spec, request.draft_vocab, request.shared_lm_head)
     return portable_decoder_bytes(spec, request.max_length) + heads
 
@@ -47,8 +54,14 @@ def _aligned(tensors: Iterable[int]) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in tensors if size > INLINE_BYTES)
 
 
-def _decoder_bytes(spec: ExportSpec, request: Request, onnx_form: str) -> int:
-    """decoder.onnx.data: embedding, vocabulary projection, cosines and sines, the last norm, and the layers."""
+def decoder_bytes(spec: ExportSpec, request: Request, onnx_form: str) -> int:
+    """decoder.onnx.data: embedding, vocabulary projection, cosines and sines, the last norm, and the layers.
+
+    Args:
+        spec: the layout.
+        request: context, and how tensors are stored.
+        onnx_form: of the linears, a row of ``LINEAR_FORMS``.
+    """
     config, stored = spec.config, request.stored_bytes
     table = config.vocab_size * config.hidden_size
     tensors = [table * stored, *[FLOAT32 * request.max_length * config.head_dim // 2] * 2, FLOAT32 * config.hidden_size]
@@ -89,7 +102,7 @@ def _int8(vocabulary: Vocabulary, rows: int, width: int) -> tuple[int, ...]:
     return linear_bytes(vocabulary.codes, (rows, width), None, smooths=False, weight=FLOAT32, number=FLOAT32)
 
 
-def _heads_bytes(spec: ExportSpec, request: Request) -> int:
+def heads_bytes(spec: ExportSpec, request: Request) -> int:
     """heads.onnx.data: the heads' matrices and projections to the draft vocabulary in 8 bits, biases, and its token ids."""
     hidden, vocab = spec.config.hidden_size, spec.config.vocab_size
     restricted = 0 < request.draft_vocab < vocab

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from medusa_export.core.artifacts.manifest import MANIFEST, _refuse_occupied, is_up_to_date, read_manifest, require_idle
+from medusa_export.core.artifacts.manifest import MANIFEST, is_up_to_date, read_manifest, refuse_occupied, require_idle
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES
 from medusa_export.exporter.job.arguments import ExportArguments
@@ -24,7 +24,7 @@ from medusa_export.exporter.pipeline.parts import require_writable
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.tensor_plan import TensorPlan
 from medusa_export.exporter.plan.trtllm_layout import plan_ranks
-from medusa_export.exporter.sizing.disk import _disk
+from medusa_export.exporter.sizing.disk import disk_items
 from medusa_export.exporter.sizing.gpus import (
     GPUS,
     MAX_BATCH,
@@ -33,9 +33,9 @@ from medusa_export.exporter.sizing.gpus import (
     fit,
     rank_memory,
 )
-from medusa_export.exporter.sizing.memory import LIBRARIES, _available_ram, _ram
+from medusa_export.exporter.sizing.memory import LIBRARIES, available_ram, ram_items
 from medusa_export.exporter.sizing.speed import estimate_speeds, known_acceptance
-from medusa_export.exporter.sizing.types import Group, Machine, Request, Sizing, _head_parameters, _parameters
+from medusa_export.exporter.sizing.types import Group, Machine, Request, Sizing, head_parameter_count, parameter_count
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.heads.checkpoint import families
 from medusa_export.quantize.tensorrt_targets import tensorrt_form
@@ -87,19 +87,25 @@ def plan_export(arguments: ExportArguments, *, batch: int = 1, context: int | No
         job.target, known_acceptance(arguments.heads or arguments.ckpt),
         max_draft_len=job.spec.max_draft_len, batch=batch, context=context,
     )  # fmt: skip
-    return replace(size_export(job.spec, request, _this_machine(arguments.output)), speeds=speeds)
+    return replace(size_export(job.spec, request, this_machine(arguments.output)), speeds=speeds)
 
 
 def size_export(spec: ExportSpec, request: Request, machine: Machine) -> Sizing:
-    """The sizes of one layout; the same arguments give the same sizes."""
+    """The sizes of one layout; the same arguments give the same sizes.
+
+    Args:
+        spec: the layout.
+        request: what is written and run besides the checkpoint.
+        machine: disk and memory here.
+    """
     ranks = plan_ranks(spec)
     rank_bytes = tuple(_file_bytes(rank.tensors) for rank in ranks)
     weights = engine_bytes(spec, ranks[0].tensors)
-    disk, ram = tuple(_disk(spec, request, sum(rank_bytes))), tuple(_ram(spec, request, machine))
+    disk, ram = tuple(disk_items(spec, request, sum(rank_bytes))), tuple(ram_items(spec, request, machine))
     return Sizing(
         layout=_layout(spec, request),
-        parameters=_parameters(spec),
-        head_parameters=_head_parameters(spec, request.shared_lm_head),
+        parameters=parameter_count(spec),
+        head_parameters=head_parameter_count(spec, request.shared_lm_head),
         tensors=tuple(_groups(spec, ranks[0].tensors)),
         rank_bytes=rank_bytes,
         disk=disk,
@@ -119,7 +125,7 @@ def _refuse_output(arguments: ExportArguments) -> None:
     out, recorded = arguments.output.resolve(), arguments.recorded()
     inputs = read_manifest(out)["inputs"] if (out / MANIFEST).is_file() else {}
     if not is_up_to_date(out, inputs, recorded):
-        _refuse_occupied(out, lambda: inputs, recorded)
+        refuse_occupied(out, lambda: inputs, recorded)
     parent = _existing(out.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(str(out.parent), "no way to write there", "a writable directory", "choose another one")
@@ -129,9 +135,9 @@ def _existing(path: Path) -> Path:
     return next(each for each in (path, *path.parents) if each.exists())
 
 
-def _this_machine(out: Path) -> Machine:
+def this_machine(out: Path) -> Machine:
     free = shutil.disk_usage(_existing(out.resolve())).free
-    return Machine(free, _available_ram(), torch.cuda.is_available())
+    return Machine(free, available_ram(), torch.cuda.is_available())
 
 
 # What the layout decides.

@@ -133,7 +133,15 @@ def rank_memory(spec: ExportSpec, weights: int, *, batch: int, context: int) -> 
 
 
 def fit(gpu: Gpu, spec: ExportSpec, weights: int, *, batch: int, context: int) -> Fit:
-    """Whether a GPU runs one rank with that batch, and the largest batch with which it does."""
+    """Whether a GPU runs one rank with that batch, and the largest batch with which it does.
+
+    Args:
+        gpu: its memory and architecture.
+        spec: the layout.
+        weights: bytes of a rank's engine.
+        batch: sequences at once.
+        context: tokens of each.
+    """
 
     def room(size: int) -> int:
         return int(KV_FRACTION * (gpu.memory - weights - activation_bytes(spec, size) - logits_bytes(spec, size)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from medusa_export.exporter.job.arguments import SMALL_MODEL
 from medusa_export.exporter.onnx.linear import LINEAR_FORMS
 from medusa_export.exporter.plan.spec import ExportSpec
-from medusa_export.exporter.sizing.disk import _decoder_bytes, _heads_bytes, _portable_bytes
+from medusa_export.exporter.sizing.disk import decoder_bytes, heads_bytes, portable_bytes
 from medusa_export.exporter.sizing.types import (
     BUILD_COPIES,
     FLOAT16,
@@ -19,8 +19,8 @@ from medusa_export.exporter.sizing.types import (
     Item,
     Machine,
     Request,
-    _head_parameters,
-    _parameters,
+    head_parameter_count,
+    parameter_count,
     readable,
 )
 from medusa_export.quantize.calibration_data import DEFAULT_MAX_LENGTH
@@ -30,7 +30,7 @@ from medusa_export.quantize.calibration_data import DEFAULT_MAX_LENGTH
 STREAMED, ENGINE_TENSORS, LIBRARIES = 300_000_000, 3, 400_000_000  # docs/performance.md
 
 
-def _available_ram() -> int:
+def available_ram() -> int:
     """What the kernel can give without swapping, within the container's limit where there is one."""
     meminfo = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").is_file() else ""
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
@@ -41,7 +41,14 @@ def _available_ram() -> int:
     return available
 
 
-def _ram(spec: ExportSpec, request: Request, machine: Machine) -> Iterator[Item]:
+def ram_items(spec: ExportSpec, request: Request, machine: Machine) -> Iterator[Item]:
+    """What each stage of an export takes of RAM, in bytes.
+
+    Args:
+        spec: the layout.
+        request: what is written besides the checkpoint.
+        machine: whether there is a GPU to calibrate on.
+    """
     if request.calibrates:
         yield _calibration(spec, machine)
     else:
@@ -52,7 +59,7 @@ def _ram(spec: ExportSpec, request: Request, machine: Machine) -> Iterator[Item]
         yield Item("writing the graphs", largest, f"{ENGINE_TENSORS}x the largest tensor (docs/performance.md)")
         yield _engine_check(spec, request, request.onnx_form)
     if request.portable is not None:
-        graphs = _portable_bytes(spec, request)
+        graphs = portable_bytes(spec, request)
         how = f"{BUILD_COPIES}x the graphs, as measured on a small model (docs/tensorrt.md)"
         yield Item("building the engines", BUILD_COPIES * graphs, how)
 
@@ -65,7 +72,10 @@ def _largest(spec: ExportSpec) -> int:
 def _calibration(spec: ExportSpec, machine: Machine) -> Item:
     """The model with one more copy of its largest tensor, and the widest activations of one prompt."""
     config, size = spec.config, FLOAT16 if machine.has_gpu else FLOAT32
-    base, heads = _parameters(spec) + _largest(spec), _head_parameters(spec, shared_lm_head=False) * spec.quant_heads
+    base, heads = (
+        parameter_count(spec) + _largest(spec),
+        head_parameter_count(spec, shared_lm_head=False) * spec.quant_heads,
+    )
     width = 4 * config.hidden_size + 3 * config.intermediate_size + config.vocab_size * spec.quant_heads
     whole = size * (base + heads + DEFAULT_MAX_LENGTH * width)
     if machine.has_gpu:
@@ -77,14 +87,14 @@ def _engine_check(spec: ExportSpec, request: Request, onnx_form: str) -> Item:
     """ONNX Runtime's session and cache, float32 copies of what it folds, and a small model's reference."""
     config = spec.config
     linears = config.num_hidden_layers * sum(map(math.prod, config.linear_shapes().values()))
-    files = _decoder_bytes(spec, request, onnx_form) + _heads_bytes(spec, request)
+    files = decoder_bytes(spec, request, onnx_form) + heads_bytes(spec, request)
     copies = (
         files if LINEAR_FORMS[onnx_form].keeps_codes else FLOAT32 * (linears + config.vocab_size * config.hidden_size)
     )
     cache = FLOAT32 * 2 * config.num_hidden_layers * config.kv_size * request.max_length
     if linears >= SMALL_MODEL:
         return Item("checking the engine", files + copies + cache, "its weights in ONNX Runtime")
-    reference = FLOAT32 * (_parameters(spec) + _largest(spec))
+    reference = FLOAT32 * (parameter_count(spec) + _largest(spec))
     return Item(
         "checking the engine", files + copies + cache + reference, "its weights in ONNX Runtime, the model in float32"
     )

@@ -109,11 +109,11 @@ class Sizing:
     speeds: tuple[Speed, ...] = ()
 
 
-def _parameters(spec: ExportSpec) -> int:
+def parameter_count(spec: ExportSpec) -> int:
     return sum(map(math.prod, spec.config.tensor_shapes().values()))
 
 
-def _head_parameters(spec: ExportSpec, shared_lm_head: bool) -> int:
+def head_parameter_count(spec: ExportSpec, shared_lm_head: bool) -> int:
     hidden, vocab = spec.config.hidden_size, spec.config.vocab_size
     lm_head = 0 if shared_lm_head else vocab * hidden
     return spec.num_medusa_heads * (spec.num_medusa_layers * hidden * (hidden + 1) + lm_head)

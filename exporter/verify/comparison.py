@@ -157,7 +157,13 @@ class Comparison:
         return self._add(rank, TensorSource.open_unfinished(path)).written
 
     def take(self, rank: int, path: Path, stop_point: StopPoint = lambda: None) -> None:
-        """Compare all of a finished rank file."""
+        """Compare all of a finished rank file.
+
+        Args:
+            rank: its number.
+            path: its file.
+            stop_point: called between tensors; raises to end the comparison.
+        """
         self._add(rank, TensorSource.open(path)).everything(stop_point)
 
     def _add(self, rank: int, file: TensorSource) -> RankComparison:

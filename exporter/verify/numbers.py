@@ -34,7 +34,13 @@ class Numbers(Protocol):
         """Of the Hugging Face tensor."""
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
-        """Rows ``start .. stop - 1``.  # [stop - start, ...]"""
+        """Rows ``start .. stop - 1``.  # [stop - start, ...]
+
+        Args:
+            name: Hugging Face name of a tensor.
+            start: first row.
+            stop: behind the last row.
+        """
 
 
 class SourceNumbers:
@@ -53,6 +59,7 @@ class SourceNumbers:
         return self.checkpoint.shape(name)
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
+        """As :meth:`Numbers.rows`."""
         return Rows(self.checkpoint.read_rows(name, start, stop))
 
 
@@ -72,6 +79,7 @@ class RankNumbers:
         return self._items[name].shape
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
+        """As :meth:`Numbers.rows`."""
         return _joined(list(_lines(self._items[name], start, stop)), dim=0)
 
 

@@ -80,7 +80,13 @@ class ScalesFile:
 
 
 def scale_differences(config: Mapping[str, Any], files: Sequence[TensorSource], scales: ScalesFile) -> list[str]:
-    """What of the ranks' scales is not what the calibration gives, one line each."""
+    """What of the ranks' scales is not what the calibration gives, one line each.
+
+    Args:
+        config: body of config.json.
+        files: rank files, in their order.
+        scales: of the calibration.
+    """
     return [
         f"rank{rank}: {line}"
         for rank, file in enumerate(files)

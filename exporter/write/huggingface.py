@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.json_fields import read_json
-from medusa_export.exporter.plan.hf_layout import _excluded, huggingface_form
+from medusa_export.exporter.plan.hf_layout import excluded_modules, huggingface_form
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.tensor_plan import TensorPlan
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
@@ -71,14 +71,14 @@ def _quantization(spec: ExportSpec) -> dict[str, Any]:
         "quant_algo": spec.weight_format.trtllm.algo,
         "kv_cache_quant_algo": spec.kv_cache.quant_algo,
         **group,
-        "exclude_modules": _excluded(spec),
+        "exclude_modules": excluded_modules(spec),
     }
 
 
 def _quantization_config(spec: ExportSpec) -> dict[str, Any]:
     """The same in the form of config.json, which is what loaders read first."""
     body: dict[str, Any] = {
-        "ignore": _excluded(spec),
+        "ignore": excluded_modules(spec),
         "quant_algo": spec.weight_format.trtllm.algo,
         "producer": _PRODUCER,
     }

@@ -35,11 +35,11 @@ class TensorMaker:
 
     def rows(self, plan: TensorPlan) -> Iterator[torch.Tensor]:
         """The tensor in chunks of rows, in the plan's dtype.  # [n, ...], n adding up to plan.shape[0]"""
-        if plan.kind in _NUMBERS:
-            value = torch.as_tensor(_NUMBERS[plan.kind](self, plan))
+        if plan.kind in NUMBERS:
+            value = torch.as_tensor(NUMBERS[plan.kind](self, plan))
             yield value.to(getattr(torch, plan.dtype)).reshape(plan.shape)
             return
-        make, packed = _CHUNKS[plan.kind], 2 if plan.kind is Kind.INT4 else 1
+        make, packed = CHUNKS[plan.kind], 2 if plan.kind is Kind.INT4 else 1
         width = max(1, self._width(plan))
         step = max(2, CHUNK_VALUES // width // 2 * 2)  # even: two rows of INT4 share a byte
         rows = plan.shape[0] * packed
@@ -50,10 +50,18 @@ class TensorMaker:
         """Values that a row is made from: all columns are read, also where a rank keeps some of them."""
         return math.prod(self.checkpoint.shape(plan.sources[0].tensor)[1:]) if plan.sources else 1
 
-    def _stacked(
+    def stacked(
         self, plan: TensorPlan, start: int, stop: int, columns: tuple[int, int] | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Rows of the stacked sources, zeros below them.  # [stop - start, ...]"""
+        """Rows of the stacked sources, zeros below them.  # [stop - start, ...]
+
+        Args:
+            plan: of the tensor.
+            start: first row.
+            stop: behind the last row.
+            columns: (first, behind the last) to keep; None: all.
+            dtype: of the result.
+        """
         parts, first = [], 0
         for source in plan.sources:
             end = self.checkpoint.shape(source.tensor)[0] if source.stop is None else source.stop
@@ -82,13 +90,13 @@ class TensorMaker:
         return weight
 
     def _smoothed(self, plan: TensorPlan, start: int, stop: int, columns: tuple[int, int] | None) -> torch.Tensor:
-        weight = self._stacked(plan, start, stop, columns, torch.float32)
+        weight = self.stacked(plan, start, stop, columns, torch.float32)
         if self.spec.weight_format.smooths:
             weight = weight * (1.0 / _part(self.scales.pre_quant_scale[plan.modules[0]], columns))
         return weight
 
     def _copy(self, plan: TensorPlan, start: int, stop: int) -> torch.Tensor:
-        rows = self._stacked(plan, start, stop, plan.columns, getattr(torch, plan.dtype))
+        rows = self.stacked(plan, start, stop, plan.columns, getattr(torch, plan.dtype))
         _largest(plan, rows)
         return rows
 
@@ -175,13 +183,13 @@ def _largest(plan: TensorPlan, rows: torch.Tensor) -> float:
     return max(-low, high)
 
 
-_NUMBERS: dict[Kind, Callable[[TensorMaker, TensorPlan], float | torch.Tensor]] = {
+NUMBERS: dict[Kind, Callable[[TensorMaker, TensorPlan], float | torch.Tensor]] = {
     Kind.WEIGHT_SCALE: TensorMaker._weight_scale,
     Kind.INPUT_SCALE: TensorMaker._input_scale,
     Kind.KV_SCALE: TensorMaker._kv_scale,
     Kind.SMOOTHING: TensorMaker._smoothing,
 }
-_CHUNKS: dict[Kind, Callable[[TensorMaker, TensorPlan, int, int], torch.Tensor]] = {
+CHUNKS: dict[Kind, Callable[[TensorMaker, TensorPlan, int, int], torch.Tensor]] = {
     Kind.COPY: TensorMaker._copy,
     Kind.FP8: TensorMaker._fp8,
     Kind.FP8_ROW: TensorMaker._fp8_row,

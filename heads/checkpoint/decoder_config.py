@@ -70,7 +70,13 @@ class DecoderConfig:
     def from_dict(
         cls, raw: Mapping[str, Any], *, where: str = "config.json", generation: Mapping[str, Any] | None = None
     ) -> DecoderConfig:
-        """As :meth:`from_dir`, from parsed JSON."""
+        """As :meth:`from_dir`, from parsed JSON.
+
+        Args:
+            raw: body of config.json.
+            where: what errors call it.
+            generation: body of generation_config.json, where there is one.
+        """
         family = _family(raw, where)
         _refuse_quantized(raw, where)
         fields = Fields(raw, where)

@@ -137,14 +137,26 @@ class MedusaCheckpoint:
         return source.read(stored)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start .. stop - 1`` of one tensor.  # [stop - start, ...]"""
+        """Rows ``start .. stop - 1`` of one tensor.  # [stop - start, ...]
+
+        Args:
+            name: canonical name of a tensor.
+            start: first row.
+            stop: behind the last row.
+        """
         if self._is_zero_bias(name):
             return self.read(name)[start:stop]
         source, stored = self._locate(name)
         return source.read_rows(stored, start, stop)
 
     def read_columns(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Columns ``start .. stop - 1`` of one matrix, a strided view.  # [rows, stop - start]"""
+        """Columns ``start .. stop - 1`` of one matrix, a strided view.  # [rows, stop - start]
+
+        Args:
+            name: canonical name of a matrix.
+            start: first column.
+            stop: behind the last column.
+        """
         source, stored = self._locate(name)
         return source.read_columns(stored, start, stop)
 
@@ -164,6 +176,11 @@ class MedusaCheckpoint:
 
 def load_reference(ckpt: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """transformers' own model from a local directory, in evaluation mode: what exports are compared with.
+
+    Args:
+        ckpt: Hugging Face directory.
+        dtype: that weights are cast to.
+        device: where they go.
 
     Raises:
         ConfigError: a PEFT adapter lies beside the weights.

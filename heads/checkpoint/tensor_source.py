@@ -140,7 +140,13 @@ class TensorSource:
         return self._take(name, None)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start .. stop - 1`` of the first axis.  # [stop - start, ...]"""
+        """Rows ``start .. stop - 1`` of the first axis.  # [stop - start, ...]
+
+        Args:
+            name: stored name of a tensor.
+            start: first row.
+            stop: behind the last row.
+        """
         self._check_range(name, 0, start, stop)
         stored = self._find(name)
         if stored.offset is None:
@@ -149,7 +155,13 @@ class TensorSource:
         return _copy_rows(stored, start, stop)
 
     def read_columns(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Columns ``start .. stop - 1`` of the second axis, a strided view.  # [rows, stop - start, ...]"""
+        """Columns ``start .. stop - 1`` of the second axis, a strided view.  # [rows, stop - start, ...]
+
+        Args:
+            name: stored name of a tensor.
+            start: first column.
+            stop: behind the last column.
+        """
         self._check_range(name, 1, start, stop)
         return self._take(name, (slice(None), slice(start, stop)))
 

@@ -36,7 +36,7 @@ class NothingToBuild:
         """Everything is there."""
 
     def build(self, source: Path, out: Path, progress: Progress, **request: Any) -> None:
-        """Never called."""
+        """As :meth:`EngineBuilder.build`; never called."""
         raise AssertionError(f"nothing is built of {source}")
 
 

@@ -91,7 +91,14 @@ def distill(
 
 
 def require_rows(out: Path, conversations: Sequence[Conversation], maker: Maker, *, force: bool) -> None:
-    """Raise OutputError for what :func:`distill` refuses of its output, before the work that leads up to it."""
+    """Raise OutputError for what :func:`distill` refuses of its output, before the work that leads up to it.
+
+    Args:
+        out: JSONL file to write.
+        conversations: all that are to be answered.
+        maker: model and sampling of the rows.
+        force: rows of other runs are dropped instead of refused.
+    """
     with open_rows(out, conversations, maker) as store:
         _refuse_others(out, store, force)
 
@@ -127,6 +134,11 @@ def _run(
 
 async def converse(model: ChatModel, conversation: Conversation, maker: Maker) -> Outcome:
     """Answer a conversation turn by turn, up to the first answer that is empty or cut.
+
+    Args:
+        model: answers.
+        conversation: the user's turns, and the system's text.
+        maker: name of the model, and how it samples.
 
     Raises:
         ModelUnavailableError: no conversation can be answered.

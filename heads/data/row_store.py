@@ -145,6 +145,11 @@ class RowStore:
 def open_rows(out: Path, conversations: Iterable[Conversation], maker: Maker) -> Iterator[RowStore]:
     """The rows that earlier runs left, and room for more. Whatever ends the body, the journal stays unless it was published.
 
+    Args:
+        out: JSONL file to write.
+        conversations: those that rows are kept of.
+        maker: model and sampling that rows have to come from.
+
     Raises:
         OutputError: another process writes to ``out``, it cannot be written, the disk is full, or something else is there.
     """

@@ -55,6 +55,11 @@ class Sampler:
         A share of the distribution is the logistic function of a difference of logits over the temperature, whose slope is at most
         1/4: a random number at a distance d from a token's share is 4 * temperature * d logits away from it at least. With ``top_p``
         the set that tokens are drawn from may change by a token too, which takes as much for its probability.
+
+        Args:
+            position: of the token in the answer, from 0.
+            logits: of its place.  # [vocab_size]
+            token: id of the other token.
         """
         number = np.random.default_rng(self.seed).random(position + 1)[-1]
         weights = self._weights(logits)

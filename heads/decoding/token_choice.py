@@ -58,23 +58,23 @@ class TokenChooser:
     def __init__(
         self, rules: Sequence[TokenRule] = (), sampler: Sampler | None = None, top_logprobs: int | None = None
     ) -> None:
-        self._rules, self._sampler, self._top = rules, sampler, top_logprobs
+        self.rules, self._sampler, self._top = rules, sampler, top_logprobs
         self.logprobs: list[TokenLogprob] = []
         self.error: MedusaExportError | None = None
 
     def draw(self, logits: npt.NDArray[Any]) -> int:
         """The next token.  # [vocab_size]"""
         scores = logits
-        if self._rules and self.error is None:
+        if self.rules and self.error is None:
             scores = logits.astype(np.float32)  # a copy
             try:
-                for rule in self._rules:
+                for rule in self.rules:
                     rule.apply(scores)
             except MedusaExportError as error:  # one answer's: others in the same step go on
                 self.error = error
         token = self._sampler.draw(scores) if self._sampler else int(scores.argmax())
         try:
-            for rule in self._rules if self.error is None else ():
+            for rule in self.rules if self.error is None else ():
                 rule.take(token)
         except MedusaExportError as error:
             self.error = error
@@ -178,7 +178,13 @@ class Shortlist:
 
 
 def token_logprob(logits: npt.NDArray[Any], token: int, top: int) -> TokenLogprob:
-    """The log-probabilities of a token and of the ``top`` likeliest ones.  # [vocab_size]"""
+    """The log-probabilities of a token and of the ``top`` likeliest ones.  # [vocab_size]
+
+    Args:
+        logits: before any rule.  # [vocab_size]
+        token: id of the token that was chosen.
+        top: how many of the likeliest to list; at most vocab_size are.
+    """
     scaled = logits.astype(np.float64)
     scaled -= scaled.max()
     shares = scaled - np.log(np.exp(scaled).sum())

@@ -85,7 +85,13 @@ def estimate_costs(
 
 
 def fits(deployment: Deployment, batch: int, past: int) -> bool:
-    """Whether weights and cache are within a GPU's memory; activations are not counted."""
+    """Whether weights and cache are within a GPU's memory; activations are not counted.
+
+    Args:
+        deployment: model, formats and GPU.
+        batch: sequences at once.
+        past: tokens in the cache of each.
+    """
     return deployment.needed_bytes(batch, past, max(SIZES)) <= deployment.gpu.memory
 
 

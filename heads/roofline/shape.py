@@ -47,7 +47,13 @@ class Shape:
 
     @classmethod
     def of(cls, config: DecoderConfig, heads: int, head_layers: int) -> Shape:
-        """From a parsed config.json and the counts of the heads."""
+        """From a parsed config.json and the counts of the heads.
+
+        Args:
+            config: of the base model.
+            heads: Medusa heads.
+            head_layers: residual blocks of each.
+        """
         return cls(
             config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
             config.num_key_value_heads, config.head_dim, config.vocab_size, heads, head_layers, config.sliding_window,
@@ -85,7 +91,13 @@ class Shape:
         return math.ceil(self.hidden / tp) * self.hidden
 
     def resident_bytes(self, tp: int, weights: Precision, heads: Precision) -> float:
-        """What a rank's GPU holds at least: layers, the embedding, all vocabulary projections and the heads."""
+        """What a rank's GPU holds at least: layers, the embedding, all vocabulary projections and the heads.
+
+        Args:
+            tp: tensor-parallel ranks.
+            weights: of the base's linears.
+            heads: of the heads' linears and vocabulary projections.
+        """
         layers = self.layers * self.layer_weights(tp) * weights.bits
         projections = (self.projection_weights(tp) + self.vocab * self.hidden) * HALF.bits
         each = self.projection_weights(tp) + self.head_layers * self.block_weights(tp)

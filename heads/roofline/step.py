@@ -112,7 +112,13 @@ class Deployment:
                 raise ConfigError(self.gpu.name, got, f"what it has: {has}", "choose another format or GPU")
 
     def needed_bytes(self, batch: int, past: int, nodes: int = 1) -> float:
-        """What a rank's GPU holds for a batch of sequences: weights, keys and values; activations not counted."""
+        """What a rank's GPU holds for a batch of sequences: weights, keys and values; activations not counted.
+
+        Args:
+            batch: sequences at once.
+            past: tokens in the cache of each.
+            nodes: tokens that a step adds to each.
+        """
         cache = batch * (past + nodes) * self.shape.layers * self.shape.kv_values(self.tp) * self.kv_bits / 8
         return self.shape.resident_bytes(self.tp, self.weights, self.heads) + cache
 
@@ -156,6 +162,11 @@ def step_parts(
     """A step that verifies ``nodes`` nodes of each of ``batch`` sequences behind ``past`` tokens.
 
     Args:
+        deployment: model, formats and GPU.
+        batch: sequences at once.
+        nodes: tokens of each that the step verifies.
+        past: tokens in the cache of each.
+        assumptions: what no data sheet says.
         medusa: with all heads, on all rows, as TensorRT-LLM runs them whatever the tree's depth.
     """
     shape, tp, rows = deployment.shape, deployment.tp, batch * nodes
@@ -186,7 +197,16 @@ def step_ms(
     medusa: bool = False,
     assumptions: Assumptions = DEFAULTS,
 ) -> Number:
-    """Milliseconds of such a step, see :func:`step_parts`."""
+    """Milliseconds of such a step, see :func:`step_parts`.
+
+    Args:
+        deployment: model, formats and GPU.
+        batch: sequences at once.
+        nodes: tokens of each that the step verifies.
+        past: tokens in the cache of each.
+        medusa: with all heads, on all rows.
+        assumptions: what no data sheet says.
+    """
     return step_parts(deployment, batch, nodes, past, medusa=medusa, assumptions=assumptions).total
 
 

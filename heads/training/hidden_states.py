@@ -104,7 +104,7 @@ def build_cache(
         decoder = model()
         for index in missing:
             progress(index * SHARD_EXAMPLES, len(examples))
-            _write(files[index], _states(decoder, parts[index]))
+            _write(files[index], compute_states(decoder, parts[index]))
     progress(len(examples), len(examples))
     return _open(files, parts, hidden_size)
 
@@ -136,7 +136,7 @@ def _count(example: Example) -> int:
     return sum(stop - start for start, stop in _spans(example))
 
 
-def _states(model: Any, part: Sequence[Example]) -> torch.Tensor:
+def compute_states(model: Any, part: Sequence[Example]) -> torch.Tensor:
     """Hidden states of one shard's rows, in the order of its examples.  # bfloat16 [rows, hidden_size]"""
     found: dict[int, torch.Tensor] = {}
     order = sorted(range(len(part)), key=lambda index: len(part[index].input_ids))

@@ -99,6 +99,11 @@ def cost_curve(curve: Mapping[str, Any]) -> CostCurve:
 def select(curves: list[dict[str, Any]], *, batch: int = 1, past_length: int | None = None) -> dict[str, Any]:
     """The first curve of a batch size, and of a past length if one is given.
 
+    Args:
+        curves: rows of cost.json.
+        batch: sequences at once.
+        past_length: tokens in the cache; None takes any.
+
     Raises:
         ConfigError: there is none.
     """

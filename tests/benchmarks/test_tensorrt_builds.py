@@ -26,7 +26,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     rows = [{"prompt": " ".join(f"w{(7 * n + word) % 90}" for word in range(24))} for n in range(6)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(tensorrt_builds, "DEFAULT_CALIB", prompts)
-    monkeypatch.setattr(tensorrt_builds, "_texts", lambda ckpt, calib_prompts: TEXTS)
+    monkeypatch.setattr(tensorrt_builds, "check_texts", lambda ckpt, calib_prompts: TEXTS)
     return tensorrt_builds
 
 
@@ -77,7 +77,7 @@ def test_a_wrong_graph_is_seen(benchmark: ModuleType, model: tuple[Path, Path], 
     good = tmp_path / "good"
     checkpoint = benchmark.MedusaCheckpoint.open(ckpt, heads)
     good.mkdir()
-    benchmark._write_graphs(good, checkpoint, benchmark.get_format("int8_wo"), None, "float16", 128)
+    benchmark.write_graphs(good, checkpoint, benchmark.get_format("int8_wo"), None, "float16", 128)
     tensors = load_file(ckpt / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * torch.linspace(0.8, 1.2, 128)
     save_file(tensors, ckpt / "model.safetensors", {"format": "pt"})

@@ -40,7 +40,7 @@ def test_figures() -> None:
 def test_peak_is_the_programs_own() -> None:
     """Measured from a small process, as the benchmark is: one that had torch in memory would hide it."""
     code = f"import sys; sys.path.insert(0, {str(BENCHMARK.parent)!r}); import training as t\n"
-    code += "for size in (1, 200_000_000): print(t._run([sys.executable, '-c', f\"b'x' * {size}\"]).peak)"
+    code += "for size in (1, 200_000_000): print(t.measured_run([sys.executable, '-c', f\"b'x' * {size}\"]).peak)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     small, large = map(float, result.stdout.split())
     assert small < 120e6  # what a bare interpreter takes, and less than one with torch
@@ -69,5 +69,5 @@ def test_small(tiny_checkpoint: Callable[..., Path], tiny_tokenizer: Callable[..
 @pytest.mark.parametrize("flag", ["--nonsense"])
 def test_a_run_that_fails_ends_it(flag: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="ended with 2"):
-        _module()._run([sys.executable, flag])
+        _module().measured_run([sys.executable, flag])
     capfd.readouterr()

@@ -90,7 +90,7 @@ class StandInExecutor:
         steps = self._steps(request)
         if not request.streaming:
             steps = [[token for step in steps for token in step]]
-        results = [self._result(request, step, last=index == len(steps) - 1) for index, step in enumerate(steps)]
+        results = [self.make_result(request, step, last=index == len(steps) - 1) for index, step in enumerate(steps)]
         counts = request.output_config.return_perf_metrics and self.medusa_choices
         for index, result in enumerate(results):
             accepted = sum(len(step) - 1 for step in steps[1 : index + 1])
@@ -115,7 +115,7 @@ class StandInExecutor:
         depth = 1 + (len(self.medusa_choices[-1]) if self.medusa_choices else 0)
         return [answer[:1], *(answer[at : at + depth] for at in range(1, len(answer), depth))]
 
-    def _result(self, request: Request, tokens: list[int], *, last: bool) -> Any:
+    def make_result(self, request: Request, tokens: list[int], *, last: bool) -> Any:
         reason = FinishReason.NOT_FINISHED
         if last:
             words = [word[0] for word in request.stop_words or []]

@@ -28,22 +28,22 @@ class Connections:
     most_per_client: int
     header_s: float = HEADER_SECONDS
     idle_s: float = IDLE_SECONDS
-    _open: Counter[str] = field(default_factory=Counter)
+    by_client: Counter[str] = field(default_factory=Counter)
 
     def enter(self, client: str) -> bool:
         """Count one more, if it may be."""
-        if self.most and self._open.total() >= self.most:
+        if self.most and self.by_client.total() >= self.most:
             return False
-        if self.most_per_client and self._open[client] >= self.most_per_client:
+        if self.most_per_client and self.by_client[client] >= self.most_per_client:
             return False
-        self._open[client] += 1
+        self.by_client[client] += 1
         return True
 
     def leave(self, client: str) -> None:
         """One has ended."""
-        self._open[client] -= 1
-        if not self._open[client]:
-            del self._open[client]
+        self.by_client[client] -= 1
+        if not self.by_client[client]:
+            del self.by_client[client]
 
 
 def protocol_class(connections: Connections) -> Any:

@@ -86,8 +86,8 @@ class OpenAIFront:
     def __init__(self, service: TextService, options: FrontOptions, meter: PrometheusMeter) -> None:
         self.service, self.options, self.meter = service, options, meter
         self._executor = ThreadPoolExecutor(1, "medusa-export-requests")  # one after the other, as they came
-        self._coming = 0  # requests that are read and encoded
-        self._slow: Counter[str] = Counter()  # bodies that take long, by client
+        self.coming = 0  # requests that are read and encoded
+        self.slow_bodies: Counter[str] = Counter()  # bodies that take long, by client
 
     @property
     def max_body_bytes(self) -> int:
@@ -121,6 +121,11 @@ class OpenAIFront:
 
     async def answer(self, endpoint: Endpoint, shape: Shape, request: Request) -> Response:
         """The response to a request.
+
+        Args:
+            endpoint: reads the request's body.
+            shape: writes the answer.
+            request: starlette's.
 
         Raises:
             MedusaExportError: a request that is not answered.
@@ -188,13 +193,13 @@ class OpenAIFront:
     def _coming_in(self) -> Iterator[None]:
         """Count a request whose body is in memory, until it is queued."""
         limit = self.service.scheduler.decoder.slots + self.service.options.max_queue
-        if self._coming >= limit:
+        if self.coming >= limit:
             raise BusyError("server", f"a request while {limit} come in", "fewer", "try again in a moment")
-        self._coming += 1
+        self.coming += 1
         try:
             yield
         finally:
-            self._coming -= 1
+            self.coming -= 1
 
     async def _parsed(self, request: Request) -> dict[str, Any]:
         """A body, parsed elsewhere: large ones would hold up everybody's answers."""
@@ -244,16 +249,16 @@ class OpenAIFront:
     def _slow_body(self, request: Request) -> Iterator[None]:
         """One client may have a few bodies that come slowly: all that come in have to share what is there for them."""
         client = request.client.host if request.client else ""
-        if self._slow[client] >= SLOW_BODIES:
+        if self.slow_bodies[client] >= SLOW_BODIES:
             got = f"{SLOW_BODIES} unfinished bodies of one client"
             raise SlowBodyError("body", got, f"more within {PROMPT_BODY_SECONDS:g} s", "send them whole")
-        self._slow[client] += 1
+        self.slow_bodies[client] += 1
         try:
             yield
         finally:
-            self._slow[client] -= 1
-            if not self._slow[client]:
-                del self._slow[client]
+            self.slow_bodies[client] -= 1
+            if not self.slow_bodies[client]:
+                del self.slow_bodies[client]
 
 
 async def _take_all(writer: Writer, answer: AsyncAnswer) -> None:

@@ -46,7 +46,7 @@ class Guard:
 
     def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
         self._server, self._on_stop = os.getppid(), on_stop
-        started = _stat(self._server)[19]  # a process id alone may have been another server's
+        started = process_stat(self._server)[19]  # a process id alone may have been another server's
         self._folder = Path(tempfile.gettempdir()) / f"medusa-export-{self._server}-{started}"
         _own(self._folder)
         self._mark = self._folder / f"{os.getpid()}"
@@ -71,7 +71,7 @@ class Guard:
         while not self._done.wait(POLL_SECONDS):
             if os.getppid() != self._server:
                 self._end("the server has ended")
-            if dead := [mark for mark in self._marks() if not _is_stub_of(self._server, mark)]:
+            if dead := [mark for mark in self._marks() if not is_stub_of(self._server, mark)]:
                 os.kill(self._server, signal.SIGKILL)  # told to stop, it would wait for answers that nobody gives
                 self._end(f"stub {dead[0].name} has died; the server cannot go on without it and was ended")
             if not is_stopping and health.hangs_up():
@@ -103,7 +103,13 @@ class Guard:
 
 
 def watch(server: int, stub: int, memory: str) -> subprocess.Popen[bytes]:
-    """A process that ends a stub and removes its shared memory when its server has gone."""
+    """A process that ends a stub and removes its shared memory when its server has gone.
+
+    Args:
+        server: process id.
+        stub: process id.
+        memory: name of the stub's shared memory.
+    """
     command = ["/bin/sh", "-c", WATCHDOG, "medusa-export-watchdog", f"{server}", f"{stub}", memory]
     none = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=none, stdout=none, stderr=none)
@@ -124,15 +130,15 @@ def _shared_memory() -> str:
     return name if "/" not in name and (SHARED_MEMORY / name).is_file() else ""
 
 
-def _is_stub_of(server: int, mark: Path) -> bool:
+def is_stub_of(server: int, mark: Path) -> bool:
     """Whether a mark's process lives, or its mark has just gone."""
     try:
-        fields = _stat(int(mark.name))
+        fields = process_stat(int(mark.name))
     except OSError:
         return not mark.exists()
     return (fields[0] != "Z" and int(fields[1]) == server) or not mark.exists()
 
 
-def _stat(pid: int) -> list[str]:
+def process_stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the third on: state, parent ... the 20th of them is when it started."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -120,7 +120,7 @@ def write_repository(
             work.copy(f"{name}/{VERSION}/{ENGINE}/{relative}", path)
         for model, config in repository_configs(name, options).items():
             work.write_text(f"{model}/{CONFIG_FILE}", render(config))
-            work.write_text(f"{model}/{VERSION}/model.py", _code(model, name))
+            work.write_text(f"{model}/{VERSION}/model.py", model_code(model, name))
         work.write_text("README.md", _readme(name, output, info))
         work.write_text("launch.sh", LAUNCH)
 
@@ -170,7 +170,7 @@ def _parameters(values: dict[str, str]) -> dict[str, dict[str, str]]:
     return {name: {"string_value": value} for name, value in values.items()}
 
 
-def _code(model: str, name: str) -> str:
+def model_code(model: str, name: str) -> str:
     if model == name:
         return MODEL_CODE.format(module="medusa_export.engines.serving.triton.model", name="MedusaModel")
     return MODEL_CODE.format(module="medusa_export.engines.serving.triton.unary", name="UnaryModel")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.onnxruntime.engine import _import_onnxruntime, _share_threads, session_options, share
+from medusa_export.engines.onnxruntime.engine import import_onnxruntime, session_options, share, share_threads
 from medusa_export.engines.tensorrt.build import GRAPHS
 from medusa_export.engines.tensorrt.device import Buffers, Run
 from medusa_export.engines.tensorrt.emulation.onnx_lift import lifted
@@ -49,8 +49,8 @@ class OnnxGraph:
     """See :class:`~medusa_export.engines.tensorrt.device.Graph`."""
 
     def __init__(self, path: Path) -> None:
-        ort = _import_onnxruntime()
-        _share_threads(ort, 0)
+        ort = import_onnxruntime()
+        share_threads(ort, 0)
         options, changed = session_options(ort, AS_WRITTEN), lifted(path)
         if changed:
             model, arrays = changed
@@ -72,6 +72,7 @@ class OnnxGraph:
         return dtype
 
     def bind(self, buffers: Buffers, profile: int, *, fixed: bool) -> Run:
+        """As :meth:`~medusa_export.engines.tensorrt.device.Graph.bind`."""
         binding = self._session.io_binding()
         for name, buffer in buffers.items():
             bind = binding.bind_ortvalue_input if name in self._inputs else binding.bind_ortvalue_output

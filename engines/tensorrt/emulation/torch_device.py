@@ -33,7 +33,7 @@ class NoTensorRt:
         """Nothing is needed."""
 
     def build(self, source: Path, out: Path, progress: Progress, **request: Any) -> None:
-        """See :meth:`~medusa_export.engines.tensorrt.build.TensorRtBuilder.build`."""
+        """As :meth:`~medusa_export.engines.tensorrt.build.TensorRtBuilder.build`; writes what TensorRT would say of the engines."""
         shapes = BuildRequest(**request).profiles
         profiles = [
             {"name": name, "shapes": {"output_rows": [[n] for n in sizes["R"]]}} for name, sizes in shapes.items()
@@ -117,6 +117,7 @@ class TorchGraph:
         return self._dtypes[name]
 
     def bind(self, buffers: Buffers, profile: int, *, fixed: bool) -> Run:
+        """As :meth:`~medusa_export.engines.tensorrt.device.Graph.bind`."""
         import torch
 
         given = {name: buffers[name] for name in self._inputs}

@@ -26,7 +26,13 @@ Signature = tuple[Any, ...]
 
 
 def operator_problems(file: OnnxFile, facts: Facts, *, of: str = "model.layers") -> list[str]:
-    """Attributes that do not follow from the model, and layers that differ from each other."""
+    """Attributes that do not follow from the model, and layers that differ from each other.
+
+    Args:
+        file: the graph.
+        facts: of the model.
+        of: prefix of the layers' names.
+    """
     return [
         *_attribute_problems(file, facts),
         *_int_problems(file),

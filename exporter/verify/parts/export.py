@@ -88,7 +88,13 @@ def verify(
 
 
 def verify_engine(engine: Path, result: Verification, run_engine: RunEngine | None) -> None:
-    """An engine directory that lies somewhere else, as in a Triton repository; adds to the findings of ``result``."""
+    """An engine directory that lies somewhere else, as in a Triton repository; adds to the findings of ``result``.
+
+    Args:
+        engine: its directory.
+        result: gets the findings; has the source, where there is one.
+        run_engine: runs the engine; None leaves that out.
+    """
     source = None if isinstance(result.source, str) else result.source
     facts = Facts.of_source(source.checkpoint.config, source.checkpoint.num_medusa_heads) if source else None
     before = len(result.findings)

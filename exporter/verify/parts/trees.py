@@ -46,7 +46,13 @@ def _against(tree: Tree, body: Any, top_k: int | None, nodes: int | None) -> Ite
 
 
 def expected_tree(arguments: dict[str, Any], default: str, heads: int) -> Tree | None:
-    """The tree that an export with these arguments has, where they say it: a preset, or the default one."""
+    """The tree that an export with these arguments has, where they say it: a preset, or the default one.
+
+    Args:
+        arguments: of the manifest.
+        default: preset of the engine's kind.
+        heads: Medusa heads that there are.
+    """
     asked = arguments.get("tree")
     if asked in PRESETS:
         return Tree.from_choices(PRESETS[asked])

@@ -26,6 +26,16 @@ class FusedCrossEntropy(torch.autograd.Function):
         teacher: torch.Tensor | None,
         share: float,
     ) -> torch.Tensor:
+        """The sum of the rows' losses; gradients are computed along with it.
+
+        Args:
+            ctx: autograd's, for :meth:`backward`.
+            x: hidden states.  # [R, D]
+            weight: of the vocabulary projection.  # [V, D]
+            labels: token ids; below 0: none.  # [R]
+            teacher: probabilities to learn from besides; None: labels alone.  # [R, V]
+            share: weight of the teacher's part, 0 .. 1.
+        """
         inputs = x.to(weight.dtype)
         logits = inputs @ weight.T  # [R, V], and later their gradient
         rows = max(1, CPU_VALUES // len(weight)) if logits.device.type == "cpu" else max(1, len(logits))

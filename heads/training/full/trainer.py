@@ -65,7 +65,13 @@ class MedusaTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As ever, and ConfigError before a loss that is not finite reaches the weights."""
+        """As ever, and ConfigError before a loss that is not finite reaches the weights.
+
+        Args:
+            model: what is trained.
+            inputs: one micro-batch.
+            num_items_in_batch: tokens of all micro-batches of the step, as the Trainer counts them.
+        """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise ConfigError(

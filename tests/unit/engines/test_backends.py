@@ -20,6 +20,6 @@ def test_models_of_triton_repositories_that_were_written_before(name: str) -> No
 
 @pytest.mark.parametrize("model", ["model", "model_unary"])
 def test_models_of_triton_repositories_that_are_written_now(model: str) -> None:
-    found = re.search(r"from (\S+) import (\S+) as TritonPythonModel", repository._code(model, "model"))
+    found = re.search(r"from (\S+) import (\S+) as TritonPythonModel", repository.model_code(model, "model"))
     assert found is not None
     assert hasattr(importlib.import_module(found[1]), found[2])

@@ -61,3 +61,42 @@ def test_fp4_rounds_to_the_nearest_value_and_ties_to_even() -> None:
     values = [FP4[code & 7] * (-1 if code >= 8 else 1) for code in found.tolist()]
     ties = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
     assert values == [*ties, *(-value for value in ties), 6.0, 0.5]
+
+
+def test_a_block_of_tiny_weights_has_the_smallest_scale() -> None:
+    """Its scale would round to 0, and its weights be divided by that."""
+    weight = torch.cat([torch.full((1, 16), 1e-6), torch.full((1, 16), 6.0)], dim=1)
+    scale = 1 / 448
+    assert numerics.fp4_block_scales(weight, scale, 16).float().tolist() == [[2.0**-9, 448.0]]
+    packed = numerics.fp4_blocks(weight, scale, 16)
+    assert packed.tolist() == [[0x00] * 8 + [0x77] * 8]
+
+
+def test_int8_saturates() -> None:
+    weight, scales = torch.tensor([[300.0, -300.0, 63.4, -64.0]]), torch.tensor([0.5])
+    assert numerics.int8_rows(weight, scales).tolist() == [[127, -128, 127, -128]]
+
+
+def test_int4_groups_by_hand() -> None:
+    weight = torch.tensor([[7.0, -3.5, 0.0, 1.0], [0.0, 0.0, -14.0, 6.0]])
+    assert numerics.group_scales(weight, 2).tolist() == [[1.0, pytest.approx(1 / 7)], [1.0, 2.0]]
+    assert numerics.group_scales(weight, 4, bound=1.0).tolist() == [[7.0], [14.0]]
+    assert numerics.int4_groups(weight, 2).tolist() == [[7, -4, 0, 7], [0, 0, -7, 3]]
+
+
+def test_fp8_by_hand() -> None:
+    """17 lies between 16 and 18, which are neighbours in float8_e4m3fn: the tie goes to the even one."""
+    weight = torch.tensor([[34.0, -1.0, 2000.0], [0.5, -2000.0, 0.0]], dtype=torch.bfloat16)
+    assert numerics.quantize_fp8(weight, 2.0).dtype == torch.float8_e4m3fn
+    assert numerics.quantize_fp8(weight, 2.0).float().tolist() == [[16.0, -0.5, 448.0], [0.25, -448.0, 0.0]]
+    rows = torch.tensor([[2.0], [0.25]])
+    assert numerics.quantize_fp8(weight, rows).float().tolist() == [[16.0, -0.5, 448.0], [2.0, -448.0, 0.0]]
+    assert numerics.dequantize_fp8(numerics.quantize_fp8(weight, 2.0), 2.0).tolist() == [[32, -1, 896], [0.5, -896, 0]]
+
+
+def test_scales_are_the_largest_magnitude_over_the_bound() -> None:
+    assert numerics.fp8_scale(896.0) == 2.0
+    assert numerics.code_scale(1.0, 3.0) == float(torch.tensor(1.0) / 3)  # in float32
+    assert numerics.code_scale(1.0, 3.0) != 1 / 3
+    amax = {"q": 448.0, "k": 896.0, "other": 4480.0}
+    assert (numerics.fused_amax(amax, ["q", "k"]), numerics.fused_scale(amax, ["q", "k"])) == (896.0, 2.0)

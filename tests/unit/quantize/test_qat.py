@@ -69,7 +69,7 @@ def disturb(model: Any) -> None:
 
 
 def projections(model: Any) -> dict[str, Any]:
-    return dict(qat._linears(model))
+    return dict(qat.quantized_linears(model))
 
 
 def rounded(linear: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def rounded(linear: Any, weight: torch.Tensor) -> torch.Tensor:
     factor = torch.ones(1) if factor is None else factor
     with torch.no_grad():
         found = weight / factor
-        for stage in qat._stages(linear):
+        for stage in qat.weight_quantizers(linear):
             found = stage(found)
         return found * factor
 

@@ -123,7 +123,13 @@ def refusal_of(error: MedusaExportError) -> Refusal:
 
 
 def error_body(refusal: Refusal, message: str, param: str | None = None) -> dict[str, Any]:
-    """The body that OpenAI's clients read."""
+    """The body that OpenAI's clients read.
+
+    Args:
+        refusal: status, type and code.
+        message: for people.
+        param: field that is wrong, where one is.
+    """
     return {"error": {"message": message, "type": refusal.type, "param": param, "code": refusal.code}}
 
 

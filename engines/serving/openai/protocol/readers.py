@@ -16,17 +16,36 @@ NAME_LENGTH = 64  # of names that a client made up, in what it is told
 
 
 def wrong(name: str, value: object, expected: str) -> ConfigError:
-    """The error for a value of another type or out of range."""
+    """The error for a value of another type or out of range.
+
+    Args:
+        name: of the field.
+        value: what it holds.
+        expected: what it should hold.
+    """
     return ConfigError(name, reprlib.repr(value), expected, "correct the request")
 
 
 def unsupported(name: str, value: object, expected: str, action: str = "leave it out") -> UnsupportedError:
-    """The error for what is in the protocol, but not here."""
+    """The error for what is in the protocol, but not here.
+
+    Args:
+        name: of the field.
+        value: what it holds.
+        expected: what this server takes.
+        action: what to do.
+    """
     return UnsupportedError(name, reprlib.repr(value), expected, action)
 
 
 def unknown(name: str, key: str, expected: str) -> UnknownFieldError:
-    """The error for a field that the protocol does not have."""
+    """The error for a field that the protocol does not have.
+
+    Args:
+        name: of the object that holds the field; empty for the body.
+        key: of the field.
+        expected: fields that there are.
+    """
     return UnknownFieldError(joined(name, key), "a field of that name", expected, "leave it out")
 
 
@@ -99,7 +118,13 @@ def _prompt(name: str, value: Any) -> str | tuple[int, ...]:
 
 
 def require_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
-    """Raise UnsupportedError for a value that would have to be passed over."""
+    """Raise UnsupportedError for a value that would have to be passed over.
+
+    Args:
+        name: of the field.
+        value: what it holds.
+        neutral: values that ask for nothing.
+    """
     if not any(type(value) is type(item) and value == item for item in neutral):
         expected = " or ".join(["nothing", *(json.dumps(item) for item in neutral)])
         raise unsupported(name, value, f"{expected}: this server does no more")

@@ -107,7 +107,13 @@ def with_tools(messages: Sequence[dict[str, str]], tools: Sequence[Tool]) -> lis
 
 
 def call_text(name: str, calls: Any, *, has_text: bool) -> str:
-    """The calls of an earlier answer, as the model wrote them."""
+    """The calls of an earlier answer, as the model wrote them.
+
+    Args:
+        name: of the field.
+        calls: what it holds.
+        has_text: whether text comes before the calls.
+    """
     if not isinstance(calls, list):
         raise wrong(name, calls, "a list of calls")
     texts = []
@@ -130,6 +136,11 @@ def response_text(said: str) -> str:
 
 def tool_grammar(tools: Sequence[Tool], choice: Choice, *, parallel: bool) -> Grammar:
     """What an answer that may, or has to, call tools looks like.
+
+    Args:
+        tools: that are offered.
+        choice: which of them, and whether one has to be called.
+        parallel: whether several may be called.
 
     Raises:
         ConfigError: a tool that was not offered.

@@ -16,7 +16,7 @@ from medusa_export.core.errors import OutputError
 def test_a_directory_that_is_removed_meanwhile(again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock on what no longer has the name would keep nobody out."""
     path, opened = tmp_path / "partial", []
-    real = locking._open
+    real = locking.open_directory
 
     def open_and_remove(directory: Path) -> int | None:
         opened.append(real(directory))
@@ -27,7 +27,7 @@ def test_a_directory_that_is_removed_meanwhile(again: bool, tmp_path: Path, monk
                 (tmp_path / "new").rename(directory)
         return opened[-1]
 
-    monkeypatch.setattr(locking, "_open", open_and_remove)
+    monkeypatch.setattr(locking, "open_directory", open_and_remove)
     descriptor = make_locked(path, tmp_path / "out")
     assert len(opened) == 2
     assert os.path.samestat(os.fstat(descriptor), path.stat())
@@ -40,7 +40,7 @@ def test_a_directory_that_is_removed_meanwhile(again: bool, tmp_path: Path, monk
 
 def test_a_directory_that_is_removed_before_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, tries = tmp_path / "partial", []
-    real = locking._open
+    real = locking.open_directory
 
     def remove_and_open(directory: Path) -> int | None:
         tries.append(directory)
@@ -48,7 +48,7 @@ def test_a_directory_that_is_removed_before_it_is_opened(tmp_path: Path, monkeyp
             directory.rmdir()
         return real(directory)
 
-    monkeypatch.setattr(locking, "_open", remove_and_open)
+    monkeypatch.setattr(locking, "open_directory", remove_and_open)
     os.close(make_locked(path, tmp_path / "out"))
     assert len(tries) == 2
 

@@ -377,7 +377,7 @@ def test_no_manifest_at_all(tmp_path: Path, text: str) -> None:
 def test_hash_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a"
     file.write_text("hello")
-    monkeypatch.setattr(hashing, "_CHUNK_BYTES", 2)
+    monkeypatch.setattr(hashing, "CHUNK_BYTES", 2)
     assert hash_files([file]) == {str(file): HELLO}
     others = [tmp_path / f"{size}" for size in range(20)]
     for size, path in enumerate(others):

@@ -46,7 +46,7 @@ def test_a_server_answers_as_the_engine_alone(tensorrt: tuple[Path, TensorRtEngi
     """All are asked at once; the tree is used, and one request has been given up."""
     path, engine = tensorrt
     service = TextService(path, ServingOptions(max_tokens=20))
-    service.scheduler._eos = set()  # so that answers have the length that is asked for
+    service.scheduler.eos_token_ids = set()  # so that answers have the length that is asked for
     assert service.scheduler.decoder.slots == 1
     answers: dict[str, queue.Queue[Piece]] = {text: queue.Queue() for text in QUESTIONS}
     tickets = []

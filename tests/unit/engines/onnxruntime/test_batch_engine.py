@@ -97,7 +97,7 @@ def test_tokens_and_steps_are_those_of_one_sequence(family: str, quant: str, tin
         assert result.accepted == expected.accepted
     if quant == "none":
         assert max(max(result.accepted) for result in several) > 1, "a tree of which nothing is accepted tests little"
-    assert decoder._kv.shape[3] > 4, "the cache did not grow"
+    assert decoder.kv.shape[3] > 4, "the cache did not grow"
 
 
 def test_without_a_tree(tiny_engine: Callable[..., Any]) -> None:
@@ -177,12 +177,12 @@ def test_a_long_sequence_does_not_cost_those_after_it(tiny_engine: Callable[...,
     engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=3)
     row = [int(decoder.admit(PROMPTS[0]).argmax())]
     decoder.admit([5] * 600)
-    grown = decoder._kv.shape[3]
+    grown = decoder.kv.shape[3]
     decoder.release(1)
     for _ in range(12):
         row += decode_step(decoder, *draft_heads(decoder, AUTOREGRESSIVE, [row[-1]]))[0]
     assert grown >= 600
-    assert decoder._kv.shape[3] < 20
+    assert decoder.kv.shape[3] < 20
     assert row == generate(engine, PROMPTS[0], AUTOREGRESSIVE, max_new_tokens=13, eos_token_ids=()).tokens
 
 

@@ -91,7 +91,7 @@ def test_kept_rows_are_those_of_a_prefill(path: list[int], tiny_engine: Callable
     text = [*PROMPT, *NODE_IDS[path].tolist()]
     assert fresh.prefill(text) == next_ids[path[-1]]
     assert engine.length == fresh.length == len(text)
-    np.testing.assert_allclose(engine._rows[:, : len(text)], fresh._rows[:, : len(text)], atol=1e-4)
+    np.testing.assert_allclose(engine.rows[:, : len(text)], fresh.rows[:, : len(text)], atol=1e-4)
     assert engine.draft(3).tolist() == fresh.draft(3).tolist(), "the heads read the last kept row"
     for _ in range(3):  # and what follows is the same
         steps = engine.prepare(TREE), fresh.prepare(TREE)

@@ -55,7 +55,7 @@ def answer(engine: Path) -> Iterator[Callable[..., tuple[list[int], int]]]:
     def run(tree: Tree, sampling: Sampling, rule: TokenRule | None = None) -> tuple[list[int], int]:
         decoder = TreeBatchDecoder(engine, slots=2)
         made.append(Scheduler(decoder, drafter=TreeDrafter([tree], decoder.info)))
-        made[-1]._eos = {END}
+        made[-1].eos_token_ids = {END}
         ears, prompt = Ears(), [3, 4, 5]
         made[-1].submit(prompt, sampling, ears, chooser=token_chooser(sampling, prompt, [END], rule))
         return ears.tokens, ears.wait().steps
@@ -137,7 +137,7 @@ def test_a_model_that_cannot_end(engine: Path) -> None:
 
 
 def accepts(compiler: GrammarCompiler, engine: Path, grammar: Grammar, text: str) -> bool:
-    matcher = compiler.rule(grammar)._matcher
+    matcher = compiler.rule(grammar).matcher
     tokens = read_tokenizer(engine)(text, add_special_tokens=False)["input_ids"]
     return matcher.validate_tokens([*tokens, END]) == len(tokens) + 1
 

@@ -81,7 +81,7 @@ def schedule(engine_dir: Path) -> Iterator[Callable[..., Scheduler]]:
         engine = Engine(engine_dir, decoder.info, trees or BatchTrees({}), decoder.max_nodes)
         made.append(Scheduler(decoder, drafter=open_drafter(drafts, engine), **arguments))
         if not has_ends:
-            made[-1]._eos = set()  # so that a test knows how long an answer takes
+            made[-1].eos_token_ids = set()  # so that a test knows how long an answer takes
         return made[-1]
 
     yield make
@@ -142,7 +142,7 @@ def test_drafts_of_the_text_change_no_answer(
 def test_an_end_of_sequence_token_stops(schedule: Callable[..., Scheduler], engine_dir: Path) -> None:
     scheduler, ears = schedule(), Ears()
     expected = alone(engine_dir, PROMPTS[0], 12)
-    scheduler._eos = {expected[5]}
+    scheduler.eos_token_ids = {expected[5]}
     scheduler.submit(PROMPTS[0], Sampling(max_tokens=12), ears)
     assert ears.wait().reason == "stop"
     assert ears.tokens == expected[: expected.index(expected[5]) + 1]
@@ -179,9 +179,9 @@ def test_a_long_prompt_does_not_hold_up_the_others(schedule: Callable[..., Sched
     """It is read in parts: between any two of them the running request gets a token."""
     scheduler, running, long = schedule(slots=3, prefill_tokens=3), Ears(), Ears()
     events: list[str] = []
-    fill, step = scheduler.decoder.prefill_chunk, scheduler._step
+    fill, step = scheduler.decoder.prefill_chunk, scheduler.step
     scheduler.decoder.prefill_chunk = lambda count: (events.append(f"fill {count}"), fill(count))[1]  # type: ignore[method-assign]
-    scheduler._step = lambda: (events.append("step"), step())[1]  # type: ignore[method-assign]
+    scheduler.step = lambda: (events.append("step"), step())[1]  # type: ignore[method-assign]
     running.may_go_on.clear()
     scheduler.submit(PROMPTS[0], Sampling(max_tokens=12), running)
     assert running.started.wait(SECONDS)
@@ -200,7 +200,7 @@ def test_a_request_whose_prompt_is_being_read_can_be_cancelled(
     fill, reading, may_go_on = scheduler.decoder.prefill_chunk, threading.Event(), threading.Event()
 
     def wait_and_fill(count: int) -> Any:
-        if scheduler._unread in (8, 9):
+        if scheduler.unread in (8, 9):
             reading.set()
             assert may_go_on.wait(SECONDS)
         return fill(count)
@@ -289,14 +289,14 @@ def test_a_failing_prompt_ends_alone(
     schedule: Callable[..., Scheduler], engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler, good, bad, later = schedule(slots=3, has_ends=True), Ears(), Ears(), Ears()
-    keep = scheduler.decoder._keep
+    keep = scheduler.decoder.keep_rows
 
     def fail_at_five_tokens(block: Any, paths: Any) -> None:
         if block.size == 5:
             raise RuntimeError("out of memory")
         keep(block, paths)
 
-    monkeypatch.setattr(scheduler.decoder, "_keep", fail_at_five_tokens)
+    monkeypatch.setattr(scheduler.decoder, "keep_rows", fail_at_five_tokens)
     scheduler.submit(PROMPTS[0], Sampling(max_tokens=30), good)
     scheduler.submit([1, 2, 3, 4, 5], Sampling(), bad)
     scheduler.submit(PROMPTS[1], Sampling(max_tokens=9), later)

@@ -29,7 +29,7 @@ def serve(tiny_engine: Callable[..., Any]) -> Iterator[Callable[..., TextService
 
     def start(*, tree: Path | None = None, **options: Any) -> TextService:
         made.append(TextService(tiny_engine(drafts_well=True).path, ServingOptions(**options), tree=tree))
-        made[-1].scheduler._eos = set()  # so that answers have the length that is asked for
+        made[-1].scheduler.eos_token_ids = set()  # so that answers have the length that is asked for
         return made[-1]
 
     yield start

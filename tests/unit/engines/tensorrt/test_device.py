@@ -33,9 +33,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronized"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    tensorrt_device._process_stream.cache_clear()
+    tensorrt_device.process_stream.cache_clear()
     yield seen
-    tensorrt_device._process_stream.cache_clear()
+    tensorrt_device.process_stream.cache_clear()
 
 
 def test_engines_share_a_stream(calls: list[Any]) -> None:

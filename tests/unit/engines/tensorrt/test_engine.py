@@ -98,7 +98,7 @@ def test_keep_moves_the_path(made: Callable[..., Any]) -> None:
     assert torch.equal(engine.kv[:, :, at : at + 2], before[:, :, at + path[:2]])
     assert torch.equal(engine.kv[:, :, :at], before[:, :, :at])
     assert (engine.length, int(engine.past)) == (at + 2, at + 2)
-    assert torch.equal(engine.hidden[0], step._block.hidden[path[1]])
+    assert torch.equal(engine.hidden[0], step.block.hidden[path[1]])
 
 
 def test_scores(made: Callable[..., Any]) -> None:

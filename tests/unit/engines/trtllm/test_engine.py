@@ -96,14 +96,14 @@ def test_an_end_id_that_the_runtime_keeps_for_itself(
     prompt = [5, 9]
     generate(engine, prompt, TREE, max_new_tokens=1, eos_token_ids=())
     executor = standin_tensorrt_llm.executors[0]
-    answer = executor._result
+    answer = executor.make_result
 
     def without_end(request: Any, tokens: list[int], *, last: bool) -> Any:
         result = answer(request, tokens, last=last)
         result.output_token_ids = [[token for token in tokens if token != END]]
         return result
 
-    monkeypatch.setattr(executor, "_result", without_end)
+    monkeypatch.setattr(executor, "make_result", without_end)
     assert generate(engine, prompt, TREE, max_new_tokens=80, eos_token_ids=(END,)).tokens == greedy(prompt, 80)
 
 

@@ -51,7 +51,7 @@ Run = Callable[..., Result]
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """``run(*flags)``: what the console script calls, on a machine that does not change."""
-    monkeypatch.setattr(sizing, "_this_machine", lambda out: MACHINE)
+    monkeypatch.setattr(sizing, "this_machine", lambda out: MACHINE)
 
     def call(*flags: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["medusa-export", *map(str, flags)])
@@ -363,7 +363,7 @@ class Usage(NamedTuple):
 
 def test_a_full_disk(inputs: Inputs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan shows it; a rehearsal of the export fails like the export, after its tables."""
-    monkeypatch.setattr(sizing, "_this_machine", lambda out: sizing.Machine(1000, 10**11, has_gpu=False))
+    monkeypatch.setattr(sizing, "this_machine", lambda out: sizing.Machine(1000, 10**11, has_gpu=False))
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(1000))
     planned, rehearsed = run("plan", *inputs.flags()), run(*inputs.flags(), "--dry-run")
     assert (planned.code, planned.err) == (0, "")
@@ -383,7 +383,8 @@ class TestWeights:
         def read(self: TensorSource, name: str, *_: object) -> None:
             raise AssertionError(f"{name} was read")
 
-        monkeypatch.setattr(TensorSource, "_take", read)
+        for reader in ("read", "read_rows", "read_columns"):
+            monkeypatch.setattr(TensorSource, reader, read)
         monkeypatch.setattr("medusa_export.core.artifacts.manifest.check_free_space", lambda *_: None)
         found = real_size("70B")
         before = listing(found.root)

@@ -19,7 +19,7 @@ from medusa_export.exporter.engine_dirs.onnxruntime import write_engine, write_o
 from medusa_export.exporter.onnx.forms import onnx_form
 from medusa_export.exporter.plan.spec import ExportSpec, export_spec
 from medusa_export.exporter.plan.trtllm_layout import plan_ranks
-from medusa_export.exporter.sizing.disk import _heads_bytes
+from medusa_export.exporter.sizing.disk import heads_bytes
 from medusa_export.exporter.sizing.estimate import size_export
 from medusa_export.exporter.sizing.gpus import (
     GPUS,
@@ -247,7 +247,7 @@ class TestFiles:
             tmp_path / "engine", case.checkpoint, FORMATS["none"], None, tree=tree, max_length=96,
             draft_vocab=None, save_tokenizer=lambda _: None, source={},
         )  # fmt: skip
-        got = _heads_bytes(self.sizes(case, "none", tree)[0], request)
+        got = heads_bytes(self.sizes(case, "none", tree)[0], request)
         written = (tmp_path / "engine/heads.onnx.data").stat().st_size
         assert written <= got < written + 4096
 

@@ -66,14 +66,14 @@ def test_same_as_modelopt(
         )
     ours = write(case, tmp_path / "ours", spec_of(case, quant, kv_cache=kv_cache, quant_heads=quant_heads))
     model: Any = load_reference(case.model_dir, torch.float32)  # the dtype that calibration runs in on a CPU
-    ptq._attach_heads(model, case.checkpoint)
-    config = ptq._quant_config(mtq, weight_format, KV_CACHE[kv_cache], quant_heads=quant_heads)
+    ptq.attach_heads(model, case.checkpoint)
+    config = ptq.quant_config(mtq, weight_format, KV_CACHE[kv_cache], quant_heads=quant_heads)
     if quant == "fp8_rowwise":
         rows = {"quantizer_name": f"*{ptq.HEADS}*", "enable": False}
         config = {**mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG}
         config["quant_cfg"] = [*config["quant_cfg"], rows]
     if quant != "none":
-        model = mtq.quantize(model, config, forward_loop=ptq._forward_loop(BATCHES, None, sys.stdout))
+        model = mtq.quantize(model, config, forward_loop=ptq.forward_loop(BATCHES, None, sys.stdout))
     export_hf_checkpoint(model, dtype=torch.float16, export_dir=str(tmp_path / "theirs"))
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     assert ours.keys() == theirs.keys()

@@ -62,14 +62,14 @@ def export_with_modelopt(case: Any, out: Path, weight_format: Any, kv_cache: str
 
     model: Any = load_reference(case.model_dir, torch.float32)
     if heads:
-        ptq._attach_heads(model, case.checkpoint)
-    config = ptq._quant_config(mtq, weight_format, KV_CACHE[kv_cache], quant_heads=heads)
+        ptq.attach_heads(model, case.checkpoint)
+    config = ptq.quant_config(mtq, weight_format, KV_CACHE[kv_cache], quant_heads=heads)
     if weight_format.name == "fp8_rowwise":  # no calibration of ours, so no recipe in the table
         rows = {"quantizer_name": f"*{ptq.HEADS}*", "enable": False}  # TensorRT-LLM has no such form for heads
         config = {**mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG}
         config["quant_cfg"] = [*config["quant_cfg"], rows]
     if weight_format.name != "none":
-        model = mtq.quantize(model, config, forward_loop=ptq._forward_loop(BATCHES, None, sys.stdout))
+        model = mtq.quantize(model, config, forward_loop=ptq.forward_loop(BATCHES, None, sys.stdout))
     export_tensorrt_llm_checkpoint(model, "llama", torch.float16, str(out), inference_tensor_parallel=tp)
 
 

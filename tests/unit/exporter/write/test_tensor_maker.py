@@ -27,14 +27,14 @@ def test_chunks_do_not_show(
     whole = case.write(tmp_path / "whole", weight_format, tp=2)
     monkeypatch.setattr(tensor_maker, "CHUNK_VALUES", 5 * 512)  # 4 rows, as two of INT4 share a byte
     monkeypatch.setattr(rebuild, "CHUNK_VALUES", 7 * 512)
-    sizes, stacked = [], tensor_maker.TensorMaker._stacked
+    sizes, stacked = [], tensor_maker.TensorMaker.stacked
 
     def noted(*arguments: Any) -> torch.Tensor:
         rows = stacked(*arguments)
         sizes.append(rows.numel())
         return rows
 
-    monkeypatch.setattr(tensor_maker.TensorMaker, "_stacked", noted)
+    monkeypatch.setattr(tensor_maker.TensorMaker, "stacked", noted)
     pieces = case.write(tmp_path / "pieces", weight_format, tp=2)
     assert max(sizes) <= 5 * 512  # scales of rows and groups too
     for rank in range(2):

@@ -19,7 +19,7 @@ def scores(prompt: tuple[int, ...] = (), taken: tuple[int, ...] = (), **sampling
     chooser = token_chooser(Sampling(max_tokens=9, **sampling), prompt, [3])
     assert chooser is not None
     made = LOGITS.copy()
-    for rule in chooser._rules:
+    for rule in chooser.rules:
         for token in taken:
             rule.take(token)
         rule.apply(made)

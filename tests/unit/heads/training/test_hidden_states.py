@@ -51,9 +51,9 @@ def test_rows_are_the_states_that_drafts_start_from(
 def test_more_data_keeps_what_was_computed(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hidden_cache, "SHARD_EXAMPLES", 1)
     size, seen = model.config.hidden_size, list[int]()
-    compute = hidden_cache._states
+    compute = hidden_cache.compute_states
     monkeypatch.setattr(
-        hidden_cache, "_states", lambda model, part: seen.append(part[0].input_ids[0]) or compute(model, part)
+        hidden_cache, "compute_states", lambda model, part: seen.append(part[0].input_ids[0]) or compute(model, part)
     )
     build_cache(tmp_path / "cache", lambda: model, EXAMPLES[:2], key="a", hidden_size=size)
     build_cache(tmp_path / "cache", lambda: model, EXAMPLES, key="a", hidden_size=size)

@@ -36,7 +36,7 @@ async def serving(connections: Connections) -> AsyncIterator[int]:
         timeout_keep_alive=round(connections.idle_s) or 1,
     )
     server = uvicorn.Server(config)
-    task = asyncio.ensure_future(server._serve([sock]))
+    task = asyncio.ensure_future(server.serve([sock]))
     while not server.started:
         await asyncio.sleep(0.01)
     try:
@@ -61,7 +61,7 @@ def test_silence_and_half_requests_end() -> None:
                 heard = await asyncio.wait_for(reader.read(), 30)  # to the end: closed by the server
                 assert heard.count(b"200 OK") == said.count(GET)
                 writer.close()
-            assert not connections._open
+            assert not connections.by_client
 
     asyncio.run(run())
 
@@ -122,7 +122,7 @@ def test_connections_are_counted() -> None:
             assert await asyncio.wait_for(reader.read(), 30) == b""
             writer.close()
             held[0][1].close()
-            while connections._open["127.0.0.1"] > 1:
+            while connections.by_client["127.0.0.1"] > 1:
                 await asyncio.sleep(0.01)
             reader, writer = await talk(port, GET)
             assert b"200" in await reader.readline()

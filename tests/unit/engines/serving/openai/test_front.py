@@ -167,7 +167,7 @@ def test_bodies_that_are_too_large_or_do_not_come(monkeypatch: pytest.MonkeyPatc
     slow.messages.get_nowait()
     with pytest.raises(SlowBodyError):
         asyncio.run(ask(small, slow))
-    assert small._coming == 0
+    assert small.coming == 0
 
 
 def test_one_client_s_slow_bodies_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_one_client_s_slow_bodies_are_few(monkeypatch: pytest.MonkeyPatch) -> No
         assert all(isinstance(refused.exception(), SlowBodyError) for refused in done)
         assert (await ask(asked, Client(BODY))).status_code == 200
         await asyncio.wait(slow)
-        assert not asked._slow
+        assert not asked.slow_bodies
 
     asyncio.run(run())
 

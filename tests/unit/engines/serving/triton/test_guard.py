@@ -89,14 +89,14 @@ def test_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder,) = tmp_path.iterdir()
     assert [mark.name for mark in folder.iterdir()] == [str(os.getpid())]
     sibling = folder / f"{os.getpid()}"
-    assert triton_guard._is_stub_of(os.getppid(), sibling)
+    assert triton_guard.is_stub_of(os.getppid(), sibling)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     mark = folder / f"{ended.pid}"
     mark.touch()
     assert ended.wait() == 0
-    assert not triton_guard._is_stub_of(os.getpid(), mark)
+    assert not triton_guard.is_stub_of(os.getpid(), mark)
     mark.unlink()
-    assert triton_guard._is_stub_of(os.getpid(), mark), "one that has taken its mark away has ended as it should"
+    assert triton_guard.is_stub_of(os.getpid(), mark), "one that has taken its mark away has ended as it should"
     guard.close()
     assert not folder.exists()
 
@@ -119,14 +119,14 @@ def test_a_stub_that_is_frozen_ends_with_its_server(tmp_path: Path) -> None:
     server.stdout.close()
     watchdog.wait(10)
     assert not memory.exists()
-    assert not Path(f"/proc/{stub}").exists() or triton_guard._stat(stub)[0] == "Z"
+    assert not Path(f"/proc/{stub}").exists() or triton_guard.process_stat(stub)[0] == "Z"
 
 
 @pytest.mark.parametrize("kind", ["open to others", "a link"])
 def test_a_directory_of_somebody_else_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its marks say which processes and which shared memory go."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    started = triton_guard._stat(os.getppid())[19]
+    started = triton_guard.process_stat(os.getppid())[19]
     folder = tmp_path / f"medusa-export-{os.getppid()}-{started}"
     if kind == "a link":
         (tmp_path / "elsewhere").mkdir(mode=0o700)

@@ -48,7 +48,7 @@ class Fields:
         return float(value)
 
     def numbers(self, key: str, length: int) -> list[float]:
-        """A list of so many positive numbers."""
+        """A list of that many positive numbers."""
         values = self._get(key, None)
         if not isinstance(values, list) or len(values) != length:
             raise self.error(key, values, f"a list of {length} numbers")

@@ -1,4 +1,4 @@
-"""What an artefact says about a path that somebody typed: two machines that do the same thing write the same bytes."""
+"""How an artefact records a path from the command line: two machines that do the same thing write the same bytes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ INT8_BLOCKS, INT4_BLOCKS = (128, 64, 32, 16), (32, 16)
 
 
 class Reach(Enum):
-    """What of a weight shares a scale."""
+    """Which weights share a scale."""
 
     TENSOR = "tensor"  # with all that is fused
     ROW = "row"

@@ -14,7 +14,7 @@ from medusa_export.core.threads import StoppedError
 
 
 class InputFiles:
-    """Hashes files while somebody else reads them: whoever comes second finds them in the page cache.
+    """Hashes files while other code reads them: whichever comes second finds them in the page cache.
 
     A context manager: at its end, hashing that still runs is given up.
 

@@ -71,7 +71,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _try_lock(descriptor: int, out: Path) -> OSError | None:
-    """Lock, or return why the file system cannot; OutputError when somebody else holds the lock."""
+    """Lock, or return why the file system cannot; OutputError when another process holds the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -50,11 +50,11 @@ class Partial:
 def partial_beside(out: Path) -> Iterator[Partial]:
     """A locked directory beside ``out``, as the last process for ``out`` left it; removed at the end.
 
-    It stays when the body was interrupted or met an error that nobody foresaw, and it has finished parts: the exception gets a
+    It stays when the body was interrupted or met an unexpected error, and it has finished parts: the exception gets a
     note then. The kernel drops a lock with its process, so nothing has to be cleaned up after ``kill -9``.
 
     Raises:
-        OutputError: another process is at it, or the parent is a file or cannot be written.
+        OutputError: another process is writing it, or the parent is a file or cannot be written.
     """
     partial = Partial(_partial_path(out))
     descriptor = _make_locked(partial.path, out)
@@ -146,7 +146,7 @@ def publish(files: Path, out: Path) -> None:
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """SIGTERM unwinds the stack, so that clean-up runs; a handler that somebody else installed is left alone."""
+    """SIGTERM unwinds the stack, so that clean-up runs; a handler that the program installed is left alone."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

@@ -44,6 +44,6 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that a model goes on from, with what its tokenizer adds, such as the token that begins a text.
 
-    Special tokens that it spells are read as such: nobody else writes them.
+    Special tokens spelled out in it count as such: the caller writes the whole text.
     """
     return [int(token) for token in tokenizer(text)["input_ids"]]

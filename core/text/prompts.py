@@ -40,7 +40,7 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
 
     Args:
         path: the file.
-        limit: read only the first so many prompts.
+        limit: read only the first N prompts.
 
     Raises:
         ConfigError: an unreadable file or one without prompts, or a line in no such shape, by file and line number.

@@ -1,4 +1,4 @@
-"""Special tokens that somebody's text spells stay text: only those of the chat template become tokens."""
+"""Special tokens spelled out in a user's text stay text: only those of the chat template become tokens."""
 
 from __future__ import annotations
 

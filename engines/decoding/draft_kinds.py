@@ -16,7 +16,7 @@ from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.trees.step_costs import COST_FILE, PRIOR_COSTS, StepCosts, load_costs
 from medusa_export.heads.trees.tree import Choice
 
-# Where nobody has counted: what the heads in examples/ gave on 52 of Spec-Bench's questions.
+# Where no acceptance was counted: what the heads in examples/ gave on 52 of Spec-Bench's questions.
 PRIOR_PATHS: Mapping[Choice, float] = {
     (0,): 0.296,
     (1,): 0.112,

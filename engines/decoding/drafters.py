@@ -1,4 +1,4 @@
-"""Who drafts a step: Medusa heads with one tree, or heads and text by what pays, or nobody. The step verifies all alike."""
+"""What drafts a step: Medusa heads with one tree, heads and text by what pays, or nothing. The step verifies all alike."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TreeDrafter:
 
     Args:
         trees: every tree there may be.
-        choose: the tree of so many sequences. None: the only one.
+        choose: number of sequences -> tree. None: the only one.
         info: of the engine whose heads fill them.
 
     Raises:

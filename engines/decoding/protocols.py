@@ -129,7 +129,7 @@ class TreeDecoder(StepDecoder, Protocol):
     active: int
 
     def prepare(self, trees: Sequence[Tree], depths: Sequence[int]) -> None:
-        """Make steps ready, so that nobody's first one waits for it.
+        """Make steps ready, so that no request's first one waits for it.
 
         Args:
             trees: that may be verified.
@@ -146,7 +146,7 @@ class TreeDecoder(StepDecoder, Protocol):
         """Prepare a prompt that :meth:`prefill_chunk` runs in parts, with steps of the others in between."""
 
     def prefill_chunk(self, count: int) -> npt.NDArray[np.float32] | None:
-        """Run so many tokens of the prompt; logits [info.sampled] with the last ones: its sequence is the last active one then."""
+        """Run the next tokens of the prompt; logits [info.sampled] with the last ones: its sequence is the last active one then."""
 
     def drop(self) -> None:
         """Forget the prompt that is being filled in."""

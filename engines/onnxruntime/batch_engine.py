@@ -22,7 +22,7 @@ from medusa_export.heads.trees.tree import MAX_CHOICES, Tree
 
 Array = npt.NDArray[Any]
 
-BLOCK = 128  # the cache grows by so many rows a slot
+BLOCK = 128  # rows by which a slot's cache grows
 PATIENCE = 8  # runs before it shrinks: moving it costs about as much as a run
 
 
@@ -174,7 +174,7 @@ class TreeBatchDecoder(Slots):
             self._lengths[slot] += len(path)
 
     def _fit(self, rows: int) -> None:
-        """Room for sequences of so many rows, but not for twice as many: a step reads all rows of a slot, masked ones too."""
+        """Room for sequences of ``rows`` rows, but not for twice as many: a step reads all rows of a slot, masked ones too."""
         capacity, old = -(-rows // BLOCK) * BLOCK, self.kv
         self._slack = self._slack + 1 if capacity <= old.shape[3] // 2 else 0
         if capacity <= old.shape[3] and self._slack < PATIENCE:
@@ -190,7 +190,7 @@ class TreeBatchDecoder(Slots):
         return [*range(self.active), *([self._spare] if self._rest else [])]
 
     def _scratch(self, rows: int) -> Array:
-        """Memory for so many rows of logits, the same for all runs: one at a time needs it.  # [rows, vocab_size]"""
+        """Memory for ``rows`` rows of logits, the same for all runs: one at a time needs it.  # [rows, vocab_size]"""
         if rows > len(self._logits):
             self._logits = np.empty((rows, self.info.vocab_size), dtype=np.float32)
             self._blocks.clear()

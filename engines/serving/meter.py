@@ -28,7 +28,7 @@ class Meter:
         """A request's first token, since it was submitted."""
 
     def tokens(self, count: int, seconds: float, drafts: int) -> None:
-        """Tokens of one request in one step with so many drafts, since those before.
+        """Tokens that one step gave to one request.
 
         Args:
             count: tokens that were chosen.

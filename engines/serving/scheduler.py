@@ -180,7 +180,7 @@ class Scheduler:
             room -= count
 
     def _read(self, handle: RequestHandle, count: int) -> None:
-        """Read so many tokens of a prompt; when they were the last, its request is one of those that run."""
+        """Read the next tokens of a prompt; with the last of them, its request joins those that run."""
         if self.unread == len(handle.input_ids):
             self.decoder.begin(handle.input_ids)
         logits = self.decoder.prefill_chunk(count)
@@ -213,7 +213,7 @@ class Scheduler:
             self._take(slot, new[slot], tree.num_nodes - 1)
 
     def _take(self, slot: int, tokens: Sequence[int], drafts: int) -> None:
-        """New tokens of a request, of which one may be its last, from a step with so many drafts."""
+        """New tokens of a request, one of which may be its last, from a step with that many drafts."""
         handle, reason, taken = self._running[slot], "", 0
         if handle.chooser and handle.chooser.error:
             self._release(slot, "error", handle.chooser.error)

@@ -37,7 +37,7 @@ class Steps(Protocol):
     batch: int
 
     def fill(self, past_length: int) -> None:
-        """Sequences of so many tokens."""
+        """Sequences of that many tokens."""
 
     def verify(self, tree: Tree) -> None:
         """A whole step but its draft: verify a tree, accept and keep its root."""

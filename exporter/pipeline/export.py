@@ -74,7 +74,7 @@ def export(
                 raise OutputError(
                     str(arguments.output), problems[0] + more, "a checkpoint that verifies", "report this"
                 )
-            logger.info("hashing what of the inputs was not read")
+            logger.info("hashing the inputs that were not read")
             inputs.hashes()
     notice(_where_answers_end(job))
     return True

@@ -274,7 +274,7 @@ def _difference(name: str, place: Place, checkpoint: MedusaCheckpoint) -> Differ
         if rows.absolute is None and _same_bits(rows.values, source):
             continue
         found.add(_rounding(rows, source.to(torch.float32)))
-    # what a rank holds besides says nothing new of the format
+    # the other tensors of a rank tell nothing new about the format
     return Difference(wrong_copies=found.wrong) if place.is_copy else found
 
 

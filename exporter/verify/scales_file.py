@@ -80,7 +80,7 @@ class ScalesFile:
 
 
 def scale_differences(config: Mapping[str, Any], files: Sequence[TensorSource], scales: ScalesFile) -> list[str]:
-    """What of the ranks' scales is not what the calibration gives, one line each.
+    """Scales of the ranks that differ from what the calibration gives, one line each.
 
     Args:
         config: body of config.json.

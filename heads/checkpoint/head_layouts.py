@@ -217,7 +217,7 @@ def _check_numbering(source: TensorSource, keys: Mapping[_Key, str]) -> tuple[in
 
 
 def _numbered(parts: set[str], heads: int, layers: int, lm_head_layer: int | None) -> Iterator[_Key]:
-    """Every key of so many heads and layers, with what ``parts`` says is stored at all."""
+    """Every key of that many heads and layers, for the parts that are stored."""
     for head in range(heads):
         for part in ("weight", "bias"):
             if part in parts:

@@ -64,7 +64,7 @@ def find_release(text: str, where: str = "--trtllm-version") -> TrtllmRelease:
         where: what the error names.
 
     Raises:
-        ConfigError: no release number, one before 0.17, one that nobody can build Medusa engines with, or one that does not exist.
+        ConfigError: no release number, one before 0.17, one that cannot build Medusa engines, or one that does not exist.
     """
     match = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:\.?(?:post|rc)\d+)?", text)
     known = ", ".join(release.name.removesuffix(".post1") for release in RELEASES)

@@ -57,7 +57,7 @@ def read_conversations(
 
     Args:
         skip_bad: leave out lines in no such shape.
-        limit: read only the first so many conversations.
+        limit: read only the first N conversations.
 
     Returns:
         the conversations, and what is wrong with the lines that were left out, each with its file and line number.

@@ -122,14 +122,14 @@ class Sampling:
 
     Attributes:
         max_tokens: a longer answer is cut.
-        top_k: tokens are drawn from so many of the likeliest; 0 from all.
+        top_k: draw from the K likeliest tokens; 0: from all.
         min_p: tokens less likely than this part of the likeliest one's probability are never drawn.
         presence_penalty, frequency_penalty: taken from the logits of a token that the answer has, once or each time it does.
         repetition_penalty: what the logits of a token that prompt or answer have are divided by, or multiplied with below 0.
         logit_bias: added to the logits of a token.
-        min_tokens: the end of sequence is not chosen before so many tokens.
+        min_tokens: no end of sequence before this many tokens.
         ignore_eos: the end of sequence does not end the answer.
-        logprobs: so many of the likeliest tokens are told beside each token, with their log-probabilities; None for nothing at all.
+        logprobs: how many of the likeliest tokens to report beside each token, with log-probabilities; None: report none.
 
     Raises:
         ConfigError: a value out of range.

@@ -256,7 +256,7 @@ class _Times:
         return self._exchange(values)
 
     def waiting(self, kernels: Number, work: Number) -> Number:
-        """For the host to launch kernels that do so many milliseconds of work."""
+        """Milliseconds that the host takes to launch kernels with that many milliseconds of work."""
         assumed = self.assumptions
         return np.maximum(0.0, kernels * (assumed.host_us - assumed.kernel_us) / 1e3 - work)
 

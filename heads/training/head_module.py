@@ -87,7 +87,7 @@ def write_heads(out: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dty
     """
     stored = {name.removeprefix("medusa_heads."): tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
     data = save({name: tensor.contiguous() for name, tensor in stored.items()}, {"format": "pt"})
-    (out / HEAD_FILES[0]).write_bytes(data)  # save_file would let nobody else read it
+    (out / HEAD_FILES[0]).write_bytes(data)  # save_file would make it readable for its owner only
 
 
 def write_heads_config(out: Path, num_heads: int, num_layers: int, *, shared: bool) -> None:

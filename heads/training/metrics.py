@@ -16,7 +16,7 @@ def head_ranks(heads: MedusaHeads, rows: Rows, *, limit: int | None = None) -> R
     """Rank of the true token in every head's prediction over the whole vocabulary.
 
     Args:
-        limit: only the first so many rows.
+        limit: use only the first N rows.
 
     Returns:
         0 .. TOP_K - 1; ABSENT for a worse one and UNKNOWN where there is no label.  # int64 [N, num_heads]

@@ -70,7 +70,7 @@ class Acceptance:
         """Read a file.
 
         Raises:
-            ConfigError: not such a file.
+            ConfigError: no acceptance.json.
         """
         body = read_json(path)
         try:
@@ -145,7 +145,7 @@ def path_counts(ranks: Ranks) -> dict[Choice, int]:
 
 
 def best_tree(ranks: Ranks, nodes: int = TREE_NODES) -> Tree:
-    """The tree of so many draft nodes that most often holds the true path: the joint frequencies, no independence assumed."""
+    """The tree of ``nodes`` draft nodes that holds the true path most often: the joint frequencies, no independence assumed."""
     return Tree.from_choices(islice(grow(path_counts(ranks)), nodes))
 
 

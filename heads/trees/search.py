@@ -68,7 +68,7 @@ class CostCurve:
 
     Attributes:
         verify_ms: nodes -> milliseconds, the root included; has 1, the step without a tree. Between measured sizes it is linear.
-        draft_ms: depth of the tree -> milliseconds of so many heads; empty: they cost nothing, else every depth from 1 on.
+        draft_ms: depth of the tree -> milliseconds of that many heads; empty: they cost nothing, else every depth from 1 on.
         estimated: the GPU that these times were estimated for; None where they were measured.
         ratio_ranges: nodes -> the least and the most that :meth:`ratio` may be; empty where that is not known.
     """

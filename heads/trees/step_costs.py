@@ -27,7 +27,7 @@ def _prior(past_length: int, times: Mapping[int, float], heads: Sequence[float] 
 
 
 _HEADS = (0.035, 0.045, 0.055, 0.065)
-# What steps cost where nobody has measured, in steps of one node, by backend. ONNX Runtime: SmolLM2-135M in float32 on two busy
+# Step costs before any measurement, relative to a step of one node, by backend. ONNX Runtime: SmolLM2-135M in float32 on two busy
 # cores, smoothed by hand; at 256 tokens the measurement was too noisy, and the values are between those at 64 and 1000.
 # TensorRT: an assumption, as no GPU was at hand: a few nodes ride along with the weights.
 PRIOR_COSTS: Mapping[str, Sequence[Mapping[str, Any]]] = {
@@ -44,7 +44,7 @@ def load_costs(path: Path) -> list[dict[str, Any]]:
     """The curves of a file, also of one that was written by hand with nodes and ms alone.
 
     Raises:
-        ConfigError: not such a file.
+        ConfigError: no table of step costs.
     """
     curves = read_json(path).get("curves")
     try:

@@ -129,7 +129,7 @@ class OpenAIFront:
 
         Raises:
             MedusaExportError: a request that is not answered.
-            ClientDisconnect: nobody waits for it any more.
+            ClientDisconnect: the client has gone.
         """
         from starlette.responses import JSONResponse
 

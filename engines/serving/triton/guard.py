@@ -41,7 +41,7 @@ class Guard:
             new HTTP connections. It must not block.
 
     Raises:
-        OutputError: somebody else's directory where the marks belong.
+        OutputError: another user's directory where the marks belong.
     """
 
     def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
@@ -72,7 +72,7 @@ class Guard:
             if os.getppid() != self._server:
                 self._end("the server has ended")
             if dead := [mark for mark in self._marks() if not is_stub_of(self._server, mark)]:
-                os.kill(self._server, signal.SIGKILL)  # told to stop, it would wait for answers that nobody gives
+                os.kill(self._server, signal.SIGKILL)  # told to stop, it would wait for answers that never come
                 self._end(f"stub {dead[0].name} has died; the server cannot go on without it and was ended")
             if not is_stopping and health.hangs_up():
                 is_stopping = True
@@ -116,11 +116,11 @@ def watch(server: int, stub: int, memory: str) -> subprocess.Popen[bytes]:
 
 
 def _own(folder: Path) -> None:
-    """Make a directory that nobody else can write to."""
+    """Make a directory that only this user can write to."""
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise OutputError(str(folder), "somebody else's", "a directory of this user alone", "remove it")
+        raise OutputError(str(folder), "another user's", "a directory of this user alone", "remove it")
 
 
 def _shared_memory() -> str:

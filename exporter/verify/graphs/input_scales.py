@@ -15,7 +15,7 @@ SCALE = ".input_scale"
 
 
 def input_scale_problems(file: OnnxFile, scales: ScalesFile) -> Iterator[str]:
-    """What of a graph's scales is not what the calibration gives."""
+    """Scales of a graph that differ from what the calibration gives."""
     smoothed = any(name.endswith(FACTOR) for name in file.initializers)
     for name in file.initializers:
         if name.endswith(SCALE):

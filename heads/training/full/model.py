@@ -120,7 +120,7 @@ class MedusaTraining(nn.Module):
         return {"loss": found.loss, "parts": found.parts, "drift": found.drift}
 
     def train(self, mode: bool = True) -> MedusaTraining:
-        """As ever, but a base that is not trained has no dropout either."""
+        """As in the base class, but a base that is not trained has no dropout either."""
         super().train(mode)
         if self.freeze_base:
             self.model.model.eval()

@@ -232,7 +232,7 @@ def _divergence(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 def _statistics(logits: torch.Tensor, target: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
     """Whether there is a target, whether it was the most likely token, and its negative log likelihood.  # [R, 3]"""
-    hits = logits.detach().argmax(-1) == target  # -100 is nobody's
+    hits = logits.detach().argmax(-1) == target  # no token is -100
     return torch.stack([(target != NO_LABEL).float(), hits.float(), nll.detach()], dim=-1)
 
 

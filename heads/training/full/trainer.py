@@ -65,7 +65,7 @@ class MedusaTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As ever, and ConfigError before a loss that is not finite reaches the weights.
+        """As in the base class, with a ConfigError before a loss that is not finite reaches the weights.
 
         Args:
             model: what is trained.

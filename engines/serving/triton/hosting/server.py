@@ -53,7 +53,7 @@ class Address:
 
     @classmethod
     def free(cls) -> Address:
-        """Three ports of the loopback that nobody uses now."""
+        """Three free ports of the loopback."""
         sockets = [socket.socket() for _ in range(3)]
         try:
             for item in sockets:

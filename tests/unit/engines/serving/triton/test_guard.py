@@ -134,5 +134,5 @@ def test_a_directory_of_somebody_else_is_refused(kind: str, tmp_path: Path, monk
     else:
         folder.mkdir()
         folder.chmod(0o777)
-    with pytest.raises(OutputError, match="somebody else's"):
+    with pytest.raises(OutputError, match="another user's"):
         Guard()

@@ -61,11 +61,9 @@ def write_engine(
 ) -> None:
     """``out``: the decoder for one sequence and for several, heads-{depth}.onnx, engine.json, tree.json and the tokenizer.
 
-    Nothing outside it is needed to run.
-
-    Activations stay in float32 here for FP8: a CPU has no FP8 arithmetic to gain from, and rounding activations turns the noise
-    between a single step and a tree step into different tokens (see docs/decisions). Rounded to INT8 they make products of integers,
-    which have no such noise.
+    Nothing outside it is needed to run. Activations stay in float32 here for FP8: a CPU has no FP8 arithmetic to gain from, and
+    rounding them turns the noise between a single step and a tree step into different tokens (see docs/decisions). Rounded to INT8
+    they make products of integers, which have no such noise.
 
     Args:
         out: directory to make.

@@ -140,6 +140,7 @@ class TestExport:
         line = one_line(run("export", *flags, "--tp", "2"))
         assert "other arguments (tp)" in line
 
+    @pytest.mark.slow
     def test_one_directory_is_enough(
         self, tmp_path: Path, tiny_checkpoint: Any, tiny_heads: Any, tiny_tokenizer: Any
     ) -> None:

@@ -98,6 +98,7 @@ def test_a_file_of_flags_is_the_flags(given: list[str], tmp_path: Path, monkeypa
     assert all((first[name] == second[name]).all() for name in first)
 
 
+@pytest.mark.slow
 def test_killed_and_continued(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 between two checkpoints; the next run takes the states and the checkpoint that are there, to the same heads."""
     flags = ["--max-steps", "150", "--batch-tokens", "16", "--checkpoint-every", "10", "--num-heads", "1"]

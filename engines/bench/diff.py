@@ -70,7 +70,13 @@ def _ratio(tokens: Any, ms: Any, other_tokens: Any, other_ms: Any) -> Any:
 
 
 def print_diff(first: Report, second: Report, console: Console) -> None:
-    """A table of both, then what differs between the two runs besides the engine."""
+    """A table of both, then what differs between the two runs besides the engine.
+
+    Args:
+        first: the earlier report.
+        second: the later report.
+        console: where it is printed.
+    """
     from rich.table import Table
 
     table = Table("", "A", "B", title_justify="left")

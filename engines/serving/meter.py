@@ -34,6 +34,9 @@ class Meter:
             count: tokens that were chosen.
             seconds: since those before.
             drafts: tokens that the step verified besides the root.
+            count: tokens that were chosen.
+            seconds: since those before.
+            drafts: tokens that the step verified besides the root.
         """
 
     def ended(self, finish: FinishInfo) -> None:
@@ -86,7 +89,13 @@ class CountingMeter(Meter):
         self.add(TOKENS, 1)
 
     def tokens(self, count: int, seconds: float, drafts: int) -> None:
-        """Tokens that came in one step share the time that it took."""
+        """Tokens that came in one step share the time that it took.
+
+        Args:
+            count: tokens that were chosen.
+            seconds: since those before.
+            drafts: tokens that the step verified besides the root.
+        """
         for _ in range(count):
             self.observe(BETWEEN, seconds / count)
         for name, number in ((TOKENS, count), (STEPS, 1), (DRAFTS, drafts), (ACCEPTED, count - 1)):
@@ -112,7 +121,13 @@ class CountingMeter(Meter):
         raise NotImplementedError
 
     def add(self, name: str, number: float, label: str = "") -> None:
-        """To a counter; of those in LABELLED, the one with this value of its label."""
+        """To a counter; of those in LABELLED, the one with this value of its label.
+
+        Args:
+            name: of the counter.
+            number: what it grows by.
+            label: value of its label; empty: it has none.
+        """
         raise NotImplementedError
 
     def set(self, name: str, value: float) -> None:

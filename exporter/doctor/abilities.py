@@ -131,7 +131,13 @@ def to_install(found: Mapping[str, Found], gpus: Sequence[int]) -> dict[str, lis
 
 
 def runs_on(weight_format: Format, found: Mapping[str, Found], gpus: Sequence[int]) -> list[str]:
-    """The engines of a format that run on this machine, by --engine."""
+    """The engines of a format that run on this machine, by --engine.
+
+    Args:
+        weight_format: of the linears.
+        found: what is on this machine.
+        gpus: that are looked at.
+    """
     return [name for name, row in ENGINES.items() if row.fits(weight_format, gpus) and not row.run.missing(found, gpus)]
 
 

@@ -60,6 +60,7 @@ class PrometheusMeter(CountingMeter):
         self._metrics[name].observe(seconds)
 
     def add(self, name: str, number: float, label: str = "") -> None:
+        """As :meth:`~medusa_export.engines.serving.meter.CountingMeter.add`."""
         metric = self._labelled[name].labels(self._model, label) if label else self._metrics[name]
         metric.inc(number)
 

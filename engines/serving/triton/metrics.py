@@ -61,6 +61,7 @@ class TritonMeter(CountingMeter):
         self._observed.append((name, seconds))
 
     def add(self, name: str, number: float, label: str = "") -> None:
+        """As :meth:`~medusa_export.engines.serving.meter.CountingMeter.add`."""
         self._added.append((f"{name} {label}" if label else name, number))
 
     def set(self, name: str, value: float) -> None:

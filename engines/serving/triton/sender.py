@@ -19,20 +19,20 @@ class Rest:
     """
 
     def __init__(self) -> None:
-        self._senders: deque[tuple[float, Any]] = deque()
+        self.senders: deque[tuple[float, Any]] = deque()
         self._lock = threading.Lock()
 
     def take(self, sender: Any) -> None:
         """One more; those that have rested go. From any thread."""
         now = time.monotonic()
         with self._lock:
-            self._senders.append((now, sender))
-            while now - self._senders[0][0] > REST_SECONDS:
-                self._senders.popleft()
+            self.senders.append((now, sender))
+            while now - self.senders[0][0] > REST_SECONDS:
+                self.senders.popleft()
 
     def clear(self) -> None:
         """All go, as they have to before the model does."""
-        self._senders.clear()
+        self.senders.clear()
 
 
 class Sender:

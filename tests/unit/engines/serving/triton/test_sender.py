@@ -80,4 +80,4 @@ def test_many_threads_finish_at_once() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(rest._senders) == 4000
+    assert len(rest.senders) == 4000

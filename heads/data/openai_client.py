@@ -27,15 +27,22 @@ _REFUSED = {
     403: "see OPENAI_API_KEY",
     404: "check the URL and --model",
 }  # for all requests alike
+_UNKNOWN_MODEL = "model_not_found"  # OpenAI's code for it, whatever the status
 _DAMAGED = 502  # what a gateway says of an answer that it cannot read
 
 
 @dataclass
 class _Server:
-    """One address, and how it fares."""
+    """One address, and how it fares.
+
+    Attributes:
+        listed: the models that it says it has; None where it lists none.
+    """
 
     url: str
     client: AsyncOpenAI
+    listed: list[str] | None = None
+    has_answered: bool = False
     running: int = 0
     failures: int = 0  # in a row
 
@@ -75,7 +82,7 @@ def open_servers(
     for url in addresses:
         http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [_mark_damaged]})
         client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=http)
-        servers.append(_Server(url, client))
+        servers.append(_Server(url, client, served[url]))
     return OpenAIServers(servers, model or _only_model(served))
 
 
@@ -130,7 +137,7 @@ class OpenAIServers:
             raise self._failure(server, error) from error
         finally:
             server.running -= 1
-        server.failures = 0
+        server.failures, server.has_answered = 0, True
         return _answer(response.http_response.json())
 
     def _failure(self, server: _Server, error: APIError) -> Exception:
@@ -138,12 +145,22 @@ class OpenAIServers:
         status = getattr(error, "status_code", None)
         if status in _REFUSED:
             return ModelUnavailableError(server.url, _reason(error), "an answer", _REFUSED[status])
+        if status is not None and self._is_unknown(server, error):
+            listed = f"it lists {', '.join(server.listed)}" if server.listed else "it lists none"
+            return ModelUnavailableError(
+                server.url, _reason(error), f"a server of {self.name}", f"{listed}: correct --model"
+            )
         if status is not None and status < 500 and status not in (408, 409, 429):  # what openai does not retry
             return AnswerError(server.url, _reason(error), "an answer", "change this conversation")
         server.failures += 1
         if server.failures == SET_ASIDE and len(self._servers) > 1:
             logger.warning("%s: set aside after %d failures in a row: %s", server.url, SET_ASIDE, _reason(error))
         return _FailedError(_reason(error))
+
+    def _is_unknown(self, server: _Server, error: APIError) -> bool:
+        """Whether it refuses because of the model's name. Some serve more than they list, so a name is never refused unasked."""
+        unlisted = server.listed is not None and self.name not in server.listed
+        return error.code == _UNKNOWN_MODEL or (unlisted and not server.has_answered)
 
 
 class _FailedError(Exception):

@@ -84,9 +84,10 @@ def test_the_answers_are_the_models(
         assert (result.returncode, result.stderr) == (0, ""), (tmp_path / "server.log").read_text()
         wrong_model = [*map(str, command), "--model", "nobody/nothing", "--retries", "0", "--output", f"{out}2"]
         refused = subprocess.run(wrong_model, capture_output=True, text=True, check=False)
-        assert refused.returncode in (1, 2)
+        assert refused.returncode == 2, refused.stderr
         assert refused.stderr.startswith("error: ")
         assert refused.stderr.count("\n") == 1
+        assert "nobody/nothing" in refused.stderr
         script = [SCRIPT, "--data_path", prompts, "--output_path", f"{out}3", "--served", model, "--max-tokens", "6"]
         environment = {**os.environ, "PORT": url.rpartition(":")[2]}
         done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)

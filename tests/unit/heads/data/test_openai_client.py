@@ -122,10 +122,32 @@ def test_what_is_refused_is_not_tried_again(
     fake_server: Start, status: int, kind: type[Exception], message: str
 ) -> None:
     servers = [fake_server(), fake_server()]
-    (error,) = ask(open_servers([server.url for server in servers], model="x"), f"status {status}")
+    (error,) = ask(open_servers([server.url for server in servers], model="tiny"), f"status {status}")
     with pytest.raises(kind, match=message):
         raise error
     assert sum(len(server.requests) for server in servers) == 1
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_a_name_that_is_not_listed_and_not_answered_is_the_reason(fake_server: Start, status: int) -> None:
+    server = fake_server()
+    (error,) = ask(open_servers([server.url], model="typo", retries=0), f"status {status}")
+    assert isinstance(error, ModelUnavailableError)
+    assert re.search(rf"status {status}.*a server of typo; it lists tiny: correct --model", str(error)), str(error)
+
+
+def test_a_server_may_have_more_than_it_lists(fake_server: Start) -> None:
+    server = fake_server()
+
+    async def run() -> list[Any]:
+        model = open_servers([server.url], model="alias", retries=0)
+        questions = [[{"role": "user", "content": text}] for text in ("Hi", "status 400")]
+        return [await model.answer(questions[0], Sampling()), *await asyncio.gather(
+            model.answer(questions[1], Sampling()), return_exceptions=True)]  # fmt: skip
+
+    answer, error = asyncio.run(run())
+    assert answer == YES
+    assert isinstance(error, AnswerError)  # the name was good for the first one: it is this conversation
 
 
 def test_a_server_that_fails_all_the_time(fake_server: Start) -> None:

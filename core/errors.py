@@ -41,6 +41,16 @@ class OutputError(MedusaExportError):
     """An output directory that cannot be written, or one that is not what it claims to be."""
 
 
+REPORT = "report this, with the command and its log (--verbose)"
+
+
+class InternalError(MedusaExportError):
+    """A fault of this project: no input explains it. The only error that asks for a report; a test lists where it is raised."""
+
+    def __init__(self, where: str, got: str, expected: str) -> None:
+        super().__init__(where, got, expected, REPORT)
+
+
 class MissingPackageError(MedusaExportError):
     """An optional package that the request needs is not installed."""
 

@@ -16,6 +16,7 @@ from medusa_export.core.regular_files import found_instead
 _LARGEST = {"num_hidden_layers": 1000}
 _LARGEST_INT = 2**31 - 1
 _LARGEST_FLOAT = sys.float_info.max
+_LARGEST_EXACT = 2**53  # of integers that stand for a number: what computes with them keeps them in 64 bits
 
 
 class Fields:
@@ -45,6 +46,8 @@ class Fields:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST_FLOAT:
             raise self.error(key, value, "a positive number")
+        if isinstance(value, int) and value > _LARGEST_EXACT:
+            raise self.error(key, value, f"at most {_LARGEST_EXACT}")
         return float(value)
 
     def numbers(self, key: str, length: int) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Any
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.prompts import Prompt
+from medusa_export.core.text.special_tokens import token_ids
 
 # ModelOpt's examples use 512 prompts; per-tensor maxima settle long before that, and every pass costs the same again.
 DEFAULT_PROMPTS = 32
@@ -49,5 +50,5 @@ def token_batches(
 
 def encode_conversation(tokenizer: Any, prompt: Prompt) -> list[int]:
     """A prompt under the chat template, and its answer after it."""
-    answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"] if prompt.answer else []
+    answer = token_ids(tokenizer, prompt.answer) if prompt.answer else []
     return [*encode_chat(tokenizer, prompt.messages), *answer]

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from medusa_export.core.errors import CheckpointError, ConfigError, missing_package
+from medusa_export.core.errors import CheckpointError, ConfigError, InternalError, missing_package
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.quantize.formats import Format, KvCache, check_heads, get_kv_cache
 from medusa_export.quantize.scales import Scales
@@ -248,7 +248,7 @@ def _amax(name: str, quantizer: Any) -> float:
     amax = quantizer.amax
     if amax is None or amax.numel() != 1:
         got = "no amax" if amax is None else f"{amax.numel()} values"
-        raise ConfigError(f"ModelOpt quantizer {name}", got, "one value a tensor", "report this")
+        raise InternalError(f"ModelOpt quantizer {name}", got, "one value a tensor")
     return float(amax)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.text.special_tokens import encode_rendered
+from medusa_export.core.text.special_tokens import encode_rendered, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,4 +46,4 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Special tokens spelled out in it count as such: the caller writes the whole text.
     """
-    return [int(token) for token in tokenizer(text)["input_ids"]]
+    return token_ids(tokenizer, text, add_special_tokens=True)

@@ -28,12 +28,14 @@ def encode_rendered(
     Raises:
         ConfigError: a tokenizer that cannot be used that way, and a message that spells special tokens.
     """
-    pattern = _pattern(tokenizer)
+    pattern = _pattern(
+        tokenizer
+    )  # rendered first, then encoded: what apply_chat_template makes of both differs by release
     conversation = [dict(message) for message in messages]
     text = render(conversation)
     if pattern is None or not any(pattern.search(message["content"]) for message in conversation):
-        return _encode(tokenizer, text)
-    if _pieces(tokenizer, pattern, text, "") != _encode(tokenizer, text):  # it strips or prefixes at special tokens
+        return token_ids(tokenizer, text)
+    if _pieces(tokenizer, pattern, text, "") != token_ids(tokenizer, text):  # it strips or prefixes at special tokens
         raise ConfigError("text", "special tokens of the model in it", "plain text", "spell them in another way")
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)  # private use
     for message in conversation:
@@ -60,9 +62,23 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, pattern: re.Pattern[str], text: 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, mark: str) -> list[int]:
     text = text.replace(mark, "") if mark else text
-    return _encode(tokenizer, text, split_special_tokens=True) if text else []
+    return token_ids(tokenizer, text, split_special_tokens=True) if text else []
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
-    # Two steps, because what apply_chat_template returns when it tokenizes differs between transformers 4 and 5.
-    return [int(token) for token in tokenizer(text, add_special_tokens=False, **options)["input_ids"]]
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False, **options: bool
+) -> list[int]:
+    """Token ids of a text.
+
+    Args:
+        options: of the tokenizer.
+
+    Raises:
+        ConfigError: a text that the tokenizer has no tokens for, as without an unknown token.
+    """
+    try:
+        ids = tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        where = f"{tokenizer.name_or_path} tokenizer"
+        raise ConfigError(where, f"no tokens for the text ({error})", "tokens", "change the text") from error
+    return [int(token) for token in ids]

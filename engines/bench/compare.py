@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.special_tokens import token_ids
 from medusa_export.engines.bench.runner import PromptResult
 from medusa_export.engines.verify.parity import Scorer, first_divergence
 from medusa_export.heads.contract.engine_info import EngineInfo
@@ -139,7 +140,7 @@ def _against_references(
     """Both engines by what people answered: its likelihood under each, and how much of it their own answers share."""
     likelihood, overlap = [], []
     for prompt, reference in pairs:
-        answer = [int(token) for token in tokenizer(reference, add_special_tokens=False)["input_ids"]]
+        answer = token_ids(tokenizer, reference)
         answer = answer[: max_length - len(prompt.input_ids)]
         places = np.arange(len(answer)), np.asarray(answer)
         ours, theirs = (scores(each, prompt.input_ids, answer)[places].mean() for each in engines)

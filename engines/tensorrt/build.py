@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,14 @@ HARMLESS = (
     "Make sure",
     "minShape is not the same as maxShape",
 )  # warnings that every graph with integers or profiles draws
+# What TensorRT says when it refuses a graph: the way out. The first pattern that is found counts.
+ACTIONS = {
+    r"out of memory|OutOfMemory|cudaErrorMemoryAllocation|insufficient (?:workspace|memory)":
+        "free memory of the GPU, or take a smaller --max-length",
+    r"not (?:supported|implemented)|unsupported|no (?:importer|tactic)|could not find any implementation":
+        "take another --quant: this library has no kernel for the operator on this GPU",
+}  # fmt: skip
+OTHERWISE = "take another --quant, or --engine onnxruntime or tensorrt-llm"
 Progress = Callable[[str, int, int], None]
 Sizes = Mapping[str, tuple[int, int, int]]  # symbolic dimension: smallest, best, largest
 
@@ -183,12 +192,8 @@ def _describe(tensor: Any) -> dict[str, Any]:
 
 def _refused(graph: Path, tensorrt: TensorRt, errors: Sequence[str]) -> ConfigError:
     said = "; ".join(dict.fromkeys(errors)) or "no reason"
-    return ConfigError(
-        str(graph),
-        f"{tensorrt.name} {tensorrt.version}: {said}",
-        "a graph that it builds",
-        "report this, or take another --quant",
-    )
+    action = next((action for pattern, action in ACTIONS.items() if re.search(pattern, said, re.IGNORECASE)), OTHERWISE)
+    return ConfigError(str(graph), f"{tensorrt.name} {tensorrt.version}: {said}", "a graph that it builds", action)
 
 
 def _log(trt: Any) -> Any:

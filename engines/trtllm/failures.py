@@ -32,7 +32,9 @@ class Failure:
     action: str
 
 
-VERIFY = "run medusa-export verify on the export; if it finds nothing, report this"
+VERIFY = (
+    "run medusa-export verify on the export; if it finds nothing, export for the installed release (--trtllm-version)"
+)
 CONTAINER = "build in the container of this release (see build.sh)"
 SMALLER = "build with a smaller --max-batch or --max-length, or export with another --quant or --tp"
 FAILURES: tuple[Failure, ...] = (

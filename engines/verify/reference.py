@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medusa_export.core.errors import missing_package
+from medusa_export.core.errors import CheckpointError, missing_package
 from medusa_export.engines.verify.parity import Scorer
 
 
@@ -32,6 +32,9 @@ def compare_with_checkpoint(
         positions; greedy_agreement (0 .. 1, equal argmax); kl_mean and kl_max (nats, reference to engine); perplexity of the answers
         under each; logit_max_abs_diff; parted: of each pair, the mean log-likelihood of the second continuation under the checkpoint
         less that of the first, nats a token.
+
+    Raises:
+        CheckpointError: the checkpoint's own logits are not finite.
     """
     try:
         import torch
@@ -47,6 +50,7 @@ def compare_with_checkpoint(
             text, start = [*prompt, *answer[:-1]], len(prompt) - 1
             ours = torch.from_numpy(np.concatenate(list(engine.score(text, chunk=64, start=start))))  # [A, V]
             theirs = model(torch.tensor([text])).logits[0, start:].float()  # [A, V]
+            _require_finite(theirs, checkpoint)
             rows.append(_compare(ours, theirs, torch.tensor(answer)))
             progress()
         differences = [
@@ -73,6 +77,12 @@ def _likelihood(model: Any, text: list[int], answer: list[int]) -> float:
 
     logits = model(torch.tensor([[*text, *answer[:-1]]])).logits[0, len(text) - 1 :].float()  # [A, V]
     return float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).mean())
+
+
+def _require_finite(logits: Any, checkpoint: Path) -> None:
+    if not bool(logits.isfinite().all()):
+        got, action = "logits that are not finite, in float32", "check its weights: they overflow, or are damaged"
+        raise CheckpointError(str(checkpoint), got, "a model that computes", action)
 
 
 def _compare(ours: Any, theirs: Any, answer: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,9 @@ def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Seque
         engine_dir: what medusa-export wrote.
         reference: the original checkpoint, or None to skip the comparison with it, and the run of graphs that are for GPUs.
         texts: token ids to run.
+
+    Raises:
+        CheckpointError: the checkpoint's own logits are not finite.
     """
     try:
         info = EngineInfo.load(engine_dir)
@@ -107,11 +111,13 @@ def check_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Seque
     longest = engine.info.max_length - CHECK_TREE.num_nodes
     usable = [list(text)[:longest] for text in texts if len(text) >= 2]
     noise = float(np.max([tree_error(engine, text) for text in usable], initial=0.0))
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in usable]
+    if math.isnan(noise) and reference is not None:
+        compare_with_checkpoint(engine, reference, halves)  # which refuses one whose own logits are not finite
     if not noise <= bound.max_tree_noise:  # also catches NaN, which np.max keeps and max() may not
         return [f"engine: tree and single steps differ by {noise:.3g} logits, expected at most {bound.max_tree_noise}"]
     if reference is None or not usable:
         return []
-    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in usable]
     found = compare_with_checkpoint(engine, reference, halves)
     if found["kl_mean"] <= bound.max_kl and found["greedy_agreement"] >= bound.min_agreement:
         return []

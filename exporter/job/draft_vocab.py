@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from medusa_export.core.text.special_tokens import token_ids
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,7 +35,7 @@ def most_frequent_tokens(
     counts: Counter[int] = Counter(dict.fromkeys(ends, 0))
     for prompt in prompts:
         text = prompt.answer or prompt.messages[-1]["content"]
-        counts.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+        counts.update(token_ids(tokenizer, text))
         counts.update(ends[:1])
     ranked = [token for token, _ in counts.most_common() if token < vocab_size]
     seen = set(ranked)

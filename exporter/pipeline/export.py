@@ -14,7 +14,7 @@ from medusa_export.core.artifacts.manifest import (
     require_idle,
 )
 from medusa_export.core.artifacts.resumable import ResumableOutput
-from medusa_export.core.errors import OutputError
+from medusa_export.core.errors import InternalError, MedusaExportError, OutputError
 from medusa_export.core.text.model_tokens import describe_tokens
 from medusa_export.exporter.job.arguments import SMALL_MODEL, ExportArguments
 from medusa_export.exporter.job.job import Job
@@ -68,16 +68,30 @@ def export(
             _log_start(job, work, notice)
             compared = PartWriter(job, work, tools, progress).write()
             work.record("sources", _sources(job))
-            problems = _verify(job, work, compared, tools, progress) if compared else []
-            if problems:
-                more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-                raise OutputError(
-                    str(arguments.output), problems[0] + more, "a checkpoint that verifies", "report this"
-                )
+            wrong = _verify(job, work, compared, progress) if compared else []
+            lost = _run_engine(job, work, tools, progress) if compared and not wrong else []
             logger.info("hashing the inputs that were not read")
-            inputs.hashes()
+            inputs.hashes()  # before what was found wrong is said: it may be that one of them changed
+            if wrong or lost:
+                raise _refusal(job, wrong, lost)
     notice(_where_answers_end(job))
     return True
+
+
+def _refusal(job: Job, wrong: list[str], lost: list[str]) -> MedusaExportError:
+    """Why an output is not published.
+
+    Args:
+        wrong: of the numbers in the files, which is this project's fault.
+        lost: of what the engine says. Its numbers are right, so where the format rounds it is what that costs this model.
+    """
+    problems = wrong or lost
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    where, got = str(job.arguments.output), problems[0] + more
+    if wrong or job.arguments.quant == "none":
+        return InternalError(where, got, "an export that verifies")
+    action = "take another --quant, or --calib with text of the model's own kind"
+    return OutputError(where, got, f"a model that stands --quant {job.arguments.quant}", action)
 
 
 def _sources(job: Job) -> dict[str, dict[str, str]]:
@@ -112,17 +126,22 @@ def _log_start(job: Job, work: ResumableOutput, notice: Notice) -> None:
         logger.info("finished by an interrupted run: %s", ", ".join(work.resumed))
 
 
-def _verify(job: Job, work: ResumableOutput, compared: Comparison, tools: EngineTools, progress: Progress) -> list[str]:
+def _verify(job: Job, work: ResumableOutput, compared: Comparison, progress: Progress) -> list[str]:
     """Problems found in what was written; what quantization did to the weights goes into the manifest."""
-    out = work.path
     progress("verify", 0, 2)
-    problems = verify_trtllm(out / "trtllm", job.checkpoint, compared)
+    problems = verify_trtllm(work.path / "trtllm", job.checkpoint, compared)
     work.record("quantization_error", recorded(compared.errors()))
     progress("verify", 1, 2)
-    if not problems and (out / "engine").is_dir():
+    return problems
+
+
+def _run_engine(job: Job, work: ResumableOutput, tools: EngineTools, progress: Progress) -> list[str]:
+    """Problems of the engine when it runs, if there is one that runs here."""
+    problems, engine = list[str](), work.path / "engine"
+    if engine.is_dir():
         texts = token_batches(job.tokenizer, job.prompts, max_prompts=CHECK_TEXTS, max_length=CHECK_TOKENS)
         config = job.checkpoint.config
         parameters = config.num_hidden_layers * sum(rows * width for rows, width in config.linear_shapes().values())
-        problems = tools.check(out / "engine", job.ckpt if parameters < SMALL_MODEL else None, texts)
+        problems = tools.check(engine, job.ckpt if parameters < SMALL_MODEL else None, texts)
     progress("verify", 2, 2)
     return problems

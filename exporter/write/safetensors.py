@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from medusa_export.core.artifacts.hashing import WrittenFile
-from medusa_export.core.errors import OutputError
+from medusa_export.core.errors import InternalError, OutputError
 from medusa_export.core.threads import Follower
 
 ALIGNMENT = 8
@@ -64,7 +64,8 @@ class SafetensorsWriter(Generic[_Planned]):
         metadata: strings for the header's ``__metadata__``.
 
     Raises:
-        OutputError: an entry twice, a tensor that does not match its entry, entries left unwritten, or a full disk.
+        InternalError: an entry twice, a tensor that does not match its entry, or entries left unwritten.
+        OutputError: a full disk.
     """
 
     def __init__(self, path: Path, entries: Sequence[_Planned], metadata: Mapping[str, str] | None = None) -> None:
@@ -100,7 +101,7 @@ class SafetensorsWriter(Generic[_Planned]):
     def write(self, chunks: torch.Tensor | Iterable[torch.Tensor]) -> None:
         """The next entry's bytes: the tensor, or chunks of its rows."""
         if self._next == len(self.entries):
-            raise OutputError(str(self.path), "one tensor too many", f"{self._next}", "write every entry once")
+            raise InternalError(str(self.path), "one tensor too many", f"{self._next}")
         entry, rows, shape = self.entries[self._next], 0, list[int]()
         for chunk in [chunks] if isinstance(chunks, torch.Tensor) else chunks:
             rows += chunk.shape[0] if chunk.ndim else 1
@@ -114,13 +115,8 @@ class SafetensorsWriter(Generic[_Planned]):
         self._next += 1
         self.follow(self._release, self._file.tell())
 
-    def _disagree(self, entry: Entry, dtype: torch.dtype, shape: list[int]) -> OutputError:
-        return OutputError(
-            f"{self.path}: {entry.name}",
-            f"{dtype} {shape}",
-            f"{entry.dtype} {list(entry.shape)}",
-            "report this: the plan and its execution disagree",
-        )
+    def _disagree(self, entry: Entry, dtype: torch.dtype, shape: list[int]) -> InternalError:
+        return InternalError(f"{self.path}: {entry.name}", f"{dtype} {shape}", f"{entry.dtype} {list(entry.shape)}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -131,7 +127,7 @@ class SafetensorsWriter(Generic[_Planned]):
             self._close()
         if kind is None and self._next < len(self.entries):
             left = self.entries[self._next].name
-            raise OutputError(str(self.path), f"no {left}", "every entry written", "report this: a tensor was skipped")
+            raise InternalError(str(self.path), f"no {left}", "every entry written")
 
     def _release(self, stop: int) -> None:
         """Have the kernel begin to write, and drop from its cache what it wrote since it was told so the last time.
@@ -169,7 +165,7 @@ def _torch_dtype(entry: Entry) -> torch.dtype:
     dtype = getattr(torch, entry.dtype, None)
     if dtype not in DTYPE_NAMES:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPE_NAMES)
-        raise OutputError(entry.name, f"dtype {entry.dtype}", f"one of {known}", "report this: the plan is wrong")
+        raise InternalError(entry.name, f"dtype {entry.dtype}", f"one of {known}")
     return dtype
 
 
@@ -178,7 +174,7 @@ def _header(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -
     start = 0
     for entry in entries:
         if entry.name in body:
-            raise OutputError(f"{path}: {entry.name}", "it twice", "every name once", "report this: the plan is wrong")
+            raise InternalError(f"{path}: {entry.name}", "it twice", "every name once")
         dtype = _torch_dtype(entry)
         stop = start + math.prod(entry.shape) * dtype.itemsize
         body[entry.name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(entry.shape), "data_offsets": [start, stop]}

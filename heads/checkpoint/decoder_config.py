@@ -264,7 +264,7 @@ def _layer_types(fields: Fields, layers: int) -> list[str] | None:
 
 
 def _dtype(raw: Mapping[str, Any], where: str) -> str:
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    dtype = next((raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None), "float32")
     if dtype not in ("float16", "bfloat16", "float32"):
         raise ConfigError(where, f"dtype {reprlib.repr(dtype)}", "float16, bfloat16 or float32", "fix config.json")
     return str(dtype)

@@ -38,6 +38,8 @@ def read_rope(
     """
     fields = Fields(raw, where)
     parameters, older = (_object(fields, key) for key in ("rope_parameters", "rope_scaling"))
+    if "rope_theta" in parameters and parameters["rope_theta"] is None:  # which transformers takes for a base
+        raise fields.error("rope_parameters.rope_theta", None, "a positive number, or no such key")
     theta = Fields({"rope_theta": raw.get("rope_theta"), **parameters}, where).number("rope_theta", default_theta)
     scaling = {**older, **parameters}
     scaling.pop("rope_theta", None)
@@ -65,6 +67,8 @@ def _check(scaling: Fields, rope_type: str, head_dim: int) -> None:
     for key, value in scaling.raw.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise scaling.error(key, value, "a finite number")
+        if type(value) is int and value != 0:
+            Fields({key: abs(value)}, scaling.where, "rope_scaling").number(key)
     if rope_type == "llama3" and scaling.number("low_freq_factor") >= scaling.number("high_freq_factor"):
         low = scaling.raw["low_freq_factor"]
         raise scaling.error("low_freq_factor", low, f"less than high_freq_factor = {scaling.raw['high_freq_factor']}")

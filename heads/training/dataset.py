@@ -13,6 +13,7 @@ import numpy as np
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.encoding import encode_chat
+from medusa_export.core.text.special_tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], eos: Sequ
         if message["role"] != "assistant":
             continue
         prompt = encode_chat(tokenizer, messages[:index])
-        answer = tokenizer(message["content"], add_special_tokens=False)["input_ids"]
+        answer = token_ids(tokenizer, message["content"])
         cut = index == len(messages) - 1 and row.get("finish_reason", "stop") != "stop"
         answer = [*answer, *([] if cut else eos[:1])]
         if prompt[: len(ids)] != ids:  # the earlier turns, as the template renders them now

@@ -53,11 +53,16 @@ def make(kind: str, root: Path, seed: int = 0) -> Path:
         seed: of the weights; another one gives an export of the same shapes.
     """
     chosen = KINDS[kind]
-    _model(root / "model", chosen, seed)
-    _heads(root / "heads", seed)
+    inputs(chosen, root, seed)
     arguments = {"ckpt": root / "model", "heads": root / "heads", "output": root / "out", **chosen.arguments}
     export(ExportArguments(**arguments), EngineTools(check_engine, choose_tree, TensorRtBuilder()))
     return root / "out"
+
+
+def inputs(kind: Kind, root: Path, seed: int = 0) -> None:
+    """A model and heads for it, in ``root``."""
+    _model(root / "model", kind, seed)
+    _heads(root / "heads", seed)
 
 
 def _model(path: Path, kind: Kind, seed: int) -> None:

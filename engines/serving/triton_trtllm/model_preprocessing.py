@@ -14,6 +14,7 @@ import numpy as np
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.encoding import encode_chat, encode_text
+from medusa_export.core.text.special_tokens import token_ids
 from medusa_export.engines.serving.triton.dialect import GREEDY, NVIDIAS, OURS, read_inputs, settle
 
 Array = Any
@@ -95,8 +96,7 @@ class TritonPythonModel:
 
     def _plain_ids(self, text: str) -> list[int]:
         """Tokens of a text in which nothing is special."""
-        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return [int(token) for token in encoded["input_ids"]]
+        return token_ids(self._tokenizer, text, split_special_tokens=True)
 
 
 def words_list(words: list[list[int]]) -> Array:

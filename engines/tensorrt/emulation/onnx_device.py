@@ -60,7 +60,7 @@ class OnnxGraph:
             source = model if changed else str(path)
             self._session: Any = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own classes, all derived from Exception
-            raise ConfigError(str(path), f"{error}", "a graph that ONNX Runtime opens", "report this") from error
+            raise ConfigError(str(path), f"{error}", "a graph that ONNX Runtime opens", "export again") from error
         self._inputs = {item.name for item in self._session.get_inputs()}
         items = (*self._session.get_inputs(), *self._session.get_outputs())
         self._dtypes = {item.name: item.type.removeprefix("tensor(").removesuffix(")") for item in items}

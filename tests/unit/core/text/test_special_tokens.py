@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.encoding import encode_chat
+from medusa_export.core.text.special_tokens import token_ids
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
@@ -62,3 +63,11 @@ def test_a_tokenizer_whose_pieces_depend_on_each_other_is_not_guessed_at() -> No
     assert encode_chat(made, [{"role": "user", "content": "plain"}])
     with pytest.raises(ConfigError, match="special tokens of the model"):
         encode_chat(made, [{"role": "user", "content": "a<|end|>b"}])
+
+
+def test_a_text_without_tokens_is_refused_as_such() -> None:
+    """A vocabulary of words without an unknown token: the tokenizers library raises a bare Exception."""
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"known": 0})))
+    assert token_ids(made, "known") == [0]
+    with pytest.raises(ConfigError, match=r"tokenizer: got no tokens for the text \(.*\[UNK\].*change the text"):
+        token_ids(made, "strange")

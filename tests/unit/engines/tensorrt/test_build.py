@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.tensorrt.build import BuildRequest, TensorRtBuilder, build_engine
+from medusa_export.engines.tensorrt.build import BuildRequest, TensorRtBuilder, _refused, build_engine
 from medusa_export.engines.tensorrt.library import DATA_CENTRE, RTX, TensorRt, find_tensorrt, import_tensorrt
 from medusa_export.exporter.onnx.builder import GraphBuilder
 
@@ -77,6 +77,22 @@ def test_a_refused_graph_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"decoder\.onnx: got tensorrt_rtx 1\..*NoSuchOperator.*take another --quant"):
         build_engine(graph, tmp_path / "rank0.engine", rtx, request, lambda *step: None)
     assert not (tmp_path / "rank0.engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "action"),
+    [
+        ("[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)", "a smaller --max-length"),
+        ("Error Code 10: Could not find any implementation for node {ForeignNode}", "has no kernel for the operator"),
+        ("something else", "--engine onnxruntime or tensorrt-llm"),
+    ],
+)
+def test_what_to_do_follows_from_what_tensorrt_says(said: str, action: str) -> None:
+    module = ModuleType("tensorrt")
+    module.__dict__["__version__"] = "10.0"
+    error = _refused(Path("decoder.onnx"), TensorRt("tensorrt", module), [said])
+    assert action in error.action
+    assert said in error.got
 
 
 @pytest.mark.parametrize("raised", [SystemExit(130), OSError("no terminal")])

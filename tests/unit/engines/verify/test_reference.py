@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from medusa_export.core.errors import CheckpointError
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.verify.reference import compare_with_checkpoint
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
@@ -102,3 +104,15 @@ def test_continuations_are_rated_by_the_checkpoint(model_dir: Path) -> None:
         return sum(float(logits[len(start) - 1 + place, token]) for place, token in enumerate(answer)) / len(answer)
 
     assert found["parted"] == pytest.approx([likelihood(second) - likelihood(first), 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("weight", [3e38, float("nan")], ids=["it overflows", "it is damaged"])
+def test_a_checkpoint_that_does_not_compute_is_refused_as_such(weight: float, model_dir: Path) -> None:
+    """Or an export of it would look like a fault of the exporter."""
+    path = model_dir / "model.safetensors"
+    tensors = {name: tensor.to(torch.float32) for name, tensor in load_file(path).items()}
+    tensors["model.layers.0.mlp.up_proj.weight"].fill_(weight)
+    save_file(tensors, path, {"format": "pt"})
+    scorer = ModelScorer(model_dir, torch.zeros_like)
+    with pytest.raises(CheckpointError, match=r"model: got logits that are not finite, .*check its weights"):
+        compare_with_checkpoint(scorer, model_dir, TEXTS)

@@ -18,7 +18,7 @@ from medusa_export.core import threads as heads_threads
 from medusa_export.core.artifacts.hashing import WrittenFile
 from medusa_export.core.artifacts.manifest import read_manifest
 from medusa_export.core.artifacts.staging import KEPT_BEFORE
-from medusa_export.core.errors import ConfigError, MedusaExportError, OutputError
+from medusa_export.core.errors import ConfigError, InternalError, MedusaExportError, OutputError
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.tensorrt.build import TensorRtBuilder
 from medusa_export.engines.tuning.auto import choose_tree
@@ -509,8 +509,10 @@ class TestChecks:
     def test_a_bad_engine_is_not_published(self, make: Make, tmp_path: Path) -> None:
         given = make()
         before = set(os.listdir(tmp_path))
-        with pytest.raises(OutputError, match=r"KL 9\.9 nats and 1 more"):
+        with pytest.raises(InternalError, match=r"KL 9\.9 nats and 1 more"):
             export(given, engine_tools(Calls(["KL 9.9 nats", "wrong"])))
+        with pytest.raises(OutputError, match=r"KL 9\.9 nats; .*stands --quant fp8; take another --quant, or --calib"):
+            export(replace(given, quant="fp8"), engine_tools(Calls(["KL 9.9 nats"])))
         assert set(os.listdir(tmp_path)) == before
 
     def test_a_bad_checkpoint_is_not_published(
@@ -530,7 +532,7 @@ class TestChecks:
         monkeypatch.setattr(SafetensorsWriter, "write", write_and_flip)
         given = make(engine="none")
         before = set(os.listdir(tmp_path))
-        with pytest.raises(OutputError, match=r"1 of .* values are not the source's"):
+        with pytest.raises(InternalError, match=r"1 of .* values are not the source's"):
             export(given, engine_tools(no_engine))
         assert set(os.listdir(tmp_path)) == before
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medusa_export.core.errors import OutputError
+from medusa_export.core.errors import InternalError, OutputError
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 
 
@@ -64,20 +64,20 @@ def test_a_view_is_written_as_what_it_shows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.float16)])
 def test_refuses_what_was_not_planned(wrong: torch.Tensor, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"half.*float16 \[2, 3\]"):
+    with pytest.raises(InternalError, match=r"half.*float16 \[2, 3\]"):
         write(tmp_path / "a", {**TENSORS, "half": wrong})
 
 
 def test_refuses_to_leave_one_out(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match="no b"),
+        pytest.raises(InternalError, match="no b"),
         SafetensorsWriter(tmp_path / "x", [Entry("a", "float32", (1,)), Entry("b", "float32", (1,))]) as writer,
     ):
         writer.write(torch.zeros(1))
 
 
 def test_refuses_one_too_many(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="too many"), SafetensorsWriter(tmp_path / "x", []) as writer:
+    with pytest.raises(InternalError, match="too many"), SafetensorsWriter(tmp_path / "x", []) as writer:
         writer.write(torch.zeros(1))
 
 
@@ -87,9 +87,9 @@ def test_keeps_the_error_of_the_body(tmp_path: Path) -> None:
 
 
 def test_refuses_a_name_twice_and_an_unknown_dtype(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="twice"):
+    with pytest.raises(InternalError, match="twice"):
         SafetensorsWriter(tmp_path / "x", [ENTRIES[0], ENTRIES[0]])
-    with pytest.raises(OutputError, match="complex64"):
+    with pytest.raises(InternalError, match="complex64"):
         SafetensorsWriter(tmp_path / "x", [Entry("a", "complex64", (1,))])
 
 

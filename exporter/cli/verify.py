@@ -47,7 +47,7 @@ def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, requir
         stdout.print(line, soft_wrap=True, markup=False)
     if found.findings:
         raise typer.Exit(1)
-    for note in _notes(out):
+    for note in [*_notes(out), *found.notes]:
         stdout.print(f"note: {note}", soft_wrap=True, markup=False)
     stdout.print(f"{out}: complete and consistent", soft_wrap=True, markup=False)
 

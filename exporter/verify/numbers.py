@@ -171,9 +171,13 @@ def _unequal(ours: Rows, theirs: Rows, is_source: bool) -> tuple[int, float, flo
         left, right = left.to(dtype), right.to(dtype)
         if torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)):
             return 0, 0.0, 0.0
+    limit = torch.zeros(())
+    if (
+        not is_source and theirs.absolute is None
+    ):  # a float32 source was rounded to them, and ours were made of the source
+        limit = torch.finfo(right.dtype).eps * right.to(torch.float32).abs()
     left, right = left.to(torch.float32), right.to(torch.float32)
     error = (left - right).abs_()
-    limit = torch.zeros(())
     for rows, values in ((ours, left), (theirs, right)):
         if rows.absolute is not None:
             limit = limit + ROUNDING * (rows.relative * values.abs() + rows.absolute)

@@ -22,8 +22,16 @@ from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.tensorrt.build import TensorRtBuilder
+from medusa_export.engines.tuning.auto import choose_tree
+from medusa_export.engines.verify.selfcheck import check_engine
+from medusa_export.exporter.cli.run import run_main
+from medusa_export.exporter.job.arguments import ExportArguments
+from medusa_export.exporter.pipeline.export import export
+from medusa_export.exporter.verify.parts.export import verify
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.contract.engine_info import EngineInfo
+from medusa_export.heads.contract.engine_tools import EngineTools
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.tree import load_tree
 from tests.standins.hub import Hub, Repo, serving
@@ -227,6 +235,36 @@ class TestSizes:
         engine = OnnxRuntimeEngine(tiny_engine(vocab_size=90).path)
         with pytest.raises(ConfigError, match="prompt: got the token 90; expected ids below the model's vocab_size 90"):
             generate(engine, [3, 90], AUTOREGRESSIVE, max_new_tokens=2, eos_token_ids=())
+
+    def test_an_export_with_more_tokens_than_rows(
+        self,
+        tmp_path: Path,
+        tiny_checkpoint: Any,
+        tiny_heads: Any,
+        tiny_tokenizer: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        """It goes through, verify calls nothing of it an error, with its source and without, and medusa-run refuses the prompt."""
+        model, heads = tiny_tokenizer(tiny_checkpoint(tmp_path / "model", vocab_size=90)), tmp_path / "heads"
+        arguments = ExportArguments(model, tmp_path / "out", heads=tiny_heads(heads, vocab=90))
+        assert export(arguments, EngineTools(check_engine, choose_tree, TensorRtBuilder()))
+        note = "the tokenizer has the id 96; the model has 90 tokens: prompts with an id from 90 on are refused"
+        for source in ({"ckpt": model, "heads": heads}, {}):
+            found = verify(tmp_path / "out", run_engine=lambda engine, ckpt: [], **source)
+            assert (found.findings, found.notes) == ([], [note])
+            if source:
+                model.rename(tmp_path / "hidden")
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text('{"prompt": "w3 w85"}\n')
+        flags = ["--engine", str(tmp_path / "out/engine"), "--prompts", str(prompts), "--max-new-tokens", "8"]
+        monkeypatch.setattr(sys, "argv", ["medusa-run", *flags])
+        with pytest.raises(SystemExit) as stopped:
+            run_main()
+        err = capfd.readouterr().err
+        assert stopped.value.code == 2
+        assert "prompt: got the token 90; expected ids below the model's vocab_size 90" in err.splitlines()[-1]
+        assert "Traceback" not in err
 
 
 def test_two_machines_write_the_same_bytes(

@@ -27,6 +27,7 @@ from tests.integration.triton_fixture import CONTEXT, SECONDS, Served, Stream, e
 from tests.paths import ROOT
 
 MAX_TEXT = 20_000
+VOCAB = 90  # the tokenizer has 97 tokens: w85 is the token 90
 QUESTION = "w3 w4 w5"
 
 
@@ -46,7 +47,11 @@ def served(
 ) -> Iterator[Served]:
     if not _servers:
         folder = tmp_path_factory.mktemp("triton")
-        engine, repository, log = endless_engine(tiny_engine), folder / "repository", folder / "server.log"
+        engine, repository, log = (
+            endless_engine(tiny_engine, vocab_size=VOCAB),
+            folder / "repository",
+            folder / "server.log",
+        )
         options = ServingOptions(max_batch=4, max_queue=40, max_tokens=5, max_text_bytes=MAX_TEXT, tree_max_batch=2)
         write_repository(engine, repository, options=options)
         assert verify_repository(repository) == []
@@ -144,6 +149,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "too much text": ({"text_input": "w" * (MAX_TEXT + 1)}, f"at most {MAX_TEXT}"),
     "10 MB": ({"text_input": "w1 " * 3_500_000}, f"at most {MAX_TEXT}"),
     "longer than the context": ({"text_input": "w1 " * 5000, "chat": False}, "5000 tokens"),
+    "a token that the model does not have": ({"text_input": "w3 w85"}, f"got the token {VOCAB}; expected ids below"),
     "no tokens": ({**GOOD, "max_tokens": 0}, "max_tokens: got 0"),
     "negative tokens": ({**GOOD, "max_tokens": -5}, "max_tokens: got -5"),
     "a number of another type": ({**GOOD, "max_tokens": "many"}, ""),

@@ -69,7 +69,7 @@ def _write_engine(path: Path) -> None:
     (path / "medusa" / "rank0.engine").write_text("a stand-in: no engine")
     EngineInfo(
         backend="tensorrt-llm", form="fp8", precision="FP8", max_length=200, max_depth=2, top_k=16, num_hidden_layers=1,
-        num_key_value_heads=2, head_dim=16, hidden_size=64, vocab_size=97, eos_token_ids=(2,), session_options={},
+        num_key_value_heads=2, head_dim=16, hidden_size=64, vocab_size=90, eos_token_ids=(2,), session_options={},
         heads_session_options={}, source={},
     ).save(path)  # fmt: skip
     (path / "tree.json").write_text(Tree.from_choices([[0], [1], [0, 0]]).to_json())
@@ -198,6 +198,8 @@ def test_special_tokens_in_a_text_stay_text(served: tuple[TritonServer, Path]) -
         ({"text_input": "w3", "max_tokens": 5, "bad_words": ["w4"]}, "bad_words: got ['w4']; expected none"),
         ({"text_input": "w3", "max_tokens": 5, "beam_width": 4}, "beam_width: got 4; expected 1"),
         ({"text_input": "w3", "max_tokens": 5, "end_id": 50256}, "end_id: got 50256; expected 2, or -1"),
+        ({"text_input": "w3 w85", "max_tokens": 5}, "text_input: got the token 90; expected ids below 90"),
+        ({"text_input": "w3 w85", "max_tokens": 5, "chat": False}, "text_input: got the token 90"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])

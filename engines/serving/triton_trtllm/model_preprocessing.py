@@ -96,7 +96,10 @@ class TritonPythonModel:
 
     def _plain_ids(self, text: str) -> list[int]:
         """Tokens of a text in which nothing is special."""
-        return token_ids(self._tokenizer, text, split_special_tokens=True)
+        try:
+            return token_ids(self._tokenizer, text, split_special_tokens=True)
+        except ConfigError as error:
+            raise ConfigError("stop_words", error.got, error.expected, error.action) from error
 
 
 def words_list(words: list[list[int]]) -> Array:

@@ -23,7 +23,7 @@ from medusa_export.exporter.verify.numbers import Numbers, RankNumbers, SourceNu
 from medusa_export.exporter.verify.parts.engine_files import EngineFiles
 from medusa_export.exporter.verify.parts.head_files import check_heads
 from medusa_export.exporter.verify.parts.source import Source, find_source
-from medusa_export.exporter.verify.parts.tokenizers import tokenizer_problems
+from medusa_export.exporter.verify.parts.tokenizers import tokenizer_notes, tokenizer_problems
 from medusa_export.exporter.verify.parts.trees import expected_tree, tree_problems
 from medusa_export.exporter.verify.parts.unified import check_unified
 from medusa_export.exporter.verify.rebuild import open_ranks
@@ -51,6 +51,7 @@ class Verification:
         source: what it was compared with, or why it was not.
         errors: what quantization did to the weights; empty where nothing was quantized.
         measured: whether ``errors`` was measured now; otherwise it was recorded at export.
+        notes: what is unusual, and no error.
     """
 
     out: Path
@@ -58,6 +59,7 @@ class Verification:
     findings: Findings = field(default_factory=Findings)
     errors: Recorded = field(default_factory=dict)
     measured: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def verify(
@@ -138,6 +140,9 @@ class _Parts:
         if (self.out / "heads").is_dir():
             check_heads(self.out / "heads", self.source, str(self.arguments.get("ckpt")), found)
         self._check_graphs()
+        places = [self.out / name for name in ("tokenizer", "hf", "engine") if (self.out / name).is_dir()]
+        if self.facts is not None and places and not found:
+            self.result.notes += tokenizer_notes(places[0], self.facts.vocab_size)
         if not self.result.errors and self.manifest:
             self.result.errors = self.manifest.get("quantization_error") or {}
         return self.result

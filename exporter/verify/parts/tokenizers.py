@@ -10,6 +10,7 @@ from typing import Any
 from medusa_export.core.json_fields import read_json
 from medusa_export.core.text.tokenizer import read_tokenizer
 
+BEYOND = 1024  # ids that a model's own tokenizer may have beyond the embedding, as some do
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
@@ -30,8 +31,9 @@ def tokenizer_problems(
     tokenizer: Any = read_tokenizer(path)
     problems = []
     largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocab_size:
-        problems.append(f"{path.name}: the tokenizer has the id {largest}; the model has {vocab_size} tokens")
+    if other is None and largest >= vocab_size + BEYOND:
+        got = f"the tokenizer has the id {largest}; the model has {vocab_size} tokens"
+        problems.append(f"{path.name}: {got}: it is another model's")
     problems += _id_problems(path, tokenizer.get_vocab())
     if other is not None:
         problems += [
@@ -39,6 +41,15 @@ def tokenizer_problems(
             for what in _differences(tokenizer, read_tokenizer(other), own_template)
         ]
     return problems
+
+
+def tokenizer_notes(path: Path, vocab_size: int) -> list[str]:
+    """What is unusual and works: a tokenizer with more tokens than the embedding has rows."""
+    largest = max(read_tokenizer(path).get_vocab().values(), default=-1)
+    if largest < vocab_size:
+        return []
+    got = f"the tokenizer has the id {largest}; the model has {vocab_size} tokens"
+    return [f"{got}: prompts with an id from {vocab_size} on are refused"]
 
 
 def _id_problems(path: Path, vocabulary: dict[str, int]) -> Iterator[str]:

@@ -24,12 +24,13 @@ HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 BASE, HEADS = (WEIGHT_FILES,), ((*HEAD_FILES, *WEIGHT_FILES),)
 BASE_WITH_HEADS = (WEIGHT_FILES, HEAD_FILES)
 
-_SMALL = (
+SMALL = (
     "config.json", "generation_config.json", "adapter_config.json", "*.index.json", "tokenizer.json", "tokenizer.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 REVISION_HELP = "Branch, tag or commit of the base model on the hub. Heads take theirs as owner/name@revision."
+EXPECTED = "a local directory, or a model of the Hugging Face hub"
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".json")
 
@@ -100,10 +101,10 @@ def find_model(
             raise ConfigError("--revision", f"{revision} for the local path {given}", expected, "leave it out")
         return ModelFiles(Path(given), as_recorded(given))
     repo, revision = found["repo"], found["revision"] or revision
-    small = _snapshot(repo, revision, _SMALL)
+    small = snapshot(repo, revision, SMALL)
     check(small)
-    names = _weights(small, repo, wanted)
-    path = _snapshot(repo, revision, names, commit=small.name) if names else small
+    names = weights(small, repo, wanted)
+    path = snapshot(repo, revision, names, commit=small.name) if names else small
     if missing := [name for name in names if not (path / name).is_file()]:
         got = f"a copy in the Hugging Face cache without {missing[0]}, and no way to the hub"
         raise ConfigError(repo, got, "a whole one", _download(repo, revision))
@@ -118,7 +119,7 @@ def cached_snapshot(name: str, commit: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _weights(directory: Path, repo: str, wanted: Sequence[Sequence[str]]) -> list[str]:
+def weights(directory: Path, repo: str, wanted: Sequence[Sequence[str]]) -> list[str]:
     """The weights files to download: the first of every group that there is, and of an index all that it names."""
     present = _listing(repo, directory)
     names: list[str] = []
@@ -135,7 +136,7 @@ def _listing(repo: str, directory: Path) -> set[str]:
 
     try:
         return set(HfApi().list_repo_files(repo, revision=directory.name))
-    except Exception:  # as in _snapshot; that it answered a moment ago does not matter where the cache is complete
+    except Exception:  # as in snapshot; that it answered a moment ago does not matter where the cache is complete
         return {path.name for path in directory.iterdir()}
 
 
@@ -149,7 +150,7 @@ def _shards(index: Path) -> Iterator[str]:
     yield from dict.fromkeys(name for name in (shards or {}).values() if isinstance(name, str))
 
 
-def _snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, commit: str | None = None) -> Path:
+def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, commit: str | None = None) -> Path:
     """The cache's directory of a revision, with the files of some patterns.
 
     Args:
@@ -160,7 +161,6 @@ def _snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, commi
     """
     from huggingface_hub import errors, snapshot_download
 
-    expected = "a local directory, or a model of the Hugging Face hub"
     try:
         return Path(snapshot_download(repo, revision=commit or revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError as error:
@@ -171,11 +171,15 @@ def _snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, commi
         raise ConfigError(repo, got, "a branch, tag or commit of it", "correct --revision") from error
     except errors.RepositoryNotFoundError as error:
         got = "no such directory, and no such model on the hub that this account may read"
-        raise ConfigError(repo, got, expected, "check the name; for a private model run: hf auth login") from error
+        raise ConfigError(repo, got, EXPECTED, "check the name; for a private model run: hf auth login") from error
     except Exception as error:  # huggingface_hub passes on what its HTTP client raises, and that has changed
-        reason = _reason(error)
-        got = f"no such directory, and no whole copy in the Hugging Face cache ({reason})"
-        raise ConfigError(repo, got, expected, _download(repo, revision)) from error
+        raise unavailable(repo, revision, error) from error
+
+
+def unavailable(repo: str, revision: str | None, error: Exception) -> ConfigError:
+    """What to say where there is no way to the hub, and no copy."""
+    got = f"no such directory, and no whole copy in the Hugging Face cache ({_reason(error)})"
+    return ConfigError(repo, got, EXPECTED, _download(repo, revision))
 
 
 def _reason(error: BaseException) -> str:

@@ -47,11 +47,13 @@ class VerifyFlags:
     )
     ckpt: Path | None = flag(
         None,
-        help="What it was made from.",
+        help="What it was made from: a Hugging Face directory, or owner/name[@revision] on the hub.",
         panel="Source",
         default="what the manifest records, where it is still the same",
     )
-    heads: Path | None = flag(None, help="Medusa heads, when they are not inside CKPT.", panel="Source")
+    heads: Path | None = flag(
+        None, help="Medusa heads, when they are not inside CKPT: a path, or owner/name[@revision].", panel="Source"
+    )
     require_source: bool = flag(False, help="Fail where there is no source to compare with.", panel="Source")
     quick: bool = flag(False, help="Do not run the engine.", panel="Source")
 

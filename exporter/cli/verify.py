@@ -27,10 +27,16 @@ def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, requir
     Raises:
         MedusaExportError: a source that was named and cannot be read, or that has to be there and is not.
     """
+    from medusa_export.core.hub import BASE, BASE_WITH_HEADS, HEADS, find_model
     from medusa_export.exporter.verify.error_table import error_table
     from medusa_export.exporter.verify.findings import shortened
     from medusa_export.exporter.verify.parts.export import verify
+    from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 
+    if ckpt is not None:
+        wanted = BASE_WITH_HEADS if heads is None else BASE
+        ckpt = find_model(ckpt, wanted=wanted, check=DecoderConfig.from_dir).path
+    heads = None if heads is None else find_model(heads, wanted=HEADS).path
     found = _repository(out, ckpt, heads, quick)
     if found is None:
         found = verify(out, ckpt=ckpt, heads=heads, run_engine=None if quick else run_written_engine)

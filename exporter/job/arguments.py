@@ -11,6 +11,7 @@ from typing import Any
 
 from medusa_export.core.flags import flag
 from medusa_export.core.hub import BASE, BASE_WITH_HEADS, HEADS, REVISION_HELP, ModelFiles, find_model, hub_id
+from medusa_export.core.hub_headers import find_headers
 from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
 from medusa_export.core.typed_paths import as_recorded
 from medusa_export.exporter.job.draft_vocab import DEFAULT_SIZE
@@ -127,6 +128,19 @@ class ExportArguments:
         """The base model, downloaded where ``ckpt`` names one of the hub."""
         wanted = BASE if self.heads is not None else BASE_WITH_HEADS
         return find_model(self.ckpt, revision=self.revision, wanted=wanted, check=DecoderConfig.from_dir)
+
+    def read_headers(self, folder: Path) -> None:
+        """Of a model of the hub, take the headers of its weights instead of a download: for plans, which read no values.
+
+        Args:
+            folder: where they are kept as long as this is used.
+        """
+        wanted = BASE if self.heads is not None else BASE_WITH_HEADS
+        kept: dict[str, Any] = self.__dict__  # of the cached properties
+        kept["base"] = find_headers(
+            self.ckpt, folder / "base", revision=self.revision, wanted=wanted, check=DecoderConfig.from_dir
+        )
+        kept["own_heads"] = self.heads and find_headers(self.heads, folder / "heads", wanted=HEADS)
 
     @cached_property
     def own_heads(self) -> ModelFiles | None:

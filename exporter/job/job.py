@@ -47,16 +47,17 @@ class Job:
     """One export's inputs, opened once.
 
     Args:
-        check_values: read the heads to see that they are finite; a plan needs headers only.
+        headers: a directory for a plan, which needs the headers of weights only: those of a model on the hub are put there. None
+            takes the weights, and reads the heads to see that they are finite.
     """
 
-    def __init__(self, arguments: ExportArguments, *, check_values: bool = True) -> None:
-        fetch(arguments)
+    def __init__(self, arguments: ExportArguments, *, headers: Path | None = None) -> None:
+        fetch(arguments, headers)
         self.arguments, self.ckpt = arguments, arguments.base.path
         self.weight_format = get_format(arguments.quant, arguments.group_size)
         self.release = find_release(arguments.trtllm_version)
         kind, heads = engine_kind(arguments.engine), arguments.own_heads
-        self.checkpoint = MedusaCheckpoint.open(self.ckpt, heads.path if heads else None, check_values=check_values)
+        self.checkpoint = MedusaCheckpoint.open(self.ckpt, heads.path if heads else None, check_values=headers is None)
         self.checkpoint = self.checkpoint.announcing(lambda file: self.inputs.read(file))
         for warning in self.checkpoint.warnings:
             logger.warning("%s", warning)
@@ -310,8 +311,11 @@ class Job:
         return given / SCALES_FILE if given and given.is_dir() else given
 
 
-def fetch(arguments: ExportArguments) -> None:
+def fetch(arguments: ExportArguments, headers: Path | None = None) -> None:
     """Download what the hub has to give, after the flags that need no file were found usable.
+
+    Args:
+        headers: a directory for the headers of weights, which are not downloaded then.
 
     Raises:
         MedusaExportError: a flag that cannot be meant, or a model that is not there.
@@ -327,6 +331,8 @@ def fetch(arguments: ExportArguments) -> None:
         )
     output_form(arguments.format)
     engine_kind(arguments.engine)
+    if headers is not None:
+        arguments.read_headers(headers)
     _ = arguments.base, arguments.own_heads
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,13 @@ def plan_export(arguments: ExportArguments, *, batch: int = 1, context: int | No
         MedusaExportError: whatever the export refuses before it computes anything, except for values in the weights
             and a full disk.
     """
+    with tempfile.TemporaryDirectory(prefix="medusa-plan-") as folder:
+        return _plan(arguments, Path(folder), batch, context)
+
+
+def _plan(arguments: ExportArguments, headers: Path, batch: int, context: int | None) -> Sizing:
     require_idle(arguments.output)
-    job = Job(arguments, check_values=False)
+    job = Job(arguments, headers=headers)
     job.check()
     require_writable(job)
     _refuse_output(arguments)

@@ -52,9 +52,13 @@ def make(kind: str, root: Path, seed: int = 0) -> Path:
     Args:
         seed: of the weights; another one gives an export of the same shapes.
     """
-    chosen = KINDS[kind]
-    inputs(chosen, root, seed)
-    arguments = {"ckpt": root / "model", "heads": root / "heads", "output": root / "out", **chosen.arguments}
+    inputs(KINDS[kind], root, seed)
+    return make_of(KINDS[kind], root)
+
+
+def make_of(kind: Kind, root: Path) -> Path:
+    """The export of inputs that are there."""
+    arguments = {"ckpt": root / "model", "heads": root / "heads", "output": root / "out", **kind.arguments}
     export(ExportArguments(**arguments), EngineTools(check_engine, choose_tree, TensorRtBuilder()))
     return root / "out"
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from medusa_export.engines.verify.selfcheck import check_engine
 from medusa_export.exporter.cli.run import run_main
 from medusa_export.exporter.job.arguments import ExportArguments
 from medusa_export.exporter.pipeline.export import export
+from medusa_export.exporter.sizing.estimate import plan_export
 from medusa_export.exporter.verify.parts.export import verify
 from medusa_export.heads.checkpoint.medusa_checkpoint import load_reference
 from medusa_export.heads.contract.engine_info import EngineInfo
@@ -156,8 +158,31 @@ class TestHub:
         assert not any(name.endswith("README.md") for name in hub.downloaded)
         require_transformers_tokens(out, tmp_path / "hub/model", [{"role": "user", "content": "w3 w4"}])
         offline = {**environment, "HF_HUB_OFFLINE": "1"}
+        flags_of_verify = [out, "--ckpt", "tiny/model@v1.0", "--heads", "tiny/heads@main", "--quick"]
+        checked = run("medusa-export", "verify", *flags_of_verify, cwd=tmp_path, **offline)
+        assert checked.returncode == 0, checked.stderr
+        assert "compared with" in checked.stdout
         again = run("medusa-export", *flags, cwd=tmp_path, **offline)
         assert (again.returncode, again.stdout) == (0, f"up to date: {out}\n"), again.stderr
+
+    def test_a_plan_downloads_no_weights(self, hub: Hub, tmp_path: Path, tiny_heads: Any) -> None:
+        """Nor does --dry-run, which is the same; the plan is that of the model on the disk."""
+        hub.repos["tiny/plain"] = Repo(tiny_heads(tmp_path / "hub/plain"), f"e{COMMIT[1:]}")
+        flags = ["--ckpt", "tiny/model", "--heads", "tiny/plain", "--output", "out", "--json", "plan.json"]
+        result = run("medusa-export", "plan", *flags, cwd=tmp_path, **hub.environment(tmp_path / "home"))
+        assert result.returncode == 0, result.stderr
+        arguments = ExportArguments(tmp_path / "hub/model", tmp_path / "out", heads=tmp_path / "hub/plain")
+        local = json.loads(json.dumps(asdict(plan_export(arguments))))
+        found = json.loads((tmp_path / "plan.json").read_text())
+        reserves = [plan.pop("disk_reserve") for plan in (found, local)]  # of the inputs' sizes, and headers are written anew
+        assert reserves[0] == pytest.approx(reserves[1], rel=1e-3)
+        for plan in (found, local):
+            del plan["disk_free"], plan["ram_available"]
+        assert found == local
+        assert not [name for name in hub.downloaded if name.endswith(".safetensors")]
+        index = json.loads((tmp_path / "hub/model/model.safetensors.index.json").read_text())
+        shards = {f"tiny/model/{name}" for name in index["weight_map"].values()}
+        assert {*hub.parts} == {*shards, "tiny/plain/medusa_lm_head.safetensors"}
 
     def test_offline_and_absent_is_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "p.jsonl").write_text('{"prompt": "w1"}\n')

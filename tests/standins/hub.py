@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,11 +41,13 @@ class Hub:
     Attributes:
         repos: by ``owner/name``.
         downloaded: files that were asked for with GET, as ``owner/name/file``.
+        parts: files of which a part was asked for, in the same way.
     """
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     downloaded: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
 
     def environment(self, home: Path) -> dict[str, str]:
         """For a process that shall take it for the hub, with a cache of its own."""
@@ -93,9 +96,11 @@ def serving() -> Iterator[Hub]:
                 return
             data = (repo.directory / file).read_bytes()
             headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": repo.commit}
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", ""))
             if has_body:
-                hub.downloaded.append(f"{name}/{file}")
-            self._send(data, headers, has_body)
+                (hub.parts if asked else hub.downloaded).append(f"{name}/{file}")
+            data = data[int(asked[1]) : int(asked[2]) + 1] if asked else data
+            self._send(data, headers, has_body, 206 if asked else 200)
 
         def _refuse(self, status: int, code: str, message: str) -> None:
             self._send(b"", {"X-Error-Code": code, "X-Error-Message": message}, False, status)

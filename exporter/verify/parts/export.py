@@ -136,7 +136,8 @@ class _Parts:
         with found.guarded("record"):
             found.say("record", self._record_problems())
         if (self.out / "hf").is_dir():
-            check_unified(self.out / "hf", self.source, self.scales, self._algos(), found)
+            own = bool(self.arguments.get("chat_template"))
+            check_unified(self.out / "hf", self.source, self.scales, self._algos(), found, own_template=own)
         if (self.out / "heads").is_dir():
             check_heads(self.out / "heads", self.source, str(self.arguments.get("ckpt")), found)
         self._check_graphs()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ def find_source(
         return "no record of it"
     missing = [arguments[name] for name, place in recorded.items() if arguments.get(name) and place is None]
     if missing or recorded["ckpt"] is None:
-        return f"{missing[0]} is not there any more"
+        return f"{missing[0]} is not there any more (looked for {', '.join(map(str, _looked(manifest or {}, out)))})"
     if changed := _changed(manifest or {}, recorded):
         return changed
     try:
@@ -60,10 +62,38 @@ def _place(manifest: Mapping[str, Any], name: str, out: Path | None) -> Path | N
     if commit is not None:
         return cached_snapshot(manifest["sources"][name]["name"], commit)
     files = [file.partition("/")[2] for file in manifest.get("inputs", {}) if file.startswith(f"{name}/")]
-    places = [Path(given), *([out.resolve().parent / given] if out is not None else [])]
-    present = [place for place in places if place.exists()]
+    present = [place for place in _places(manifest, name, out) if place.exists()]
     whole = (place for place in present if place.is_file() or all((place / file).is_file() for file in files))
     return next(whole, present[0] if present else None)
+
+
+def _places(manifest: Mapping[str, Any], name: str, out: Path | None) -> list[Path]:
+    """Where to look: at what was typed, which for an absolute path the command alone says, here, and beside the export."""
+    given = Path(manifest["arguments"][name])
+    beside = [] if out is None else [out.resolve().parent / given, out.resolve().parent / given.name]
+    return list(dict.fromkeys([*_typed(str(manifest.get("command", "")), f"--{name}"), given, *beside]))
+
+
+def _typed(command: str, option: str) -> list[Path]:
+    """The value of an option in a command line."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # somebody changed it: it is a record, and nothing depends on it
+        return []
+    joined = [word.removeprefix(f"{option}=") for word in words if word.startswith(f"{option}=")]
+    apart = [value for word, value in itertools.pairwise(words) if word == option]
+    return [Path(value) for value in joined + apart]
+
+
+def _looked(manifest: Mapping[str, Any], out: Path | None) -> list[str]:
+    """The first thing that is not there: every place where it was looked for."""
+    for name in ("ckpt", "heads"):
+        source = manifest.get("sources", {}).get(name, {})
+        if isinstance(manifest["arguments"].get(name), str) and _place(manifest, name, out) is None:
+            if "commit" in source:
+                return [f"commit {source['commit'][:12]} in the Hugging Face cache"]
+            return [str(place) for place in _places(manifest, name, out)]
+    return []
 
 
 def _changed(manifest: Mapping[str, Any], places: Mapping[str, Path | None]) -> str:

@@ -57,7 +57,13 @@ class UnifiedWeight:
 
 
 def check_unified(
-    path: Path, source: Source | None, scales: ScalesFile | None, algos: Mapping[str, str | None], findings: Findings
+    path: Path,
+    source: Source | None,
+    scales: ScalesFile | None,
+    algos: Mapping[str, str | None],
+    findings: Findings,
+    *,
+    own_template: bool = False,
 ) -> None:
     """Say what is wrong with the directory.
 
@@ -75,7 +81,8 @@ def check_unified(
             findings.say("hf", _config_problems(config, source))
             findings.say("hf", _weight_problems(file, source))
         other = source.ckpt if source else None
-        findings.say("tokenizer", tokenizer_problems(path, int(config["vocab_size"]), other, "the source's"))
+        problems = tokenizer_problems(path, int(config["vocab_size"]), other, "the source's", own_template=own_template)
+        findings.say("tokenizer", problems)
 
 
 def _own_problems(path: Path, file: TensorSource, config: Mapping[str, Any]) -> Iterator[str]:

@@ -174,7 +174,9 @@ class TestHub:
         arguments = ExportArguments(tmp_path / "hub/model", tmp_path / "out", heads=tmp_path / "hub/plain")
         local = json.loads(json.dumps(asdict(plan_export(arguments))))
         found = json.loads((tmp_path / "plan.json").read_text())
-        reserves = [plan.pop("disk_reserve") for plan in (found, local)]  # of the inputs' sizes, and headers are written anew
+        reserves = [
+            plan.pop("disk_reserve") for plan in (found, local)
+        ]  # of the inputs' sizes, and headers are written anew
         assert reserves[0] == pytest.approx(reserves[1], rel=1e-3)
         for plan in (found, local):
             del plan["disk_free"], plan["ram_available"]

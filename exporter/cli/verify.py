@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, requir
         wanted = BASE_WITH_HEADS if heads is None else BASE
         ckpt = find_model(ckpt, wanted=wanted, check=DecoderConfig.from_dir).path
     heads = None if heads is None else find_model(heads, wanted=HEADS).path
-    found = _repository(out, ckpt, heads, quick)
+    found = triton_repository(out, ckpt, heads, quick=quick)
     if found is None:
         found = verify(out, ckpt=ckpt, heads=heads, run_engine=None if quick else run_written_engine)
     if isinstance(found.source, str):
@@ -88,9 +89,16 @@ def run_written_engine(engine: Path, ckpt: Path | None) -> list[str]:
         return [str(error)]
 
 
-def _repository(out: Path, ckpt: Path | None, heads: Path | None, quick: bool) -> Any:
-    """What is wrong with a Triton repository; None for other directories."""
+def triton_repository(out: Path, ckpt: Path | None, heads: Path | None, *, quick: bool) -> Any:
+    """What is wrong with a Triton repository; None for other directories.
+
+    Args:
+        ckpt: base model to compare with; None: the recorded one.
+        heads: Medusa heads to compare with; None: the recorded ones.
+        quick: do not run the engine.
+    """
     from medusa_export.core.artifacts.manifest import has_manifest, read_manifest
+    from medusa_export.engines.serving.triton.repository import ENGINE, VERSION, verify_repository
     from medusa_export.exporter.verify.findings import Findings
     from medusa_export.exporter.verify.parts.export import Verification, verify_engine
     from medusa_export.exporter.verify.parts.source import find_source
@@ -102,19 +110,33 @@ def _repository(out: Path, ckpt: Path | None, heads: Path | None, quick: bool) -
     if arguments.get("kind") not in TRITON:
         return None
     result = Verification(out, find_source(None, ckpt, heads), Findings())
-    engine = _repository_problems(out, arguments, result.findings)
-    if engine is not None:
+    if arguments["kind"] == "tensorrt-llm":
+        _check_trtllm_repository(out, result)
+    else:
+        result.findings.say("repository", verify_repository(out))
+        engine = out / str(arguments.get("name")) / VERSION / ENGINE
         verify_engine(engine, result, None if quick else run_written_engine)
     return result
 
 
-def _repository_problems(out: Path, arguments: dict[str, Any], findings: Any) -> Path | None:
-    """The repository's own checks; its engine directory, where this project's engines can check it further."""
-    from medusa_export.engines.serving.triton.repository import ENGINE, VERSION, verify_repository
-    from medusa_export.engines.serving.triton_trtllm.repository import verify_trtllm_repository
+def _check_trtllm_repository(out: Path, result: Any) -> None:
+    """The repository's own checks; of what it says of the model, with the source: its tokenizer and its sizes."""
+    from medusa_export.core.json_fields import read_json
+    from medusa_export.engines.serving.triton_trtllm.repository import (
+        built_config,
+        tokenizer_of,
+        verify_trtllm_repository,
+    )
+    from medusa_export.exporter.verify.comparison import config_differences
+    from medusa_export.exporter.verify.parts.tokenizers import tokenizer_problems
 
-    if arguments["kind"] == "tensorrt-llm":
-        findings.say("repository", verify_trtllm_repository(out))
-        return None
-    findings.say("repository", verify_repository(out))
-    return out / str(arguments.get("name")) / VERSION / ENGINE
+    if result.findings.say("repository", verify_trtllm_repository(out)):
+        return
+    source = None if isinstance(result.source, str) else result.source
+    with result.findings.guarded("tokenizer"):
+        config = read_json(built_config(out))["pretrained_config"]
+        vocab_size, other = config.get("vocab_size", sys.maxsize), source.ckpt if source else None
+        problems = tokenizer_problems(tokenizer_of(out), vocab_size, other, "the source's", own_template=True)
+        result.findings.say("tokenizer", problems)
+        if source is not None:
+            result.findings.say("config", config_differences(config, source.checkpoint))

@@ -121,6 +121,19 @@ class Weight(Protocol):
         """Which rows of the Hugging Face tensor they are; None: the same."""
 
 
+def value_problems(weight: Weight) -> Iterator[str]:
+    """What a weight cannot be by itself: not finite, or all zero; some rows at a time."""
+    step, is_zero = max(2, CHUNK_VALUES // max(1, math.prod(weight.shape[1:])) // 2 * 2), True
+    for start in range(0, weight.shape[0], step):
+        values = weight.rows(start, min(start + step, weight.shape[0])).values.to(torch.float32)
+        if not bool(torch.isfinite(values).all()):
+            yield "values that are not finite"
+            return
+        is_zero = is_zero and not bool(values.any())
+    if is_zero:
+        yield "zero"
+
+
 def weight_differences(weights: Iterable[Weight], numbers: Numbers, other: str) -> list[str]:
     """What of the weights is not what ``numbers`` has, a line a tensor.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from medusa_export.engines.serving.options import ServingOptions
+from medusa_export.engines.serving.triton.repository import write_repository
+from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing
+from medusa_export.engines.serving.triton_trtllm.repository import write_trtllm_repository
 from medusa_export.engines.tensorrt.build import TensorRtBuilder
 from medusa_export.engines.tuning.auto import choose_tree
 from medusa_export.engines.verify.selfcheck import check_engine
@@ -27,11 +33,13 @@ class Kind:
     Attributes:
         config: of the model, besides the sizes here.
         arguments: of the export.
+        repository: which Triton repository is made of it.
     """
 
     family: str
     config: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    repository: str = ""
 
 
 KINDS: dict[str, Kind] = {
@@ -43,6 +51,8 @@ KINDS: dict[str, Kind] = {
     "int8_sq, biases, engine": Kind("llama", {"mlp_bias": True}, {"quant": "int8_sq", "calib_prompts": 2}),
     "hf, fp8": Kind("llama", {}, {"quant": "fp8", "format": "hf", "kv_cache": "fp8", "calib_prompts": 2}),
     "heads alone": Kind("llama", {}, {"format": "medusa-v1"}),
+    "Triton, python": Kind("llama", {}, {"quant": "none"}, "python"),
+    "Triton, TensorRT-LLM": Kind("llama", {}, {"quant": "none"}, "tensorrt-llm"),
 }  # fmt: skip
 
 
@@ -57,10 +67,35 @@ def make(kind: str, root: Path, seed: int = 0) -> Path:
 
 
 def make_of(kind: Kind, root: Path) -> Path:
-    """The export of inputs that are there."""
+    """The export of inputs that are there, or the repository that is made of it."""
     arguments = {"ckpt": root / "model", "heads": root / "heads", "output": root / "out", **kind.arguments}
     export(ExportArguments(**arguments), EngineTools(check_engine, choose_tree, TensorRtBuilder()))
+    if kind.repository:
+        REPOSITORIES[kind.repository](root)
+        return root / "repository"
     return root / "out"
+
+
+def _python_repository(root: Path) -> None:
+    write_repository(root / "out" / "engine", root / "repository", options=ServingOptions())
+
+
+def _trtllm_repository(root: Path) -> None:
+    """Of an engine directory whose engine is a stand-in: what was built is files to verify."""
+    engine, made = root / "built", json.loads((root / "out/engine/engine.json").read_text())
+    shutil.copytree(root / "out" / "tokenizer", engine)
+    config = json.loads((root / "out/trtllm/config.json").read_text())
+    numbers = {"max_batch_size": 4, "plugin_config": {"use_paged_context_fmha": True}}
+    (engine / "medusa").mkdir()
+    body = {"version": "1.2.1", "pretrained_config": config, "build_config": numbers}
+    (engine / "medusa" / "config.json").write_text(json.dumps(body))
+    (engine / "medusa" / "rank0.engine").write_text("a stand-in: no engine")
+    shutil.copy(root / "out/tree.json", engine / "tree.json")
+    (engine / "engine.json").write_text(json.dumps({**made, "backend": "tensorrt-llm", "precision": "16 bit"}))
+    write_trtllm_repository(engine, root / "repository", TrtllmServing())
+
+
+REPOSITORIES: dict[str, Callable[[Path], None]] = {"python": _python_repository, "tensorrt-llm": _trtllm_repository}
 
 
 def inputs(kind: Kind, root: Path, seed: int = 0) -> None:

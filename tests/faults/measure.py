@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medusa_export.exporter.cli.verify import run_written_engine
+from medusa_export.exporter.cli.verify import run_written_engine, triton_repository
 from medusa_export.exporter.verify.parts.export import verify
 from tests.faults.mutations import Fault, mend
 
@@ -80,6 +80,9 @@ def measure(out: Path, faults: Iterable[Fault], work: Path, *, with_source: bool
 
 def _findings(out: Path, source: Path | None) -> list[Any]:
     """With the source; without one, which has to be out of the way, from the files alone."""
+    repository = triton_repository(out, source and source / "model", source and source / "heads", quick=False)
+    if repository is not None:
+        return list(repository.findings)
     if source is not None:
         return list(verify(out, ckpt=source / "model", heads=source / "heads", run_engine=run_written_engine).findings)
     return list(verify(out, run_engine=run_written_engine).findings)

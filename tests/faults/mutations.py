@@ -109,6 +109,8 @@ def faults(out: Path, other: Path | None = None) -> Iterator[Fault]:
             yield from _graph_faults(file, path)
         elif path.suffix == ".json":
             yield from _json_faults(file, path)
+        elif path.suffix == ".pbtxt":
+            yield from _text_faults(file, path)
         elif path.suffix == ".jinja":
             yield Fault("cut", file, "", lambda root, file=file: _cut(root / file))
         if other is not None and file != MANIFEST and (other / file).read_bytes() != path.read_bytes():
@@ -302,6 +304,37 @@ def _json_faults(file: str, path: Path) -> Iterator[Fault]:
     body = json.loads(path.read_text(encoding="utf-8"))
     for keys in _leaves(body, limit=400):
         yield Fault("alter", file, ".".join(map(str, keys)), lambda root, keys=keys: _alter(root / file, keys))
+
+
+def _text_faults(file: str, path: Path) -> Iterator[Fault]:
+    """Each value of a Triton configuration: numbers, words and names."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        key, mark, value = line.partition(": ")
+        if mark:
+            target, other = f"{key.strip()} in line {number + 1}", f"{key}: {_other_text(value)}"
+            yield Fault("alter", file, target, lambda root, at=number, to=other: _line(root / file, at, to))
+            yield Fault("drop", file, target, lambda root, at=number: _line(root / file, at, ""))
+
+
+def _other_text(value: str) -> str:
+    if value.lstrip("-").isdigit():
+        return str(int(value) + 1)
+    return (
+        f'{value[:-1]}x"'
+        if value.endswith('"')
+        else f"{value}_X"
+        if value.isupper()
+        else "true"
+        if value == "false"
+        else "false"
+    )
+
+
+def _line(path: Path, number: int, text: str) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[number] = text
+    _replace(path, "\n".join([*lines, ""]).encode())
 
 
 def _leaves(body: Any, limit: int) -> list[tuple[Any, ...]]:

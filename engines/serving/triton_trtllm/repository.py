@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
@@ -152,6 +152,23 @@ def _inputs(engine_dir: Path, files: Iterable[Path]) -> dict[str, str]:
     return {f"engine/{Path(path).relative_to(engine_dir).as_posix()}": digest for path, digest in hashes.items()}
 
 
+# Field of engine.json -> key of TensorRT-LLM's config.json.
+SIZES = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_hidden_layers": "num_hidden_layers",
+    "num_key_value_heads": "num_key_value_heads", "head_dim": "head_size", "max_depth": "num_medusa_heads",
+}  # fmt: skip
+
+
+def built_config(repository: Path) -> Path:
+    """What trtllm-build left of the model's configuration."""
+    return repository / ENGINE / VERSION / "config.json"
+
+
+def tokenizer_of(repository: Path) -> Path:
+    """The tokenizer that texts are encoded with."""
+    return repository / PREPROCESSING / VERSION / TOKENIZER
+
+
 def verify_trtllm_repository(repository: Path) -> list[str]:
     """What is wrong with a repository, one line each: files, configurations, parameters, engine, tree and tokenizer."""
     problems = verify_manifest(repository, left_by_use=LEFT_BY_USE)
@@ -165,9 +182,29 @@ def verify_trtllm_repository(repository: Path) -> list[str]:
             problems += _config_problems(repository / model / CONFIG_FILE, config, facts)
         for model in WITH_TOKENIZER:
             read_tokenizer(repository / model / VERSION / TOKENIZER)
+        problems += _copy_problems(repository)
+        problems += _engine_problems(built)
     except MedusaExportError as error:
         problems.append(str(error))
     return problems
+
+
+def _copy_problems(repository: Path) -> Iterator[str]:
+    """Models that have another tokenizer than the first one: they would read each other's tokens wrong."""
+    first, *others = (repository / model / VERSION / TOKENIZER for model in WITH_TOKENIZER)
+    for other in others:
+        mine, theirs = list_files(first, first), list_files(other, other)
+        for name in sorted(mine.keys() | theirs.keys()):
+            if name not in mine or name not in theirs or mine[name].read_bytes() != theirs[name].read_bytes():
+                yield f"{other / name}: it is not that of {first.parents[1].name}"
+
+
+def _engine_problems(built: Path) -> Iterator[str]:
+    """Sizes that the engine's config.json and engine.json say both."""
+    info, config = EngineInfo.load(built), read_json(built / "config.json")["pretrained_config"]
+    for ours, theirs in SIZES.items():
+        if theirs in config and config[theirs] != getattr(info, ours):
+            yield f"{built / 'engine.json'}: {ours} {getattr(info, ours)}; config.json has {theirs} {config[theirs]}"
 
 
 def _config_problems(path: Path, expected: dict[str, Any], facts: EngineFacts) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from medusa_export.core.json_fields import read_json
 from medusa_export.core.text.tokenizer import read_tokenizer
 
 BEYOND = 1024  # ids that a model's own tokenizer may have beyond the embedding, as some do
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")  # in tokenizer_config.json
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
@@ -35,12 +37,45 @@ def tokenizer_problems(
         got = f"the tokenizer has the id {largest}; the model has {vocab_size} tokens"
         problems.append(f"{path.name}: {got}: it is another model's")
     problems += _id_problems(path, tokenizer.get_vocab())
-    if other is not None:
+    problems += [f"{path.name}: {line}" for line in _template_problems(tokenizer)]
+    if other is None:
+        problems += [f"{path.name}: {line}" for line in _own_problems(path, tokenizer)]
+    else:
         problems += [
             f"{path.name}: {what} is not {whose}"
             for what in _differences(tokenizer, read_tokenizer(other), own_template)
         ]
     return problems
+
+
+def _own_problems(path: Path, tokenizer: Any) -> Iterator[str]:
+    """What a tokenizer's files say against themselves, where there is no other one to compare with."""
+    ids = Counter(tokenizer.get_vocab().values())
+    if twice := [token for token, count in ids.items() if count > 1]:
+        yield f"tokenizer.json gives the id {min(twice)} to {ids[min(twice)]} tokens"
+    files = [path / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    if all(file.is_file() for file in files):
+        body, config = map(read_json, files)
+        known = {token["content"] for token in body.get("added_tokens") or []} | _words(body)
+        for key in NAMED:
+            name = config.get(key)
+            name = name.get("content") if isinstance(name, dict) else name
+            if isinstance(name, str) and name not in known:
+                yield f"tokenizer_config.json has the {key} {name!r}, which tokenizer.json does not know"
+
+
+def _template_problems(tokenizer: Any) -> Iterator[str]:
+    if tokenizer.chat_template:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
+        except Exception as error:  # a template computes, so it can fail in every way that Python can
+            yield f"the chat template does not render a question ({error})"
+
+
+def _words(body: dict[str, Any]) -> set[str]:
+    """The vocabulary of tokenizer.json, in the forms of its models."""
+    vocab = (body.get("model") or {}).get("vocab") or {}
+    return set(vocab) if isinstance(vocab, dict) else {entry[0] for entry in vocab}
 
 
 def tokenizer_notes(path: Path, vocab_size: int) -> list[str]:

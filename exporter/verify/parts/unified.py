@@ -19,7 +19,7 @@ from medusa_export.exporter.verify.dequantize import (
     Rows,
 )
 from medusa_export.exporter.verify.findings import Findings
-from medusa_export.exporter.verify.numbers import SourceNumbers, weight_differences
+from medusa_export.exporter.verify.numbers import SourceNumbers, value_problems, weight_differences
 from medusa_export.exporter.verify.parts.source import Source
 from medusa_export.exporter.verify.parts.tokenizers import tokenizer_problems
 from medusa_export.exporter.verify.scales_file import FP4, FP8, TOLERANCE, ScalesFile
@@ -97,6 +97,12 @@ def _own_problems(path: Path, file: TensorSource, config: Mapping[str, Any]) -> 
     for key, found in counts.items():
         if said.get(key) != len(found):
             yield f"config.json: {key} is {said.get(key)}, and there are {len(found)}"
+    yield from (
+        f"{name}: {line}"
+        for name in file.names
+        if name.endswith(".weight")
+        for line in value_problems(UnifiedWeight(name, _shape(file, name), file))
+    )
     norm = "model.norm.weight"
     if norm in file and file.dtype(norm) != config.get("dtype"):
         yield f"config.json: dtype {config.get('dtype')}, but the tensors are {file.dtype(norm)}"

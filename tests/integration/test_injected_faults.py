@@ -18,23 +18,23 @@ BLIND = {
     r"alter arguments\..* in medusa\.json": "arguments that leave no trace in the files",
     r"\w+ (weight|kv|input)_amax/.* in scales\.safetensors": "calibrations that no written number depends on",
     r"alter .*producer.*": "labels of the maker",
+    r"(alter precision in|another export's) tensorrt_llm/1/engine\.json": "labels: the precision, and what it was made from",
 }
-LEAST = {True: 0.95, False: 0.7}  # share with the source, and without
+# Share with the source, and without.
+LEAST = {"fp8, two ranks, engine": (0.95, 0.7), "hf, fp8": (0.95, 0.45), "Triton, TensorRT-LLM": (0.85, 0.7)}
 
 
 @pytest.mark.parametrize("with_source", [True, False], ids=["with the source", "without"])
-@pytest.mark.parametrize("kind", ["fp8, two ranks, engine", "hf, fp8"])
+@pytest.mark.parametrize("kind", LEAST)
 def test_the_share_does_not_fall(kind: str, with_source: bool, tmp_path: Path) -> None:
     out, other = make(kind, tmp_path / "a"), make(kind, tmp_path / "b", seed=1)
     chosen = drawn(list(faults(out, other)), COUNT, SEED)
-    assert {fault.kind for fault in chosen} >= {"alter", "drop", "scale"}
+    assert {fault.kind for fault in chosen} >= {"alter", "drop"}
     if not with_source:
         (tmp_path / "a/model").rename(tmp_path / "a/hidden")
     outcome = measure(out, chosen, tmp_path, with_source=with_source)
     assert outcome.crashed == {}
-    assert outcome.share >= (LEAST[with_source] if kind == "fp8, two ranks, engine" else LEAST[with_source] - 0.25), (
-        outcome.missed
-    )
+    assert outcome.share >= LEAST[kind][not with_source], outcome.missed
     if with_source:
         unexplained = [name for name in outcome.missed if not any(re.fullmatch(pattern, name) for pattern in BLIND)]
         assert unexplained == []

@@ -39,7 +39,7 @@ def tokenizer_problems(
     problems += _id_problems(path, tokenizer.get_vocab())
     problems += [f"{path.name}: {line}" for line in _template_problems(tokenizer)]
     if other is None:
-        problems += [f"{path.name}: {line}" for line in _own_problems(path, tokenizer)]
+        problems += [f"{path.name}: {line}" for line in _own_problems(path)]
     else:
         problems += [
             f"{path.name}: {what} is not {whose}"
@@ -48,14 +48,15 @@ def tokenizer_problems(
     return problems
 
 
-def _own_problems(path: Path, tokenizer: Any) -> Iterator[str]:
+def _own_problems(path: Path) -> Iterator[str]:
     """What a tokenizer's files say against themselves, where there is no other one to compare with."""
-    ids = Counter(tokenizer.get_vocab().values())
-    if twice := [token for token, count in ids.items() if count > 1]:
-        yield f"tokenizer.json gives the id {min(twice)} to {ids[min(twice)]} tokens"
     files = [path / name for name in ("tokenizer.json", "tokenizer_config.json")]
     if all(file.is_file() for file in files):
         body, config = map(read_json, files)
+        vocab = (body.get("model") or {}).get("vocab") or {}
+        ids = Counter(vocab.values() if isinstance(vocab, dict) else ())
+        if twice := [token for token, count in ids.items() if count > 1]:
+            yield f"tokenizer.json gives the id {min(twice)} to {ids[min(twice)]} tokens"
         known = {token["content"] for token in body.get("added_tokens") or []} | _words(body)
         for key in NAMED:
             name = config.get(key)

@@ -18,7 +18,7 @@ BLIND = {
     r"alter arguments\..* in medusa\.json": "arguments that leave no trace in the files",
     r"\w+ (weight|kv|input)_amax/.* in scales\.safetensors": "calibrations that no written number depends on",
     r"alter .*producer.*": "labels of the maker",
-    r"(alter precision in|another export's) tensorrt_llm/1/engine\.json": "labels: the precision, and what it was made from",
+    r"(alter (precision|row_independent) in|another export's) tensorrt_llm/1/engine\.json": "labels, and what no part of it reads",
 }
 # Share with the source, and without.
 LEAST = {"fp8, two ranks, engine": (0.95, 0.7), "hf, fp8": (0.95, 0.45), "Triton, TensorRT-LLM": (0.85, 0.7)}

@@ -225,11 +225,19 @@ def _require_parameters(config: dict[str, Any], facts: EngineFacts) -> None:
 
 
 def _serving(arguments: dict[str, Any]) -> TrtllmServing:
-    """The choices that a manifest recorded."""
+    """The choices that a manifest recorded.
+
+    Raises:
+        ConfigError: one that is missing, or no value of its kind.
+    """
     values: dict[str, Any] = {}
     for item in fields(TrtllmServing):
-        text = arguments[item.name]
-        values[item.name] = text == "True" if isinstance(item.default, bool) else type(item.default)(text)  # type: ignore[misc]
+        text = arguments.get(item.name)
+        try:
+            values[item.name] = text == "True" if isinstance(item.default, bool) else type(item.default)(text)  # type: ignore[misc]
+        except (TypeError, ValueError) as error:
+            where, expected = f"{MANIFEST}: arguments.{item.name}", f"a value such as {item.default!r}"
+            raise ConfigError(where, repr(text), expected, "write the repository again") from error
     return TrtllmServing(**values)
 
 

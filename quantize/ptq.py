@@ -99,7 +99,7 @@ def insert_quantizers(
                 "check it for NaN",
             ) from error
         if weight_format.smooths:
-            _share_smoothing(model, weight_format)
+            share_smoothing(model, weight_format)
 
 
 def import_quantization() -> Any:
@@ -178,7 +178,7 @@ def _set_group_size(rule: dict[str, Any], group_size: int | None) -> None:
             stage["block_sizes"][-1] = group_size
 
 
-def _share_smoothing(model: torch.nn.Module, weight_format: Format) -> None:
+def share_smoothing(model: torch.nn.Module, weight_format: Format) -> None:
     """q, k and v are one linear in TensorRT-LLM: they get one factor a channel, the mean of theirs, as in ModelOpt's exporter.
 
     SmoothQuant's gate and up get one too: it then goes into the norm before them.

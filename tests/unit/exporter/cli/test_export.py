@@ -613,7 +613,7 @@ class TestHelp:
             assert f"--{item.name.replace('_', '-')} " in text, item.name
 
     def test_defaults_are_those_of_the_functions(self, run: Run, inputs: Inputs, monkeypatch: Any) -> None:
-        seen = spy(monkeypatch, "medusa_export.engines.bench.run.run", {"failures": []})
+        seen = spy(monkeypatch, "medusa_export.engines.bench.run.run", {"failures": [], "stopped": None})
         monkeypatch.setattr("medusa_export.engines.bench.report.print_report", lambda *_: None)
         assert run("run", "--engine", "e", "--prompts", "p").code == 0
         assert seen == [RunArguments(Path("e"), Path("p"))]

@@ -44,6 +44,7 @@ THEIRS_ONLY = {
 # ModelOpt smooths q, k and v each with its own factors, then again from those to the mean, and rounds twice in float32;
 # we divide the source's weights by the mean once. A value on the edge between two codes may fall to the other side.
 RESMOOTHED = ("attention.qkv",)
+SMOOTHQUANT = (*RESMOOTHED, "mlp.fc", "mlp.gate")  # gate and up share a factor too
 CASES = {
     "none": ("none", None),
     "fp8": ("fp8", None),
@@ -70,6 +71,8 @@ def export_with_modelopt(case: Any, out: Path, weight_format: Any, kv_cache: str
         config["quant_cfg"] = [*config["quant_cfg"], rows]
     if weight_format.name != "none":
         model = mtq.quantize(model, config, forward_loop=ptq.forward_loop(BATCHES, None, sys.stdout))
+    if weight_format.smoothing_alpha is not None:
+        ptq.share_smoothing(model, weight_format)  # ModelOpt's exporter shares it among q, k and v only
     export_tensorrt_llm_checkpoint(model, "llama", torch.float16, str(out), inference_tensor_parallel=tp)
 
 
@@ -83,13 +86,14 @@ def test_same_tensors_and_config(name: str, heads: bool, make_case: Callable[...
     options: dict[str, Any] = {"kv_cache": kv_cache, "quant_heads": heads and weight_format.quantizes_heads}
     if weight_format.needs_calibration:
         case.scales = ptq.calibrate(case.model_dir, case.checkpoint, weight_format, batches=BATCHES, **options)
+    resmoothed = RESMOOTHED if weight_format.smoothing_alpha is None else SMOOTHQUANT
     for tp in (1, 2, 4):
         ours, theirs = tmp_path / f"ours{tp}", tmp_path / f"theirs{tp}"
         case.write(ours, weight_format.name, group_size=group_size, tp=tp, **options)
         export_with_modelopt(case, theirs, weight_format, kv_cache, tp=tp, heads=heads)
         for rank in range(tp):
             file = f"rank{rank}.safetensors"
-            compare_tensors(load_file(ours / file), load_file(theirs / file), tp, heads)
+            compare_tensors(load_file(ours / file), load_file(theirs / file), tp, heads, resmoothed)
         configs = [json.loads((each / "config.json").read_text()) for each in (ours, theirs)]
         if heads:  # the keys that it lacks are defaults that TensorRT-LLM would take
             assert {each.split(";")[0].removeprefix("config.json: no ") for each in load_problems(theirs)} == LOST
@@ -100,7 +104,9 @@ def test_same_tensors_and_config(name: str, heads: bool, make_case: Callable[...
         compare_configs(*configs, heads)
 
 
-def compare_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tp: int, heads: bool) -> None:
+def compare_tensors(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tp: int, heads: bool, resmoothed: tuple[str, ...]
+) -> None:
     # the loader merges k and v scales into the one that both files have
     merged = {name for name in theirs if name.endswith((".k_cache_scaling_factor", ".v_cache_scaling_factor"))}
     if not heads:
@@ -115,7 +121,7 @@ def compare_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
         )  # NVFP4's single numbers, without an axis
         assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
         module = name.rpartition(".")[0]
-        if module in smoothed and module.endswith(RESMOOTHED):
+        if module in smoothed and module.endswith(resmoothed):
             differ = tensor.view(torch.uint8) != other.view(torch.uint8)
             assert name.endswith("weight") or torch.allclose(tensor.float(), other.float(), rtol=3e-7), name
             assert not name.endswith("weight") or differ.float().mean() < 1e-3, name

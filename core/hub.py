@@ -120,7 +120,13 @@ def cached_snapshot(name: str, commit: str) -> Path | None:
 
 
 def weights(directory: Path, repo: str, wanted: Sequence[Sequence[str]]) -> list[str]:
-    """The weights files to download: the first of every group that there is, and of an index all that it names."""
+    """The weights files to download.
+
+    Args:
+        directory: what is there of the model, an index included.
+        repo: its name on the hub, ``owner/name``.
+        wanted: groups of names; of each the first that there is, and of an index all files that it names.
+    """
     present = _listing(repo, directory)
     names: list[str] = []
     for group in wanted:
@@ -177,7 +183,13 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, commit
 
 
 def unavailable(repo: str, revision: str | None, error: Exception) -> ConfigError:
-    """What to say where there is no way to the hub, and no copy."""
+    """What to say where there is no way to the hub, and no copy.
+
+    Args:
+        repo: ``owner/name``.
+        revision: branch, tag or commit that was asked for.
+        error: of the library.
+    """
     got = f"no such directory, and no whole copy in the Hugging Face cache ({_reason(error)})"
     return ConfigError(repo, got, EXPECTED, _download(repo, revision))
 

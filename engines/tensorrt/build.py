@@ -118,7 +118,7 @@ def build_engine(
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        raise _refused(
+        raise refused_graph(
             graph, tensorrt, [f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors]
         )
     config = builder.create_builder_config()
@@ -135,7 +135,7 @@ def build_engine(
     if monitor.failure:
         raise monitor.failure
     if plan is None:
-        raise _refused(graph, tensorrt, log.errors)
+        raise refused_graph(graph, tensorrt, log.errors)
     engine.write_bytes(plan)
     sidecar = {
         "file": engine.name,
@@ -190,7 +190,14 @@ def _describe(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": str(tensor.dtype).removeprefix("DataType.").lower(), "shape": shape}
 
 
-def _refused(graph: Path, tensorrt: TensorRt, errors: Sequence[str]) -> ConfigError:
+def refused_graph(graph: Path, tensorrt: TensorRt, errors: Sequence[str]) -> ConfigError:
+    """What to say of a graph that TensorRT does not build.
+
+    Args:
+        graph: its file.
+        tensorrt: the library that refused it.
+        errors: lines that its log had.
+    """
     said = "; ".join(dict.fromkeys(errors)) or "no reason"
     action = next((action for pattern, action in ACTIONS.items() if re.search(pattern, said, re.IGNORECASE)), OTHERWISE)
     return ConfigError(str(graph), f"{tensorrt.name} {tensorrt.version}: {said}", "a graph that it builds", action)

@@ -13,16 +13,16 @@ SECONDS = 600.0  # to wait for a piece
 
 
 def tensor(name: str, kind: str, value: Any, dtype: Any) -> grpc.InferInput:
-    """One input of one value."""
-    found = grpc.InferInput(name, [1], kind)
-    found.set_data_from_numpy(np.array([value], dtype))
+    """One input of one value; the first axis is Triton's batch, of one request."""
+    found = grpc.InferInput(name, [1, 1], kind)
+    found.set_data_from_numpy(np.array([[value]], dtype))
     return found
 
 
 address, question = sys.argv[1:]
 inputs = [
     tensor("text_input", "BYTES", question.encode(), object),
-    tensor("max_tokens", "INT64", 128, np.int64),
+    tensor("max_tokens", "INT32", 128, np.int32),
     tensor("stream", "BOOL", True, np.bool_),
 ]
 answers: queue.Queue[Any] = queue.Queue()
@@ -34,6 +34,6 @@ with grpc.InferenceServerClient(address) as client:
         result, error = answers.get(timeout=SECONDS)
         if error is not None:
             raise SystemExit(f"error: {error}")
-        print(result.as_numpy("text_output")[0].decode(), end="", flush=True)
-        is_done = bool(result.as_numpy("finish_reason")[0])
-    print(f"\n{result.as_numpy('tokens_per_step')[0]:.2f} tokens per step", file=sys.stderr)
+        print(result.as_numpy("text_output")[0, 0].decode(), end="", flush=True)
+        is_done = bool(result.as_numpy("finish_reason")[0, 0])
+    print(f"\n{result.as_numpy('tokens_per_step')[0, 0]:.2f} tokens per step", file=sys.stderr)

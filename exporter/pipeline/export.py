@@ -88,7 +88,7 @@ def _refusal(job: Job, wrong: list[str], lost: list[str]) -> MedusaExportError:
     problems = wrong or lost
     more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
     where, got = str(job.arguments.output), problems[0] + more
-    if wrong or job.arguments.quant == "none":
+    if wrong or not job.weight_format.is_quantized:
         return InternalError(where, got, "an export that verifies")
     action = "take another --quant, or --calib with text of the model's own kind"
     return OutputError(where, got, f"a model that stands --quant {job.arguments.quant}", action)

@@ -20,6 +20,7 @@ from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tensorrt.emulation.torch_device import NoTensorRt
 from medusa_export.engines.verify import selfcheck
 from medusa_export.engines.verify.selfcheck import BackendCheck, check_engine
+from medusa_export.exporter.doctor import abilities
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
 from medusa_export.exporter.job import engine_kinds, output_forms
 from medusa_export.exporter.job.arguments import ExportArguments
@@ -247,6 +248,7 @@ def test_a_backend(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "mine", Backend(lambda path, options: MineEngine(path)))
     monkeypatch.setitem(engine_files.DEFAULT_TREES, "mine", kind.tree)
     monkeypatch.setitem(selfcheck.CHECKS, "mine", BackendCheck(selfcheck.BOUNDS, MineEngine))
+    monkeypatch.setitem(abilities.ENGINES, "mine", abilities.ENGINES["onnxruntime"])
     assert problems() == []
     out = run_export(make(engine="mine"))
     engine = open_engine(out / "engine")

@@ -227,7 +227,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_row("tokens per step", f"{report['tokens_per_step']:.2f} with {_drafted_by(report)}")
     if foretold := report["foretold"]:
         low, high = foretold["interval"]
-        table.add_row("foretold by acceptance.json", f"{foretold['tokens_per_step']:.2f} ({low:.2f} .. {high:.2f})")
+        what = "foretold by acceptance.json" if _drafts_heads_alone(report) else "foretold of heads alone"
+        table.add_row(what, f"{foretold['tokens_per_step']:.2f} ({low:.2f} .. {high:.2f})")
     if counted := report["counted_drafts"]:
         table.add_row("drafts accepted, by the runtime", f"{counted['accepted']} of {counted['drafts']}")
     if len(report["drafts"]) > 1:
@@ -286,7 +287,12 @@ def finding_lines(report: dict[str, Any]) -> list[str]:
 def _drafted_by(report: dict[str, Any]) -> str:
     """What drafted."""
     drafts = report["drafts"][0]["drafts"]
-    return f"a tree of {report['tree']['max_draft_len']}" if drafts == "heads" else f"drafts: {drafts}"
+    return f"a tree of {report['tree']['max_draft_len']}" if _drafts_heads_alone(report) else f"drafts: {drafts}"
+
+
+def _drafts_heads_alone(report: dict[str, Any]) -> bool:
+    """Whether every step takes the engine's tree, which is what its acceptance is counted for."""
+    return bool(report["drafts"][0]["drafts"] == "heads")
 
 
 def sweep_rows(name: str, sweep: Sequence[dict[str, Any]]) -> Sequence[tuple[str, ...]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from medusa_export.core.errors import MedusaExportError
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
@@ -26,11 +28,18 @@ def run_engine(engine_dir: Path, reference: Path | None, texts: Sequence[Sequenc
         problems = check_engine(engine_dir, reference, texts)
         if problems or not (engine_dir / BATCH_DECODER_FILE).is_file():
             return problems
+        gc.collect()
         return batch_problems(engine_dir, texts)
     except MedusaExportError as error:
         return [str(error)]
     except Exception as error:  # runtimes raise classes of their own, all derived from Exception
         return [f"it does not run ({' '.join(str(error).split())})"]
+
+
+def _alone(engine_dir: Path, texts: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+    """Logits behind the last two tokens of each text, one sequence at a time.  # [2, V] each"""
+    engine = OnnxRuntimeEngine(engine_dir)
+    return [np.concatenate(list(engine.score(text, chunk=1, start=len(text) - 2))) for text in texts]
 
 
 def batch_problems(engine_dir: Path, texts: Sequence[Sequence[int]]) -> list[str]:
@@ -40,8 +49,8 @@ def batch_problems(engine_dir: Path, texts: Sequence[Sequence[int]]) -> list[str
     usable = [list(text)[:longest] for text in texts if len(text) >= 2][:2]
     if not usable:
         return []
-    alone = OnnxRuntimeEngine(engine_dir)
-    expected = [np.concatenate(list(alone.score(text, chunk=1, start=len(text) - 2))) for text in usable]  # [2, V] each
+    expected = _alone(engine_dir, usable)
+    gc.collect()  # engines hold on to their own steps: two of them at once take as much memory as the whole export
     together = TreeBatchDecoder(engine_dir, slots=len(usable))
     prompts = []
     for text in usable:

@@ -238,6 +238,8 @@ def config_differences(config: Mapping[str, Any], checkpoint: MedusaCheckpoint) 
     pairs = {theirs: (config.get(theirs), getattr(source, ours)) for theirs, ours in CONFIG_PAIRS.items()}
     pairs["num_medusa_heads"] = (config.get("num_medusa_heads"), checkpoint.num_medusa_heads)
     pairs["num_medusa_layers"] = (config.get("num_medusa_layers"), checkpoint.num_medusa_layers)
+    optional = {"qwen_type": source.family.trtllm.model_type, "tie_word_embeddings": source.tie_word_embeddings}
+    pairs |= {key: (config[key], expected) for key, expected in optional.items() if key in config}
     problems = [
         f"config.json: {key} is {got!r}, the source has {expected!r}"
         for key, (got, expected) in pairs.items()

@@ -155,6 +155,8 @@ def test_scale_twice_too_large_on_every_rank(exported: tuple[Path, Any]) -> None
         ({"rotary_base": 500000.0}, "rotary_base is 500000.0, the source has 10000.0"),
         ({"rotary_scaling": {"rope_type": "llama3"}}, "rotary_scaling has no type"),
         ({"norm_epsilon": 1e-5}, "norm_epsilon is 1e-05, the source has 1e-06"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, the source has False"),
+        ({"qwen_type": "qwen2"}, "qwen_type is 'qwen2', the source has 'llama'"),
         ({"max_draft_len": 0}, "max_draft_len is below 1"),
         ({"num_medusa_heads": 3}, "num_medusa_heads 3 in config.json, but the ranks have 2"),
         ({"model_type": "qwen2"}, "no qwen_type"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -254,13 +255,26 @@ def test_a_full_queue_says_so_and_the_others_are_answered(schedule: Callable[...
     scheduler.submit([7, 8], Sampling(max_tokens=1), Ears())
 
 
+def wait_until_closed(scheduler: Scheduler) -> None:
+    deadline = time.monotonic() + SECONDS
+    with suppress(ClosedError):
+        while time.monotonic() < deadline:
+            scheduler.submit([3], Sampling(max_tokens=1), Ears())
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("drain", "reason", "tokens"), [(True, "length", 40), (False, "closed", None)])
 def test_closing(schedule: Callable[..., Scheduler], drain: bool, reason: str, tokens: int | None) -> None:
     scheduler, first, second = schedule(slots=1), Ears(), Ears()
+    first.may_go_on.clear()  # or it may have ended before the scheduler is closed
     for ears in (first, second):
         scheduler.submit([3, 4], Sampling(max_tokens=40), ears)
     assert first.started.wait(SECONDS)
-    scheduler.close(drain=drain)
+    closing = threading.Thread(target=scheduler.close, kwargs={"drain": drain})
+    closing.start()
+    wait_until_closed(scheduler)
+    first.may_go_on.set()
+    closing.join(SECONDS)
     assert [first.wait().reason, second.wait().reason] == [reason, reason]
     assert tokens is None or len(second.tokens) == tokens
     with pytest.raises(ClosedError):

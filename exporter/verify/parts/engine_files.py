@@ -152,6 +152,8 @@ def _graph_problems(path: Path, info: EngineInfo) -> Iterator[str]:
         yield f"engine.json: form {info.form!r}; the graph stores its weights otherwise"
     if info.session_options != options or (info.max_depth and info.heads_session_options != BLOCKS):
         yield f"engine.json: session options that are not those of the form {info.form!r}; export again"
+    if info.exact_products != (options == EXACT_PRODUCTS):
+        yield f"engine.json: exact_products {info.exact_products} for the form {info.form!r}"
     with_bits = {"fp8": "FP8", "fp8_row": "FP8", "int8": "int8", "int8_row": "INT8", "int4": "int4", "int4_awq": "INT4"}
     if with_bits.get(info.form, "float32") not in info.precision:
         yield f"engine.json: precision {info.precision!r} for the form {info.form!r}"

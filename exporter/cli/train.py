@@ -48,6 +48,7 @@ class TrainFlags:
         None, help="Cut conversations to N tokens.", panel=INPUT, metavar="N", default="the model's, up to 2048"
     )
     keep_truncated: bool = flag(False, help="Learn from answers that were cut off too.", panel=INPUT)
+    learn_prompts: bool = flag(False, help="Learn from the text of the prompts too.", panel=INPUT)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _examples(own: TrainFlags) -> tuple[Sequence[Example], Sequence[Example]]:
     from medusa_export.core.text.model_tokens import ModelTokens
     from medusa_export.core.text.tokenizer import read_tokenizer
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-    from medusa_export.heads.training.dataset import load_examples, read_rows, split
+    from medusa_export.heads.training.dataset import load_examples, read_rows, split, with_prompts
 
     if not 0 < own.held_out < 1:
         raise ConfigError("--held-out", f"{own.held_out}", "a share above 0 and below 1", "change it")
@@ -159,8 +160,10 @@ def _examples(own: TrainFlags) -> tuple[Sequence[Example], Sequence[Example]]:
         )  # fmt: skip
 
     if own.eval_data is not None:
-        return load(own.data), load([own.eval_data])
-    return split(load(own.data), own.held_out)
+        dataset, held_out = load(own.data), load([own.eval_data])
+    else:
+        dataset, held_out = split(load(own.data), own.held_out)
+    return with_prompts(dataset) if own.learn_prompts else dataset, held_out
 
 
 def _train_fast(asked: Request) -> Any:

@@ -137,6 +137,11 @@ def split(examples: Sequence[Example], share: float) -> tuple[list[Example], lis
     return [example for example in examples if id(example) not in kept], held
 
 
+def with_prompts(examples: Iterable[Example]) -> list[Example]:
+    """The same conversations, all of whose tokens are learnt, not only the answers: the states of prompts are free."""
+    return [Example(each.input_ids, [False, *[True] * (len(each.input_ids) - 1)]) for each in examples]
+
+
 def data_hash(examples: Iterable[Example]) -> str:
     """Hexadecimal SHA-256 of all ids and masks, in their order."""
     digest = hashlib.sha256()

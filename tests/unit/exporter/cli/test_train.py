@@ -84,6 +84,20 @@ def test_every_way_trains(
     assert not (tmp_path / ".out.training").exists()
 
 
+def test_prompts_are_learnt_on_request_but_not_measured(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(name: str, *flags: str) -> dict[str, Any]:
+        out = tmp_path / name
+        assert run(monkeypatch, *given[:-1], str(out), "--num-heads", "1", "--max-steps", "1", *flags) == 0
+        found: dict[str, Any] = json.loads((out / "training.json").read_text())
+        return found
+
+    answers, everything = record("answers"), record("everything", "--learn-prompts")
+    assert everything["rows"] > answers["rows"]
+    assert everything["data"]["held_out"] == answers["data"]["held_out"]
+
+
 def test_a_file_of_flags_is_the_flags(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [name.removeprefix("--") for name in given[::2]]
     flags = dict(zip(names, given[1::2], strict=True))

@@ -12,7 +12,16 @@ import pytest
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.heads.training.dataset import Example, data_hash, encode, load_examples, read_rows, split, usable
+from medusa_export.heads.training.dataset import (
+    Example,
+    data_hash,
+    encode,
+    load_examples,
+    read_rows,
+    split,
+    usable,
+    with_prompts,
+)
 
 EOS = (2,)
 
@@ -35,6 +44,13 @@ def test_only_answers_are_marked(tokenizer: Any) -> None:
     assert marked == [*expected[0], *EOS, *expected[1], *EOS] or marked == [*expected[0], *expected[1], *EOS]
     prompt = encode_chat(tokenizer, [{"role": "user", "content": "w1 w2"}])
     assert example.input_ids[: len(prompt)] == prompt  # what the engine sees
+
+
+def test_prompts_are_learnt_on_request(tokenizer: Any) -> None:
+    example = encode(tokenizer, row("w1 w2", "w3 w4"), EOS)
+    (learnt,) = with_prompts([example])
+    assert learnt.input_ids == example.input_ids
+    assert learnt.answer_mask == [False] + [True] * (len(example.input_ids) - 1)  # nothing is before the first token
 
 
 def test_a_cut_answer_does_not_end(tokenizer: Any) -> None:

@@ -36,7 +36,7 @@ class Rate:
 
 @dataclass
 class DraftedText:
-    """A sequence for those who draft: its text, what they guess next, and how they fared.
+    """A sequence as drafters see it: its text, their guesses for the next step, and how earlier ones fared.
 
     Attributes:
         lookup: the text and its index.
@@ -60,7 +60,7 @@ class DraftedText:
         return self.lookup.tokens[-1]
 
     def guess(self, count: int) -> None:
-        """Look for drafts in the text, ``count`` of them."""
+        """Look for up to ``count`` drafts in the text."""
         self.candidates = ()
         self.match = self.lookup.match()
         self.chain = self.lookup.draft(self.match, count) if self.match else []
@@ -81,7 +81,7 @@ class DraftedText:
         self.lookup.extend(tokens)
 
     def chain_shares(self, count: int) -> list[float]:
-        """Expected accepted tokens of chains of 0, 1, ... ``count`` tokens, and in front the first one's probability alone."""
+        """Expected accepted tokens of chains of 0, 1, ... ``count`` tokens."""
         if not self.match:
             return [0.0] * (count + 1)
         length = self.match.length

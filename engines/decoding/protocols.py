@@ -93,7 +93,7 @@ class WholeEngine(Protocol):
     def decode(
         self, input_ids: Sequence[int], tree: Tree, *, max_new_tokens: int, eos_token_ids: Sequence[int]
     ) -> Generation:
-        """One greedy answer, up to the first end-of-sequence id, with it.
+        """One greedy answer, up to and including the first end-of-sequence id.
 
         Args:
             input_ids: the prompt.
@@ -157,7 +157,7 @@ class TreeDecoder(StepDecoder, Protocol):
 
 @dataclass
 class Generation:
-    """What one prompt gave.
+    """The answer to one prompt.
 
     Attributes:
         tokens: generated ids, the end-of-sequence id included when it came.

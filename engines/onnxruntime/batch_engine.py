@@ -81,7 +81,7 @@ class TreeBatchDecoder(Slots):
         """Run the next tokens of the prompt, ``count`` at most.
 
         Returns:
-            Logits [vocab_size] when that were the last ones: the sequence is the last active one from now on.
+            Logits [vocab_size] behind the last prompt token: the sequence is the last active one from now on.
         """
         ids = np.asarray(self._rest[: min(count, PREFILL)], dtype=np.int64)[None]
         size = ids.shape[1]

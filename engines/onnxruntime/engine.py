@@ -21,9 +21,8 @@ from medusa_export.heads.contract.engine_info import DECODER_FILE, EngineInfo, h
 from medusa_export.heads.trees.tree import MAX_CHOICES, Tree
 
 MASKED = np.float32(-1e30)
-MIN_ROWS = (
-    2  # where numbers must not depend on the number of rows: attention sums those of one row alone in another order
-)
+# Where numbers must not depend on the number of rows: attention sums one row alone in another order than several.
+MIN_ROWS = 2
 Array = npt.NDArray[Any]
 
 
@@ -169,7 +168,7 @@ class _Block:
         self._bindings = {self._rows: self._bind(self._rows)}
 
     def _bind(self, rows: int) -> Any:
-        """Inputs of so many rows.  # 1 .. self._rows"""
+        """A binding for this many rows.  # 1 .. self._rows"""
         engine, outputs = self.engine, self._outputs
         per_row = {"input_ids": self.input_ids[:, :rows], "position_ids": self.position_ids[:, :rows]}
         inputs = self._inputs | per_row

@@ -1,4 +1,4 @@
-"""What every way of training can be told."""
+"""Flags that every kind of training has."""
 
 from __future__ import annotations
 

@@ -82,11 +82,10 @@ def build_cache(
     hidden_size: int,
     progress: Progress = lambda done, total: None,
 ) -> Rows:
-    """The rows of all examples, from ``directory`` as far as they are there: an interrupted run goes on at the shard it was in.
+    """Rows of all examples. Shards in ``directory`` are read and missing ones computed, so an interrupted run continues where it was.
 
     Args:
-        directory: where the shards lie; made when missing. Shards are found by what is in them: more data keeps those that it begins
-            with.
+        directory: of the shards; made when missing. A shard's name is the hash of its examples: data that is appended keeps them.
         model: gives the base model in transformers; called only when a shard is missing.
         key: names the model's weights and the dtype that they are computed in.
         progress: called with (examples done, examples in all).
@@ -168,7 +167,7 @@ def _write(path: Path, states: torch.Tensor) -> None:
 
 
 def _claim(directory: Path, key: str) -> None:
-    """Make the directory this key's; shards of another model would train wrong heads."""
+    """Mark the directory with the key; shards of another model would train wrong heads."""
     directory.mkdir(parents=True, exist_ok=True)
     index = directory / INDEX
     if index.exists():

@@ -1,4 +1,4 @@
-"""What training from cached hidden states can be asked for."""
+"""Flags of training on cached hidden states."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class TrainArguments(SharedArguments):
 
     Attributes:
         lr: the largest learning rate; it rises over ``warmup`` of the steps and falls as a cosine to 0.
-        batch_rows: positions a step.
-        distill: share of the loss that is the base model's own distribution; the rest is the token that came.
-        vocab: tokens that the loss is taken over, the most frequent labels; 0 for all.
-        bf16: products with the vocabulary are taken in bfloat16.
+        batch_rows: positions per step.
+        distill: share of the loss against the base model's distribution; the rest is against the token that came.
+        vocab: take the loss over this many of the most frequent labels; 0: over all tokens.
+        bf16: compute products with the vocabulary in bfloat16.
         patience: epochs; the best heads are kept in any case.
     """
 

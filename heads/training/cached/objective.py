@@ -58,11 +58,11 @@ class Objective:
 
 
 class BatchLoss:
-    """Mean loss of one batch after another, heads weighted, and its gradient.
+    """Mean loss of a batch and its gradient; heads have weights.
 
     Args:
         heads: what is trained.
-        rows: where batches are rows of.
+        rows: cached states, which batches index.
         objective: see :class:`Objective`.
     """
 
@@ -131,7 +131,7 @@ class BatchLoss:
         return total
 
     def _teacher(self, chunk: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The base model's probabilities at every row that predicts one of the chunk's labels, and which of them each label has.
+        """Base model probabilities for the chunk's labels, and for each label the index of its row among them.
 
         Row ``t + 1 + h`` is where the base model predicts the label of head ``h`` at row ``t``; neighbours share them.
 
@@ -147,7 +147,7 @@ class BatchLoss:
 
 
 def batches(count: int, batch_rows: int, seed: int, epoch: int) -> list[torch.Tensor]:
-    """All rows in another order every epoch, blocks of neighbours together.  # int64 [batch_rows] each, the last one fewer
+    """All rows, in another order every epoch; neighbours stay together in blocks.  # int64 [batch_rows] each, the last one fewer
 
     Args:
         count: rows in all.

@@ -1,4 +1,4 @@
-"""From conversations to heads on a frozen base, through cached hidden states: see ``hidden_cache`` and ``train``."""
+"""From conversations to heads on a frozen base, through cached hidden states: see ``hidden_states`` and ``trainer``."""
 
 from __future__ import annotations
 

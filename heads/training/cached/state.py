@@ -50,7 +50,7 @@ class TrainState:
 
 
 def save_state(path: Path, parameters: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    """Write everything; whoever is killed meanwhile leaves the file as it was.
+    """Replace the file at once: a process killed meanwhile leaves the old one.
 
     Args:
         path: the file to replace.

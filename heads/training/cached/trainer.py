@@ -31,11 +31,11 @@ def train_heads(
     checkpoint: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> TrainState:
-    """Train ``heads`` in place; they end as they were after the epoch that was best on the held-out rows.
+    """Train ``heads`` in place, and keep the epoch that is best on the held-out rows.
 
     Args:
-        held: rows of which the first few thousand are looked at after every epoch.
-        checkpoint: file that the state is kept in; where it exists the training goes on from it, to the same heads.
+        held: held-out rows; the first few thousand are measured after every epoch.
+        checkpoint: file of the state; where it exists, training continues from it and ends with the same heads.
         progress: called with (steps done, steps in all).
 
     Returns:

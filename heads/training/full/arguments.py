@@ -1,4 +1,4 @@
-"""What the reference training can be asked for, checked before anything is loaded, and its form for Hugging Face's Trainer."""
+"""Flags of training with the whole model: their checks, and their form for Hugging Face's Trainer."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from medusa_export.heads.trees.search import Frequencies, grow
 from medusa_export.heads.trees.step_costs import StepCosts
 from medusa_export.heads.trees.tree import Choice, Tree
 
-HEAD_NODES = (0, 1, 3)  # sizes that are chosen from; more of them gain little, and each has buffers in an engine
+HEAD_NODES = (0, 1, 2, 3)  # sizes that are chosen from; more of them gain little, and each has buffers in an engine
 CHAINS = (0, 3, 5, 8, 12)
 BUCKET = 64  # tokens of context whose step costs are looked up once
 

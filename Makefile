@@ -21,12 +21,14 @@ tensorrt: .venv/ready
 	$(BIN)/medusa-export --ckpt quickstart/model --heads $(HEADS) --engine tensorrt --gpu sm89,sm120 --output quickstart/trt
 	$(BIN)/medusa-export verify quickstart/trt
 
+# Files of tests side by side: what a module builds once is built once.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Without servers, real models and whatever else takes long.
 test-fast: .venv/ready
-	$(BIN)/python -m pytest tests/unit -m "not slow and not server" --durations=5
+	$(BIN)/python -m pytest tests/unit -m "not slow and not server" --durations=5 $(PARALLEL)
 
 # The documentation site, in build/site.
 docs: .venv/ready types
@@ -35,7 +37,7 @@ docs: .venv/ready types
 	$(BIN)/zensical build --strict
 
 coverage: .venv/ready
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 check: .venv/ready types
 	$(BIN)/ruff check .

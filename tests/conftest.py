@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Tiny models: a second thread only spins, the more where other programs have the cores. Programs that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from safetensors.torch import load_file, save_file
 
 HIDDEN, VOCAB = 64, 97
 UNIT = Path(__file__).parent / "unit"
-SERVERS = {"served", "fake_server", "triton", "openai_server"}  # fixtures that start one
+SERVERS = {"served", "fake_server", "triton", "openai_server", "_cluster"}  # fixtures that start one
 
 CheckpointWriter = Callable[..., Path]
 HeadTensors = Callable[..., dict[str, torch.Tensor]]
@@ -37,6 +40,17 @@ def _no_calibration_cache() -> Iterator[None]:
     """The user's cache is not touched, and no test finds what another one left; programs that tests start inherit it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDUSA_EXPORT_CACHE", "off")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_for_graphs() -> Iterator[None]:
+    """As OMP_NUM_THREADS for torch: ONNX Runtime's pool has one thread where an engine leaves the number open."""
+    import onnxruntime
+
+    set_sizes = onnxruntime.set_global_thread_pool_sizes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "set_global_thread_pool_sizes", lambda intra, inter: set_sizes(intra or 1, inter))
         yield
 
 

@@ -298,6 +298,7 @@ def run(code: str, *arguments: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_importing_everything_loads_no_backend() -> None:
     loaded = "import sys, importlib; [importlib.import_module(name) for name in sys.argv[1:]]; print(*sys.modules)"
     names = set(run(loaded, *IMPORTABLE).split())

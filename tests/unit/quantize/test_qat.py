@@ -178,6 +178,7 @@ def test_heads_alone_learn_on_the_quantized_base(model_dir: Path, tmp_path: Path
     write_trtllm(tmp_path / "trtllm", checkpoint, FORMATS["fp8"], scales, tree=Tree.from_choices([(0,)]))
 
 
+@pytest.mark.slow
 def test_distillation_brings_the_base_back(model_dir: Path, tmp_path: Path) -> None:
     """The same model, rounded to INT4 without and with training: its distance from itself in full precision."""
     common = replace(FULL, max_steps=40, batch_size=8, heads_weight=1e-3, log_every=100)

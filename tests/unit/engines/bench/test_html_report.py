@@ -124,6 +124,7 @@ def test_a_run_without_steps_and_without_a_tree() -> None:
     assert "The tree" not in Page(render(body)).text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_a_browser_shows_it(tmp_path: Path) -> None:
     """Nothing sticks out at the side, on a phone either: wide tables scroll for themselves. Dark where the reader's system is."""

@@ -43,6 +43,7 @@ def model(tiny_checkpoint: Callable[..., Path], tiny_tokenizer: Callable[..., Pa
     return tiny_tokenizer(tiny_checkpoint(tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_a_model_run_here_writes_what_it_says_greedily(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(stopped.value.code or 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "files"),
     [

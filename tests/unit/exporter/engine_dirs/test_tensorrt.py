@@ -62,6 +62,7 @@ class Steps(list[tuple[str, int, int]]):
 steps = Steps()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", [name for name, row in FORMATS.items() if not isinstance(row.tensorrt, Refusal)])
 def test_every_format_builds(quant: str, write: Callable[..., Path]) -> None:
     out = write(quant, "sm120" if quant == "nvfp4" else "sm89,sm120" if "fp8" in quant else "sm80")

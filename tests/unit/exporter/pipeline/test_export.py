@@ -112,6 +112,7 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[str | None, 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_with_engine(name: str, make: Make) -> None:
     arguments, model, form, algorithms = FORMATS[name]
@@ -267,6 +268,7 @@ class TestAgain:
             export(given, engine_tools(no_engine))
 
 
+@pytest.mark.slow
 def test_parallel_ranks_are_the_same_bytes(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, found = make(engine="none", tp=4, **FULL_FP8), []
     for cores in (1, 4):
@@ -330,6 +332,7 @@ class TestContinued:
         counted.install(monkeypatch)
         return counted
 
+    @pytest.mark.slow
     def test_the_same_bytes_and_nothing_twice(
         self, make: Make, tmp_path: Path, counted: Ranks, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -433,6 +436,7 @@ class TestScales:
         monkeypatch.setattr(parts, "calibrate", counted)
         return seen
 
+    @pytest.mark.slow
     def test_another_tp_needs_no_second_calibration(
         self, make: Make, tmp_path: Path, calibrations: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -592,6 +596,7 @@ def test_the_estimate_is_an_upper_bound(
     assert asked[0] > sum(path.stat().st_size for path in weights)
 
 
+@pytest.mark.slow
 class TestMeasuredTree:
     """--prompts: the tree comes from the written engine, and TensorRT-LLM's checkpoint is built for it."""
 

@@ -27,6 +27,7 @@ def calibrated(case: Any) -> Any:
     return case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_fp8_predicts_almost_the_same(family: str, make_case: Callable[..., Any], tmp_path: Path) -> None:
     case = calibrated(make_case(family))
@@ -47,6 +48,7 @@ def shrink_logits(case: Any) -> None:
     case.checkpoint = MedusaCheckpoint.open(case.model_dir, heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_format", ["fp8_rowwise", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4"])
 def test_every_format_predicts_almost_the_same(
     weight_format: str, make_case: Callable[..., Any], tmp_path: Path

@@ -76,6 +76,7 @@ def export_with_modelopt(case: Any, out: Path, weight_format: Any, kv_cache: str
     export_tensorrt_llm_checkpoint(model, "llama", torch.float16, str(out), inference_tensor_parallel=tp)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("heads", [True, False], ids=["medusa", "base"])
 @pytest.mark.parametrize("name", CASES)

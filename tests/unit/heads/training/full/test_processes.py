@@ -56,6 +56,7 @@ def outputs(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors") | load_file(path / "medusa_lm_head.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(model: Path, tmp_path: Path) -> None:
     """The same sequences in a step, on one process and on two, copies (DDP) or shards (FSDP2): the same loss and weights."""
     sgd = '"warmup_heads": 0.25, "trainer": {"optim": "sgd"}, "learning_rate": 0.1, "max_grad_norm": 0, "max_steps": 4'

@@ -195,6 +195,7 @@ def test_the_loss_falls(model_dir: Path, tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
+@pytest.mark.slow
 def test_checkpointing_and_bf16_compute_the_same(model_dir: Path, tmp_path: Path) -> None:
     found = []
     for number, options in enumerate(({}, {"gradient_checkpointing": True}, {"bf16": True})):

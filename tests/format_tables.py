@@ -116,6 +116,9 @@ def backend_tables() -> list[Table]:
         Table("exporter/job/engine_kinds.py ENGINES", {*engine_kinds.ENGINES}, names),
         Table("exporter/pipeline/engine_writers.py WRITERS", {*engine_writers.WRITERS}, names),
         Table("engines/verify/selfcheck.py CHECKS", {*selfcheck.CHECKS}, names),
+        Table(
+            "exporter/verify/parts/engine_files.py GRAPH_CHECKS", {*engine_files.GRAPH_CHECKS}, names, is_subset=True
+        ),
         Table("exporter/verify/parts/engine_files.py DEFAULT_TREES", {*engine_files.DEFAULT_TREES}, names),
         Table("heads/trees/step_costs.py PRIOR_COSTS", {*step_costs.PRIOR_COSTS}, names, is_subset=True),
         Table("engines/measure/machine.py GPU_BACKENDS", {*machine.GPU_BACKENDS}, names, is_subset=True),

@@ -48,6 +48,7 @@ from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.trees.tree import Tree, load_tree
 
 MEASURED = "prompts"  # the stage that can be stopped
+BASELINE = "none"  # of the drafts: part of every measurement
 SHOWN_TOKENS = 24  # of a text before and after a divergence
 REFERENCE_PROMPTS = 8  # prompts on which the engine is compared with the checkpoint
 RATED_PROMPTS = 64  # whose two outputs part, and are rated by the checkpoint
@@ -130,7 +131,7 @@ def _check(arguments: RunArguments) -> None:
 
 def _ways(engine: Any, tree: Tree, arguments: RunArguments) -> tuple[Tree | Drafter, dict[str, Tree | Drafter]]:
     """The drafts that are measured, and with --each-drafts the others."""
-    every: dict[str, Callable[[], Tree | Drafter]] = {"heads": lambda: tree, "none": lambda: AUTOREGRESSIVE}
+    every: dict[str, Callable[[], Tree | Drafter]] = {"heads": lambda: tree, BASELINE: lambda: AUTOREGRESSIVE}
 
     def opened(drafts: str) -> Tree | Drafter:
         if drafts in every:
@@ -141,7 +142,7 @@ def _ways(engine: Any, tree: Tree, arguments: RunArguments) -> tuple[Tree | Draf
     if arguments.each_drafts:
         require_drafts("text", engine.info)
     names = [name for name in DRAFTS if drafts_possible(name, engine.info)] if arguments.each_drafts else []
-    others = {name: opened(name) for name in names if name not in ("none", arguments.drafts)}
+    others = {name: opened(name) for name in names if name not in (BASELINE, arguments.drafts)}
     return opened(arguments.drafts), others
 
 

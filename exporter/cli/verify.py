@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from medusa_export.core.errors import MedusaExportError, OutputError
 from medusa_export.exporter.cli.console import stdout
 
 CHECK_TEXTS, CHECK_TOKENS = 2, 32  # what an engine is run on
-TRITON = ("python", "tensorrt-llm")  # kinds of repositories, as their manifests name them
 
 
 def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, require_source: bool, quick: bool) -> None:
@@ -60,7 +60,7 @@ def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, requir
 
 
 def _notes(out: Path) -> list[str]:
-    """What is unusual in a TensorRT-LLM checkpoint, of this project or of another tool, and no error."""
+    """What is unusual in a TensorRT-LLM checkpoint, of this project or another tool, without being an error."""
     from medusa_export.exporter.verify.trtllm_loader.check import load_notes
 
     places = (out / "trtllm", out)
@@ -98,28 +98,32 @@ def triton_repository(out: Path, ckpt: Path | None, heads: Path | None, *, quick
         quick: do not run the engine.
     """
     from medusa_export.core.artifacts.manifest import has_manifest, read_manifest
-    from medusa_export.engines.serving.triton.repository import ENGINE, VERSION, verify_repository
     from medusa_export.exporter.verify.findings import Findings
-    from medusa_export.exporter.verify.parts.export import Verification, verify_engine
+    from medusa_export.exporter.verify.parts.export import Verification
     from medusa_export.exporter.verify.parts.source import find_source
 
     try:
         arguments = read_manifest(out)["arguments"] if has_manifest(out) else {}
     except OutputError:
         return None  # said by the check of the files
-    if arguments.get("kind") not in TRITON:
+    check = TRITON_CHECKS.get(str(arguments.get("kind")))
+    if check is None:
         return None
     result = Verification(out, find_source(None, ckpt, heads), Findings())
-    if arguments["kind"] == "tensorrt-llm":
-        _check_trtllm_repository(out, result)
-    else:
-        result.findings.say("repository", verify_repository(out))
-        engine = out / str(arguments.get("name")) / VERSION / ENGINE
-        verify_engine(engine, result, None if quick else run_written_engine)
+    check(out, result, str(arguments.get("name")), quick)
     return result
 
 
-def _check_trtllm_repository(out: Path, result: Any) -> None:
+def _check_python_repository(out: Path, result: Any, name: str, quick: bool) -> None:
+    """The repository's own checks, and its engine as one beside an export."""
+    from medusa_export.engines.serving.triton.repository import ENGINE, VERSION, verify_repository
+    from medusa_export.exporter.verify.parts.export import verify_engine
+
+    result.findings.say("repository", verify_repository(out))
+    verify_engine(out / name / VERSION / ENGINE, result, None if quick else run_written_engine)
+
+
+def _check_trtllm_repository(out: Path, result: Any, name: str, quick: bool) -> None:
     """The repository's own checks; of what it says of the model, with the source: its tokenizer and its sizes."""
     from medusa_export.core.json_fields import read_json
     from medusa_export.engines.serving.triton_trtllm.repository import (
@@ -140,3 +144,10 @@ def _check_trtllm_repository(out: Path, result: Any) -> None:
         result.findings.say("tokenizer", problems)
         if source is not None:
             result.findings.say("config", config_differences(config, source.checkpoint))
+
+
+# Kind of a repository, as its manifest names it -> what is checked, of (directory, result, model's name, quick).
+TRITON_CHECKS: Mapping[str, Callable[[Path, Any, str, bool], None]] = {
+    "python": _check_python_repository,
+    "tensorrt-llm": _check_trtllm_repository,
+}

@@ -62,6 +62,9 @@ class StoredVector:
         return Rows(self.file.read_rows(self.name, start, stop))
 
 
+CODE_DTYPES = ("float8_e4m3fn", "int8", "uint8")  # what a quantized weight is stored in
+
+
 @dataclass(frozen=True)
 class StoredLinear:
     """A linear's weight on one rank.
@@ -78,7 +81,7 @@ class StoredLinear:
     @property
     def is_quantized(self) -> bool:
         """Whether it is stored in other than 16 bit."""
-        return self.file.dtype(f"{self.module}.weight") in ("float8_e4m3fn", "int8", "uint8")
+        return self.file.dtype(f"{self.module}.weight") in CODE_DTYPES
 
     @property
     def tensors(self) -> list[str]:

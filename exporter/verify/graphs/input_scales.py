@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from onnx import TensorProto
 
 from medusa_export.exporter.verify.graphs.onnx_file import OnnxFile
 from medusa_export.exporter.verify.graphs.weights import FACTOR, FUSED, OUTPUT_FACTOR
@@ -36,7 +37,7 @@ def _scale(file: OnnxFile, name: str, scales: ScalesFile, smoothed: bool) -> Ite
     code = next((code for code in (_code(file, name),) if code), FP8)
     found = float(stored.to(torch.float64).max())
     if amax is None:
-        yield f"{name}: scales.safetensors has no calibration of it"
+        yield f"{name}: scales.safetensors has no calibration for it"
     elif not -1e-6 <= found / (amax / code) - 1 <= ROUNDED.get(stored.dtype, 1e-6):
         yield f"{name} is {found:.6g}; scales.safetensors gives {amax / code:.6g}"
 
@@ -47,7 +48,8 @@ def _code(file: OnnxFile, name: str) -> float:
         if node.op_type == "TRT_FP4DynamicQuantize":
             return FP4 * FP8
         if node.op_type == "QuantizeLinear" and len(node.input) > 2:
-            return INT8 if "int8" in node.input[2] else FP8
+            zero = file.initializers.get(node.input[2])
+            return INT8 if zero is not None and zero.data_type == TensorProto.INT8 else FP8
     return 0.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,8 @@ class EngineFiles:
             length = self.arguments.get("max_length")
             if length is not None and info.max_length != length:
                 yield f"engine.json: max_length {info.max_length}; the manifest says {length}"
-        if info.backend == "onnxruntime":
-            yield from _graph_problems(path, info)
+        for check in GRAPH_CHECKS.get(info.backend, ()):
+            yield from check(path, info)
 
     def _model_values(self, path: Path) -> dict[str, Any]:
         """Fields of engine.json that the model decides."""
@@ -140,7 +140,7 @@ def _graph_problems(path: Path, info: EngineInfo) -> Iterator[str]:
         if shape[1:] != [depth, info.top_k]:
             yield f"engine.json: top_k {info.top_k}; heads-{depth}.onnx gives {shape[1:]}"
     if info.form not in FORMS:
-        yield f"engine.json: form {info.form!r} is none that ONNX Runtime gets"
+        yield f"engine.json: form {info.form!r} is not one that ONNX Runtime runs"
         return
     kind, options = FORMS[info.form]
     kinds = {
@@ -149,7 +149,7 @@ def _graph_problems(path: Path, info: EngineInfo) -> Iterator[str]:
         if name.endswith("_proj.weight") or "_proj+" in name
     }
     if kind is not None and kind not in kinds:
-        yield f"engine.json: form {info.form!r}; the graph stores its weights otherwise"
+        yield f"engine.json: form {info.form!r}; the graph stores its weights in another form"
     if info.session_options != options or (info.max_depth and info.heads_session_options != BLOCKS):
         yield f"engine.json: session options that are not those of the form {info.form!r}; export again"
     if info.exact_products != (options == EXACT_PRODUCTS):
@@ -157,3 +157,9 @@ def _graph_problems(path: Path, info: EngineInfo) -> Iterator[str]:
     with_bits = {"fp8": "FP8", "fp8_row": "FP8", "int8": "int8", "int8_row": "INT8", "int4": "int4", "int4_awq": "INT4"}
     if with_bits.get(info.form, "float32") not in info.precision:
         yield f"engine.json: precision {info.precision!r} for the form {info.form!r}"
+
+
+# Backends whose graphs lie in the engine directory as they are run.
+GRAPH_CHECKS: Mapping[str, tuple[Callable[[Path, EngineInfo], Iterator[str]], ...]] = {
+    "onnxruntime": (_graph_problems,)
+}

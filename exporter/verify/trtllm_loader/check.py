@@ -27,6 +27,7 @@ from medusa_export.exporter.verify.trtllm_loader.modules import (
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 KV_SCALE = "kv_cache_scaling_factor"
+BYTES = "int8"  # the dtype that some writers give FP8 codes
 
 
 def load_problems(trt_dir: Path) -> list[str]:
@@ -109,7 +110,7 @@ def _accepted(need: Needs, given: Needs, config: Mapping[str, Any]) -> Needs:
     if algo is not None and ALGOS[algo].by_builder:
         need = _processed(need, given, config)
     for name, (dtype, shape) in list(need.items()):
-        as_bytes = dtype == "float8_e4m3fn" and given.get(name) == ("int8", shape)
+        as_bytes = dtype == "float8_e4m3fn" and given.get(name) == (BYTES, shape)
         without_axis = shape == (1,) and given.get(name) == (dtype, ())  # as ModelOpt leaves NVFP4's single numbers
         if as_bytes or without_axis:
             need[name] = given[name]

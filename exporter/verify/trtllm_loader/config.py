@@ -69,7 +69,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 # Keys whose absence builds what is meant: NVIDIA's own converter leaves them out.
 DEFAULTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "head_size": lambda config: config["hidden_size"] // config["num_attention_heads"],
-    "attn_bias": lambda config: "qwen" in config["model_type"],
+    "attn_bias": is_qwen,
     "mlp_bias": lambda config: False,
     "mapping": lambda config: {},
     "quantization": lambda config: {},
@@ -128,7 +128,7 @@ def config_notes(config: Mapping[str, Any]) -> list[str]:
         for key in completed
         if key not in given
     ]
-    if "attn_bias" not in config and "qwen" in str(config.get("model_type")):
+    if "attn_bias" not in config and is_qwen(config):
         notes[-1:] = [
             notes[-1],
             "config.json: some releases before 1.2 take attn_bias false for Qwen, and drop the bias",
@@ -151,7 +151,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _key_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    keys = {**KEYS, **(QWEN_KEYS if "qwen" in str(config.get("model_type")) else {})}
+    keys = {**KEYS, **(QWEN_KEYS if is_qwen(config) else {})}
     for key, (kind, default) in keys.items():
         if key not in config:
             yield f"no {key}" + (f"; TensorRT-LLM would take {default}" if default else "")
@@ -219,12 +219,12 @@ def _layout_problems(config: Mapping[str, Any]) -> Iterator[str]:
         return
     for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
         if config[key] % tp:
-            yield f"{key} {config[key]} does not divide by tp {tp}"
+            yield f"{key} {config[key]} is not divisible by tp {tp}"
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if max(kv_heads, tp) % min(kv_heads, tp):
-        yield f"num_key_value_heads {kv_heads} and tp {tp} do not divide"
+        yield f"neither num_key_value_heads {kv_heads} nor tp {tp} divides the other"
     if heads % kv_heads:
-        yield f"num_attention_heads {heads} does not divide by num_key_value_heads {kv_heads}"
+        yield f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}"
 
 
 def _module_problems(config: Mapping[str, Any]) -> Iterator[str]:

@@ -134,11 +134,12 @@ ALGOS: dict[str, Algo] = {
     ),
 }
 KV_ALGOS = ("FP8", "INT8")
+MLP_DIVISORS = {"qwen": 2}  # by qwen_type: Qwen 1 counts gate and up in intermediate_size
 
 
 def is_qwen(config: Mapping[str, Any]) -> bool:
     """The base class that MedusaForCausalLm picks: QWenForCausalLM, or LLaMAForCausalLM for everything else."""
-    return "qwen" in config["model_type"]
+    return "qwen" in str(config.get("model_type"))
 
 
 def medusa_modules(config: Mapping[str, Any]) -> Iterator[Module]:
@@ -163,7 +164,7 @@ def medusa_modules(config: Mapping[str, Any]) -> Iterator[Module]:
 def _layer(config: Mapping[str, Any], name: str) -> Iterator[Module]:
     hidden, tp, qwen = config["hidden_size"], config["mapping"]["tp_size"], is_qwen(config)
     heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_size"]
-    inner = config["intermediate_size"] // (2 if config.get("qwen_type") == "qwen" and qwen else 1)
+    inner = config["intermediate_size"] // (MLP_DIVISORS.get(str(config.get("qwen_type")), 1) if qwen else 1)
     bias, mlp_bias = config.get("attn_bias", False), config.get("mlp_bias", False)
     yield Module(f"{name}.input_layernorm", "norm", (hidden,))
     rows = (heads // tp + 2 * -(-kv_heads // tp)) * size  # kv heads fewer than ranks are repeated

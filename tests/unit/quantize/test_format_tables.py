@@ -13,18 +13,9 @@ from tests.paths import ROOT
 
 # What compares with such a word and means something else.
 OTHER_MEANINGS = {
-    # torch's names of dtypes, and a tensor's name in a graph
-    "exporter/verify/dequantize.py": ["self.file.dtype(f'{self.module}.weight') in ('float8_e4m3fn', 'int8', 'uint8')"],
-    "exporter/verify/graphs/input_scales.py": ["'int8' in node.input[2]"],
-    "exporter/verify/trtllm_loader/check.py": ["given.get(name) == ('int8', shape)"],
-    # TensorRT-LLM's own rule: its Qwen model is the base where model_type has "qwen" in it
-    "exporter/verify/trtllm_loader/config.py": ["'qwen' in config['model_type']", *["'qwen' in str(config.get('model_type'))"] * 2],
-    "exporter/verify/trtllm_loader/modules.py": ["'qwen' in config['model_type']", "config.get('qwen_type') == 'qwen'"],
-    # the verifier's own reading of a directory, which shares no row with what wrote it
-    "exporter/verify/parts/engine_files.py": ["info.backend == 'onnxruntime'"],
-    # kinds of Triton repositories, and of drafts
-    "exporter/cli/verify.py": ["arguments['kind'] == 'tensorrt-llm'"],
-    "engines/bench/run.py": ["name not in ('none', arguments.drafts)"],
+    # TensorRT-LLM's own rule, which the verifier repeats: its Qwen model is the base where model_type has "qwen" in it
+    "exporter/verify/trtllm_loader/modules.py": ["'qwen' in str(config.get('model_type'))"],
+    # kinds of drafts
     "engines/decoding/draft_kinds.py": ["drafts in ('text', 'none')"],
 }  # fmt: skip
 # Literals with two such words or more that no row decides.

@@ -210,7 +210,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "context parallel": ({"mapping": {"world_size": 4, "tp_size": 2, "cp_size": 2}}, "world_size = tp_size"),
     "ranks": ({"mapping": {"world_size": 4, "tp_size": 4, "pp_size": 1}}, "rank2.safetensors: missing"),
     "rank too many": ({"mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1}}, "rank1.safetensors: belongs to no"),
-    "undivided": ({"mapping": {"world_size": 3, "tp_size": 3, "pp_size": 1}}, "num_attention_heads 4 does not divide"),
+    "undivided": ({"mapping": {"world_size": 3, "tp_size": 3, "pp_size": 1}}, "num_attention_heads 4 is not divisible"),
     "cache turned off": ({"quantization__kv_cache_quant_algo": None}, "kv_cache_scaling_factor is not expected"),
     "heads quantized": ({"quantization__exclude_modules": ["*lm_head"]}, f"{HEAD}.activation_scaling_factor is missing"),
     "default excludes": ({"quantization__exclude_modules": None}, f"{HEAD}.weights_scaling_factor is missing"),

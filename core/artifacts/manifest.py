@@ -77,18 +77,6 @@ def output_directory(
         staging.publish(work.path, out)
 
 
-def require_idle(out: Path) -> None:
-    """Raise OutputError when another process is making ``out`` at this moment."""
-    staging.require_idle(out.resolve())
-
-
-@contextmanager
-def leftovers_noted(out: Path) -> Iterator[None]:
-    """Around what comes before :func:`output_directory`: an interrupt gets a note when an earlier one has left parts of ``out``."""
-    with staging.leftovers_noted(out.resolve()):
-        yield
-
-
 def has_manifest(out: Path) -> bool:
     """Whether something complete is there, whatever it was made from."""
     return (out / MANIFEST).is_file()

@@ -74,17 +74,22 @@ def partial_beside(out: Path) -> Iterator[Partial]:
 
 @contextmanager
 def leftovers_noted(out: Path) -> Iterator[None]:
-    """Interrupts before :func:`partial_beside` get a note too, where an earlier run has left something."""
+    """Around what comes before :func:`partial_beside`: an interrupt gets a note when an earlier one has left parts of ``out``."""
     try:
         yield
     except BaseException as error:
-        if _was_interrupted(error) and not hasattr(error, "__notes__") and Partial(_partial_path(out)).files.is_dir():
+        if (
+            _was_interrupted(error)
+            and not hasattr(error, "__notes__")
+            and Partial(_partial_path(out.resolve())).files.is_dir()
+        ):
             _note(error, KEPT_BEFORE)
         raise
 
 
 def require_idle(out: Path) -> None:
     """Raise OutputError when another process is making ``out`` at this moment."""
+    out = out.resolve()
     locking.require_idle(_partial_path(out), out)
 
 
@@ -102,7 +107,7 @@ def _make_locked(path: Path, out: Path) -> int:
         if _is_full(error):
             raise
         raise OutputError(
-            str(out.parent), f"no way to write there ({error.strerror})", "a writable directory", "choose another one"
+            str(out.parent), f"no write access ({error.strerror})", "a writable directory", "choose another one"
         ) from error
     return descriptor
 
@@ -139,7 +144,7 @@ def publish(files: Path, out: Path) -> None:
         if _is_full(error):
             raise
         raise OutputError(
-            str(out), f"something that came up meanwhile ({error.strerror})", "nothing there", "look there, run again"
+            str(out), f"something that appeared meanwhile ({error.strerror})", "nothing there", "look there, run again"
         ) from error
     sync(out.parent)
 

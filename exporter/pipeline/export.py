@@ -9,11 +9,10 @@ from medusa_export.core.artifacts.manifest import (
     check_free_space,
     has_manifest,
     is_up_to_date,
-    leftovers_noted,
     output_directory,
-    require_idle,
 )
 from medusa_export.core.artifacts.resumable import ResumableOutput
+from medusa_export.core.artifacts.staging import leftovers_noted, require_idle
 from medusa_export.core.errors import InternalError, MedusaExportError, OutputError
 from medusa_export.core.text.model_tokens import describe_tokens
 from medusa_export.exporter.job.arguments import SMALL_MODEL, ExportArguments

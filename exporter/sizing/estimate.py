@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from medusa_export.core.artifacts.manifest import MANIFEST, is_up_to_date, read_manifest, refuse_occupied, require_idle
+from medusa_export.core.artifacts.manifest import MANIFEST, is_up_to_date, read_manifest, refuse_occupied
+from medusa_export.core.artifacts.staging import require_idle
 from medusa_export.core.errors import ConfigError, OutputError
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES
 from medusa_export.exporter.job.arguments import ExportArguments
@@ -134,7 +135,7 @@ def _refuse_output(arguments: ExportArguments) -> None:
         refuse_occupied(out, lambda: inputs, recorded)
     parent = _existing(out.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(str(out.parent), "no way to write there", "a writable directory", "choose another one")
+        raise OutputError(str(out.parent), "no write access", "a writable directory", "choose another one")
 
 
 def _existing(path: Path) -> Path:
@@ -155,7 +156,7 @@ def _itemsize(dtype: str) -> int:
 
 
 def _file_bytes(tensors: Iterable[TensorPlan]) -> int:
-    """Of the file that the writer will write, header included."""
+    """Size of the file that the writer will write, header included."""
     writer = SafetensorsWriter(Path(), tuple(tensors))
     return len(writer._header) + sum(tensor.nbytes for tensor in writer.entries)
 

@@ -25,9 +25,9 @@ from medusa_export.core.artifacts.manifest import (
     is_up_to_date,
     output_directory,
     read_manifest,
-    require_idle,
     verify_manifest,
 )
+from medusa_export.core.artifacts.staging import require_idle
 from medusa_export.core.errors import ConfigError, OutputError
 
 INPUTS = {"model.safetensors": "ab" * 32}
@@ -133,7 +133,7 @@ def test_sigterm_cleans_up(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
     writer = _start(tmp_path / "out")
     for attempt in (lambda: _make(tmp_path / "out"), lambda: require_idle(tmp_path / "out")):
-        with pytest.raises(OutputError, match="out: got another process that is making it; expected one at a time"):
+        with pytest.raises(OutputError, match="out: got another process writing it; expected one at a time"):
             attempt()
     assert (tmp_path / ".out.partial/files/half").exists()
     _make(tmp_path / "other")
@@ -171,7 +171,7 @@ def test_an_output_that_comes_up_while_the_lock_is_awaited(tmp_path: Path, monke
 
 def test_something_in_the_way_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="something that came up meanwhile"):
+    with pytest.raises(OutputError, match="something that appeared meanwhile"):
         _write_and(out, lambda: (out / "mine").mkdir(parents=True))
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(out) == ["mine"]
@@ -196,7 +196,7 @@ def test_something_else_with_the_name_of_the_working_directory(tmp_path: Path) -
     (tmp_path / ".out.partial").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/mine").touch()
-    with pytest.raises(OutputError, match="no way to write there"):
+    with pytest.raises(OutputError, match="no write access"):
         _make(tmp_path / "out")
     assert os.listdir(tmp_path / "elsewhere") == ["mine"]
 
@@ -229,7 +229,7 @@ def test_a_parent_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     parents = [tmp_path / "file", tmp_path / "file/deeper", Path("/proc")]
     for parent in parents:
-        with pytest.raises(OutputError, match="no way to write there"):
+        with pytest.raises(OutputError, match="no write access"):
             _make(parent / "out")
     assert (tmp_path / "file").read_text() == "x"
 

@@ -86,7 +86,7 @@ def find_model(
     """The files of a model that is given as a path or by its name on the hub, which is downloaded unless the cache has it.
 
     Args:
-        given: a local path is taken as it is, whether something is there or not: who opens it says what is wrong.
+        given: a local path is taken as it is, whether something is there or not: whoever opens it reports what is wrong.
         revision: branch, tag or commit on the hub; one after the name's "@" wins.
         wanted: groups of weights files; of each the first one that the repository has is downloaded.
         check: refuses a model by its small files, before its weights are downloaded.
@@ -106,7 +106,7 @@ def find_model(
     names = weights(small, repo, wanted)
     path = snapshot(repo, revision, names, commit=small.name) if names else small
     if missing := [name for name in names if not (path / name).is_file()]:
-        got = f"a copy in the Hugging Face cache without {missing[0]}, and no way to the hub"
+        got = f"a copy in the Hugging Face cache without {missing[0]}, and no connection to the hub"
         raise ConfigError(repo, got, "a whole one", _download(repo, revision))
     return ModelFiles(path, as_recorded(given), path.name)
 
@@ -147,7 +147,7 @@ def _listing(repo: str, directory: Path) -> set[str]:
 
 
 def _shards(index: Path) -> Iterator[str]:
-    """Shards that an index names; who opens it checks it."""
+    """Shards that an index names; whoever opens it checks it."""
     try:
         body = json.loads(index.read_bytes())
     except (OSError, ValueError):
@@ -163,7 +163,7 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, commit
         commit: what the revision was found to be: branches move.
 
     Raises:
-        ConfigError: no such repository or revision, or no way to the hub and no copy in the cache.
+        ConfigError: no such repository or revision, or no connection to the hub and no copy in the cache.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -183,7 +183,7 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, commit
 
 
 def unavailable(repo: str, revision: str | None, error: Exception) -> ConfigError:
-    """What to say where there is no way to the hub, and no copy.
+    """What to say without a connection to the hub, and no copy.
 
     Args:
         repo: ``owner/name``.

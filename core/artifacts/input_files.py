@@ -47,7 +47,7 @@ class InputFiles:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def read(self, path: Path) -> None:
-        """Say that a file is about to be read. Waits where hashing is far behind, lest the cache has lost what was read.
+        """Say that a file is about to be read. Waits where hashing is far behind, so that the cache still has what was read.
 
         Files that are no inputs are ignored. Thread-safe.
         """

@@ -76,7 +76,7 @@ def _try_lock(descriptor: int, out: Path) -> OSError | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OutputError(
-            str(out), "another process that is making it", "one at a time", "wait for it or choose another directory"
+            str(out), "another process writing it", "one at a time", "wait for it or choose another directory"
         ) from error
     except OSError as error:  # some network file systems
         return error

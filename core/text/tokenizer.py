@@ -11,7 +11,7 @@ from medusa_export.core.regular_files import ENDLESS, found_instead
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHAT_TEMPLATE_HELP = "Chat template, a Jinja file, for a tokenizer that has none or another one."
+CHAT_TEMPLATE_HELP = "Jinja file with a chat template, to use instead of the tokenizer's own."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 

@@ -32,7 +32,7 @@ class RunArguments:
         None, help="Another tree: a JSON file or a preset.", panel=INPUT, default="the engine's own"
     )
     limit: int | None = flag(None, help="Use only the first N prompts.", panel=INPUT, metavar="N")
-    max_new_tokens: int = flag(128, help="Most tokens to generate for a prompt.", panel=RUN)
+    max_new_tokens: int = flag(128, help="Maximum tokens to generate for a prompt.", panel=RUN)
     repeats: int = flag(3, help="Interleaved runs of every prompt.", panel=RUN)
     min_speedup: float | None = flag(None, help="Exit with 1 when the speed-up is below this.", panel=RUN)
     threads: int = flag(0, help="CPU threads; 0: one per core.", panel=RUN)
@@ -50,7 +50,7 @@ class RunArguments:
     )
     drafts: str = flag(AUTO, help=DRAFTS_HELP, panel=RUN, choices=DRAFTS_CHOICES)
     each_drafts: bool = flag(
-        False, help="Also run with the other drafts, interleaved, and say what each is worth.", panel=EXTRAS
+        False, help="Also run with the other kinds of drafts, interleaved, and compare them.", panel=EXTRAS
     )
     compare: Path | None = flag(
         None, help="Another engine of the same model, run interleaved: tokens, distributions, speed.", panel=EXTRAS
@@ -67,7 +67,7 @@ class RunArguments:
     )  # fmt: skip
     no_expectation: bool = flag(
         False,
-        help="Do not compare tokens per step with acceptance.json: the prompts are of another kind.",
+        help="Do not compare tokens per step with acceptance.json, for prompts of another kind.",
         panel=EXTRAS,
     )
     timeout: float = flag(TIMEOUT, help="Seconds to wait for a step.", panel=TRTLLM)

@@ -20,7 +20,7 @@ Named = tuple[str, str]
 
 
 def expectation_of(engine_dir: Path, tree: Tree, result: RunResult) -> Expectation | None:
-    """What the engine's own acceptance.json foretells for the run's prompts; None where nothing was counted.
+    """What the engine's own acceptance.json predicts for the run's prompts; None where nothing was counted.
 
     Args:
         engine_dir: where acceptance.json is.

@@ -76,7 +76,7 @@ def verdict(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _steps(accepted: list[int]) -> list[dict[str, Any]]:
-    """Per number of tokens: the share of steps that yielded so many, and of those that got one token less, how many got this far."""
+    """Per number of tokens N: the share of steps that yielded N, and how many of those that reached N - 1 reached N."""
     total = sum(accepted) or 1
     reached = [sum(accepted[index:]) for index in range(len(accepted))]
     rates = [None, *(after / before if before else 0.0 for before, after in pairwise(reached))]

@@ -106,7 +106,7 @@ def run_prompts(
         typical: how drafts are accepted with a tree; None: losslessly. Needs a temperature.
         other: another engine and its tree, to be run in between.
         ways: other drafts for this engine, to be run in between too, by name.
-        progress: called with all prompts, as far as they are run, after every turn of one.
+        progress: called after every turn, with the results so far of all prompts.
         stopped: asked after every turn of a prompt; the result has what was run until then, once the first prompt is through.
     """
     results = [

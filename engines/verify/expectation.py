@@ -1,4 +1,4 @@
-"""Tokens per step that an engine's acceptance.json foretells for a run's prompts, and whether the run got there.
+"""Tokens per step that an engine's acceptance.json predicts for a run's prompts, and whether the run got there.
 
 What was counted is a sample of prompts, and so is the run: the difference between two means of prompts has the variance of both.
 Where categories were counted, each of the run's is foretold from its own answers. Below the interval something is wrong with the
@@ -30,7 +30,7 @@ class Expectation:
     """What is foretold for some prompts.
 
     Attributes:
-        low, high: of the tokens per step that a run of so many prompts has.
+        low, high: bounds of the tokens per step for a run of that many prompts.
     """
 
     tokens_per_step: float
@@ -91,7 +91,7 @@ def expectation_findings(
     if ignore or expectation is None or tokens_per_step >= expectation.low:
         return []
     return [
-        f"{tokens_per_step:.2f} tokens per step; acceptance.json foretells {expectation.tokens_per_step:.2f} "
+        f"{tokens_per_step:.2f} tokens per step; acceptance.json predicts {expectation.tokens_per_step:.2f} "
         f"({expectation.low:.2f} .. {expectation.high:.2f}) for these prompts: the heads are not those that were measured "
         "(--no-expectation for prompts of another kind)"
     ]

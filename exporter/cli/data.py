@@ -78,7 +78,7 @@ class DataFlags:
     prompts: tuple[Path, ...] = flag(
         help="JSONL with messages, conversations, turns or prompt. Can be repeated.", panel=INPUT
     )
-    output: Path = flag(help="JSONL file to write; what it has already is not made again.", panel=OUTPUT)
+    output: Path = flag(help="JSONL file to write; rows that it already has are kept.", panel=OUTPUT)
     model: str | None = flag(
         None, help="Model to run here: a directory, or owner/name on the hub. With --server, the name that it serves.", panel=MODEL,
         metavar="DIR|NAME",
@@ -96,10 +96,14 @@ class DataFlags:
         None, help="Retries of a failed request to a server.", panel=SERVER, default="5", requires="--server"
     )
     max_batch: int | None = flag(
-        None, help="Conversations at once in a model run here.", panel=MODEL, default="16", requires=_HERE
+        None,
+        help="Conversations that a model on this machine answers at once.",
+        panel=MODEL,
+        default="16",
+        requires=_HERE,
     )
     max_length: int | None = flag(
-        None, help="Most tokens of a conversation in a model run here.", panel=MODEL, default="the model's", requires=_HERE
+        None, help="Maximum tokens of a conversation with such a model.", panel=MODEL, default="the model's", requires=_HERE
     )  # fmt: skip
     revision: str | None = flag(None, help=REVISION_HELP, panel=MODEL, requires=_HERE)
     chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=MODEL, requires=_HERE)
@@ -111,12 +115,12 @@ class DataFlags:
     workers: int | None = flag(
         None, help="Ray actors; each opens the model.", panel=WORK, default="2", requires="--executor ray"
     )
-    force: bool = flag(False, help="Drop rows of the output that are not of this run.", panel=OUTPUT)
+    force: bool = flag(False, help="Drop rows of the output that belong to another run.", panel=OUTPUT)
 
 
 @command(data_app)
 def data_command(own: DataFlags, sampling: Sampling, common: Common) -> None:
-    """Have the base model answer prompts: training data for its Medusa heads. Run it again to continue after an interruption.
+    """Have the base model answer prompts, as training data for its Medusa heads. Run it again to continue after an interruption.
 
     Exit code 1: some conversations failed; run it again to try those.
 

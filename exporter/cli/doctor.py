@@ -30,8 +30,8 @@ class DoctorFlags:
 def doctor_command(own: DoctorFlags) -> None:
     """Say what is on this machine, what works with it, and what to install for the rest.
 
-    Packages are imported, each in a process of its own, which takes some seconds; nothing else is run. "yes" says that what is
-    needed is here.
+    Packages are imported, each in a process of its own, which takes some seconds; nothing else is run. "yes": everything
+    it needs is installed.
 
     Example: medusa-doctor
     """

@@ -100,7 +100,9 @@ def write_estimate(
         past_lengths=_positive("--past-length", lengths), plain=target.without_heads(gpu), assumptions=asked.assumptions(),
     )  # fmt: skip
     if not body["curves"]:
-        raise ConfigError(gpu.name, "a model that its memory does not hold", "one that fits", "raise --tp or quantize")
+        raise ConfigError(
+            gpu.name, "a model that does not fit into its memory", "one that fits", "raise --tp or quantize"
+        )
     output.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     curves: list[dict[str, Any]] = body["curves"]
     return curves
@@ -109,7 +111,7 @@ def write_estimate(
 def print_estimate(curves: Sequence[dict[str, Any]]) -> None:
     """A line a curve: the step without a tree, and what trees cost over it."""
     origin = f"estimated for {curves[0]['estimated']}, not measured"
-    title = f"{origin}: ms of a step without a tree, and what steps of so many nodes cost over it, all heads run"
+    title = f"{origin}: ms of a step without a tree, and the extra cost of a step by its nodes, with all heads"
     sizes = (f"{size}\nnodes" for size in SHOWN_NODES)
     names = ("batch", "past\nlength", "ms", *sizes, f"{SHOWN_NODES[-1]} nodes,\nrange")
     table = narrow_table(*names, title=title)

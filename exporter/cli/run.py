@@ -36,7 +36,7 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
 
     Ctrl-C ends it after the prompt that is running, with the report of what is done; exit code 130.
 
-    Exit code 1: an output differs by more than numerical noise, drafts are accepted less often than acceptance.json foretells,
+    Exit code 1: an output differs by more than numerical noise, drafts are accepted less often than acceptance.json predicts,
     a check finds something, or --min-speedup is missed.
 
     Example: medusa-run --engine out/engine --prompts chats.jsonl --report report.json --html report.html
@@ -84,7 +84,7 @@ class DiffFlags:
 
 @command(run_app, "diff")
 def diff_command(own: DiffFlags) -> None:
-    """Lay two reports side by side, and say how much faster one is than the other on the prompts of both.
+    """Compare two reports: how much faster one is than the other on the prompts that both have.
 
     Example: medusa-run diff before.json after.json
     """

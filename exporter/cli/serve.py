@@ -38,8 +38,8 @@ class ServeFlags:
         default="no origin",
     )  # fmt: skip
     log_format: str = flag("text", help="Format of log lines.", panel=SERVER, choices=tuple(LOG_FORMATS))
-    max_connections: int = flag(1024, help="Most open connections; 0: no limit.", panel=SERVER)
-    max_client_connections: int = flag(256, help="Most open connections per address; 0: no limit.", panel=SERVER)
+    max_connections: int = flag(1024, help="Maximum open connections; 0: no limit.", panel=SERVER)
+    max_client_connections: int = flag(256, help="Maximum open connections per address; 0: no limit.", panel=SERVER)
 
 
 @command(serve_app)

@@ -47,8 +47,8 @@ class TrainFlags:
     max_length: int | None = flag(
         None, help="Cut conversations to N tokens.", panel=INPUT, metavar="N", default="the model's, up to 2048"
     )
-    keep_truncated: bool = flag(False, help="Learn from answers that were cut off too.", panel=INPUT)
-    learn_prompts: bool = flag(False, help="Learn from the text of the prompts too.", panel=INPUT)
+    keep_truncated: bool = flag(False, help="Also learn from answers that were cut off.", panel=INPUT)
+    learn_prompts: bool = flag(False, help="Also learn from the text of the prompts.", panel=INPUT)
 
 
 @dataclass(frozen=True)

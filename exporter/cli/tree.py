@@ -23,7 +23,7 @@ class PromptFlags:
     """Prompts to run an engine on, and how."""
 
     limit: int | None = flag(None, help="Use only the first N prompts.", panel=INPUT, metavar="N")
-    max_new_tokens: int = flag(128, help="Most tokens of an answer.", panel=MEASUREMENT)
+    max_new_tokens: int = flag(128, help="Maximum tokens of an answer.", panel=MEASUREMENT)
     threads: int = flag(0, help="CPU threads; 0: one per core.", panel=MEASUREMENT)
 
 
@@ -63,13 +63,15 @@ class CostFlags:
 class SearchFlags:
     """What medusa-tree search takes."""
 
-    engine: Path | None = flag(None, help="Engine to measure what no file says, and to run trees on.", panel=INPUT)
+    engine: Path | None = flag(
+        None, help="Engine to measure what --acceptance and --cost do not give, and to run trees on.", panel=INPUT
+    )
     prompts: Path | None = flag(None, help="Prompts for that: JSONL with turns, messages or prompt.", panel=INPUT)
     acceptance: Path | None = flag(None, help="acceptance.json of medusa-tree or medusa-train.", panel=INPUT)
     cost: Path | None = flag(None, help="cost.json, measured here or on another machine.", panel=INPUT)
     output: Path = flag(Path("tree.json"), help="File to write: other commands take it as --tree.", panel=OUTPUT)
     picture: Path | None = flag(None, help="Draw the tree to this file: .svg or .png.", panel=OUTPUT)
-    max_draft_len: int = flag(63, help="Most draft tokens.", panel=SEARCH)
+    max_draft_len: int = flag(63, help="Maximum draft tokens.", panel=SEARCH)
     nodes: tuple[int, ...] = flag(
         (), help="Consider only trees of N nodes, the root included. Can be repeated.", panel=SEARCH, metavar="N"
     )
@@ -87,7 +89,7 @@ def tree_command() -> None:
 
 @command(tree_app, "calibrate")
 def calibrate_command(own: CalibrateFlags, asked: PromptFlags) -> None:
-    """Count, along the engine's own greedy answers, which rank every true token has in every head.
+    """Count the rank that each head gives to the token the model chose, along the engine's own greedy answers.
 
     Example: medusa-tree calibrate --engine out/engine --prompts chats.jsonl
     """
@@ -164,7 +166,7 @@ def _steps(engine: Path, batches: tuple[int, ...], threads: int) -> Any:
 
 @command(tree_app, "search")
 def search_command(own: SearchFlags, asked: PromptFlags) -> None:
-    """Find the tree that yields most tokens a second. Measures on --engine what --acceptance and --cost do not say.
+    """Find the tree that yields most tokens a second. Measures on --engine what --acceptance and --cost do not give.
 
     Example: medusa-tree search --engine out/engine --prompts chats.jsonl --confirm 3 --picture tree.svg
     """

@@ -56,7 +56,7 @@ class ExportArguments:
     output: Path = flag(
         help="Directory to write.",
         panel=OUTPUT,
-        default="CKPT-QUANT beside CKPT, or here for one of the hub",
+        default="CKPT-QUANT beside CKPT, or in the current directory for a model on the hub",
         derive=_beside,
     )
     quant: str = flag("none", help="Weight format.", panel=QUANTIZATION, choices=_descriptions(FORMATS))
@@ -118,7 +118,7 @@ class ExportArguments:
         metavar="SM,SM", default="all that TensorRT-RTX builds the format for",
     )  # fmt: skip
     max_batch: int = flag(
-        MAX_BATCH, help="Most sequences that a TensorRT-LLM engine runs at once; each step verifies a tree for each.", panel=TRTLLM
+        MAX_BATCH, help="Maximum sequences that a TensorRT-LLM engine runs at once; each step verifies a tree for each.", panel=TRTLLM
     )  # fmt: skip
     revision: str | None = flag(None, help=REVISION_HELP, panel=INPUT)
     chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=INPUT)

@@ -181,7 +181,7 @@ class Job:
 
     @cached_property
     def given_scales(self) -> Scales | None:
-        """Those of a calibration that was made elsewhere."""
+        """Scales of a calibration that was made elsewhere."""
         return Scales.load(self._scales_file) if self._scales_file else None
 
     @property

@@ -89,7 +89,7 @@ def kv_token_bytes(spec: ExportSpec) -> int:
 
 
 def kv_sequence_bytes(spec: ExportSpec, context: int) -> int:
-    """Those of a sequence of ``context`` tokens and the tree that is verified after them, in whole blocks."""
+    """Bytes of keys and values of a sequence of ``context`` tokens and the tree that is verified after them, in whole blocks."""
     blocks = -(-(context + spec.max_draft_len) // TOKENS_PER_BLOCK)
     return blocks * TOKENS_PER_BLOCK * kv_token_bytes(spec)
 

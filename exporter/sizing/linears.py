@@ -16,7 +16,7 @@ def linear_bytes(
     weight: int,
     number: int,
 ) -> tuple[int, ...]:
-    """Of every tensor: codes, scales, zero points, factors of the inputs.
+    """Bytes of every tensor: codes, scales, zero points, factors of the inputs.
 
     Args:
         codes: what is stored.

@@ -1,6 +1,6 @@
 """Checks a written export against the specification, its manifest and, where given, the model that it came from.
 
-What every file has to hold is what TensorRT-LLM's loader asks for, see ``load_check``; it knows nothing of the writer.
+What every file has to hold is what TensorRT-LLM's loader asks for, see ``trtllm_loader/check.py``, which knows nothing of the writer.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _value_problems(source: TensorSource, *, matrices: bool) -> Iterator[str]:
 
 
 def _finite(part: torch.Tensor) -> bool:
-    """Whether all values are; the smallest and largest tell, and NaN comes through both."""
+    """Whether all values are finite: the smallest and the largest tell, and NaN comes through both."""
     if part.dtype == torch.float8_e4m3fn:
         return int((part.view(torch.uint8) & 0x7F).max()) < 0x7F  # its only NaN, and it has no infinity
     low, high = part.aminmax()

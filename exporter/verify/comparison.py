@@ -195,7 +195,7 @@ class Comparison:
         return next(iter(self._ranks.values()))
 
     def _found(self) -> dict[str, Difference]:
-        """Of the ranks together, summed up in their order."""
+        """Totals over the ranks, summed in their order."""
         found: dict[str, Difference] = {}
         for _, rank in sorted(self._ranks.items()):
             for name, difference in rank.found.items():

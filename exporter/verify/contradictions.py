@@ -44,7 +44,7 @@ def shared_scale_contradictions(config: Config, files: Files) -> Iterator[str]:
     algo = config["quantization"].get("quant_algo")
     for name in files[0].names if len(files) > 1 else ():
         if _is_shared(files[0], name) and not _equal([file.read(name) for file in files]):
-            yield f"{name}: the ranks have different ones"
+            yield f"{name} differs between ranks"
     for rank, file in enumerate(files) if algo in SHARED_BY_MLP else ():
         for layer in range(config["num_hidden_layers"]):
             for kind in MLP_SCALES:
@@ -85,7 +85,7 @@ def _copy_problems(item: Rebuilt) -> Iterator[str]:
         for first, rows in piece.chunks():
             start = row + first
             if not _equal([rows.values, whole.rows(start, start + len(rows.values))]):
-                yield f"{item.name}: rank {piece.rank} holds another copy of it than the ranks before"
+                yield f"{item.name}: rank {piece.rank} holds a different copy than the ranks before it"
                 break
 
 
@@ -147,4 +147,4 @@ def _head_projections(config: Config, items: Mapping[str, Rebuilt]) -> Iterator[
     for head, rows in unequal.items():
         if rows and (rows <= (1 - ALMOST) * config["vocab_size"] or len(shared) * 2 > len(heads)):
             of = f"{rows} of {config['vocab_size']} rows"
-            yield f"medusa_heads.{head}.lm_head differs from lm_head in {of}, and is one with it elsewhere"
+            yield f"medusa_heads.{head}.lm_head differs from lm_head in {of}, and equals it elsewhere"

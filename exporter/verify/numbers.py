@@ -31,7 +31,7 @@ class Numbers(Protocol):
     def __contains__(self, name: object) -> bool: ...
 
     def shape(self, name: str) -> Shape:
-        """Of the Hugging Face tensor."""
+        """Shape of the Hugging Face tensor."""
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows ``start .. stop - 1``.  # [stop - start, ...]
@@ -108,11 +108,11 @@ class Weight(Protocol):
 
     @property
     def name(self) -> str:
-        """Under Hugging Face."""
+        """Its Hugging Face name."""
 
     @property
     def shape(self) -> Shape:
-        """In Hugging Face's orientation."""
+        """Shape in Hugging Face's orientation."""
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows in Hugging Face's orientation."""

@@ -32,7 +32,7 @@ class Piece:
 
     @property
     def height(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.stop - self.start
 
     def chunks(self) -> Iterator[tuple[int, Rows]]:
@@ -76,7 +76,7 @@ class Rebuilt:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As Hugging Face has it."""
+        """Shape of the Hugging Face tensor."""
         rows = sum(line[0].height for line in self.grid)
         widths = [piece.stored.shape[1] for piece in self.grid[0] if len(piece.stored.shape) > 1]
         return (rows, sum(widths)) if widths else (rows,)

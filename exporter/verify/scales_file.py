@@ -123,14 +123,14 @@ def _sharing(config: Mapping[str, Any], module: str, file: TensorSource) -> list
 def _differs(name: str, file: TensorSource, amax: float | None, code: float, least: float = 0.0) -> Iterator[str]:
     found = float(file.read(name).to(torch.float64).max())
     if amax is None:
-        yield f"{name}: scales.safetensors has no calibration of it"
+        yield f"{name}: scales.safetensors has no calibration for it"
     elif not abs(found - max(amax / code, least)) <= TOLERANCE * max(amax / code, least):
         yield f"{name} is {found:.6g}; scales.safetensors gives {max(amax / code, least):.6g}"
 
 
 def _factors(name: str, file: TensorSource, factors: torch.Tensor | None, rank: int, tp: int) -> Iterator[str]:
     if factors is None:
-        yield f"{name}: scales.safetensors has no factors of it"
+        yield f"{name}: scales.safetensors has no factors for it"
         return
     stored = file.read(name)
     if len(stored) * tp == len(factors) and tp > 1:

@@ -53,7 +53,7 @@ class MedusaHeads:
         layout: "medusa-v1", "medusa-v2", "modelopt" or "vllm".
         names: canonical name -> name in ``source``. Biases that are not stored (they are zero) have no entry, nor have
             the lm_heads of heads that share the base model's.
-        warnings: what a config.json beside the heads says otherwise than the tensors.
+        warnings: where a config.json beside the heads contradicts the tensors.
     """
 
     source: TensorSource

@@ -162,7 +162,7 @@ def open_rows(out: Path, conversations: Iterable[Conversation], maker: Maker) ->
         out.parent.mkdir(parents=True, exist_ok=True)
         descriptor = make_locked(directory, out)
     except OSError as error:
-        got = f"no way to write there ({error.strerror})"
+        got = f"no write access ({error.strerror})"
         raise OutputError(str(out.parent), got, "a writable directory", "choose another output") from error
     try:
         with full_disk_named(out):

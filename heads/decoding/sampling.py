@@ -138,9 +138,11 @@ class Sampling:
     temperature: float = flag(0.0, help="Temperature; 0: take the best token, as greedy decoding does.", panel=PANEL)
     top_p: float = flag(1.0, help="Draw from the smallest set of tokens with this probability.", panel=PANEL)
     max_tokens: int = flag(
-        256, help="Most tokens of an answer; a longer one is not usable as training data.", panel=PANEL
+        256,
+        help="Maximum tokens of an answer; longer ones are cut off and not used for training by default.",
+        panel=PANEL,
     )
-    seed: int | None = flag(None, help="Seed for the draws.", panel=PANEL, default="another one every time")
+    seed: int | None = flag(None, help="Seed for the draws.", panel=PANEL, default="a different one every time")
     # What servers are asked for; no flags.
     top_k: int = 0
     min_p: float = 0.0

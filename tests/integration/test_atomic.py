@@ -338,7 +338,7 @@ def test_two_at_once(exports: Exports, flags: list[str], tmp_path: Path) -> None
         (other.path / "mine").touch()
         assert exports.run([*flags, "--ckpt", str(tmp_path / "absent")]) == 2
         *_, line = exports.stderr.read_text().splitlines()
-        assert line.startswith(f"error: {work / 'out'}: got another process that is making it")
+        assert line.startswith(f"error: {work / 'out'}: got another process writing it")
         assert exports.stdout.read_text() == ""
     assert sorted(os.listdir(work / "out")) == ["medusa.json", "mine"]
     assert os.listdir(work) == ["out"]

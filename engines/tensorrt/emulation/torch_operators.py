@@ -16,7 +16,7 @@ class Shared:
     """What several nodes of one run need and none is given: made once a run."""
 
     def __init__(self) -> None:
-        # What a key names by id stays alive beside the result, lest another tensor gets the same id.
+        # What a key names by id stays alive beside the result, so that no other tensor gets the same id.
         self._memo: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def clear(self) -> None:

@@ -123,7 +123,7 @@ def _constants(file: OnnxFile, value: str) -> set[str]:
 
 
 def _known(weights: Iterator[GraphWeight], numbers: Numbers) -> Iterator[GraphWeight]:
-    """Those that have a name in the model; scales and shapes are constants too."""
+    """The constants that have a name in the model; scales and shapes are constants too."""
     for weight in weights:
         if weight.name in numbers or weight.name.startswith(("model.", "lm_head", "medusa_heads.")):
             yield weight
@@ -146,11 +146,11 @@ def _other_places(file: OnnxFile, other: OnnxFile) -> Iterator[str]:
             if proto.external_data:
                 yield f"{name} is not in {other.path.name}"
         elif (proto.data_type, list(proto.dims)) != (theirs.data_type, list(theirs.dims)):
-            yield f"{name} is another tensor than in {other.path.name}"
+            yield f"{name} differs from that in {other.path.name}"
         elif file.external(name) != other.external(name) or proto.raw_data != theirs.raw_data:
-            yield f"{name} is read from other bytes than in {other.path.name}"
+            yield f"{name} is read from different bytes than in {other.path.name}"
         elif _readings(file, name) != _readings(other, name):
-            yield f"{name} is dequantized otherwise than in {other.path.name}"
+            yield f"{name} is dequantized differently than in {other.path.name}"
 
 
 def _readings(file: OnnxFile, name: str) -> set[str]:
@@ -168,7 +168,7 @@ def _heads_problems(file: OnnxFile, facts: Facts) -> Iterator[str]:
     position = {name: index for index, node in enumerate(file.graph.node) for name in node.output}
     for node in file.graph.node:
         if node.op_type == "Concat" and (places := [position.get(name, -1) for name in node.input]) != sorted(places):
-            yield f"{node.name} does not have the heads in their order"
+            yield f"{node.name} has the heads out of order"
     if output[-2] != depth:
         yield f"it drafts for {output[-2]} heads; expected {depth}"
     for node in file.graph.node:

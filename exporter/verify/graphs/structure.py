@@ -118,7 +118,7 @@ def _layer_problems(file: OnnxFile, of: str) -> Iterator[str]:
         if at is None and number < len(layers) - 1 and len(signatures) != len(usual) and len(layers) > 2:
             at = len(usual)
         if at is not None:
-            yield f"{of}.{number} is not wired as the others: its operator {at + 1} differs"
+            yield f"{of}.{number} is wired differently from the others: its operator {at + 1} differs"
 
 
 def _starts(file: OnnxFile, of: str) -> dict[int, int]:

@@ -51,7 +51,7 @@ class Verification:
         source: what it was compared with, or why it was not.
         errors: what quantization did to the weights; empty where nothing was quantized.
         measured: whether ``errors`` was measured now; otherwise it was recorded at export.
-        notes: what is unusual, and no error.
+        notes: what is unusual without being an error.
     """
 
     out: Path

@@ -40,7 +40,7 @@ def _against(tree: Tree, body: Any, top_k: int | None, nodes: int | None) -> Ite
     if nodes is not None and tree.max_draft_len != nodes:
         yield f"{tree.max_draft_len} choices; config.json has max_draft_len {nodes}, which engines are built for"
     if top_k is not None and tree.max_draft_len and tree.top_k > top_k:
-        yield f"it looks at the best {tree.top_k} of a head, which gives {top_k}"
+        yield f"it takes the top {tree.top_k} of each head, which gives {top_k}"
     if not tree.max_draft_len:
         yield "an empty tree"
 

@@ -48,7 +48,7 @@ def test_findings() -> None:
     assert expected is not None
     assert expectation_findings(expected, [3, 3, 2], expected.tokens_per_step, ignore=False) == []
     (line,) = expectation_findings(expected, [1, 2] * 20, 1.1, ignore=False)
-    assert line.startswith(f"1.10 tokens per step; acceptance.json foretells {expected.tokens_per_step:.2f} (")
+    assert line.startswith(f"1.10 tokens per step; acceptance.json predicts {expected.tokens_per_step:.2f} (")
     assert expectation_findings(expected, [1, 2] * 20, 1.1, ignore=True) == []
     (never,) = expectation_findings(None, [1] * 20, 1.0, ignore=True)
     assert never.startswith("no draft was accepted in 20 steps")

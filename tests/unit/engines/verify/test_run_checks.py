@@ -87,7 +87,7 @@ def test_a_good_engine(quant: str, engine: Callable[..., Any], found: Callable[.
 
 @pytest.mark.parametrize(
     ("one", "other", "message"),
-    [(0, 1, "no draft was accepted in"), (1, 2, "tokens per step; acceptance.json foretells")],
+    [(0, 1, "no draft was accepted in"), (1, 2, "tokens per step; acceptance.json predicts")],
 )
 def test_swapped_heads(
     one: int,

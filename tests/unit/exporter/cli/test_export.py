@@ -350,9 +350,9 @@ ERRORS: dict[str, tuple[Callable[[Inputs], dict[str, object]], str]] = {
     "output is a file": (lambda inputs: {"output": inputs.heads / "config.json"}, "config.json: got a file"),
     "output under a file": (
         lambda inputs: {"output": inputs.heads / "config.json/out"},
-        "config.json: got no way to write there",
+        "config.json: got no write access",
     ),
-    "unwritable output": (flags(output="/proc/medusa/out"), "/proc/medusa: got no way to write there"),
+    "unwritable output": (flags(output="/proc/medusa/out"), "/proc/medusa: got no write access"),
 }
 
 
@@ -619,6 +619,7 @@ class TestHelp:
         assert seen == [RunArguments(Path("e"), Path("p"))]
 
 
+@pytest.mark.slow
 class TestTerminal:
     def test_log_and_no_bar_in_a_pipe(self, inputs: Inputs) -> None:
         (inputs.heads / "config.json").write_text('{"medusa_num_heads": 7}')

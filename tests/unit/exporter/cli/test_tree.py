@@ -108,7 +108,7 @@ def test_efficiencies_and_formats_are_checked(
         (["--tp", "3"], "--tp"),
         (["--num-heads", "0"], "--num-heads"),
         (["--batch", "0"], "--batch"),
-        (["--batch", "4096", "--past-length", "32768"], "memory does not hold"),
+        (["--batch", "4096", "--past-length", "32768"], "does not fit into its memory"),
     ):
         output = tmp_path / "c.json"
         assert run(monkeypatch, "cost", "--gpu", "h100", "--ckpt", tmp_path, *flags, "--output", output) == 2

@@ -47,10 +47,10 @@ def test_padding_copies_and_scales(two_ranks: Path) -> None:
     edit(two_ranks / "rank1.safetensors", lambda all_: all_["lm_head.weight"][-1].fill_(1))
     assert weights(two_ranks) == ["lm_head.weight: padding rows of rank 1 that are not zero"]
     edit(two_ranks / "rank1.safetensors", lambda all_: all_["transformer.ln_f.weight"].mul_(2))
-    assert "model.norm.weight: rank 1 holds another copy of it than the ranks before" in weights(two_ranks)
+    assert "model.norm.weight: rank 1 holds a different copy than the ranks before it" in weights(two_ranks)
     edit(two_ranks / "rank1.safetensors", lambda all_: all_[SCALE].mul_(2))
     assert scales(two_ranks) == [
-        f"{SCALE}: the ranks have different ones",
+        f"{SCALE} differs between ranks",
         f"rank1: {SCALE} and that of gate differ; trtllm-build fuses the two",
     ]
 

@@ -296,7 +296,7 @@ def test_a_second_run_at_the_same_time(out: Path) -> None:
     thread.start()
     try:
         assert started.wait(10)
-        with pytest.raises(OutputError, match="another process that is making it"):
+        with pytest.raises(OutputError, match="another process writing it"):
             run(out, chats("a", "b"))
     finally:
         go_on.set()

@@ -160,7 +160,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
         ("", "a directory"),
         ("fifo", "a FIFO"),
         ("link", "a link to nothing"),
-        ("file/out", "cannot be read|no way to write"),
+        ("file/out", "cannot be read|no write access"),
     ):
         with pytest.raises(OutputError, match=message), open_rows(tmp_path / name, CHATS, MAKER):
             pass

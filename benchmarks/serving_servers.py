@@ -189,7 +189,7 @@ class _OpenAIClient:
         except RateLimitError as error:
             raise NoAnswerError("busy", error.message) from error
         except APIError as error:
-            raise NoAnswerError("error", error.message) from error
+            raise NoAnswerError("error", f"{error.message}{_causes(error)}") from error
 
     def _part(self, chunk: Any) -> Part:
         choice = chunk.choices[0]
@@ -197,6 +197,15 @@ class _OpenAIClient:
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         said = (chunk.model_extra or {}).get("medusa", {})
         return Part(tokens, text, said.get("tokens_per_step", 0.0), choice.finish_reason is not None)
+
+
+def _causes(error: BaseException) -> str:
+    """What lies behind a client's "Connection error.", the outermost first."""
+    causes = []
+    while (cause := error.__cause__ or error.__context__) is not None:
+        causes.append(f"{type(cause).__name__}: {cause}")
+        error = cause
+    return f" ({'; '.join(dict.fromkeys(causes))})" if causes else ""
 
 
 def _find_tokens(answer: Answer, tokenizer: Any) -> None:

@@ -2,18 +2,22 @@
 
 # Annotations of the routes are read when the application is made, and their types are imported there: no postponed evaluation.
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
 from medusa_export.core.errors import MedusaExportError, missing_package
+from medusa_export.engines.serving.openai.connections import REFUSED_SECONDS, Connections
 from medusa_export.engines.serving.openai.front import OpenAIFront
 from medusa_export.engines.serving.openai.protocol.answers import CHAT_SHAPE, TEXT_SHAPE
 from medusa_export.engines.serving.openai.protocol.errors import (
     END_MESSAGES,
     INTERNAL,
+    ConnectionsError,
     Refusal,
     body_of,
     error_body,
@@ -60,6 +64,34 @@ def build_app(front: OpenAIFront) -> Any:
             allow_headers=["Authorization", "Content-Type", HEADER], expose_headers=[HEADER],
         )  # fmt: skip
     return RequestLog(app)
+
+
+def refusing_app(front: OpenAIFront, connections: Connections) -> Any:
+    """The application for connections too many: it answers one request, whatever it is, and has the connection closed.
+
+    Args:
+        front: counts it.
+        connections: what the answer names.
+    """
+    from starlette.responses import JSONResponse
+
+    error = ConnectionsError(
+        "connection", "one too many", f"at most {connections.most or 'any number'}, {connections.most_per_client or 'any number'} of one address",
+        "close some, or try again in a moment",
+    )  # fmt: skip
+    refusal, body = refusal_of(error), body_of(error)
+
+    async def read(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+        while (await receive()).get("more_body"):
+            pass
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):  # behind its request, so that the client reads it
+            await asyncio.wait_for(read(receive), REFUSED_SECONDS)
+        front.meter.refused(refusal.code)
+        await JSONResponse(body, refusal.status, dict(refusal.headers))(scope, receive, send)
+
+    return RequestLog(refuse)
 
 
 def _add_answers(guarded: Any, front: OpenAIFront) -> None:

@@ -1,4 +1,7 @@
-"""Limits of connections: how many there are, in all and of one client, and how long one may say nothing or half a request."""
+"""Limits of connections: how many there are, in all and of one client, and how long one may say nothing or half a request.
+
+Who is refused hears why, as an answer: clients know what to do with a 429, and call a reset a broken server.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-HEADER_SECONDS = 10.0  # in which a request's headers have to be there, from the connection or their first byte on
+HEADER_SECONDS = 30.0  # in which a request's headers have to be there, from the connection or their first byte on
 # Longer than clients and proxies keep a connection for further use (httpx 5 s, aiohttp 15 s, nginx 60 s): where the server closes it
 # first, a request that is under way just then is lost.
 IDLE_SECONDS = 75.0
+REFUSED_SECONDS, REFUSED_AT_ONCE = 2.0, 64  # a connection too many may stay to hear why, and so many of them
+# What a client still sends when it has been answered is read: a connection that is closed before is reset, and the answer lost.
+REST_SECONDS = 5.0
 LATE_SECONDS = 1.0  # a loop that stood still for longer has read nothing meanwhile: the time does not count
 
 
@@ -29,6 +35,7 @@ class Connections:
     header_s: float = HEADER_SECONDS
     idle_s: float = IDLE_SECONDS
     by_client: Counter[str] = field(default_factory=Counter)
+    refused: int = 0  # connections too many that hear so just now
 
     def enter(self, client: str) -> bool:
         """Count one more, if it may be."""
@@ -46,28 +53,39 @@ class Connections:
             del self.by_client[client]
 
 
-def protocol_class(connections: Connections) -> Any:
-    """uvicorn's HTTP protocol with these limits."""
+def protocol_class(connections: Connections, refusing: Any) -> Any:
+    """uvicorn's HTTP protocol with these limits.
+
+    Args:
+        refusing: the application that answers connections too many; it has to close them.
+    """
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class LimitedProtocol(H11Protocol):
-        _client = ""  # where it is counted
+        _client: str | None = None  # where it is counted
+        _is_refused = False
         _timer: asyncio.TimerHandle | None = None
         _is_idle = False  # behind an answer, before the next request's first byte
+        _has_rest = False  # behind an answer that did not wait for its request's whole body
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             client = self.client[0] if self.client else ""
-            if not connections.enter(client):
+            if connections.enter(client):
+                self._client = client
+                self._arm(connections.header_s)
+            elif connections.refused < REFUSED_AT_ONCE:
+                connections.refused += 1
+                self._is_refused, self.app = True, refusing
+                self._arm(REFUSED_SECONDS)
+            else:
                 transport.close()
-                return
-            self._client = client
-            self._arm(connections.header_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self._client:
+            if self._client is not None:
                 connections.leave(self._client)
+            connections.refused -= self._is_refused
             if self._timer is not None:
                 self._timer.cancel()
             super().connection_lost(exc)
@@ -79,12 +97,27 @@ def protocol_class(connections: Connections) -> Any:
                 self._is_idle = False
                 self._arm(connections.header_s)
             super().data_received(data)
+            if self._has_rest and self.conn.their_state is not h11.SEND_BODY:
+                self._has_rest = False
+                self._rest()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self.conn.their_state is h11.SEND_BODY:  # of a body that was refused, the rest is not waited for
+            if self.conn.their_state is h11.SEND_BODY:
+                self._has_rest = True
+                self._arm(REST_SECONDS)
+            else:
+                self._rest()
+
+        def send_400_response(self, msg: str) -> None:
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            else:  # there is an answer already, or a part of it
                 self.transport.close()
-            elif not self._is_busy():
+
+        def _rest(self) -> None:
+            """Wait for the next request, if it is not there yet."""
+            if not self._is_busy():
                 self._is_idle = True
                 self._arm(connections.idle_s)
 

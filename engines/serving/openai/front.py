@@ -7,10 +7,9 @@ import functools
 import hmac
 import ipaddress
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -18,16 +17,15 @@ from urllib.parse import urlsplit
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.serving.grammar import GrammarError
 from medusa_export.engines.serving.openai.async_answer import AsyncAnswer
+from medusa_export.engines.serving.openai.bodies import Bodies
 from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 from medusa_export.engines.serving.openai.protocol.answers import Shape, Writer, event
 from medusa_export.engines.serving.openai.protocol.asked import Asked, read_asked
 from medusa_export.engines.serving.openai.protocol.errors import (
-    BodySizeError,
     FramingError,
     HostRefusedError,
     KeyRefusedError,
     MediaTypeError,
-    SlowBodyError,
     UnfinishedError,
     UnknownModelError,
     body_of,
@@ -44,9 +42,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BODY_SECONDS = 30.0  # in which a body has to come
-PROMPT_BODY_SECONDS = 1.0  # in which most do
-SLOW_BODIES = 16  # of one client that take longer
 JSON_GROWTH, JSON_ROOM = 6, 65_536  # JSON can spell a byte of text in six; a request has other fields too
 logger = logging.getLogger(__name__)
 
@@ -86,13 +81,8 @@ class OpenAIFront:
     def __init__(self, service: TextService, options: FrontOptions, meter: PrometheusMeter) -> None:
         self.service, self.options, self.meter = service, options, meter
         self._executor = ThreadPoolExecutor(1, "medusa-export-requests")  # one after the other, as they came
-        self.coming = 0  # requests that are read and encoded
-        self.slow_bodies: Counter[str] = Counter()  # bodies that take long, by client
-
-    @property
-    def max_body_bytes(self) -> int:
-        """Of a request, at most."""
-        return JSON_GROWTH * self.service.options.max_text_bytes + JSON_ROOM
+        self.coming = 0  # requests whose bodies are there, and which are read and encoded
+        self.bodies = Bodies(JSON_GROWTH * service.options.max_text_bytes + JSON_ROOM)
 
     def guard(self, request: Request) -> None:
         """Refuse what may not ask, before anything is read.
@@ -153,8 +143,8 @@ class OpenAIFront:
         Raises:
             ConfigError: none, too large a one, or one that does not come.
         """
-        with self._coming_in():
-            return await self._parsed(request)
+        async with self._parsed(request) as body:
+            return body
 
     async def run(self, work: Callable[[], T]) -> T:
         """The result of work that takes long, where requests are encoded, one after the other."""
@@ -167,8 +157,7 @@ class OpenAIFront:
 
     async def _queue(self, endpoint: Endpoint, request: Request) -> tuple[Asked, AsyncAnswer]:
         """What a request asks for, and its answer to come."""
-        with self._coming_in():
-            body = await self._parsed(request)
+        async with self._parsed(request) as body:
             values, passed_over = endpoint.read(body, strict=self.options.strict)
             for name in passed_over:
                 if self.meter.passed_over(name):
@@ -189,22 +178,23 @@ class OpenAIFront:
                 raise
             return asked, answer
 
-    @contextmanager
-    def _coming_in(self) -> Iterator[None]:
-        """Count a request whose body is in memory, until it is queued."""
-        limit = self.service.scheduler.decoder.slots + self.service.options.max_queue
-        if self.coming >= limit:
-            raise BusyError("server", f"a request while {limit} come in", "fewer", "try again in a moment")
-        self.coming += 1
-        try:
-            yield
-        finally:
-            self.coming -= 1
+    @asynccontextmanager
+    async def _parsed(self, request: Request) -> AsyncIterator[dict[str, Any]]:
+        """A request's JSON object. Inside of the context, the request counts as coming in.
 
-    async def _parsed(self, request: Request) -> dict[str, Any]:
-        """A body, parsed elsewhere: large ones would hold up everybody's answers."""
-        data = await self._read(request)
-        return await self.run(lambda: read_body(data))
+        Raises:
+            ConfigError: none, or a body that is not taken.
+            BusyError: too many come in.
+        """
+        async with self.bodies.read(request) as data:
+            limit = self.service.scheduler.decoder.slots + self.service.options.max_queue
+            if self.coming >= limit:
+                raise BusyError("server", f"a request while {limit} come in", "fewer", "try again in a moment")
+            self.coming += 1
+            try:
+                yield await self.run(lambda: read_body(data))  # elsewhere: large ones would hold up everybody's answers
+            finally:
+                self.coming -= 1
 
     def _require_room(self, asked: Asked) -> None:
         limit = self.service.scheduler.decoder.slots + self.service.options.max_queue
@@ -218,47 +208,6 @@ class OpenAIFront:
             request.prompt or self.service.decode(request.prompt_ids) for request in asked.requests if asked.echoes
         ]
         return Writer(shape, self.options.name, asked, self.service.token_text, prompts)
-
-    async def _read(self, request: Request) -> bytes:
-        """The body, if it comes in time and is not too large."""
-        limit, said = self.max_body_bytes, request.headers.get("content-length", "0")
-
-        async def collect() -> bytes:
-            body = bytearray()
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise BodySizeError("body", "more bytes", f"at most {limit}", "shorten the request")
-            return bytes(body)
-
-        if not said.isdecimal() or int(said[:20]) > limit:
-            raise BodySizeError("body", f"{said[:20]} bytes", f"at most {limit}", "shorten the request")
-        coming = asyncio.ensure_future(collect())
-        try:
-            done, _ = await asyncio.wait([coming], timeout=min(PROMPT_BODY_SECONDS, BODY_SECONDS))
-            if not done:
-                with self._slow_body(request):
-                    await asyncio.wait([coming], timeout=BODY_SECONDS)
-            if not coming.done():
-                raise SlowBodyError("body", "a part", f"all of it within {BODY_SECONDS:g} s", "send it faster")
-            return coming.result()
-        finally:
-            coming.cancel()
-
-    @contextmanager
-    def _slow_body(self, request: Request) -> Iterator[None]:
-        """One client may have a few bodies that come slowly: all that come in have to share what is there for them."""
-        client = request.client.host if request.client else ""
-        if self.slow_bodies[client] >= SLOW_BODIES:
-            got = f"{SLOW_BODIES} unfinished bodies of one client"
-            raise SlowBodyError("body", got, f"more within {PROMPT_BODY_SECONDS:g} s", "send them whole")
-        self.slow_bodies[client] += 1
-        try:
-            yield
-        finally:
-            self.slow_bodies[client] -= 1
-            if not self.slow_bodies[client]:
-                del self.slow_bodies[client]
 
 
 async def _take_all(writer: Writer, answer: AsyncAnswer) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from medusa_export.core.errors import ConfigError, missing_package
-from medusa_export.engines.serving.openai.app import build_app
+from medusa_export.engines.serving.openai.app import build_app, refusing_app
 from medusa_export.engines.serving.openai.connections import Connections, protocol_class
 from medusa_export.engines.serving.openai.front import OpenAIFront
 
@@ -79,8 +79,9 @@ def run_front(
                 service.close()
             await drained
 
+    protocol = protocol_class(connections, refusing_app(front, connections))
     config = uvicorn.Config(
-        build_app(front), log_config=None, access_log=False, http=protocol_class(connections), loop="asyncio", ws="none",
+        build_app(front), log_config=None, access_log=False, http=protocol, loop="asyncio", ws="none",
         lifespan="off", proxy_headers=False, server_header=False, backlog=BACKLOG,
         timeout_graceful_shutdown=round(grace_s + MARGIN_SECONDS), timeout_keep_alive=round(connections.idle_s),
     )  # fmt: skip

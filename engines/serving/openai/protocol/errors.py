@@ -47,6 +47,10 @@ class FramingError(ConfigError):
     """A body whose end two headers tell differently."""
 
 
+class ConnectionsError(MedusaExportError):
+    """A connection too many."""
+
+
 class UnfinishedError(MedusaExportError):
     """A request that ended without its answer."""
 
@@ -93,6 +97,7 @@ REFUSALS: dict[type[MedusaExportError], Refusal] = {  # of a subclass before tha
     PromptError: Refusal(400, _INVALID, "context_length_exceeded"),
     MissingPackageError: Refusal(400, _INVALID, "unsupported_parameter"),
     FramingError: Refusal(400, _INVALID, "bad_framing", {"Connection": "close"}),
+    ConnectionsError: Refusal(429, "rate_limit_error", "too_many_connections", {**_LATER, "Connection": "close"}),
     BusyError: Refusal(429, "rate_limit_error", "server_busy", _LATER),
     ClosedError: Refusal(503, "server_error", "server_stopping", _LATER),
     ConfigError: Refusal(400, _INVALID, "invalid_value"),

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from medusa_export.core.errors import CheckpointError, MedusaExportError
-from medusa_export.engines.serving.openai.app import build_app
+from medusa_export.engines.serving.openai.app import build_app, refusing_app
+from medusa_export.engines.serving.openai.connections import Connections
 from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
 from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 from medusa_export.engines.serving.options import ServingOptions
@@ -62,6 +63,22 @@ def test_failures_of_our_own(error: Exception, caplog: pytest.LogCaptureFixture)
     assert response.headers["x-should-retry"] == "false"
     if isinstance(error, MedusaExportError):  # the others are logged by uvicorn
         assert "secret" in caplog.text
+
+
+def test_a_connection_too_many_hears_so() -> None:
+    service: Any = SimpleNamespace(options=ServingOptions())
+    front = OpenAIFront(service, FrontOptions("127.0.0.1", "m"), PrometheusMeter("m"))
+    transport = httpx.ASGITransport(refusing_app(front, Connections(0, 7)))
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/v1/completions", json=BODY)
+
+    response = asyncio.run(ask())
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "too_many_connections")
+    assert "7 of one address" in response.json()["error"]["message"]
+    assert (response.headers["retry-after"], response.headers["connection"]) == ("1", "close")
+    assert b'reason="too_many_connections"} 1.0' in front.meter.render()[0]
 
 
 def test_health_tells_whether_requests_are_taken() -> None:

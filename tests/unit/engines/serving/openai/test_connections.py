@@ -23,12 +23,19 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
+async def refusing(scope: Any, receive: Any, send: Any) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 429, "headers": [(b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
 @contextlib.asynccontextmanager
 async def serving(connections: Connections) -> AsyncIterator[int]:
     sock = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app,
-        http=protocol_class(connections),
+        http=protocol_class(connections, refusing),
         lifespan="off",
         log_config=None,
         loop="asyncio",
@@ -101,26 +108,71 @@ def test_time_in_which_the_loop_stands_still_does_not_count(monkeypatch: pytest.
     asyncio.run(run())
 
 
-def test_an_answer_that_does_not_wait_for_the_body_closes() -> None:
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc"
+
+
+def test_the_rest_of_a_body_that_nobody_waits_for_is_read() -> None:
+    """A connection that is closed while its client still sends is reset, and the client loses the answer."""
+
     async def run() -> None:
         async with serving(Connections(0, 0, header_s=60)) as port:
-            reader, writer = await talk(port, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
-            assert b"200 OK" in await asyncio.wait_for(reader.read(), 30)
+            reader, writer = await talk(port, POST)
+            assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"ok"), 30)
+            await asyncio.sleep(0.05)
+            writer.write(b"x" * 997 + GET)
+            assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"ok"), 30)
             writer.close()
 
     asyncio.run(run())
 
 
-def test_connections_are_counted() -> None:
+def test_the_rest_of_a_body_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections_module, "REST_SECONDS", 0.3)
+
+    async def run() -> None:
+        async with serving(Connections(0, 0, header_s=60)) as port:
+            reader, writer = await talk(port, POST)
+            assert (await asyncio.wait_for(reader.read(), 30)).endswith(b"ok")
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_bad_rest_of_a_body_closes() -> None:
+    async def run() -> None:
+        async with serving(Connections(0, 0, header_s=60)) as port:
+            reader, writer = await talk(port, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"ok"), 30)
+            writer.write(b"no chunk\r\n")
+            assert await asyncio.wait_for(reader.read(), 30) == b""
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_connections_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes too many hears so, for as many as there is room for; further ones, and those who say nothing, are closed."""
+    monkeypatch.setattr(connections_module, "REFUSED_AT_ONCE", 1)
+    monkeypatch.setattr(connections_module, "REFUSED_SECONDS", 0.5)
+
     async def run() -> None:
         connections = Connections(0, 2, header_s=60)
         async with serving(connections) as port:
             held = [await talk(port, GET) for _ in range(2)]
             for reader, _ in held:
                 assert b"200" in await reader.readline()
-            reader, writer = await talk(port, b"")
-            assert await asyncio.wait_for(reader.read(), 30) == b""
-            writer.close()
+            many = [await talk(port, b"") for _ in range(2)]  # the first one may say something
+            assert await asyncio.wait_for(many[1][0].read(), 0.4) == b""
+            assert await asyncio.wait_for(many[0][0].read(), 30) == b""
+            reader, writer = await talk(port, POST)
+            await asyncio.sleep(0.05)
+            writer.write(b"x" * 997)
+            heard = await asyncio.wait_for(reader.read(), 30)
+            assert heard.startswith(b"HTTP/1.1 429")
+            assert b"no" in heard.splitlines()
+            for _, each in (*many, (reader, writer)):
+                each.close()
+            assert not connections.refused
             held[0][1].close()
             while connections.by_client["127.0.0.1"] > 1:
                 await asyncio.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import venv
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,11 +43,12 @@ def environment(work: Path) -> Path:
     return python
 
 
-def gguf_file(checkpoint: Path, out: Path, quantization: str) -> None:
-    """A GGUF file of a Llama checkpoint without its vocabulary: token ids in, logits out.
+def gguf_file(checkpoint: Path, out: Path, quantization: str, *, vocabulary: bool = False) -> None:
+    """A GGUF file of a Llama checkpoint.
 
     Args:
         quantization: "F32" or "Q8_0", of all matrices; norms stay in float32, as llama.cpp's own tool does it.
+        vocabulary: with tokens, merges and chat template, as a server needs it; otherwise token ids in, logits out.
     """
     import gguf
 
@@ -55,6 +58,10 @@ def gguf_file(checkpoint: Path, out: Path, quantization: str) -> None:
         raise UnavailableError(f"the GGUF writer here knows Llama without rope scaling, not {config.family.model_type}")
     writer = gguf.GGUFWriter(out, GGUF_FAMILIES[config.family.model_type])
     _metadata(writer, config)
+    if vocabulary:
+        _vocabulary(writer, checkpoint, config.vocab_size)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     kind = gguf.GGMLQuantizationType[quantization]
     for name in config.tensor_shapes():
@@ -89,10 +96,29 @@ def _metadata(writer: object, config: DecoderConfig) -> None:
         "rope_freq_base": config.rope_theta,
         "layer_norm_rms_eps": config.rms_norm_eps,
         "vocab_size": config.vocab_size,
-        "tokenizer_model": "no_vocab",
     }
     for name, value in values.items():
         getattr(writer, f"add_{name}")(value)
+
+
+def _vocabulary(writer: Any, checkpoint: Path, size: int) -> None:
+    """Of a byte-level BPE tokenizer, which is what SmolLM2 has: its kind of pre-tokenizer has a name of its own in llama.cpp."""
+    import gguf
+
+    model = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    if model["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(model["pre_tokenizer"]):
+        raise UnavailableError("the GGUF writer here knows byte-level BPE tokenizers only")
+    tokens = {number: text for text, number in model["model"]["vocab"].items()}
+    added = {item["id"]: item["content"] for item in model["added_tokens"]}
+    texts = [added.get(number) or tokens.get(number) or f"[PAD{number}]" for number in range(size)]
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(texts)
+    writer.add_token_types([
+        kinds.CONTROL if number in added else kinds.NORMAL if number in tokens else kinds.UNUSED for number in range(size)
+    ])  # fmt: skip
+    gguf.SpecialVocab(checkpoint, load_merges=True, n_vocab=size).add_to_gguf(writer)
 
 
 def _interleaved(values: np.ndarray, heads: int) -> np.ndarray:

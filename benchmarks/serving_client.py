@@ -38,8 +38,8 @@ class Answer:
     """What one request got.
 
     Attributes:
-        status: "ok", "busy", "error", "lost" (an end without the last response), "cancelled" (by this client) or "mixed up" (another
-            request's response).
+        status: "ok", "busy", "error", "lost" (an end without the last response), "cancelled" (by this client), "cut" (the load was
+            over) or "mixed up" (another request's response).
         sent: seconds of the clock.
         pieces: of each response with tokens, when it came and how many.
         tokens_per_step: what the server says.
@@ -71,6 +71,7 @@ class Load:
         requests: all together; each stream sends its next one when its last one has ended.
         seconds: no request starts later.
         cancel: part of the requests that their clients give up, at a random one of their tokens.
+        cuts: what is under way after ``seconds`` is given up.
     """
 
     streams: int
@@ -79,6 +80,7 @@ class Load:
     seconds: float = float("inf")
     cancel: float = 0.0
     seed: int = 0
+    cuts: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,26 @@ async def run_load(client: Client, questions: list[Question], load: Load) -> tup
         while (number := next(numbers)) < load.requests and time.perf_counter() - start < load.seconds:
             question = questions[number % len(questions)]
             patience = draw.randint(0, load.max_tokens) if draw.random() < load.cancel else None
-            answers.append(await _ask(client, question, f"{number}", load.max_tokens, patience))
+            answer = Answer(question, time.perf_counter())
+            try:
+                await _ask(client, answer, f"{number}", load.max_tokens, patience)
+            finally:
+                answers.append(answer)
 
-    await asyncio.gather(*(ask_on() for _ in range(load.streams)))
-    return answers, time.perf_counter() - start
+    streams = [asyncio.ensure_future(ask_on()) for _ in range(load.streams)]
+    _, under_way = await asyncio.wait(streams, timeout=load.seconds if load.cuts else None)
+    seconds = time.perf_counter() - start
+    for stream in under_way:
+        stream.cancel()
+    for ended in await asyncio.gather(*streams, return_exceptions=True):
+        if isinstance(ended, BaseException) and not isinstance(ended, asyncio.CancelledError):
+            raise ended
+    return answers, seconds
 
 
-async def _ask(client: Client, question: Question, request_id: str, max_tokens: int, patience: int | None) -> Answer:
+async def _ask(client: Client, answer: Answer, request_id: str, max_tokens: int, patience: int | None) -> None:
     """One request; ``patience`` tokens are enough for a client that gives up."""
-    answer = Answer(question, time.perf_counter())
-    async with aclosing(client.parts(question, request_id, max_tokens)) as parts:
+    async with aclosing(client.parts(answer.question, request_id, max_tokens)) as parts:
         try:
             if patience == 0:  # the server has the request, and hardly time to say anything
                 await asyncio.wait_for(_listen(parts, answer), IMPATIENT_SECONDS)
@@ -147,6 +159,9 @@ async def _ask(client: Client, question: Question, request_id: str, max_tokens: 
                 await _listen(parts, answer)
             if answer.status != "ok":
                 answer.status = "cancelled"
+        except asyncio.CancelledError:
+            answer.status = "cut"
+            raise
         except asyncio.TimeoutError:
             answer.status = "cancelled"
         except StopAsyncIteration:
@@ -155,7 +170,6 @@ async def _ask(client: Client, question: Question, request_id: str, max_tokens: 
             answer.status, answer.message = error.status, f"{error}"
         except Exception as error:  # whatever the client library raises is what this request got
             answer.status, answer.message = "error", f"{error}"
-    return answer
 
 
 async def _listen(parts: AsyncGenerator[Part, None], answer: Answer) -> None:
@@ -198,7 +212,7 @@ def summary(answers: list[Answer], seconds: float, explain: Callable[[Answer], s
         "inter_token_ms": _quantiles([pause / tokens for pause, tokens in pauses for _ in range(tokens)]),
         "pause_ms": _quantiles([pause for pause, _ in pauses]),
         "tokens_per_step": round(float(np.mean([answer.tokens_per_step for answer in whole])), 3) if whole else None,
-        **{name: statuses.count(name) for name in ("ok", "cancelled", "busy", "error", "lost", "mixed up")},
+        **{name: statuses.count(name) for name in ("ok", "cancelled", "cut", "busy", "error", "lost", "mixed up")},
         **{name: verdicts.count(name) for name in ("exact", "tie", "mismatch")},
         "messages": sorted({answer.message for answer in answers if answer.message})[:5],
     }  # fmt: skip

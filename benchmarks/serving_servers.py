@@ -83,7 +83,7 @@ def openai(engine_dir: Path, tree: Path | None, options: ServingOptions, folder:
         url, tokenizer = find_url(process, out), read_tokenizer(engine_dir)
         yield Running(
             lambda: {"server": [process.pid]},
-            lambda: _openai_client(url, tokenizer),
+            lambda: openai_client(url, tokenizer),
             {name: importlib.metadata.version(name) for name in ("uvicorn", "fastapi", "openai")},
             lambda answer: _find_tokens(answer, tokenizer),
         )
@@ -159,18 +159,25 @@ def _inputs(question: Question, max_tokens: int) -> list[Any]:
 
 
 @asynccontextmanager
-async def _openai_client(url: str, tokenizer: Any) -> AsyncIterator[Client]:
+async def openai_client(url: str, tokenizer: Any, model: str = MODEL) -> AsyncIterator[Client]:
+    """Asks any server of OpenAI's protocol.
+
+    Args:
+        url: up to ``/v1``.
+        tokenizer: counts the tokens of a text.
+        model: its name there.
+    """
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=REQUEST_SECONDS) as client:
-        yield _OpenAIClient(client, tokenizer)
+        yield _OpenAIClient(client, tokenizer, model)
 
 
 class _OpenAIClient:
     """The protocol has texts, no tokens: those of each piece are the tokenizer's."""
 
-    def __init__(self, client: Any, tokenizer: Any) -> None:
-        self._client, self._tokenizer = client, tokenizer
+    def __init__(self, client: Any, tokenizer: Any, model: str) -> None:
+        self._client, self._tokenizer, self._model = client, tokenizer, model
 
     async def parts(self, question: Question, request_id: str, max_tokens: int) -> AsyncGenerator[Part, None]:
         from openai import APIError, RateLimitError
@@ -178,7 +185,7 @@ class _OpenAIClient:
         ids: set[str] = set()
         try:
             stream = await self._client.chat.completions.create(
-                model=MODEL, messages=question.messages, max_tokens=max_tokens, stream=True
+                model=self._model, messages=question.messages, max_tokens=max_tokens, temperature=0, stream=True
             )
             async with stream:
                 async for chunk in stream:
@@ -192,6 +199,8 @@ class _OpenAIClient:
             raise NoAnswerError("error", f"{error.message}{_causes(error)}") from error
 
     def _part(self, chunk: Any) -> Part:
+        if not chunk.choices:  # of figures only
+            return Part([], "")
         choice = chunk.choices[0]
         text = choice.delta.content or ""
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -75,10 +75,10 @@ def refusing_app(front: OpenAIFront, connections: Connections) -> Any:
     """
     from starlette.responses import JSONResponse
 
+    most, of_one = (limit or "any number" for limit in (connections.most, connections.most_per_client))
     error = ConnectionsError(
-        "connection", "one too many", f"at most {connections.most or 'any number'}, {connections.most_per_client or 'any number'} of one address",
-        "close some, or try again in a moment",
-    )  # fmt: skip
+        "connection", "one too many", f"at most {most}, {of_one} of one address", "close some, or try again in a moment"
+    )
     refusal, body = refusal_of(error), body_of(error)
 
     async def read(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from medusa_export.core.errors import OutputError
 from medusa_export.engines.serving.triton.health import Health, http_port
 
 POLL_SECONDS = 0.25
+# Triton 2.51 gives up a stub that shows no life for a second while a request is handed to it, and frees memory that the stub still
+# works with (StubLauncher::ReceiveMessageFromStub, read in its sources): one of both ends soon after, by a segmentation fault or a
+# lock_exception.
+STALL_SECONDS = 1.0
 SHARED_MEMORY = Path("/dev/shm")
 # A call into Triton that waits for a server which has just died holds Python's lock, so that no thread of the stub runs any more.
 WATCHDOG = """
@@ -68,7 +73,10 @@ class Guard:
 
     def _work(self) -> None:
         health, is_stopping = Health(self._server, http_port(self._server)), False
+        before = time.monotonic()
         while not self._done.wait(POLL_SECONDS):
+            if why := stall(time.monotonic() - before):
+                logger.warning("%s", why)
             if os.getppid() != self._server:
                 self._end("the server has ended")
             if dead := [mark for mark in self._marks() if not is_stub_of(self._server, mark)]:
@@ -77,6 +85,7 @@ class Guard:
             if not is_stopping and health.hangs_up():
                 is_stopping = True
                 self._on_stop()
+            before = time.monotonic()
 
     def _marks(self) -> list[Path]:
         return list(self._folder.glob("[0-9]*"))
@@ -100,6 +109,16 @@ class Guard:
             self._folder.rmdir()
         except OSError:  # others are there still, or were faster
             return
+
+
+def stall(waited: float) -> str:
+    """What to say of a stub that slept ``waited`` seconds where POLL_SECONDS were meant; nothing if that does no harm."""
+    late = waited - POLL_SECONDS
+    if late < STALL_SECONDS:
+        return ""
+    return (
+        f"this stub stood still for {late:.1f} s; Triton gives up one that has no processor for a second: give it more"
+    )
 
 
 def watch(server: int, stub: int, memory: str) -> subprocess.Popen[bytes]:

@@ -101,6 +101,13 @@ def test_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not folder.exists()
 
 
+def test_a_stub_without_a_processor_says_so() -> None:
+    """Before Triton gives it up, which it does after a second; its guard wakes late by a little on any busy machine."""
+    assert not triton_guard.stall(0.25)
+    assert not triton_guard.stall(1.2)
+    assert "2.5 s" in triton_guard.stall(2.75)
+
+
 def test_a_stub_that_is_frozen_ends_with_its_server(tmp_path: Path) -> None:
     """As one that waits for a server that has died: none of its threads runs. Stand-ins for both."""
     memory = SHARED_MEMORY / f"medusa-export-test-{os.getpid()}"

@@ -55,7 +55,7 @@ def main(
     streams: Annotated[list[int], typer.Option(help="Requests at once; may be given again.")] = [1, 8, 32, 128],  # noqa: B006
     tree: Annotated[
         list[str],
-        typer.Option(help="none, engine (its own, at any number of requests), or a tree.json; may be given again."),
+        typer.Option(help="none, engine (what the server drafts by itself), or a tree.json; may be given again."),
     ] = [NONE, ENGINE],  # noqa: B006
     requests: Annotated[int | None, typer.Option(help="Of each load. Default: 24, or two a stream.")] = None,
     server: Annotated[str, typer.Option(help="triton, or openai: medusa-serve.")] = "triton",

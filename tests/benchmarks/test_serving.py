@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import sys
@@ -30,9 +31,10 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     before = set(sys.modules)
     monkeypatch.setattr(sys, "path", [*sys.path])
     benchmark = load("serving")
-    found = {"serving": benchmark, "client": sys.modules["serving_client"]}
+    table = importlib.import_module("serving_table")  # beside the others, where they look for each other
+    found = {"serving": benchmark, "client": sys.modules["serving_client"], "table": table}
     for name in set(sys.modules) - before:
-        if name.startswith("serving_"):
+        if name.startswith(("serving_", "peer_")):
             monkeypatch.delitem(sys.modules, name)
     return found
 
@@ -61,6 +63,63 @@ def test_small(
     assert body["rows"][0]["tokens_per_step"] == 1 < body["rows"][2]["tokens_per_step"]
     assert package in body["versions"]
     assert body["arguments"]["server"] == server
+
+
+def test_a_load_may_end_sharply(modules: dict[str, ModuleType]) -> None:
+    """What came until then counts, and whoever still asked is no longer heard."""
+    client = modules["client"]
+    open_streams = set[str]()
+
+    class Endless:
+        async def parts(self, question: Any, request_id: str, max_tokens: int) -> Any:
+            open_streams.add(request_id)
+            try:
+                while True:
+                    await asyncio.sleep(0.01)
+                    yield client.Part([1], "a")
+            finally:
+                open_streams.remove(request_id)
+
+    questions = [client.Question("q", [], [1], [], "")]
+    load = client.Load(3, sys.maxsize, 1_000_000, seconds=0.3, cuts=True)
+    answers, seconds = asyncio.run(client.run_load(Endless(), questions, load))
+    assert 0.3 <= seconds < 5
+    assert [answer.status for answer in answers] == ["cut"] * 3
+    assert all(answer.tokens for answer in answers)
+    assert not open_streams
+
+
+def test_the_table(modules: dict[str, ModuleType]) -> None:
+    """Sides in turns, and what they did, in Markdown."""
+    table = modules["table"]
+    asked: list[tuple[str, int]] = []
+
+    def ask(side: str, questions: Any, load: Any) -> tuple[list[Any], float]:
+        if load.cuts:
+            asked.append((side, load.streams))
+        answer = table.Answer(questions[0], 1.0, "cut", pieces=[(1.5, 1), (1.7, 2)], tokens=[1, 2, 3])
+        return [answer] * load.streams, 2.0
+
+    table._ask, table._settle = ask, lambda side: None
+    loads = [table.Load(count, 9, 9, cuts=True) for count in (1, 4)]
+    questions = [table.Question("q", [], [1], [], "")]
+    cells = table._race({"a": "a", "b": "b"}, questions, loads, 2, 0.0)
+    assert asked == [("a", 1), ("b", 1), ("a", 4), ("b", 4), ("b", 1), ("a", 1), ("b", 4), ("a", 4)]
+    rows = [
+        {"side": name, "streams": count, **table.summary(cell.answers, cell.seconds, lambda answer: "")}
+        for (name, count), cell in cells.items()
+    ]
+    lines = list(table.markdown(rows, [1, 4]))
+    assert lines[0].endswith("| 1 stream | 4 streams |")
+    assert lines[2:] == ["| a | 1.5; 500, 100 | 6.0; 500, 100 |", "| b | 1.5; 500, 100 | 6.0; 500, 100 |"]
+    nothing = {
+        "side": "c",
+        "streams": 1,
+        "tokens_per_second": 0.0,
+        "time_to_first_token_ms": None,
+        "inter_token_ms": None,
+    }
+    assert list(table.markdown([nothing], [1]))[2] == "| c | 0.0; none, none |"
 
 
 def test_what_is_counted(modules: dict[str, ModuleType]) -> None:

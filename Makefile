@@ -34,6 +34,7 @@ test-fast: .venv/ready
 docs: .venv/ready types
 	$(BIN)/python docs/pictures/draw.py
 	$(BIN)/python docs/command_reference.py
+	$(BIN)/python docs/format_reference.py
 	$(BIN)/zensical build --strict
 
 coverage: .venv/ready

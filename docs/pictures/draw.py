@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 Lines = tuple[str, str]  # of a box: what it is, and a few words on it
 BOX, GAP, MARGIN = (170, 52), 18, 20
+NARROW, BETWEEN, EDGE = (130, 68), 22, 6  # five in a row, at a size that is read on a page 700 pixels wide
+LETTERS = 20  # of small text that fit into a narrow box
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328; text-anchor: middle }
 .title { font-weight: 600; font-size: 14px } .small { font-size: 11px; fill: #59636e }
@@ -67,13 +70,14 @@ def overview() -> str:
 
 def chain(title: str, boxes: Sequence[Lines]) -> str:
     """Boxes in a row."""
-    step, parts = BOX[0] + 34, []
+    (width, height), parts = NARROW, []
+    step = width + BETWEEN
     for number, lines in enumerate(boxes):
-        left = MARGIN + number * step
-        parts += _box(left, MARGIN, lines)
+        left = EDGE + number * step
+        parts += _box(left, EDGE, lines, NARROW)
         if number:
-            parts.append(_arrow(left - step + BOX[0], left, MARGIN + BOX[1] / 2))
-    return _svg(title, 2 * MARGIN + (len(boxes) - 1) * step + BOX[0], 2 * MARGIN + BOX[1], parts)
+            parts.append(_arrow(left - BETWEEN, left, EDGE + height / 2))
+    return _svg(title, 2 * EDGE + (len(boxes) - 1) * step + width, 2 * EDGE + height, parts)
 
 
 def packages() -> str:
@@ -94,18 +98,19 @@ def packages() -> str:
         ("exporter", "exporter/cli"),
         ("engines", "exporter/cli"),
     )
-    step, row = BOX[0] + 34, BOX[1] / 2 + 14
-    corner = {name: (MARGIN + x * step, MARGIN + y * row) for name, (x, y, _) in places.items()}
-    parts = [part for name, (_, _, words) in places.items() for part in _box(*corner[name], (name, words))]
+    width, height = NARROW
+    step, row = width + BETWEEN, height / 2 + 14
+    corner = {name: (EDGE + x * step, EDGE + y * row) for name, (x, y, _) in places.items()}
+    parts = [part for name, (_, _, words) in places.items() for part in _box(*corner[name], (name, words), NARROW)]
     for start, end in arrows:
         (left, top), (right, bottom) = corner[start], corner[end]
         parts.append(
-            f'<path d="M{left + BOX[0] + 3:g} {top + BOX[1] / 2:g} L{right - 5:g} {bottom + BOX[1] / 2:g}" marker-end="url(#end)"/>'
+            f'<path d="M{left + width + 3:g} {top + height / 2:g} L{right - 5:g} {bottom + height / 2:g}" marker-end="url(#end)"/>'
         )
     return _svg(
         "Packages; an arrow runs from what is used to what uses it",
-        2 * MARGIN + 4 * step + BOX[0],
-        2 * MARGIN + 2 * row + BOX[1],
+        2 * EDGE + 4 * step + width,
+        2 * EDGE + 2 * row + height,
         parts,
     )
 
@@ -130,12 +135,16 @@ def _arrow(start: float, end: float, y: float) -> str:
     return f'<path d="M{start + 5:g} {y:g} H{end - 6:g}" marker-end="url(#end)"/>'
 
 
-def _box(left: float, top: float, lines: Lines, *, made: bool = False) -> list[str]:
-    middle, kind = left + BOX[0] / 2, ' class="made"' if made else ""
+def _box(left: float, top: float, lines: Lines, size: tuple[int, int] = BOX, *, made: bool = False) -> list[str]:
+    middle, kind = left + size[0] / 2, ' class="made"' if made else ""
+    words = textwrap.wrap(lines[1], LETTERS) if size == NARROW else [lines[1]]
+    small = [
+        f'<text class="small" x="{middle:g}" y="{top + 40 + 15 * row:g}">{escape(text)}</text>' for row, text in enumerate(words)
+    ]  # fmt: skip
     return [
-        f'<rect{kind} x="{left:g}" y="{top:g}" width="{BOX[0]}" height="{BOX[1]}" rx="8"/>',
+        f'<rect{kind} x="{left:g}" y="{top:g}" width="{size[0]}" height="{size[1]}" rx="8"/>',
         f'<text x="{middle:g}" y="{top + 22:g}">{escape(lines[0])}</text>',
-        f'<text class="small" x="{middle:g}" y="{top + 40:g}">{escape(lines[1])}</text>',
+        *small,
     ]
 
 

@@ -100,7 +100,7 @@ def _section(form: Format) -> Iterator[str]:
             tables.setdefault(target.parts, []).append(where)
     for parts, places in tables.items():
         yield f"\nA linear in {' and '.join(places)}:\n"
-        yield _table(["tensor", "dtype", "shape", "what"], (_part(part) for part in parts)).rstrip()
+        yield _table(["tensor", "dtype", "shape", "what"], map(part_row, parts)).rstrip()
     yield ""
 
 
@@ -141,7 +141,8 @@ def _rules(form: Format) -> Iterator[str]:
         yield f"Training with it (`medusa-train --quant`): for {' and '.join(form.qat)}."
 
 
-def _part(part: Part) -> Row:
+def part_row(part: Part) -> Row:
+    """Name, dtype, shape and meaning of a stored tensor, for the table."""
     sizes: Any = Size("out"), Size("in"), Size("group")  # the rows only divide them
     shape = ", ".join(map(str, part.shape(*sizes)))
     text = part.kind.value.replace("slices", "weights")

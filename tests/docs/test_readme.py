@@ -93,7 +93,7 @@ def test_the_page_of_formats_is_what_the_script_writes() -> None:
     bits = {name: reference.engine_bits(FORMATS[name]) for name in ("none", "fp8", "int4_awq", "nvfp4")}
     assert bits == {"none": 16, "fp8": 8, "int4_awq": 4.125, "nvfp4": 4.5}
     quantized = FORMATS["int4_awq"].trtllm.parts[0]
-    assert list(reference._part(quantized))[:3] == ["`weight`", "int8", "[out/2, in]"]
+    assert list(reference.part_row(quantized))[:3] == ["`weight`", "int8", "[out/2, in]"]
 
 
 def test_pictures_are_what_the_script_draws() -> None:

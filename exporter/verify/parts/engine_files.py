@@ -10,6 +10,7 @@ from typing import Any
 
 from onnx import TensorProto
 
+from medusa_export.core.hub import HEAD_FILES
 from medusa_export.core.text.model_tokens import ModelTokens
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.exporter.verify.findings import Findings
@@ -76,6 +77,8 @@ class EngineFiles:
     def _base_hash(self) -> str:
         """One hash of the base model's config and weights, from those in the manifest."""
         files = {name.removeprefix("ckpt/"): digest for name, digest in self.inputs.items() if name.startswith("ckpt/")}
+        for name in HEAD_FILES:  # of a checkpoint that has its heads beside it
+            files.pop(name, None)
         mine = {n: d for n, d in files.items() if n == "config.json" or n.endswith(WEIGHTS)}
         return hashlib.sha256("".join(f"{d}  {n}\n" for n, d in sorted(mine.items())).encode()).hexdigest()
 

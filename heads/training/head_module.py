@@ -66,6 +66,18 @@ class MedusaHeads(nn.Module):
                 if int(name.split(".")[1]) < checkpoint.num_medusa_heads:
                     tensor.copy_(checkpoint.read(name).float())
 
+    def average(self, other: MedusaHeads, share: float) -> None:
+        """Move every weight towards another module's. Fine-tuned heads and those that they come from are often better together than
+        either is (WiSE-FT, arXiv 2109.01903).
+
+        Args:
+            other: of the same shape.
+            share: of the other one, 0 .. 1.
+        """
+        with torch.no_grad():
+            for mine, its in zip(self.parameters(), other.parameters(), strict=True):
+                mine.lerp_(its.to(mine), share)
+
     def save(self, out: Path, dtype: torch.dtype) -> None:
         """Write ``medusa_lm_head.safetensors`` and config.json in FasterDecoding's layout, version 1 or 2.
 

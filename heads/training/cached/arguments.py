@@ -24,6 +24,7 @@ class TrainArguments(SharedArguments):
         vocab: take the loss over this many of the most frequent labels; 0: over all tokens.
         bf16: compute products with the vocabulary in bfloat16.
         patience: epochs; the best heads are kept in any case.
+        start_share: how much of the heads that the training starts from is in the result, an average of weights; 0: nothing.
     """
 
     epochs: float = 3.0
@@ -46,6 +47,10 @@ class TrainArguments(SharedArguments):
         0, help="Take the loss over the N most frequent tokens only, which is faster.", panel=OPTIMIZATION,
         name="--loss-vocab", metavar="N", default="all", requires=DEFAULT_WAY,
     )  # fmt: skip
+    start_share: float = flag(
+        0.0, help="Average the result with the heads of --heads, which have this share: they forget less.",
+        panel=OPTIMIZATION, metavar="SHARE", requires=DEFAULT_WAY,
+    )  # fmt: skip
     log_every: int = 10
 
     def check(self) -> None:
@@ -61,6 +66,8 @@ class TrainArguments(SharedArguments):
                 raise _error(name, getattr(self, name), "a number above 0")
         if not 0 <= self.distill <= 1:
             raise _error("distill", self.distill, "0 .. 1")
+        if not 0 <= self.start_share < 1:
+            raise _error("start_share", self.start_share, "0 or more, and below 1")
         if not 0 <= self.warmup < 1:
             raise _error("warmup", self.warmup, "0 or more, and below 1")
         if self.max_steps is not None and self.max_steps < 1:

@@ -16,6 +16,7 @@ import torch
 
 from medusa_export.core.artifacts.manifest import hash_files, package_versions
 from medusa_export.core.artifacts.staging import publish
+from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.training.cached.arguments import HeadShape, TrainArguments
 from medusa_export.heads.training.cached.state import TrainState
@@ -62,6 +63,8 @@ def train_fast(
         MedusaExportError: bad input, no room for the cache, or a loss that is not finite.
     """
     arguments.check()
+    if arguments.start_share and heads is None:
+        raise ConfigError("--start-share", f"{arguments.start_share} of no heads", "--heads with it", "pass --heads")
     shape.check()
     head_shape(model_dir, heads, **vars(shape), takes_more=True)
     started = time.monotonic()
@@ -78,6 +81,8 @@ def train_fast(
             module, rows, held, arguments, checkpoint=work / f"{_digest(wanted)}.safetensors",
             progress=partial(progress, "training"),
         )  # fmt: skip
+        if arguments.start_share:
+            module.average(_new_heads(base, shape, heads, model_dir), arguments.start_share)
         found = measure(module, held)
         record = wanted | {
             "rows": len(rows), "epochs": state.epochs, "seconds": round(time.monotonic() - started, 1),

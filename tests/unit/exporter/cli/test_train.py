@@ -99,6 +99,30 @@ def test_prompts_are_learnt_on_request_but_not_measured(
     assert everything["data"]["held_out"] == answers["data"]["held_out"]
 
 
+def test_the_heads_that_it_starts_from_keep_a_share(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(name: str, *flags: str) -> dict[str, Any]:
+        out = tmp_path / name
+        assert run(monkeypatch, *given[:-1], str(out), "--num-heads", "1", "--max-steps", "2", *flags) == 0
+        found: dict[str, Any] = load_file(out / "medusa_lm_head.safetensors")
+        return found
+
+    start = train("start")
+    trained = train("trained", "--heads", str(tmp_path / "start"))
+    averaged = train("averaged", "--heads", str(tmp_path / "start"), "--start-share", "0.25")
+    for name, tensor in averaged.items():
+        expected = 0.75 * trained[name].float() + 0.25 * start[name].float()
+        assert (tensor.float() - expected).abs().max() < 0.01 * (trained[name] - start[name]).float().abs().max() + 1e-6
+
+
+def test_a_share_of_no_heads(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *given, "--start-share", "0.25") == 2
+    assert "--start-share: got 0.25 of no heads" in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_file_of_flags_is_the_flags(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [name.removeprefix("--") for name in given[::2]]
     flags = dict(zip(names, given[1::2], strict=True))

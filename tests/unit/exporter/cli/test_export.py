@@ -382,6 +382,7 @@ def sized(
     return make
 
 
+@pytest.mark.slow
 def test_the_group_size_that_fits_is_named(run: Run, sized: Callable[..., Inputs]) -> None:
     made = sized(192, 320)
     line = one_line(run("export", *made.flags(quant="int4_awq")))
@@ -402,6 +403,7 @@ def test_fp4_has_no_engine_here(run: Run, sized: Callable[..., Inputs]) -> None:
 
 
 class TestTensorRt:
+    @pytest.mark.slow
     def test_engines_for_two_gpus(self, run: Run, inputs: Inputs) -> None:
         pytest.importorskip("tensorrt_rtx_bindings")
         flags = inputs.flags(engine="tensorrt", gpu="sm89,sm120", quant="fp8", calib_prompts=2)

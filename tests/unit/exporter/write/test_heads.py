@@ -102,6 +102,7 @@ def write(checkpoint: MedusaCheckpoint, out: Path, layout: str, **options: Any) 
     return again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("first", "second"), product(LAYOUTS, LAYOUTS))
 def test_there_and_back(first: str, second: str, dtype: torch.dtype, opened: Opened, tmp_path: Path) -> None:

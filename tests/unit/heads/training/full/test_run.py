@@ -21,6 +21,8 @@ from medusa_export.heads.training.full.model import Collator, build
 from medusa_export.heads.training.full.modelopt_medusa import medusa_loss
 from medusa_export.heads.training.full.run import last_checkpoint, stages, train_reference
 
+pytestmark = pytest.mark.slow  # each trains
+
 Writer = Callable[..., Path]
 QUICK = ReferenceArguments(heads=2, max_steps=4, batch_size=4, checkpoint_every=2, log_every=1, report_to=(), warmup=0)
 JOINT = dataclasses.replace(QUICK, base="joint", warmup_heads=0.25, lora_rank=4)
@@ -195,7 +197,6 @@ def test_the_loss_falls(model_dir: Path, tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
-@pytest.mark.slow
 def test_checkpointing_and_bf16_compute_the_same(model_dir: Path, tmp_path: Path) -> None:
     found = []
     for number, options in enumerate(({}, {"gradient_checkpointing": True}, {"bf16": True})):

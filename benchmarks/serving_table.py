@@ -100,7 +100,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="medusa-serving-") as folder, ExitStack() as stack:
         sides, absent, tools = _open(stack, _sides(named, peer, place, Path(folder)))
         loads = [Load(count, sys.maxsize, max_new_tokens, cuts=True) for count in streams]
-        cells = _race(sides, questions, loads, rounds, deadline)
+        cells = race(sides, questions, loads, rounds, deadline)
     rows = [
         {"side": name, "streams": count, "rates": [round(rate, 2) for rate in cell.rates],
          **summary(cell.answers, cell.seconds, lambda answer: "not compared")}
@@ -158,23 +158,23 @@ def _open(stack: ExitStack, sides: Mapping[str, Start]) -> tuple[dict[str, Runni
     return running, absent, tools
 
 
-def _race(
+def race(
     sides: Mapping[str, Running], questions: list[Question], loads: Sequence[Load], rounds: int, deadline: float
 ) -> dict[tuple[str, int], Cell]:
     """Every side with every load, in turns. A turn is as long as fits, and no server still works when the next one is asked."""
     names = list(sides)
     cells = {(name, load.streams): Cell() for name in names for load in loads}
     for name in names:
-        _ask(sides[name], questions, replace(loads[0], streams=1, requests=1, max_tokens=4, cuts=False))
+        ask(sides[name], questions, replace(loads[0], streams=1, requests=1, max_tokens=4, cuts=False))
     turns = [(number, load) for number in range(rounds) for load in loads]
     left = len(turns) * len(names)
     for number, load in turns:
         shift = number * len(names) // rounds
         for name in [*names[shift:], *names[:shift]]:
-            _settle(sides[name])
+            settle(sides[name])
             seconds = max(LEAST_SECONDS, (deadline - time.monotonic()) / left - POLL_SECONDS)
-            cells[name, load.streams].add(*_ask(sides[name], questions, replace(load, seconds=seconds)))
-            _settle(sides[name])
+            cells[name, load.streams].add(*ask(sides[name], questions, replace(load, seconds=seconds)))
+            settle(sides[name])
             left -= 1
             print(
                 f"{name}, {load.streams} streams: {cells[name, load.streams].rates[-1]:.1f} tokens/s", file=sys.stderr
@@ -182,15 +182,17 @@ def _race(
     return cells
 
 
-def _ask(running: Running, questions: list[Question], load: Load) -> tuple[list[Answer], float]:
-    async def ask() -> tuple[list[Answer], float]:
+def ask(running: Running, questions: list[Question], load: Load) -> tuple[list[Answer], float]:
+    """Put a load on a server that runs. Returns the answers and the seconds."""
+
+    async def asked() -> tuple[list[Answer], float]:
         async with running.connect() as client:
             return await run_load(client, questions, load)
 
-    return asyncio.run(ask())
+    return asyncio.run(asked())
 
 
-def _settle(running: Running) -> None:
+def settle(running: Running) -> None:
     """Wait until a server has stopped working on what its clients have given up."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < deadline:

@@ -100,10 +100,10 @@ def test_the_table(modules: dict[str, ModuleType]) -> None:
         answer = table.Answer(questions[0], 1.0, "cut", pieces=[(1.5, 1), (1.7, 2)], tokens=[1, 2, 3])
         return [answer] * load.streams, 2.0
 
-    table._ask, table._settle = ask, lambda side: None
+    table.ask, table.settle = ask, lambda side: None
     loads = [table.Load(count, 9, 9, cuts=True) for count in (1, 4)]
     questions = [table.Question("q", [], [1], [], "")]
-    cells = table._race({"a": "a", "b": "b"}, questions, loads, 2, 0.0)
+    cells = table.race({"a": "a", "b": "b"}, questions, loads, 2, 0.0)
     assert asked == [("a", 1), ("b", 1), ("a", 4), ("b", 4), ("b", 1), ("a", 1), ("b", 4), ("a", 4)]
     rows = [
         {"side": name, "streams": count, **table.summary(cell.answers, cell.seconds, lambda answer: "")}

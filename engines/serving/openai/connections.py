@@ -53,6 +53,42 @@ class Connections:
             del self.by_client[client]
 
 
+class _Timed:
+    """Half of an H11Protocol: closes its connection when nothing has been answered for a while."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    cycle: Any
+    _timer: asyncio.TimerHandle | None = None
+    _is_idle = False  # behind an answer, before the next request's first byte
+
+    def _rest(self, seconds: float) -> None:
+        """Wait for the next request, if it is not there yet."""
+        if not self._is_busy():
+            self._is_idle = True
+            self._arm(seconds)
+
+    def _is_busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _arm(self, seconds: float) -> None:
+        self._disarm()
+        due = self.loop.time() + seconds
+        self._timer = self.loop.call_at(due, self._close_idle, due, seconds)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _close_idle(self, due: float, seconds: float) -> None:
+        if self._is_busy():
+            return
+        if self.loop.time() - due > LATE_SECONDS:
+            self._arm(seconds)
+        else:
+            self.transport.close()
+
+
 def protocol_class(connections: Connections, refusing: Any) -> Any:
     """uvicorn's HTTP protocol with these limits.
 
@@ -62,11 +98,9 @@ def protocol_class(connections: Connections, refusing: Any) -> Any:
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class LimitedProtocol(H11Protocol):
+    class LimitedProtocol(_Timed, H11Protocol):
         _client: str | None = None  # where it is counted
         _is_refused = False
-        _timer: asyncio.TimerHandle | None = None
-        _is_idle = False  # behind an answer, before the next request's first byte
         _has_rest = False  # behind an answer that did not wait for its request's whole body
 
         def connection_made(self, transport: Any) -> None:
@@ -86,8 +120,7 @@ def protocol_class(connections: Connections, refusing: Any) -> Any:
             if self._client is not None:
                 connections.leave(self._client)
             connections.refused -= self._is_refused
-            if self._timer is not None:
-                self._timer.cancel()
+            self._disarm()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -99,7 +132,7 @@ def protocol_class(connections: Connections, refusing: Any) -> Any:
             super().data_received(data)
             if self._has_rest and self.conn.their_state is not h11.SEND_BODY:
                 self._has_rest = False
-                self._rest()
+                self._rest(connections.idle_s)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
@@ -107,35 +140,12 @@ def protocol_class(connections: Connections, refusing: Any) -> Any:
                 self._has_rest = True
                 self._arm(REST_SECONDS)
             else:
-                self._rest()
+                self._rest(connections.idle_s)
 
         def send_400_response(self, msg: str) -> None:
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 super().send_400_response(msg)
             else:  # there is an answer already, or a part of it
-                self.transport.close()
-
-        def _rest(self) -> None:
-            """Wait for the next request, if it is not there yet."""
-            if not self._is_busy():
-                self._is_idle = True
-                self._arm(connections.idle_s)
-
-        def _is_busy(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _arm(self, seconds: float) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-            due = self.loop.time() + seconds
-            self._timer = self.loop.call_at(due, self._close_idle, due, seconds)
-
-        def _close_idle(self, due: float, seconds: float) -> None:
-            if self._is_busy():
-                return
-            if self.loop.time() - due > LATE_SECONDS:
-                self._arm(seconds)
-            else:
                 self.transport.close()
 
     return LimitedProtocol

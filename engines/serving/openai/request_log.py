@@ -75,7 +75,7 @@ class Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line; a traceback follows in text, and is a field in JSON."""
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        facts: dict[str, Any] = {name: value for name, value in vars(record).items() if name not in STANDARD}
+        facts: dict[str, Any] = {name: value for name, value in vars(record).items() if _is_said(name)}
         about, named = record.getMessage().strip(), request_id.get()
         traceback = self.formatException(record.exc_info) if record.exc_info else ""
         if self._as_json:
@@ -86,6 +86,11 @@ class Formatter(logging.Formatter):
         said = " ".join([about, *(f"{name}={value}" for name, value in facts.items())])
         line = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in said)
         return " ".join(filter(None, [moment, record.levelname, named, line])) + (f"\n{traceback}" if traceback else "")
+
+
+def _is_said(name: str) -> bool:
+    """Whether a record's field came with the message; packages such as Ray mark every record with fields of their own."""
+    return name not in STANDARD and not name.startswith("_")
 
 
 def configure_logging(*, as_json: bool) -> None:

@@ -69,7 +69,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 # Keys whose absence builds what is meant: NVIDIA's own converter leaves them out.
 DEFAULTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "head_size": lambda config: config["hidden_size"] // config["num_attention_heads"],
-    "attn_bias": is_qwen,
+    "attn_bias": lambda config: is_qwen({"model_type": config["model_type"]}),  # without one nothing is known
     "mlp_bias": lambda config: False,
     "mapping": lambda config: {},
     "quantization": lambda config: {},

@@ -18,7 +18,7 @@ def record(**more: object) -> logging.LogRecord:
 
 def test_text() -> None:
     token = request_id.set("req-1")
-    line = Formatter(as_json=False).format(record(status=200))
+    line = Formatter(as_json=False).format(record(status=200, _ray_timestamp_ns=1))
     request_id.reset(token)
     moment, rest = line.split(" ", 1)
     assert datetime.fromisoformat(moment).tzinfo is not None

@@ -155,6 +155,7 @@ def test_refusals(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
         calibrate(model_dir, checkpoint, get_format("fp8"), kv_cache="none", quant_heads=False, batches=BATCHES)
 
 
+@pytest.mark.slow
 def test_importing_loads_no_modelopt() -> None:
     code = "import sys, medusa_export.quantize.ptq; sys.exit('modelopt' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

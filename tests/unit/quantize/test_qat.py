@@ -83,6 +83,7 @@ def rounded(linear: Any, weight: torch.Tensor) -> torch.Tensor:
         return found * factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "target"), BOTH)
 def test_the_export_rounds_as_the_training_did(name: str, target: str, model_dir: Path, tmp_path: Path) -> None:
     """Whatever the weights have become: scales would be stale if they were those of the calibration."""
@@ -142,6 +143,7 @@ def test_blocks_are_the_exporters() -> None:
         assert row.qat["onnx"].blocks == row.onnxruntime.codes.blocks != ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TRAINED))
 def test_every_format_trains(name: str, model_dir: Path, tmp_path: Path) -> None:
     """On the CPU: gradients pass the rounding, the base moves, and scales are written where the export takes any."""
@@ -159,6 +161,7 @@ def test_every_format_trains(name: str, model_dir: Path, tmp_path: Path) -> None
         write_trtllm(tmp_path / "trtllm", opened, weight_format, scales, tree=Tree.from_choices([(0,)]))
 
 
+@pytest.mark.slow
 def test_heads_alone_learn_on_the_quantized_base(model_dir: Path, tmp_path: Path) -> None:
     arguments = replace(FULL, base="frozen", layout="v1")
     report = train_qat(

@@ -393,6 +393,7 @@ def test_the_group_size_that_fits_is_named(run: Run, sized: Callable[..., Inputs
     assert config["quantization"]["group_size"] == 64
 
 
+@pytest.mark.slow
 def test_fp4_has_no_engine_here(run: Run, sized: Callable[..., Inputs]) -> None:
     made = sized(256, 256)
     line = one_line(run("export", *made.flags(quant="nvfp4", engine="onnxruntime")))

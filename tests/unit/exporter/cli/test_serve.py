@@ -82,6 +82,7 @@ def test_another_backend(engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "no such" in refused(monkeypatch, capsys, "--engine", engine / "absent")
 
 
+@pytest.mark.slow
 def test_output_to_a_full_device_is_one_line(engine: Path) -> None:
     """It has nobody to tell that it serves, so it does not."""
     full = Path("/dev/full")

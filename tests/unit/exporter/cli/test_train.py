@@ -85,6 +85,7 @@ def test_every_way_trains(
     assert not (tmp_path / ".out.training").exists()
 
 
+@pytest.mark.slow
 def test_prompts_are_learnt_on_request_but_not_measured(
     given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +100,7 @@ def test_prompts_are_learnt_on_request_but_not_measured(
     assert everything["data"]["held_out"] == answers["data"]["held_out"]
 
 
+@pytest.mark.slow
 def test_the_heads_that_it_starts_from_keep_a_share(
     given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,7 @@ def test_a_format_meets_every_family_with_every_value() -> None:
             assert {(each[place], each[5]) for each in found} == set(product(values, FAMILIES)), (weight_format, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_every_combination_verifies(
     weight_format: str, models: dict[tuple[str, str, int], Model], tmp_path: Path

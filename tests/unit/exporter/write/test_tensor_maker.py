@@ -19,6 +19,7 @@ from medusa_export.quantize.formats import FORMATS
 WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 512, "head_dim": 128, "num_hidden_layers": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_chunks_do_not_show(
     weight_format: str, make_case: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

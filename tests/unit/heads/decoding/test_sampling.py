@@ -37,6 +37,7 @@ def test_a_seed_repeats_itself() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.7])
 def test_the_margin_is_what_logits_have_to_move_at_least(top_p: float) -> None:
     sampler = Sampler(0.7, 5, top_p)

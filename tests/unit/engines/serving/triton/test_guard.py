@@ -108,6 +108,7 @@ def test_a_stub_without_a_processor_says_so() -> None:
     assert "2.5 s" in triton_guard.stall(2.75)
 
 
+@pytest.mark.slow
 def test_a_stub_that_is_frozen_ends_with_its_server(tmp_path: Path) -> None:
     """As one that waits for a server that has died: none of its threads runs. Stand-ins for both."""
     memory = SHARED_MEMORY / f"medusa-export-test-{os.getpid()}"

@@ -55,6 +55,7 @@ def finish(rest: Rest, way: str = "response") -> weakref.ref[Tritons]:
     return weakref.ref(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["response", "nothing"])
 def test_a_finished_sender_rests_before_it_goes(way: str, clock: list[float]) -> None:
     rest = Rest()

@@ -132,6 +132,7 @@ class BaseModel(torch.nn.Module):
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_equals_the_graph_that_torch_exports(

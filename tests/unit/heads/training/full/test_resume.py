@@ -36,6 +36,7 @@ def outputs(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors") | load_file(path / "medusa_lm_head.safetensors")
 
 
+@pytest.mark.slow
 def test_killed_and_continued(model: Path, tmp_path: Path) -> None:
     """Killed in the second stage, between two checkpoints and behind an evaluation: the same bits come out."""
     options = '{"batch_size": 4, "warmup_heads": 0.3, "patience": 9}'

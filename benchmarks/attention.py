@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Annotated, Any
 
@@ -66,7 +66,7 @@ class Way:
     name: str
     nodes: Sequence[onnx.NodeProto]
     inputs: Callable[[Sample], dict[str, Array]]
-    shared: Sequence[str] = field(default=())  # inputs that are written in place, and the outputs they are
+    shared: Sequence[str] = ()  # inputs that are written in place, and the outputs they are
 
 
 def sample(past: int, rows: int, rng: np.random.Generator) -> Sample:

@@ -85,34 +85,31 @@ def test_every_way_trains(
     assert not (tmp_path / ".out.training").exists()
 
 
-@pytest.mark.slow
-def test_prompts_are_learnt_on_request_but_not_measured(
-    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def record(name: str, *flags: str) -> dict[str, Any]:
-        out = tmp_path / name
-        assert run(monkeypatch, *given[:-1], str(out), "--num-heads", "1", "--max-steps", "1", *flags) == 0
-        found: dict[str, Any] = json.loads((out / "training.json").read_text())
-        return found
+@pytest.fixture
+def train(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Train one head for two steps: name and flags -> its directory."""
 
-    answers, everything = record("answers"), record("everything", "--learn-prompts")
+    def call(name: str, *flags: str) -> Path:
+        out = tmp_path / name
+        assert run(monkeypatch, *given[:-1], str(out), "--num-heads", "1", "--max-steps", "2", *flags) == 0
+        return out
+
+    return call
+
+
+@pytest.mark.slow
+def test_prompts_are_learnt_on_request_but_not_measured(train: Callable[..., Path]) -> None:
+    directories = train("answers"), train("everything", "--learn-prompts")
+    answers, everything = (json.loads((each / "training.json").read_text()) for each in directories)
     assert everything["rows"] > answers["rows"]
     assert everything["data"]["held_out"] == answers["data"]["held_out"]
 
 
 @pytest.mark.slow
-def test_the_heads_that_it_starts_from_keep_a_share(
-    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def train(name: str, *flags: str) -> dict[str, Any]:
-        out = tmp_path / name
-        assert run(monkeypatch, *given[:-1], str(out), "--num-heads", "1", "--max-steps", "2", *flags) == 0
-        found: dict[str, Any] = load_file(out / "medusa_lm_head.safetensors")
-        return found
-
-    start = train("start")
-    trained = train("trained", "--heads", str(tmp_path / "start"))
-    averaged = train("averaged", "--heads", str(tmp_path / "start"), "--start-share", "0.25")
+def test_the_heads_that_it_starts_from_keep_a_share(train: Callable[..., Path]) -> None:
+    heads = "--heads", str(train("start"))
+    directories = Path(heads[1]), train("trained", *heads), train("averaged", *heads, "--start-share", "0.25")
+    start, trained, averaged = (load_file(each / "medusa_lm_head.safetensors") for each in directories)
     for name, tensor in averaged.items():
         expected = 0.75 * trained[name].float() + 0.25 * start[name].float()
         assert (tensor.float() - expected).abs().max() < 0.01 * (trained[name] - start[name]).float().abs().max() + 1e-6

@@ -134,16 +134,48 @@ def test_models_are_made_whole_or_not_at_all(peers: Any, tmp_path: Path) -> None
     peers.models.made_once(made, broken)  # it is there
 
 
+LLAMA_CPP = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None,
+    reason="llama-cpp-python is compiled where it is installed; no extra has it",
+)
+
+
 @pytest.mark.parametrize(
     ("quant", "option", "group", "contenders"),
     [
-        ("none", "--float32", "float32", ["transformers", "llama.cpp F32"]),
-        ("int8_wo", "--int8", "8-bit", ["llama.cpp Q8_0"]),
+        ("none", "--float32", "float32", ["transformers"]),
+        pytest.param("none", "--float32", "float32", ["transformers", "llama.cpp F32"], marks=LLAMA_CPP),
+        pytest.param("int8_wo", "--int8", "8-bit", ["llama.cpp Q8_0"], marks=LLAMA_CPP),
     ],
 )
 def test_small(
     tiny_engine: Callable[..., Any], tmp_path: Path, quant: str, option: str, group: str, contenders: list[str]
 ) -> None:
+    body, shown = _run(tiny_engine, tmp_path, quant, option, group, contenders)
+    assert body["absent"] == {}
+    assert set(body["rows"]) == {"medusa-export", *contenders}
+    if quant == "none":
+        assert [row["equal"] for row in body["rows"].values()] == [3] * (1 + len(contenders))
+    assert all(len(times) == 17 for ms in body["ms"].values() for times in ms)  # 16 + 3 steps, less a first one each
+    assert "equal outputs" in shown
+
+
+def test_a_package_that_is_not_there(
+    tiny_engine: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "llama_cpp.py").write_text("raise ModuleNotFoundError(\"No module named 'llama_cpp'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    body, shown = _run(tiny_engine, tmp_path, "int8_wo", "--int8", "8-bit", ["llama.cpp Q8_0"])
+    assert body["absent"] == {"llama.cpp Q8_0": "ModuleNotFoundError: No module named 'llama_cpp'"}
+    assert set(body["rows"]) == {"medusa-export"}
+    assert "absent" in shown
+
+
+def _run(
+    tiny_engine: Callable[..., Any], tmp_path: Path, quant: str, option: str, group: str, contenders: list[str]
+) -> tuple[Any, str]:
+    """The group's figures, and what is printed."""
     sizes = {
         "intermediate_size": 128,
         "hidden_size": 128,
@@ -159,10 +191,4 @@ def test_small(
         capture_output=True, text=True, env={**os.environ, "COLUMNS": "150"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    body = json.loads(figures.read_text())["groups"][group]
-    assert body["absent"] == {}
-    assert set(body["rows"]) == {"medusa-export", *contenders}
-    if quant == "none":
-        assert [row["equal"] for row in body["rows"].values()] == [3, 3, 3]
-    assert all(len(times) == 17 for ms in body["ms"].values() for times in ms)  # 16 + 3 steps, less a first one each
-    assert "equal outputs" in done.stdout
+    return json.loads(figures.read_text())["groups"][group], done.stdout

@@ -23,13 +23,21 @@ def local_executor(model: ChatModel, maker: Maker, concurrency: int) -> Executor
     def execute(conversations: Sequence[Conversation], report: Callable[[Outcome], None]) -> None:
         async def run() -> None:
             try:
-                await answer_all(model, conversations, maker, concurrency, report)
+                await answer_all(model, shortest_first(conversations), maker, concurrency, report)
             finally:
                 await model.close()
 
         asyncio.run(run())
 
     return execute
+
+
+def shortest_first(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Those that are answered together are of a length, so that none reads the cache of a longer one.
+
+    The longest come last, for they are the ones that may fail for want of room: failures before any answer end a run.
+    """
+    return sorted(conversations, key=lambda each: sum(map(len, (each.system, *each.turns))))
 
 
 async def answer_all(

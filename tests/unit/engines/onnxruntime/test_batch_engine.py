@@ -14,8 +14,10 @@ from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.decoding.step import decode_step
 from medusa_export.engines.onnxruntime import batch_engine as tree_batch
+from medusa_export.engines.onnxruntime import lane_plan
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.lane_plan import Traffic
 from medusa_export.engines.onnxruntime.slots import BatchDecoder
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
@@ -23,6 +25,7 @@ from medusa_export.heads.trees.tree import Tree
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3], [11], [5, 5, 12, 13], [20, 21]]
 LIMITS = [14, 5, 20, 9, 17]  # so that sequences end at different times
+APART = Traffic(weights=0, row=1)  # sequences of different lengths never share a run
 TREE = Tree.from_choices([[0], [1], [0, 0], [2], [1, 0]])
 FORMS = [
     ("llama", "none"),
@@ -37,7 +40,7 @@ FORMS = [
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short sequences make the cache grow, and prompts take several runs."""
-    monkeypatch.setattr(tree_batch, "BLOCK", 4)
+    monkeypatch.setattr(lane_plan, "BLOCK", 4)
     monkeypatch.setattr(tree_batch, "PREFILL", 3)
 
 
@@ -46,8 +49,9 @@ def serve(
     tree: Tree,
     make_sampler: Callable[[int], Sampler | None],
     typical: Typical | None = None,
+    seen: list[list[int]] | None = None,
 ) -> list[Generation]:
-    """All prompts, as slots become free."""
+    """All prompts, as slots become free. ``seen`` gets the capacities of every step."""
     results = [Generation() for _ in PROMPTS]
     samplers = [make_sampler(index) for index in range(len(PROMPTS))]
     waiting, active = list(range(len(PROMPTS))), []
@@ -65,6 +69,8 @@ def serve(
         ):
             results[index].tokens += new
             results[index].accepted.append(len(new))
+        if seen is not None:
+            seen.append(decoder.capacities)
         for slot in reversed(range(len(active))):
             if len(results[active[slot]].tokens) >= LIMITS[active[slot]]:
                 decoder.release(slot)
@@ -85,19 +91,24 @@ def alone(
     )
 
 
+@pytest.mark.parametrize("traffic", [None, APART], ids=["together", "apart"])
 @pytest.mark.parametrize(("family", "quant"), FORMS)
-def test_tokens_and_steps_are_those_of_one_sequence(family: str, quant: str, tiny_engine: Callable[..., Any]) -> None:
+def test_tokens_and_steps_are_those_of_one_sequence(
+    family: str, quant: str, traffic: Traffic | None, tiny_engine: Callable[..., Any]
+) -> None:
     config = {"head_dim": 32} if family == "qwen3" else {}
     path = tiny_engine(family, quant, drafts_well=quant == "none", **config).path
-    engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=3)
-    several = serve(decoder, TREE, lambda index: None)
+    engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=3, traffic=traffic)
+    seen: list[list[int]] = []
+    several = serve(decoder, TREE, lambda index: None, seen=seen)
     for index, result in enumerate(several):
         expected = alone(engine, index, TREE)
         assert result.tokens[: LIMITS[index]] == expected.tokens
         assert result.accepted == expected.accepted
     if quant == "none":
         assert max(max(result.accepted) for result in several) > 1, "a tree of which nothing is accepted tests little"
-    assert decoder.kv.shape[3] > 4, "the cache did not grow"
+    assert max(max(lanes) for lanes in seen) > 4, "the cache did not grow"
+    assert max(len(lanes) for lanes in seen) == (3 if traffic else 1)
 
 
 def test_without_a_tree(tiny_engine: Callable[..., Any]) -> None:
@@ -177,13 +188,38 @@ def test_a_long_sequence_does_not_cost_those_after_it(tiny_engine: Callable[...,
     engine, decoder = OnnxRuntimeEngine(path), TreeBatchDecoder(path, slots=3)
     row = [int(decoder.admit(PROMPTS[0]).argmax())]
     decoder.admit([5] * 600)
-    grown = decoder.kv.shape[3]
+    grown = decoder.capacities
     decoder.release(1)
     for _ in range(12):
         row += decode_step(decoder, *draft_heads(decoder, AUTOREGRESSIVE, [row[-1]]))[0]
-    assert grown >= 600
-    assert decoder.kv.shape[3] < 20
+    assert max(grown) >= 600
+    assert max(decoder.capacities) < 20
     assert row == generate(engine, PROMPTS[0], AUTOREGRESSIVE, max_new_tokens=13, eos_token_ids=()).tokens
+
+
+def test_a_long_sequence_runs_apart_and_ends(tiny_engine: Callable[..., Any]) -> None:
+    """The others read a few rows; logits come in the order of the slots; lanes that end leave the others as they were."""
+    path = tiny_engine(max_length=1000, max_position_embeddings=1000).path
+    engine = OnnxRuntimeEngine(path)
+    decoder = TreeBatchDecoder(path, slots=4, traffic=Traffic(weights=100, row=1))
+    prompts = [[5] * 600, *PROMPTS[:2]]
+    rows = [[int(decoder.admit(prompt).argmax())] for prompt in prompts]
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            logits = decoder.step([row[-1] for row in rows])
+            for row, of_one in zip(rows, logits, strict=True):
+                row.append(int(of_one.argmax()))
+
+    steps(12)
+    assert sorted(decoder.capacities) == [20, 612]
+    decoder.release(0)  # the last slot is the first now
+    prompts[0], rows[0] = prompts.pop(), rows.pop()
+    steps(4)
+    assert len(decoder.capacities) == 1
+    for row, prompt in zip(rows, prompts, strict=True):
+        expected = generate(engine, prompt, AUTOREGRESSIVE, max_new_tokens=len(row), eos_token_ids=())
+        assert row == expected.tokens
 
 
 def test_refusals(tiny_engine: Callable[..., Any]) -> None:

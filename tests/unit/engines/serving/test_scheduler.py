@@ -18,6 +18,7 @@ from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from medusa_export.engines.onnxruntime.lane import Lane
 from medusa_export.engines.serving.meter import Load, Meter
 from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo
 from medusa_export.engines.serving.scheduler import Scheduler
@@ -303,14 +304,14 @@ def test_a_failing_prompt_ends_alone(
     schedule: Callable[..., Scheduler], engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler, good, bad, later = schedule(slots=3, has_ends=True), Ears(), Ears(), Ears()
-    keep = scheduler.decoder.keep_rows
+    keep = Lane.keep
 
-    def fail_at_five_tokens(block: Any, paths: Any) -> None:
-        if block.size == 5:
+    def fail_at_five_tokens(lane: Lane, place: int, length: int, rows: Any) -> None:
+        if rows.shape[2] == 5:
             raise RuntimeError("out of memory")
-        keep(block, paths)
+        keep(lane, place, length, rows)
 
-    monkeypatch.setattr(scheduler.decoder, "keep_rows", fail_at_five_tokens)
+    monkeypatch.setattr(Lane, "keep", fail_at_five_tokens)
     scheduler.submit(PROMPTS[0], Sampling(max_tokens=30), good)
     scheduler.submit([1, 2, 3, 4, 5], Sampling(), bad)
     scheduler.submit(PROMPTS[1], Sampling(max_tokens=9), later)

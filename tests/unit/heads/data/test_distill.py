@@ -135,6 +135,15 @@ def test_order_and_concurrency(out: Path) -> None:
     assert seen == [(done, 100, 5 * done) for done in range(101)]
 
 
+def test_prompts_of_a_length_are_asked_together(out: Path) -> None:
+    """And those that may be too long last: were they first, their failures would end the run."""
+    model = Echo()
+    too_long = [f"fail, for this is far too long, {number}" for number in range(2 * HOPELESS)]
+    summary = run(out, chats("three", *too_long, "a", ("b", "and more of it"), "four"), model, concurrency=1)
+    assert [asked[0]["content"] for asked in model.asked[:5]] == ["a", "four", "three", "b", "b"]
+    assert len(summary.failures) == 2 * HOPELESS
+
+
 def test_failures_are_counted_and_tried_again(out: Path) -> None:
     conversations = chats("a", ("b", "fail here"), "c", "surrogate")
     summary = run(out, conversations)
@@ -144,10 +153,7 @@ def test_failures_are_counted_and_tried_again(out: Path) -> None:
     assert "half of a surrogate pair" in dict(summary.failures)["id3"]
     model = Echo()
     assert run(out, conversations, model).reused == 2
-    assert [asked[-1]["content"] for asked in model.asked] in (
-        ["b", "surrogate", "fail here"],
-        ["b", "fail here", "surrogate"],
-    )
+    assert [asked[-1]["content"] for asked in model.asked] == ["surrogate", "b", "fail here"]
 
 
 def test_nothing_but_failures(out: Path) -> None:
@@ -164,14 +170,14 @@ def test_nothing_but_failures(out: Path) -> None:
 
 
 def test_a_model_that_goes_away(out: Path) -> None:
-    model, conversations = Echo(), chats("a", "b", "c", "unavailable", "d", "e")
+    model, conversations = Echo(), chats("a", "b", "c", "unavailable", "d, a longer one", "e, a longer one")
     with pytest.raises(ModelUnavailableError, match="got nobody"):
         run(out, conversations, model, concurrency=1)
     assert model.closed
     assert not out.exists()
     again = Echo()
     run(out, [*conversations[:3], *conversations[4:]], again)
-    assert [asked[-1]["content"] for asked in again.asked] == ["d", "e"]
+    assert [asked[-1]["content"] for asked in again.asked] == ["d, a longer one", "e, a longer one"]
     assert [row["id"] for row in rows(out)] == ["id0", "id1", "id2", "id4", "id5"]
 
 

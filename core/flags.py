@@ -5,6 +5,7 @@ A library function takes the dataclass; a command is built from it (exporter/cli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -12,6 +13,52 @@ from typing import Any
 from medusa_export.core.errors import ConfigError
 
 _KEY = "flag"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a flag takes; never NaN nor an infinity.
+
+    Attributes:
+        least: the smallest.
+        most: the largest.
+        above: all are larger than this.
+        below: all are smaller than this.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def hold(self, value: float) -> bool:
+        """Whether it is one of them."""
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def words(self) -> str:
+        """``0 or more and below 1``"""
+        said = [
+            text.format(f"{bound:g}")
+            for bound, text in (
+                (self.least, "{} or more"),
+                (self.above, "above {}"),
+                (self.most, "at most {}"),
+                (self.below, "below {}"),
+            )
+            if bound is not None
+        ]
+        return " and ".join(said) or "a finite number"
+
+
+ANY, POSITIVE, COUNT, SHARE = Bounds(), Bounds(above=0), Bounds(least=0), Bounds(least=0, below=1)
+NUMBER = Bounds(least=1)  # of things, at least one
 
 
 @dataclass(frozen=True)
@@ -30,6 +77,7 @@ class Flag:
         derive: the default from the values of the other flags, for a field without one.
         requires: the flag without which this one means nothing, such as ``--engine tensorrt``; see :func:`requirement_error`.
         positional: whether it is an argument without a name.
+        bounds: of a number.
     """
 
     help: str
@@ -43,6 +91,7 @@ class Flag:
     derive: Callable[[Mapping[str, Any]], Any] | None = None
     requires: str = ""
     positional: bool = False
+    bounds: Bounds = ANY
 
 
 def flag(
@@ -59,6 +108,7 @@ def flag(
     derive: Callable[[Mapping[str, Any]], Any] | None = None,
     requires: str = "",
     positional: bool = False,
+    bounds: Bounds = ANY,
 ) -> Any:
     """A field of a dataclass that is a flag of the commands built from it.
 
@@ -67,7 +117,7 @@ def flag(
         help: see :class:`Flag`, as for all others.
     """
     described = choices if isinstance(choices, Mapping) else dict.fromkeys(choices, "")
-    made = Flag(help, panel, name, aliases, opposite, described, metavar, default, derive, requires, positional)
+    made = Flag(help, panel, name, aliases, opposite, described, metavar, default, derive, requires, positional, bounds)
     return field(default=value, metadata={_KEY: made})
 
 
@@ -92,6 +142,11 @@ class FlagField:
             return self.field.upper()
         return self.flag.name or "--" + self.field.replace("_", "-")
 
+    def require(self, value: object) -> None:
+        """Raise ConfigError for a number out of the flag's bounds."""
+        if isinstance(value, int | float) and not self.flag.bounds.hold(value):
+            raise ConfigError(self.name, f"{value}", self.flag.bounds.words, "correct it")
+
     @property
     def key(self) -> str:
         """The name as an identifier: ``max_length``."""
@@ -110,6 +165,14 @@ def flags_of(kind: type) -> tuple[FlagField, ...]:
         if said is not None:
             found.append(FlagField(item.name, item.default, said))
     return tuple(found)
+
+
+def require_bounds(arguments: object) -> None:
+    """Raise ConfigError for a number of a dataclass of flags that is out of its flag's bounds."""
+    for item in flags_of(type(arguments)):
+        value = getattr(arguments, item.field)
+        for each in value if isinstance(value, tuple) else (value,):
+            item.require(each)
 
 
 def requirement_error(name: str, value: object, requires: str) -> ConfigError:

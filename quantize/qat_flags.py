@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import NUMBER, flag
 from medusa_export.quantize.formats import FORMATS
 
 TARGETS = ("trtllm", "onnx")
@@ -27,7 +27,12 @@ class QatFlags:
         choices=tuple(FORMATS),
     )  # fmt: skip
     group_size: int | None = flag(
-        None, help="Input channels that share a scale.", panel=PANEL, default="the format's", requires="--quant"
+        None,
+        help="Input channels that share a scale.",
+        panel=PANEL,
+        default="the format's",
+        requires="--quant",
+        bounds=NUMBER,
     )
     target: str = flag("trtllm", help="Rounding to simulate.", panel=PANEL, choices=TARGETS, requires="--quant")
     kv_cache: str = "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,23 +16,44 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Report = Mapping[str, Any]
-NEEDED = (
-    "parity", "speedup", "tokens_per_second", "tokens_per_step", "step_ms", "prompts", "categories", "device", "engine", "arguments",
-    "tree", "findings",
-)  # fmt: skip
+# What is read of a report: keys, and what they have. A type, an object of keys, a list of one kind of element, a list of so many.
+_MODES = {"baseline": float, "medusa": float}
+SHAPE: Mapping[str, Any] = {
+    "parity": {"prompts": int, "exact": int, "ties": int, "mismatches": int}, "speedup": {"median": float, "ci95": (float, float)},
+    "arguments": {}, "device": str, "engine": {"precision": str}, "findings": [{}], "tree": {"max_draft_len": int},
+    "tokens_per_second": _MODES, "tokens_per_step": float, "step_ms": _MODES,
+    "categories": [{"category": str, "speedup": float}], "prompts": [{"prompt": object, "tokens": _MODES, "total_ms": _MODES}],
+}  # fmt: skip
 
 
 def read_report(path: Path) -> dict[str, Any]:
     """What ``medusa-run --report`` wrote.
 
     Raises:
-        ConfigError: another file.
+        ConfigError: another file, or one that somebody has changed.
     """
     body = read_json(path)
-    missing = [name for name in NEEDED if name not in body]
-    if missing:
-        raise ConfigError(str(path), f"no {missing[0]}", "a report of medusa-run", "give a file of medusa-run --report")
+    wrong = _misfit(body, SHAPE, "")
+    if wrong:
+        raise ConfigError(str(path), wrong, "a report of medusa-run", "give a file of medusa-run --report")
     return body
+
+
+def _misfit(value: Any, shape: Any, where: str) -> str:
+    """What does not fit, in words; nothing where all does."""
+    if isinstance(shape, Mapping) and isinstance(value, dict):
+        missing = next((name for name in shape if name not in value), None)
+        if missing is not None:
+            return f"no {where}{missing}"
+        return next(filter(None, (_misfit(value[name], inner, f"{where}{name}.") for name, inner in shape.items())), "")
+    if isinstance(shape, tuple) and isinstance(value, list) and len(value) == len(shape):
+        shape = [shape[0]]
+    if isinstance(shape, list) and isinstance(value, list):
+        return next(filter(None, (_misfit(each, shape[0], where) for each in value)), "")
+    kinds: Any = (int, float) if shape is float else shape
+    if isinstance(shape, type) and isinstance(value, kinds):
+        return ""
+    return f"{where.rstrip('.')} = {reprlib.repr(value)}"
 
 
 def differences(first: Report, second: Report) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from medusa_export.core.artifacts.hashing import describe, list_files
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.flags import require_bounds
 from medusa_export.core.json_fields import read_json
 from medusa_export.core.text.prompts import Prompt, load_prompts
 from medusa_export.core.text.tokenizer import read_tokenizer
@@ -117,11 +118,7 @@ def run(
 
 def _check(arguments: RunArguments) -> None:
     """Raise ConfigError for values that cannot be meant, before anything is opened."""
-    if not arguments.timeout > 0:
-        raise ConfigError("--timeout", f"{arguments.timeout:g}", "seconds above 0", "correct it")
-    for name in ("max_new_tokens", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}", str(getattr(arguments, name)), "1 or more", "correct it")
+    require_bounds(arguments)
     if arguments.temperature:
         Sampler(arguments.temperature, 0, arguments.top_p)
     elif arguments.typical or arguments.top_p != 1:

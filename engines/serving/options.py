@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import COUNT, NUMBER, flag
 from medusa_export.engines.decoding.draft_flags import AUTO, DRAFTS_CHOICES, DRAFTS_HELP, require_known
 
 INPUT, LIMITS, DECODING = "Input", "Limits", "Decoding"  # headings of --help
@@ -27,30 +27,34 @@ class ServingOptions:
         ConfigError: a value out of range.
     """
 
-    max_batch: int = flag(32, help="Most requests to decode at once.", panel=LIMITS, aliases=("--max-concurrent",))
+    max_batch: int = flag(
+        32, help="Most requests to decode at once.", panel=LIMITS, aliases=("--max-concurrent",), bounds=NUMBER
+    )
     kv_cache_mb: int = flag(
         4096, help="Memory for the key/value cache; where it is too little for --max-batch, fewer are decoded at once.",
-        panel=LIMITS, metavar="MB",
+        panel=LIMITS, metavar="MB", bounds=NUMBER,
     )  # fmt: skip
-    max_queue: int = flag(MAX_QUEUE, help=QUEUE_HELP, panel=LIMITS)
-    max_tokens: int = flag(256, help="Most tokens of an answer, where the request does not say.", panel=LIMITS)
+    max_queue: int = flag(MAX_QUEUE, help=QUEUE_HELP, panel=LIMITS, bounds=NUMBER)
+    max_tokens: int = flag(
+        256, help="Most tokens of an answer, where the request does not say.", panel=LIMITS, bounds=NUMBER
+    )
     timeout_s: float = flag(
-        600.0, help="Most seconds that a request may take, waiting included.", panel=LIMITS, metavar="SECONDS"
+        600.0, help="Most seconds that a request may take, waiting included.", panel=LIMITS, metavar="SECONDS", bounds=NUMBER,
     )  # fmt: skip
-    max_text_bytes: int = flag(MAX_TEXT_BYTES, help=TEXT_HELP, panel=LIMITS, metavar="BYTES")
+    max_text_bytes: int = flag(MAX_TEXT_BYTES, help=TEXT_HELP, panel=LIMITS, metavar="BYTES", bounds=NUMBER)
     tree_max_batch: int = flag(
         4, help="Most requests at once to use the tree with, where tree.json does not say at which batch sizes it pays.",
-        panel=DECODING,
+        panel=DECODING, bounds=COUNT,
     )  # fmt: skip
     grace_s: float = flag(
         20.0, help="Seconds for requests in flight to finish when the server stops; tritonserver itself waits 30.",
-        panel=LIMITS, metavar="SECONDS",
+        panel=LIMITS, metavar="SECONDS", bounds=COUNT,
     )  # fmt: skip
     prefill_tokens: int = flag(
         128, help="Prompt tokens to read between two decoding steps: fewer make answers steadier, more start them earlier.",
-        panel=DECODING,
+        panel=DECODING, bounds=NUMBER,
     )  # fmt: skip
-    threads: int = flag(0, help="CPU threads; 0: one per core.", panel=DECODING)
+    threads: int = flag(0, help="CPU threads; 0: one per core.", panel=DECODING, bounds=COUNT)
     drafts: str = flag(AUTO, help=DRAFTS_HELP, panel=DECODING, choices=DRAFTS_CHOICES)
 
     def __post_init__(self) -> None:

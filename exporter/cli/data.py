@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import COUNT, NUMBER, POSITIVE, flag
 from medusa_export.core.hub import REVISION_HELP, find_model, source_name
 from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP, read_tokenizer
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
@@ -87,13 +87,27 @@ class DataFlags:
         (), help="URL of a server with OpenAI's protocol. Can be repeated. Key: OPENAI_API_KEY.", panel=SERVER, metavar="URL"
     )  # fmt: skip
     concurrency: int | None = flag(
-        None, help="Conversations at once, per worker.", panel=WORK, default="16 per server, or --max-batch"
+        None,
+        help="Conversations at once, per worker.",
+        panel=WORK,
+        default="16 per server, or --max-batch",
+        bounds=NUMBER,
     )
     timeout: float | None = flag(
-        None, help="Seconds to wait for a server.", panel=SERVER, default="600", requires="--server"
+        None,
+        help="Seconds to wait for a server.",
+        panel=SERVER,
+        default="600",
+        requires="--server",
+        bounds=POSITIVE,
     )
     retries: int | None = flag(
-        None, help="Retries of a failed request to a server.", panel=SERVER, default="5", requires="--server"
+        None,
+        help="Retries of a failed request to a server.",
+        panel=SERVER,
+        default="5",
+        requires="--server",
+        bounds=COUNT,
     )
     max_batch: int | None = flag(
         None,
@@ -101,19 +115,26 @@ class DataFlags:
         panel=MODEL,
         default="16",
         requires=_HERE,
+        bounds=NUMBER,
     )
     max_length: int | None = flag(
-        None, help="Maximum tokens of a conversation with such a model.", panel=MODEL, default="the model's", requires=_HERE
+        None, help="Maximum tokens of a conversation with such a model.", panel=MODEL, default="the model's", requires=_HERE,
+        bounds=NUMBER,
     )  # fmt: skip
     revision: str | None = flag(None, help=REVISION_HELP, panel=MODEL, requires=_HERE)
     chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=MODEL, requires=_HERE)
     skip_bad_lines: bool = flag(False, help="Report bad lines and go on.", panel=INPUT)
-    limit: int | None = flag(None, help="Use only the first N conversations.", panel=INPUT, metavar="N")
+    limit: int | None = flag(None, help="Use only the first N conversations.", panel=INPUT, metavar="N", bounds=NUMBER)
     executor: str = flag(
         "local", help="Where to run.", panel=WORK, choices={name: row.description for name, row in EXECUTORS.items()}
     )
     workers: int | None = flag(
-        None, help="Ray actors; each opens the model.", panel=WORK, default="2", requires="--executor ray"
+        None,
+        help="Ray actors; each opens the model.",
+        panel=WORK,
+        default="2",
+        requires="--executor ray",
+        bounds=NUMBER,
     )
     force: bool = flag(False, help="Drop rows of the output that belong to another run.", panel=OUTPUT)
 
@@ -147,10 +168,6 @@ def _check_flags(given: DataFlags) -> None:
         )
     executors = {f"--executor {name}": given.executor == name for name in EXECUTORS}
     require(given, {"--server": bool(given.server), _HERE: not given.server, **executors})
-    for name in ("concurrency", "max_batch", "max_length", "workers"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}", f"{value}", "at least 1", "change it")
 
 
 @contextmanager

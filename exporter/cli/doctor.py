@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from medusa_export.core.errors import OutputError
+from medusa_export.core.artifacts.output_file import require_output_file
 from medusa_export.core.flags import flag
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stdout
 from medusa_export.exporter.cli.flags.commands import command
@@ -39,8 +39,7 @@ def doctor_command(own: DoctorFlags) -> None:
     from medusa_export.exporter.doctor.packages import find_packages
     from medusa_export.exporter.doctor.report import page, print_page
 
-    if own.json_file is not None and not own.json_file.resolve().parent.is_dir():
-        raise OutputError(str(own.json_file), "no such directory", "an existing one", "create it first")
+    require_output_file(own.json_file)
     with progress_bars() as progress:
         found = find_packages(imports=not own.quick, progress=lambda *at: progress("packages", *at))
     body = page(look(), found)

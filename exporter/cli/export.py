@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medusa_export.core.errors import OutputError
-from medusa_export.core.flags import flag
+from medusa_export.core.artifacts.output_file import require_output_file
+from medusa_export.core.flags import NUMBER, flag
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import callback, command
 from medusa_export.exporter.cli.gpu_cost import expected_line
@@ -29,9 +29,13 @@ class Rehearsal:
 class PlanFlags:
     """What medusa-export plan takes besides the flags of the export."""
 
-    batch: int = flag(1, help="Sequences that run at once on the GPU.", panel="Plan")
+    batch: int = flag(1, help="Sequences that run at once on the GPU.", panel="Plan", bounds=NUMBER)
     context: int | None = flag(
-        None, help="Tokens of each sequence, prompt and output.", panel="Plan", default="the model's, up to 4096"
+        None,
+        help="Tokens of each sequence, prompt and output.",
+        panel="Plan",
+        default="the model's, up to 4096",
+        bounds=NUMBER,
     )
     json_file: Path | None = flag(None, help="Write the figures to this file as JSON.", panel="Plan", name="--json")
 
@@ -102,8 +106,7 @@ def plan_command(arguments: ExportArguments, own: PlanFlags) -> None:
 
     Example: medusa-export plan --ckpt model --heads heads --quant fp8 --tp 2 --batch 8
     """
-    if own.json_file is not None and not own.json_file.resolve().parent.is_dir():
-        raise OutputError(str(own.json_file), "no such directory", "an existing one", "create it first")
+    require_output_file(own.json_file)
     sizing = _print_plan(arguments, batch=own.batch, context=own.context)
     if own.json_file is not None:
         own.json_file.write_text(json.dumps(asdict(sizing), indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import COUNT, NUMBER, Bounds, flag
 from medusa_export.exporter.cli.console import stdout
 from medusa_export.exporter.cli.tree_tables import narrow_table
 from medusa_export.heads.roofline.gpus import ARITHMETIC, BANDWIDTH, BY_KEY, COLLECTIVE_US, KERNEL_US
@@ -33,22 +33,38 @@ class EstimateFlags:
         None, help="Base model, or its name on the hub; only config.json is read.", panel=PANEL, requires=GPU
     )
     heads: Path | None = flag(None, help="Medusa heads; only their headers are read.", panel=PANEL, requires=GPU)
-    num_heads: int = flag(4, help="Heads to assume without --heads, of one block each.", panel=PANEL, requires=GPU)
+    num_heads: int = flag(
+        4, help="Heads to assume without --heads, of one block each.", panel=PANEL, requires=GPU, bounds=NUMBER
+    )
     quant: str = flag("none", help="Weight format.", panel=PANEL, choices=tuple(FORMATS), requires=GPU)
     kv_cache: str = flag("none", help="Key/value cache format.", panel=PANEL, choices=tuple(KV_CACHE), requires=GPU)
     quant_heads: bool = flag(
         False, help="Quantize the heads too.", panel=PANEL, opposite="--no-quant-heads", requires=GPU
     )
-    tp: int = flag(1, help="Tensor-parallel GPUs.", panel=PANEL, requires=GPU)
+    tp: int = flag(1, help="Tensor-parallel GPUs.", panel=PANEL, requires=GPU, bounds=NUMBER)
     bandwidth_efficiency: float = flag(
-        BANDWIDTH, help="Share of the memory bandwidth that kernels reach.", panel=PANEL, requires=GPU
+        BANDWIDTH,
+        help="Share of the memory bandwidth that kernels reach.",
+        panel=PANEL,
+        requires=GPU,
+        bounds=Bounds(above=0, most=1),
     )
     arithmetic_efficiency: float = flag(
-        ARITHMETIC, help="Share of the tensor throughput that they reach.", panel=PANEL, requires=GPU
+        ARITHMETIC,
+        help="Share of the tensor throughput that they reach.",
+        panel=PANEL,
+        requires=GPU,
+        bounds=Bounds(above=0, most=1),
     )
-    kernel_us: float = flag(KERNEL_US, help="Overhead per kernel, in microseconds.", panel=PANEL, requires=GPU)
+    kernel_us: float = flag(
+        KERNEL_US, help="Overhead per kernel, in microseconds.", panel=PANEL, requires=GPU, bounds=COUNT
+    )
     collective_us: float = flag(
-        COLLECTIVE_US, help="Latency of an all-reduce, in microseconds.", panel=PANEL, requires=GPU
+        COLLECTIVE_US,
+        help="Latency of an all-reduce, in microseconds.",
+        panel=PANEL,
+        requires=GPU,
+        bounds=COUNT,
     )
 
     def assumptions(self) -> Assumptions:
@@ -87,8 +103,6 @@ def write_estimate(
     gpu = find_gpu(gpu_name)
     if asked.ckpt is None:
         raise ConfigError("--gpu", "no --ckpt", "a directory with config.json, or a name on the hub", "give one")
-    if asked.num_heads < 1:
-        raise ConfigError("--num-heads", str(asked.num_heads), "1 or more", "correct it")
     config = DecoderConfig.from_dir(find_model(asked.ckpt, wanted=()).path)
     place = find_model(asked.heads, wanted=HEADS).path if asked.heads else None
     found = open_heads(place, config, check_values=False) if place else None

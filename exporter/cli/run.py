@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from medusa_export.core.errors import OutputError
+from medusa_export.core.artifacts.output_file import require_output_file
 from medusa_export.core.flags import flag, requirement_error
 from medusa_export.core.hub import find_model
 from medusa_export.engines.bench.arguments import RunArguments
@@ -45,8 +45,7 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 
     for path in (files.report, files.html, arguments.save_outputs):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise OutputError(str(path), "no such directory", "an existing one", "create it first")
+        require_output_file(path)
     if arguments.reference is not None:
         reference = find_model(arguments.reference, revision=arguments.revision, check=DecoderConfig.from_dir)
         DecoderConfig.from_dir(reference.path)

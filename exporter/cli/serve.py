@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import NUMBER, flag
 from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
 from medusa_export.engines.serving.options import INPUT, ServingOptions, TreeChoice
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
@@ -38,8 +38,10 @@ class ServeFlags:
         default="no origin",
     )  # fmt: skip
     log_format: str = flag("text", help="Format of log lines.", panel=SERVER, choices=tuple(LOG_FORMATS))
-    max_connections: int = flag(1024, help="Maximum open connections; 0: no limit.", panel=SERVER)
-    max_client_connections: int = flag(256, help="Maximum open connections per address; 0: no limit.", panel=SERVER)
+    max_connections: int = flag(1024, help="Maximum open connections; 0: no limit.", panel=SERVER, bounds=NUMBER)
+    max_client_connections: int = flag(
+        256, help="Maximum open connections per address; 0: no limit.", panel=SERVER, bounds=NUMBER
+    )
 
 
 @command(serve_app)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from medusa_export.core.errors import ConfigError, require_packages
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import NUMBER, Bounds, flag
 from medusa_export.core.hub import HEADS, REVISION_HELP, find_model
 from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stderr, stdout
@@ -42,10 +42,17 @@ class TrainFlags:
     chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=INPUT)
     joint: bool = flag(False, help="Train the base model too (Medusa-2).", panel=WAY, opposite="--only-medusa-heads")
     reference: bool = flag(False, help="Train heads alone with ModelOpt and the Trainer, without the cache.", panel=WAY)
-    held_out: float = flag(0.05, help="Share of the conversations to measure on.", panel=INPUT)
+    held_out: float = flag(
+        0.05, help="Share of the conversations to measure on.", panel=INPUT, bounds=Bounds(above=0, below=1)
+    )
     eval_data: Path | None = flag(None, help="Measure on these conversations instead.", panel=INPUT)
     max_length: int | None = flag(
-        None, help="Cut conversations to N tokens.", panel=INPUT, metavar="N", default="the model's, up to 2048"
+        None,
+        help="Cut conversations to N tokens.",
+        panel=INPUT,
+        metavar="N",
+        default="the model's, up to 2048",
+        bounds=NUMBER,
     )
     keep_truncated: bool = flag(False, help="Also learn from answers that were cut off.", panel=INPUT)
     learn_prompts: bool = flag(False, help="Also learn from the text of the prompts.", panel=INPUT)
@@ -124,9 +131,6 @@ def _on_this_machine(own: TrainFlags, given: Given) -> tuple[TrainFlags, Given]:
     uses_model = own.joint or own.reference or "quant" in given
     require_packages("matplotlib", "tensorboard", *(("modelopt",) if uses_model else ()), extra="train")
     require_free(own.output)
-    for name in ("num_heads", "num_layers"):
-        if given.get(name, 1) < 1:
-            raise ConfigError(name, f"{given[name]}", "at least 1", "correct it")
     ckpt = find_model(own.ckpt, revision=own.revision, check=DecoderConfig.from_dir).path
     heads = None if own.heads is None else find_model(own.heads, wanted=HEADS).path
     num_heads, num_layers = head_shape(
@@ -143,8 +147,6 @@ def _examples(own: TrainFlags) -> tuple[Sequence[Example], Sequence[Example]]:
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
     from medusa_export.heads.training.dataset import load_examples, read_rows, split, with_prompts
 
-    if not 0 < own.held_out < 1:
-        raise ConfigError("--held-out", f"{own.held_out}", "a share above 0 and below 1", "change it")
     config = DecoderConfig.from_dir(own.ckpt)
     longest = config.max_position_embeddings
     max_length = min(2048, longest) if own.max_length is None else own.max_length

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.core.flags import flag
+from medusa_export.core.artifacts.output_file import require_output_file
+from medusa_export.core.errors import ConfigError
+from medusa_export.core.flags import COUNT, NUMBER, flag
 from medusa_export.engines.tuning.defaults import PAST_LENGTH
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stdout
 from medusa_export.exporter.cli.flags.commands import callback, command, require
@@ -22,9 +23,9 @@ INPUT, OUTPUT, MEASUREMENT, SEARCH = "Input", "Output", "Measurement", "Search" 
 class PromptFlags:
     """Prompts to run an engine on, and how."""
 
-    limit: int | None = flag(None, help="Use only the first N prompts.", panel=INPUT, metavar="N")
-    max_new_tokens: int = flag(128, help="Maximum tokens of an answer.", panel=MEASUREMENT)
-    threads: int = flag(0, help="CPU threads; 0: one per core.", panel=MEASUREMENT)
+    limit: int | None = flag(None, help="Use only the first N prompts.", panel=INPUT, metavar="N", bounds=NUMBER)
+    max_new_tokens: int = flag(128, help="Maximum tokens of an answer.", panel=MEASUREMENT, bounds=NUMBER)
+    threads: int = flag(0, help="CPU threads; 0: one per core.", panel=MEASUREMENT, bounds=COUNT)
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,23 @@ class CostFlags:
 
     engine: Path | None = flag(None, help="Engine directory of an export, to measure.", panel=INPUT)
     output: Path = flag(Path("cost.json"), help="File to write.", panel=OUTPUT)
-    max_nodes: int = flag(64, help="The largest tree to measure, its root included.", panel=MEASUREMENT)
+    max_nodes: int = flag(64, help="The largest tree to measure, its root included.", panel=MEASUREMENT, bounds=NUMBER)
     past_length: tuple[int, ...] = flag(
         (),
         help="Tokens in the key/value cache. Can be repeated.",
         panel=MEASUREMENT,
         default=f"{PAST_LENGTH}; with --gpu 256 to 32768",
+        bounds=COUNT,
     )
     batch: tuple[int, ...] = flag(
         (),
         help="Sequences in a step. Can be repeated.",
         panel=MEASUREMENT,
         default="1, the engine itself; with --gpu 1 to 64",
+        bounds=NUMBER,
     )
-    rounds: int = flag(9, help="Interleaved repetitions of the measurement.", panel=MEASUREMENT)
-    threads: int = flag(0, help="CPU threads; 0: one per core.", panel=MEASUREMENT)
+    rounds: int = flag(9, help="Interleaved repetitions of the measurement.", panel=MEASUREMENT, bounds=NUMBER)
+    threads: int = flag(0, help="CPU threads; 0: one per core.", panel=MEASUREMENT, bounds=COUNT)
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,23 @@ class SearchFlags:
     cost: Path | None = flag(None, help="cost.json, measured here or on another machine.", panel=INPUT)
     output: Path = flag(Path("tree.json"), help="File to write: other commands take it as --tree.", panel=OUTPUT)
     picture: Path | None = flag(None, help="Draw the tree to this file: .svg or .png.", panel=OUTPUT)
-    max_draft_len: int = flag(63, help="Maximum draft tokens.", panel=SEARCH)
+    max_draft_len: int = flag(63, help="Maximum draft tokens.", panel=SEARCH, bounds=NUMBER)
     nodes: tuple[int, ...] = flag(
-        (), help="Consider only trees of N nodes, the root included. Can be repeated.", panel=SEARCH, metavar="N"
+        (),
+        help="Consider only trees of N nodes, the root included. Can be repeated.",
+        panel=SEARCH,
+        metavar="N",
+        bounds=NUMBER,
     )
-    batch: int = flag(1, help="Batch size whose cost counts.", panel=SEARCH)
+    batch: int = flag(1, help="Batch size whose cost counts.", panel=SEARCH, bounds=NUMBER)
     past_length: int | None = flag(
-        None, help="Tokens in the cache at which the cost counts.", panel=SEARCH, default="the first in the file"
+        None,
+        help="Tokens in the cache at which the cost counts.",
+        panel=SEARCH,
+        default="the first in the file",
+        bounds=COUNT,
     )
-    confirm: int = flag(0, help="Run the N best trees and take the fastest.", panel=SEARCH, metavar="N")
+    confirm: int = flag(0, help="Run the N best trees and take the fastest.", panel=SEARCH, metavar="N", bounds=COUNT)
 
 
 @callback(tree_app, alone=False)
@@ -95,7 +106,7 @@ def calibrate_command(own: CalibrateFlags, asked: PromptFlags) -> None:
     """
     from medusa_export.heads.trees.acceptance import write_calibration
 
-    _require_parent(own.output)
+    require_output_file(own.output)
     opened, encoded = _open(own.engine, own.prompts, asked)
     with progress_bars() as progress:
         answers = _answers(opened, encoded, asked, "prompts", progress)
@@ -115,7 +126,7 @@ def cost_command(own: CostFlags, estimate: EstimateFlags) -> None:
 
     Example: medusa-tree cost --gpu h100 --ckpt model --quant fp8
     """
-    _require_parent(own.output)
+    require_output_file(own.output)
     if own.engine is not None and estimate.gpu is not None:
         raise ConfigError(
             "--engine", "--gpu too", "one of them: an engine to measure, or a GPU to estimate for", "choose"
@@ -158,8 +169,6 @@ def _steps(engine: Path, batches: tuple[int, ...], threads: int) -> Any:
     if not batches:
         opened = open_engine(engine, threads=threads)
         return opened.info, [SingleSteps(opened)]
-    if min(batches) < 1:
-        raise ConfigError("--batch", f"{min(batches)}", "1 or more", "correct it")
     decoder = TreeBatchDecoder(engine, slots=max(batches), threads=threads)
     return decoder.info, [BatchSteps(decoder, batch) for batch in batches]
 
@@ -235,18 +244,10 @@ def _check_search(own: SearchFlags) -> None:
         raise ConfigError("--prompts", "nothing", "prompts to run the engine on", "give a JSONL file")
     if own.cost is None and own.batch != 1:
         raise ConfigError("--batch", f"{own.batch}", "1, or --cost with that batch size", "give a file")
-    if own.max_draft_len < 1:
-        raise ConfigError("--max-draft-len", f"{own.max_draft_len}", "1 or more", "correct it")
     for path in (own.output, own.picture):
-        if path is not None:
-            _require_parent(path)
+        require_output_file(path)
     if own.picture is not None and own.picture.suffix not in (".svg", ".png"):
         raise ConfigError("--picture", f"{own.picture}", "a name that ends with .svg or .png", "rename it")
-
-
-def _require_parent(path: Path) -> None:
-    if not path.resolve().parent.is_dir():
-        raise OutputError(str(path), "no such directory", "an existing one", "create it first")
 
 
 def _open(engine: Path, prompts: Path | None, asked: PromptFlags) -> Any:

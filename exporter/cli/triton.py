@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import COUNT, flag
 from medusa_export.engines.serving.options import INPUT, ServingOptions, TreeChoice
 from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
@@ -46,7 +46,11 @@ class ServeFlags:
     grpc_port: int = flag(8001, help="Port of the gRPC endpoint.", panel=SERVER)
     metrics_port: int = flag(8002, help="Port of the metrics.", panel=SERVER)
     exit_timeout_s: int = flag(
-        30, help="Seconds for requests in flight to finish when the server stops.", panel=SERVER, metavar="SECONDS"
+        30,
+        help="Seconds for requests in flight to finish when the server stops.",
+        panel=SERVER,
+        metavar="SECONDS",
+        bounds=COUNT,
     )
     install: bool = flag(
         False, panel=SERVER,
@@ -168,8 +172,6 @@ def serve_command(own: ServeFlags) -> None:
     from medusa_export.engines.serving.triton.hosting.serve import serve_repository
     from medusa_export.engines.serving.triton.hosting.server import Address
 
-    if own.exit_timeout_s < 0:
-        raise ConfigError("--exit-timeout-s", f"{own.exit_timeout_s}", "0 or more", "change it")
     if not own.host.startswith("127."):
         warning = f"warning: {own.host} takes requests from other machines, and Triton from anybody who reaches it"
         stderr.print(warning, soft_wrap=True, markup=False)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import COUNT, NUMBER, flag
 from medusa_export.core.hub import BASE, BASE_WITH_HEADS, HEADS, REVISION_HELP, ModelFiles, find_model, hub_id
 from medusa_export.core.hub_headers import find_headers
 from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
@@ -70,7 +70,7 @@ class ExportArguments:
     dtype: str = flag(
         AUTO, help="16-bit type to write; auto: the checkpoint's own.", panel=QUANTIZATION, choices=(AUTO, "float16", "bfloat16")
     )  # fmt: skip
-    tp: int = flag(1, help="Tensor-parallel ranks.", panel=TRTLLM)
+    tp: int = flag(1, help="Tensor-parallel ranks.", panel=TRTLLM, bounds=NUMBER)
     tree: str | None = flag(
         None, help=f"Medusa tree: a JSON file, one of {', '.join(PRESETS)}, or auto: measured on the written engine.", panel=TREE,
         metavar="FILE|PRESET|auto", default=f"auto with --prompts, else {GPU_TREE} for GPUs and {CPU_TREE} for ONNX Runtime",
@@ -78,21 +78,25 @@ class ExportArguments:
     calib: Path | None = flag(
         None, help="Calibration prompts, JSONL with messages, turns or prompt.", panel=QUANTIZATION, default="built in"
     )  # fmt: skip
-    calib_prompts: int = flag(DEFAULT_PROMPTS, help="Number of prompts to calibrate with.", panel=QUANTIZATION)
+    calib_prompts: int = flag(
+        DEFAULT_PROMPTS, help="Number of prompts to calibrate with.", panel=QUANTIZATION, bounds=NUMBER
+    )
     engine: str = flag(
         "onnxruntime", help="Engine to write.", panel=ENGINE, choices={**_descriptions(ENGINES), NO_ENGINE: "no engine"}
     )  # fmt: skip
     max_length: int | None = flag(
-        None, help="Context of the engine, in tokens.", panel=ENGINE, default=f"the model's, up to {MAX_LENGTH}"
+        None, help="Context of the engine, in tokens.", panel=ENGINE, default=f"the model's, up to {MAX_LENGTH}",
+        bounds=NUMBER,
     )  # fmt: skip
     draft_vocab: int = flag(
-        DEFAULT_SIZE, help="Draft from the N most frequent tokens only, on a CPU; 0: from all.", panel=ENGINE, metavar="N"
+        DEFAULT_SIZE, help="Draft from the N most frequent tokens only, on a CPU; 0: from all.", panel=ENGINE, metavar="N",
+        bounds=COUNT,
     )  # fmt: skip
     scales: Path | None = flag(
         None, help="Use the calibration of another export: its directory, or its file of scales.", panel=QUANTIZATION
     )  # fmt: skip
     group_size: int | None = flag(
-        None, help=f"Input channels that share a scale, {group_sizes()}", panel=QUANTIZATION, default="the format's"
+        None, help=f"Input channels that share a scale, {group_sizes()}", panel=QUANTIZATION, default="the format's", bounds=NUMBER,
     )  # fmt: skip
     exclude: tuple[str, ...] = flag(
         (), help="Leave these linears in 16 bit too: TensorRT-LLM names, such as '*mlp.proj*'. Can be repeated.",
@@ -101,7 +105,7 @@ class ExportArguments:
     trtllm_version: str = flag(
         DEFAULT_RELEASE, help="TensorRT-LLM release that will build the engine: 0.17 to 1.2.1.", panel=TRTLLM, metavar="VERSION"
     )  # fmt: skip
-    pp: int = flag(1, help="Pipeline-parallel stages; Medusa engines need 1.", panel=TRTLLM)
+    pp: int = flag(1, help="Pipeline-parallel stages; Medusa engines need 1.", panel=TRTLLM, bounds=NUMBER)
     format: str = flag(DEFAULT_FORM, help="What to write.", panel=OUTPUT, choices=_descriptions(OUTPUT_FORMS))
     prompts: Path | None = flag(
         None, help="Prompts like those to be served, JSONL: the tree is measured on them.", panel=TREE
@@ -118,7 +122,8 @@ class ExportArguments:
         metavar="SM,SM", default="all that TensorRT-RTX builds the format for",
     )  # fmt: skip
     max_batch: int = flag(
-        MAX_BATCH, help="Maximum sequences that a TensorRT-LLM engine runs at once; each step verifies a tree for each.", panel=TRTLLM
+        MAX_BATCH, help="Maximum sequences that a TensorRT-LLM engine runs at once; each step verifies a tree for each.",
+        panel=TRTLLM, bounds=NUMBER,
     )  # fmt: skip
     revision: str | None = flag(None, help=REVISION_HELP, panel=INPUT)
     chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=INPUT)

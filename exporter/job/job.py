@@ -187,7 +187,8 @@ class Job:
     @property
     def max_length(self) -> int:
         """Context of the engine."""
-        return self.arguments.max_length or min(MAX_LENGTH, self.checkpoint.config.max_position_embeddings)
+        given = self.arguments.max_length
+        return min(MAX_LENGTH, self.checkpoint.config.max_position_embeddings) if given is None else given
 
     @cached_property
     def inputs(self) -> InputFiles:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import flag, flags_of
+from medusa_export.core.flags import COUNT, NUMBER, Bounds, flag, flags_of
 
 Logits = npt.NDArray[Any]  # [vocab_size]
 
@@ -135,14 +135,24 @@ class Sampling:
         ConfigError: a value out of range.
     """
 
-    temperature: float = flag(0.0, help="Temperature; 0: take the best token, as greedy decoding does.", panel=PANEL)
-    top_p: float = flag(1.0, help="Draw from the smallest set of tokens with this probability.", panel=PANEL)
+    temperature: float = flag(
+        0.0, help="Temperature; 0: take the best token, as greedy decoding does.", panel=PANEL, bounds=COUNT
+    )
+    top_p: float = flag(
+        1.0,
+        help="Draw from the smallest set of tokens with this probability.",
+        panel=PANEL,
+        bounds=Bounds(above=0, most=1),
+    )
     max_tokens: int = flag(
         256,
         help="Maximum tokens of an answer; longer ones are cut off and not used for training by default.",
         panel=PANEL,
+        bounds=NUMBER,
     )
-    seed: int | None = flag(None, help="Seed for the draws.", panel=PANEL, default="a different one every time")
+    seed: int | None = flag(
+        None, help="Seed for the draws.", panel=PANEL, default="a different one every time", bounds=COUNT
+    )
     # What servers are asked for; no flags.
     top_k: int = 0
     min_p: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import COUNT, NUMBER, POSITIVE, flag
 
 OPTIMIZATION, RUN, HEADS = "Optimization", "Run", "Heads"  # headings of --help
 
@@ -22,15 +22,28 @@ class SharedArguments:
     """
 
     epochs: float = flag(
-        1.0, help="Passes over the data.", panel=OPTIMIZATION, default="3; 1 with --reference, --joint or --quant"
+        1.0,
+        help="Passes over the data.",
+        panel=OPTIMIZATION,
+        default="3; 1 with --reference, --joint or --quant",
+        bounds=POSITIVE,
     )
-    max_steps: int | None = flag(None, help="Optimizer steps; wins over --epochs.", panel=OPTIMIZATION)
+    max_steps: int | None = flag(None, help="Optimizer steps; wins over --epochs.", panel=OPTIMIZATION, bounds=NUMBER)
     weight_decay: float = flag(
-        0.0, help="AdamW weight decay.", panel=OPTIMIZATION, default="0.01; 0 with --reference, --joint or --quant"
+        0.0,
+        help="AdamW weight decay.",
+        panel=OPTIMIZATION,
+        default="0.01; 0 with --reference, --joint or --quant",
+        bounds=COUNT,
     )
     bf16: bool = flag(False, help="Compute in bfloat16.", panel=RUN)
-    seed: int = flag(0, help="Seed for the order of the data.", panel=RUN)
-    checkpoint_every: int = flag(200, help="Steps between checkpoints.", panel=RUN)
+    seed: int = flag(0, help="Seed for the order of the data.", panel=RUN, bounds=COUNT)
+    checkpoint_every: int = flag(200, help="Steps between checkpoints.", panel=RUN, bounds=NUMBER)
     patience: int = flag(
-        0, help="Stop after N evaluations without better accuracy.", panel=RUN, metavar="N", default="never"
+        0,
+        help="Stop after N evaluations without better accuracy.",
+        panel=RUN,
+        metavar="N",
+        default="never",
+        bounds=COUNT,
     )

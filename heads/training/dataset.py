@@ -130,11 +130,19 @@ def load_examples(
 
 
 def split(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, by a hash of the prompt, so that a conversation stays on its side when data is added."""
+    """Training and held-out examples, by a hash of the prompt, so that a conversation stays on its side when data is added.
+
+    Raises:
+        ConfigError: nothing is left to learn from.
+    """
     held = [example for example in examples if _fraction(example) < share]
     held = held or list(examples[-1:])
     kept = set(map(id, held))
-    return [example for example in examples if id(example) not in kept], held
+    dataset = [example for example in examples if id(example) not in kept]
+    if not dataset:
+        got = f"{len(examples)} usable, all of them held out to measure on"
+        raise ConfigError("training data", got, "one more to learn from", "give more conversations, or --eval-data")
+    return dataset, held
 
 
 def with_prompts(examples: Iterable[Example]) -> list[Example]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import NUMBER, Bounds, flag
 from medusa_export.engines.serving.options import LIMITS, MAX_QUEUE, MAX_TEXT_BYTES, QUEUE_HELP, TEXT_HELP
 from medusa_export.engines.serving.triton.dialect import NVIDIAS, OURS, STREAM
 from medusa_export.heads.contract.trtllm_releases import TrtllmRelease
@@ -57,8 +57,10 @@ class EngineFacts:
 class TrtllmServing:
     """What a user may choose: flags of medusa-triton."""
 
-    max_queue: int = flag(MAX_QUEUE, help=QUEUE_HELP, panel=LIMITS)
-    kv_fraction: float = flag(0.9, help="Share of the free GPU memory for the key/value cache.", panel=PANEL)
+    max_queue: int = flag(MAX_QUEUE, help=QUEUE_HELP, panel=LIMITS, bounds=NUMBER)
+    kv_fraction: float = flag(
+        0.9, help="Share of the free GPU memory for the key/value cache.", panel=PANEL, bounds=Bounds(above=0, most=1)
+    )
     decoupled: bool = flag(
         True, help="Stream answers; without it, plain calls get one response.", panel=PANEL, opposite="--no-decoupled"
     )
@@ -68,7 +70,7 @@ class TrtllmServing:
         panel=PANEL,
         opposite="--no-chunked-context",
     )
-    max_text_bytes: int = flag(MAX_TEXT_BYTES, help=TEXT_HELP, panel=LIMITS, metavar="BYTES")
+    max_text_bytes: int = flag(MAX_TEXT_BYTES, help=TEXT_HELP, panel=LIMITS, metavar="BYTES", bounds=NUMBER)
 
 
 def _tensor(

@@ -154,7 +154,7 @@ def _checked(item: FlagField, value: Any) -> Any:
     """The value, of a flag that may be repeated a tuple.
 
     Raises:
-        ConfigError: one that is not among the flag's choices.
+        ConfigError: one that is not among the flag's choices, or out of its bounds.
     """
     if isinstance(value, list):
         return tuple(_checked(item, each) for each in value)
@@ -163,6 +163,7 @@ def _checked(item: FlagField, value: Any) -> Any:
         near = difflib.get_close_matches(str(value), choices, n=1)
         action = f"did you mean {near[0]}?" if near else "choose one of them"
         raise ConfigError(item.name, repr(value), f"one of {', '.join(choices)}", action)
+    item.require(value)
     return value
 
 

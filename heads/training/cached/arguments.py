@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import COUNT, NUMBER, POSITIVE, SHARE, flag
 from medusa_export.heads.training.arguments import HEADS, OPTIMIZATION, SharedArguments
 
 DEFAULT_WAY = "training without --reference, --joint and --quant"
@@ -30,10 +30,15 @@ class TrainArguments(SharedArguments):
     epochs: float = 3.0
     lr: float = flag(
         1e-3, help="Learning rate: of the heads, or with --joint of the base model.", panel=OPTIMIZATION,
-        default="0.001; 0.002 with --reference or --quant; 0.0005 with --joint, 2e-05 if it trains all weights",
+        default="0.001; 0.002 with --reference or --quant; 0.0005 with --joint, 2e-05 if it trains all weights", bounds=POSITIVE,
     )  # fmt: skip
     batch_rows: int = flag(
-        1024, help="Positions per step.", panel=OPTIMIZATION, name="--batch-tokens", requires=DEFAULT_WAY
+        1024,
+        help="Positions per step.",
+        panel=OPTIMIZATION,
+        name="--batch-tokens",
+        requires=DEFAULT_WAY,
+        bounds=NUMBER,
     )
     warmup: float = 0.05
     weight_decay: float = 0.01
@@ -42,14 +47,15 @@ class TrainArguments(SharedArguments):
         help="Share of the loss that is the base model's own distribution.",
         panel=OPTIMIZATION,
         requires=DEFAULT_WAY,
+        bounds=COUNT,
     )
     vocab: int = flag(
         0, help="Take the loss over the N most frequent tokens only, which is faster.", panel=OPTIMIZATION,
-        name="--loss-vocab", metavar="N", default="all", requires=DEFAULT_WAY,
+        name="--loss-vocab", metavar="N", default="all", requires=DEFAULT_WAY, bounds=COUNT,
     )  # fmt: skip
     start_share: float = flag(
         0.0, help="Average the result with the heads of --heads, which have this share: they forget less.",
-        panel=OPTIMIZATION, metavar="SHARE", requires=DEFAULT_WAY,
+        panel=OPTIMIZATION, metavar="SHARE", requires=DEFAULT_WAY, bounds=SHARE,
     )  # fmt: skip
     log_every: int = 10
 
@@ -82,8 +88,10 @@ class TrainArguments(SharedArguments):
 class HeadShape:
     """Heads, residual blocks of each, and whether each has a vocabulary projection of its own ("version 1")."""
 
-    num_heads: int = flag(4, help="Medusa heads.", panel=HEADS, default="as many as HEADS has, or 4")
-    num_layers: int = flag(1, help="Residual blocks of each head.", panel=HEADS, default="as many as HEADS has, or 1")
+    num_heads: int = flag(4, help="Medusa heads.", panel=HEADS, default="as many as HEADS has, or 4", bounds=NUMBER)
+    num_layers: int = flag(
+        1, help="Residual blocks of each head.", panel=HEADS, default="as many as HEADS has, or 1", bounds=NUMBER
+    )
     own_lm_head: bool = False
 
     def check(self) -> None:

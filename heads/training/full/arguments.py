@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import flag
+from medusa_export.core.flags import COUNT, NUMBER, POSITIVE, SHARE, flag
 from medusa_export.heads.training.arguments import HEADS, OPTIMIZATION, RUN, SharedArguments
 
 if TYPE_CHECKING:
@@ -85,28 +85,44 @@ class ReferenceArguments(SharedArguments):
     """
 
     base: str = "frozen"
-    heads: int = flag(4, help="Medusa heads.", panel=HEADS, name="--num-heads")
-    layers: int = flag(1, help="Residual blocks of each head.", panel=HEADS, name="--num-layers")
+    heads: int = flag(4, help="Medusa heads.", panel=HEADS, name="--num-heads", bounds=NUMBER)
+    layers: int = flag(1, help="Residual blocks of each head.", panel=HEADS, name="--num-layers", bounds=NUMBER)
     layout: str = flag(
         DEFAULT_LAYOUT, help="Layout of the heads' checkpoint.", panel=HEADS,
         choices={name: row.description for name, row in LAYOUTS.items()},
     )  # fmt: skip
     share_lm_head: bool | None = None
-    batch_size: int = flag(8, help="Conversations per micro-batch.", panel=OPTIMIZATION, requires=WITH_MODEL)
-    accumulate: int = flag(1, help="Micro-batches per step.", panel=OPTIMIZATION, requires=WITH_MODEL)
-    learning_rate: float | None = flag(None, help="Learning rate of the base model.", panel=OPTIMIZATION, name="--lr")
-    head_lr_factor: float = flag(4.0, help="The heads' learning rate, in base rates.", panel=PANEL, requires=JOINT)
+    batch_size: int = flag(
+        8, help="Conversations per micro-batch.", panel=OPTIMIZATION, requires=WITH_MODEL, bounds=NUMBER
+    )
+    accumulate: int = flag(1, help="Micro-batches per step.", panel=OPTIMIZATION, requires=WITH_MODEL, bounds=NUMBER)
+    learning_rate: float | None = flag(
+        None, help="Learning rate of the base model.", panel=OPTIMIZATION, name="--lr", bounds=POSITIVE
+    )
+    head_lr_factor: float = flag(
+        4.0, help="The heads' learning rate, in base rates.", panel=PANEL, requires=JOINT, bounds=COUNT
+    )
     schedule: str = "cosine"
     warmup: float = 0.03
     max_grad_norm: float = 1.0
     warmup_heads: float = flag(
-        0.2, help="Share of the steps that train the heads alone, at first.", panel=PANEL, requires=JOINT
+        0.2,
+        help="Share of the steps that train the heads alone, at first.",
+        panel=PANEL,
+        requires=JOINT,
+        bounds=SHARE,
     )
     head_decay: float = 0.8
-    heads_weight: float = flag(0.2, help="Weight of the heads in the joint loss.", panel=PANEL, requires=JOINT)
+    heads_weight: float = flag(
+        0.2, help="Weight of the heads in the joint loss.", panel=PANEL, requires=JOINT, bounds=COUNT
+    )
     ramp: str = flag("constant", help="How that weight is reached.", panel=PANEL, choices=tuple(RAMPS), requires=JOINT)
     lora_rank: int = flag(
-        16, help="Rank of the base model's adapters; 0: train all weights.", panel=PANEL, requires=JOINT
+        16,
+        help="Rank of the base model's adapters; 0: train all weights.",
+        panel=PANEL,
+        requires=JOINT,
+        bounds=COUNT,
     )
     distill: bool = flag(
         True, help="Hold the base model to its own predictions, rather than to the text.", panel=PANEL, name="--hold-base",

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.bench.diff import NEEDED, changes, differences, print_diff, read_report
+from medusa_export.engines.bench.diff import SHAPE, changes, differences, print_diff, read_report
 from tests.unit.engines.bench.test_report import SAME, prompt, report
 
 
@@ -58,7 +58,22 @@ def test_no_report(tmp_path: Path) -> None:
     whole: dict[str, Any] = report(SAME)
     (tmp_path / "r.json").write_text(json.dumps(whole))
     assert read_report(tmp_path / "r.json") == whole
-    assert whole.keys() >= set(NEEDED)
+    assert whole.keys() >= set(SHAPE)
     (tmp_path / "r.json").write_text(json.dumps({key: value for key, value in whole.items() if key != "tree"}))
     with pytest.raises(ConfigError, match="no tree"):
+        read_report(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arguments": 3}, {"device": []}, {"engine": {}}, {"engine": {"precision": 3}}, {"findings": {}}, {"findings": [3]},
+        {"parity": 3}, {"speedup": {"median": 1, "ci95": [1]}}, {"speedup": {"median": "1", "ci95": [1, 2]}}, {"prompts": [3]},
+        {"categories": [{"category": "x", "speedup": "fast"}]}, {"tree": None}, {"tokens_per_second": {"baseline": 1}},
+        {"step_ms": "3"}, {"tokens_per_step": None},
+    ],
+)  # fmt: skip
+def test_a_damaged_report(tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(report(SAME) | change))
+    with pytest.raises(ConfigError, match="expected a report of medusa-run"):
         read_report(tmp_path / "r.json")

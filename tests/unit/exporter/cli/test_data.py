@@ -125,7 +125,7 @@ def test_bad_lines_end_the_run_or_are_skipped(
         (["--server", "http://localhost:1", "--max-batch", "2"], "--max-batch"),
         (["--model", "m", "--workers", "2"], "--workers"),
         (["--model", "m", "--executor", "spark"], "--executor"),
-        (["--model", "m", "--max-batch", "0"], "at least 1"),
+        (["--model", "m", "--max-batch", "0"], "1 or more"),
         (["--model", "missing-directory"], "missing-directory"),
     ],
 )

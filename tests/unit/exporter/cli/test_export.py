@@ -322,7 +322,7 @@ ERRORS: dict[str, tuple[Callable[[Inputs], dict[str, object]], str]] = {
     "tree too deep": (tree("[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]"), "a path of depth 4; expected at most 3"),
     "empty tree": (flags(tree="none"), "--tree: got an empty tree"),
     "tp does not divide": (flags(tp=3), "4 query heads over tp 3; expected a multiple of 3; use tp 1, 2, 4"),
-    "tp 0": (flags(tp=0), "tp: got 0; expected at least 1"),
+    "tp 0": (flags(tp=0), "--tp: got 0; expected 1 or more"),
     "long context": (flags(engine="onnxruntime", max_length=129), "--max-length: got 129; expected 16 .. 128"),
     "GPUs of nothing": (
         flags(gpu="sm89"),

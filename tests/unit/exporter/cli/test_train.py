@@ -166,7 +166,7 @@ def test_killed_and_continued(given: list[str], tmp_path: Path, monkeypatch: pyt
         (["--target", "onnx"], "--target requires --quant"),
         (["--layout", "modelopt"], "--layout: got modelopt"),
         (["--epochs", "0"], "epochs: got 0.0"),
-        (["--num-heads", "0"], "num_heads: got 0"),
+        (["--num-heads", "0"], "--num-heads: got 0"),
         (["--max-length", "99999"], "the model's positions"),
         (["--held-out", "1"], "--held-out: got 1.0"),
         (["--heads", "nowhere"], "nowhere: got no such file"),

@@ -103,7 +103,7 @@ def test_efficiencies_and_formats_are_checked(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     for flags, said in (
-        (["--bandwidth-efficiency", "1.5"], "efficiencies"),
+        (["--bandwidth-efficiency", "1.5"], "--bandwidth-efficiency: got 1.5; expected above 0 and at most 1"),
         (["--quant", "nvfp4"], "nvfp4 needs SM 100"),
         (["--tp", "3"], "--tp"),
         (["--num-heads", "0"], "--num-heads"),

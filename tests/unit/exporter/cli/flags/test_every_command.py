@@ -10,12 +10,12 @@ from typing import Any, get_args, get_origin
 import pytest
 import yaml
 
-from medusa_export.core.flags import FlagField
+from medusa_export.core.flags import Bounds, FlagField
 from medusa_export.exporter.cli.console import main
 from tests.unit.exporter.cli.flags.test_help_page import APPS, COMMANDS
 
 Start = Callable[..., tuple[int, str, str]]
-SAMPLES: dict[Any, Any] = {int: 3, float: 1.0, str: "text", Path: "a/path"}
+SAMPLES: dict[Any, Any] = {int: 3, str: "text", Path: "a/path"}
 WITH_FLAGS = {words: found for words, found in COMMANDS.items() if words != ("medusa-tree",)}
 CHOICES = [
     (words, item) for words, found in WITH_FLAGS.items() for item, _ in getattr(found, "flags", {}).values() if item.flag.choices
@@ -43,6 +43,8 @@ def sample(item: FlagField, kind: Any) -> Any:
         return not item.value
     if item.flag.choices:
         return list(item.flag.choices)[-1]
+    if float in kinds:
+        return next(value for value in (1.0, 0.5) if item.flag.bounds.hold(value))
     return next(SAMPLES[each] for each in kinds if each in SAMPLES)
 
 
@@ -60,6 +62,26 @@ def test_a_file_of_all_flags_comes_back(words: tuple[str, ...], start: Start, tm
     assert yaml.safe_load(out or "{}") == expected
     (tmp_path / "again.yaml").write_text(out)
     assert start(words, *given, "--config", tmp_path / "again.yaml", "--print-config") == (0, out, "")
+
+
+NUMBERS = [
+    (words, item, float in [kind, *get_args(kind)])
+    for words, found in WITH_FLAGS.items()
+    for item, kind in getattr(found, "flags", {}).values()
+    if {int, float} & {kind, *get_args(kind)}
+]
+
+
+@pytest.mark.parametrize(("words", "item", "takes_nan"), NUMBERS, ids=lambda value: getattr(value, "name", None))
+def test_numbers_out_of_bounds(words: tuple[str, ...], item: FlagField, takes_nan: bool, start: Start) -> None:
+    """Of every command, and before anything is opened: one line that names the flag."""
+    given = ["somewhere" for other, _ in WITH_FLAGS[words].flags.values() if other.flag.positional]
+    bounds = item.flag.bounds
+    assert bounds != Bounds() or item.name.endswith("port"), "say which numbers it takes"
+    for value in ["nan"] * takes_nan + [str(-(10**9))] * (bounds != Bounds()):
+        code, _, err = start(words, *given, f"{item.name}={value}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith(f"error: {item.name}: got {float(value) if takes_nan else value}; expected ")
 
 
 @pytest.mark.parametrize("program", APPS)

@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, opens_answer: bool = True
+) -> list[int]:
     """Token ids of a conversation in the model's chat template, up to where the assistant's answer starts.
 
     The template says what begins a text, so that the tokenizer adds nothing; special tokens that a message spells stay text.
+
+    Args:
+        tokenizer: of the model.
+        messages: with ``role`` and ``content``.
+        opens_answer: whether what begins an answer comes last.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or the template refuses these messages.
@@ -29,7 +36,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
 
     def render(conversation: list[dict[str, str]]) -> str:
         try:
-            return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+            return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=opens_answer, tokenize=False))
         except Exception as error:  # a template computes, so it can fail in every way that Python can
             raise ConfigError(
                 f"{tokenizer.name_or_path} chat template",
@@ -41,9 +48,14 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     return encode_rendered(tokenizer, messages, render)
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, adds_special: bool = True) -> list[int]:
     """Token ids of a text that a model goes on from, with what its tokenizer adds, such as the token that begins a text.
 
     Special tokens spelled out in it count as such: the caller writes the whole text.
+
+    Args:
+        tokenizer: of the model.
+        text: as a whole.
+        adds_special: whether the tokenizer adds anything.
     """
-    return token_ids(tokenizer, text, add_special_tokens=True)
+    return token_ids(tokenizer, text, add_special_tokens=adds_special)

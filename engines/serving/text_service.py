@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
@@ -14,7 +15,7 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.draft_kinds import settle_drafts
 from medusa_export.engines.serving.decoders import open_served, require_served
-from medusa_export.engines.serving.grammar import Grammar, GrammarCompiler
+from medusa_export.engines.serving.grammar import Grammar, GrammarCompiler, token_bytes
 from medusa_export.engines.serving.meter import Meter
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.request import FinishInfo, RequestHandle
@@ -38,6 +39,8 @@ class TextRequest:
         stop: words that end the text and are not part of it.
         grammar: what the answer has to look like.
         prompt_only: no answer is wanted, only what the prompt is in tokens.
+        opens_answer: the conversation goes on with what begins an answer.
+        adds_special: the text gets what the tokenizer adds, such as the token that begins one.
     """
 
     messages: Sequence[Mapping[str, str]] = ()
@@ -48,6 +51,8 @@ class TextRequest:
     prompt_ids: tuple[int, ...] = ()
     grammar: Grammar | None = None
     prompt_only: bool = False
+    opens_answer: bool = True
+    adds_special: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,16 @@ class Piece:
         token_ids: what is new; their text may come with a later piece.
         end: how the answer ended, with its last piece.
         logprobs: of the new tokens, where they were asked for.
+        offsets: of the new tokens: characters of the answer before each one's text. Tokens of one character have the same.
+        is_cut: a stop word ended the text, and tokens may go on behind it.
     """
 
     text: str
     token_ids: list[int]
     end: FinishInfo | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    offsets: tuple[int, ...] = ()
+    is_cut: bool = False
 
 
 class TextService:
@@ -114,13 +123,17 @@ class TextService:
             ClosedError: the server is stopping.
         """
         input_ids = self.encode(request)
+        texts = [*(str(message.get("content", "")) for message in request.messages), request.prompt]
+        if not request.prompt_ids and not any(text.strip() for text in texts):
+            raise ConfigError("text", "nothing", "a question or a text to go on from", "add one")
         if request.prompt_only:
             say(Piece("", [], FinishInfo("length", len(input_ids), 0, 0, 0.0)))
             return None
         timeout_s = min(request.timeout_s or self.options.timeout_s, self.options.timeout_s)
         rule = self._grammars.rule(request.grammar) if request.grammar else None
         chooser = token_chooser(request.sampling, input_ids, self.end_ids, rule)
-        callbacks = _TextCallbacks(TextStream(self.tokenizer, request.stop), say, chooser)
+        stream = TextStream(self.tokenizer, request.stop, request.sampling.min_tokens)
+        callbacks = _TextCallbacks(stream, say, chooser)
         return self.scheduler.submit(input_ids, request.sampling, callbacks, timeout_s=timeout_s, chooser=chooser)
 
     def encode(self, request: TextRequest) -> list[int]:
@@ -134,17 +147,29 @@ class TextService:
             return self._encode(request)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out.
+        """The text of tokens, special ones by their names.
 
         Raises:
             ConfigError: a number that is no token.
         """
         self._require_tokens("tokens", token_ids)
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(token_ids)))
 
     def token_text(self, token: int) -> str:
-        """How one token is told of: its own text, special tokens by their names."""
-        return str(self.tokenizer.decode([token]))
+        """How one token is told of: its own text, special tokens by their names, parts of characters as OpenAI does."""
+        spelled = self._token_bytes[token]
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text; those of all tokens of a text make up the text."""
+        return self._token_bytes[token]
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        return list(token_bytes(self.tokenizer, self._vocab_size))
 
     def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         """See :meth:`~medusa_export.engines.serving.scheduler.Scheduler.close`."""
@@ -155,10 +180,10 @@ class TextService:
             return list(request.prompt_ids)
         if request.messages:
             try:
-                return encode_chat(self.tokenizer, request.messages)
+                return encode_chat(self.tokenizer, request.messages, opens_answer=request.opens_answer)
             except ConfigError as error:  # it names the engine's directory, which is no client's business
                 raise ConfigError("messages", error.got, error.expected, error.action) from error
-        return encode_text(self.tokenizer, request.prompt)
+        return encode_text(self.tokenizer, request.prompt, adds_special=request.adds_special)
 
     def _check(self, request: TextRequest) -> None:
         texts = [*(str(message.get("content", "")) for message in request.messages), request.prompt, *request.stop]
@@ -169,8 +194,6 @@ class TextService:
             raise ConfigError("text", f"{size} bytes", f"at most {limit}", "shorten it")
         self._require_tokens("prompt", request.prompt_ids)
         self._require_tokens("logit_bias", tuple(request.sampling.logit_bias))
-        if not request.prompt_ids and not any(text.strip() for text in texts):
-            raise ConfigError("text", "nothing", "a question or a text to go on from", "add one")
         if len(request.stop) > MAX_STOP_WORDS:
             raise ConfigError("stop", f"{len(request.stop)} words", f"at most {MAX_STOP_WORDS}", "leave some out")
         if request.timeout_s is not None and not 0 < request.timeout_s < float("inf"):
@@ -189,8 +212,10 @@ class _TextCallbacks:
         self._stream, self._say = stream, say
         self._logprobs = chooser.logprobs if chooser else []
         self._text, self._token_ids, self._told = "", list[int](), 0
+        self._offsets: list[int] = []
 
     def take(self, token: int) -> bool:
+        self._offsets.append(self._stream.offset)
         self._token_ids.append(token)
         self._text += self._stream.feed(token)
         return not self._stream.is_stopped
@@ -205,7 +230,8 @@ class _TextCallbacks:
 
     def _piece(self, end: FinishInfo | None) -> Piece:
         told = self._told + len(self._token_ids)
-        piece = Piece(self._text, self._token_ids, end, tuple(self._logprobs[self._told : told]))
+        logprobs, offsets = tuple(self._logprobs[self._told : told]), tuple(self._offsets[self._told : told])
+        piece = Piece(self._text, self._token_ids, end, logprobs, offsets, self._stream.is_stopped)
         self._told = told
         self._text, self._token_ids = "", []
         return piece

@@ -17,10 +17,15 @@ class TextStream:
     Args:
         tokenizer: of the model.
         stop: words that end the text and are not part of it.
+        min_tokens: stop words are looked for in what comes after so many tokens.
+
+    Attributes:
+        offset: characters before the next token's text, with what is held back. All tokens of one character have the same.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self.is_stopped = False
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self.is_stopped, self.offset = False, 0
+        self._min_tokens, self._length = min_tokens, 0  # characters that were decoded
         self._tokenizer, self._stop = tokenizer, [word for word in stop if word]
         self._tokens: list[int] = []
         # A token's text depends on those before it. What is decoded begins where text ended before: never within a character.
@@ -46,14 +51,19 @@ class TextStream:
         """Text of the tokens that are not in the text yet; empty while they end within a character."""
         before, now = self._decode(self._start, self._read), self._decode(self._start, None)
         if now.endswith(INCOMPLETE) or len(now) <= len(before):  # within a character, or a token without text
+            self.offset = self._length + max(len(now.rstrip(INCOMPLETE)) - len(before), 0)
             return ""
         self._start, self._read = self._read, len(self._tokens)
+        self._length += len(now) - len(before)
+        self.offset = self._length
         return now[len(before) :]
 
     def _decode(self, start: int, end: int | None) -> str:
         return str(self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True))
 
     def _cut(self, text: str, *, is_last: bool) -> str:
+        if len(self._tokens) <= self._min_tokens:
+            return text
         text = self._held + text
         found = [at for word in self._stop if (at := text.find(word)) >= 0]
         if found:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from medusa_export.core.errors import MedusaExportError, missing_package
+from medusa_export.core.errors import ConfigError, MedusaExportError, missing_package
 from medusa_export.engines.serving.openai.connections import REFUSED_SECONDS, Connections
 from medusa_export.engines.serving.openai.front import OpenAIFront
 from medusa_export.engines.serving.openai.protocol.answers import CHAT_SHAPE, TEXT_SHAPE
@@ -24,10 +24,8 @@ from medusa_export.engines.serving.openai.protocol.errors import (
     refusal_of,
 )
 from medusa_export.engines.serving.openai.protocol.fields import CHAT, COMPLETIONS
-from medusa_export.engines.serving.openai.protocol.messages import messages_reader
-from medusa_export.engines.serving.openai.protocol.readers import flag, text, wrong
+from medusa_export.engines.serving.openai.protocol.tokenized import DETOKENIZE, to_encode, tokenize_endpoint
 from medusa_export.engines.serving.openai.request_log import HEADER, RequestLog
-from medusa_export.engines.serving.text_service import TextRequest
 
 PATHS = (
     "/v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /version, /health, /ready and /metrics"
@@ -131,28 +129,23 @@ def _add_tokens(guarded: Any, front: OpenAIFront) -> None:
     @guarded.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = await front.read_body(request)
-        front.require_model(text("model", body.get("model", front.options.name)))
-        asked = _tokenized(body)
-        tokens = await front.run(lambda: front.service.encode(asked))
+        endpoint = tokenize_endpoint(body)
+        values = front.read_values(endpoint, {"model": front.options.name, **body})
+        try:
+            tokens = await front.run(lambda: front.service.encode(to_encode(values)))
+        except ConfigError as error:  # the service knows no fields
+            error.where = endpoint.content
+            raise
         told = {"count": len(tokens), "max_model_len": front.service.max_length, "tokens": tokens}
-        if flag("return_token_strs", body.get("return_token_strs") or False):
+        if values.get("return_token_strs"):
             told["token_strs"] = [front.service.token_text(token) for token in tokens]
         return JSONResponse(told)
 
     @guarded.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await front.read_body(request)
-        front.require_model(text("model", body.get("model", front.options.name)))
-        tokens = body.get("tokens")
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-            raise wrong("tokens", tokens, "a list of token ids")
-        return JSONResponse({"prompt": await front.run(lambda: front.service.decode(tokens))})
-
-
-def _tokenized(body: Mapping[str, Any]) -> TextRequest:
-    if body.get("messages") is not None:
-        return TextRequest(messages_reader([])("messages", body["messages"]))
-    return TextRequest(prompt=text("prompt", body.get("prompt")))
+        values = front.read_values(DETOKENIZE, {"model": front.options.name, **body})
+        return JSONResponse({"prompt": await front.run(lambda: front.service.decode(values["tokens"]))})
 
 
 def _add_state(app: Any, guarded: Any, front: OpenAIFront) -> None:

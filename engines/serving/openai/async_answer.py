@@ -25,6 +25,7 @@ class AsyncAnswer:
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()  # at most a piece a token
         self._handles: list[RequestHandle] = []
+        self._submitted: list[RequestHandle | None] = []
         self._is_cancelled = False
 
     async def submit(self) -> None:
@@ -41,6 +42,11 @@ class AsyncAnswer:
         for handle in list(self._handles):
             handle.cancel()
 
+    @property
+    def prompt_tokens(self) -> list[int]:
+        """Of each request that was queued; 0 where no answer is wanted, whose only piece says it."""
+        return [len(handle.input_ids) if handle else 0 for handle in self._submitted]
+
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """What is said, and in which choice, to the end of all, which each one's last piece has."""
         open_choices = len(self._requests)
@@ -55,6 +61,7 @@ class AsyncAnswer:
             if self._is_cancelled:
                 break
             handle = self._service.submit(request, partial(self._say, index))
+            self._submitted.append(handle)
             if handle is not None:
                 self._handles.append(handle)
         if self._is_cancelled:

@@ -7,7 +7,7 @@ import functools
 import hmac
 import ipaddress
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ class OpenAIFront:
         from starlette.responses import JSONResponse
 
         asked, answer = await self._queue(endpoint, request)
-        writer = self._writer(shape, asked)
+        writer = self._writer(shape, asked, answer.prompt_tokens)
         try:
             if not asked.streams:
                 await while_connected(request, _take_all(writer, answer))
@@ -155,14 +155,23 @@ class OpenAIFront:
         if name != self.options.name:
             raise UnknownModelError("model", repr(name[:64]), self.options.name, "see /v1/models")
 
+    def read_values(self, endpoint: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a request; fields that are passed over are counted.
+
+        Raises:
+            ConfigError: a request that is not answered.
+        """
+        values, passed_over = endpoint.read(body, strict=self.options.strict)
+        for name in passed_over:
+            if self.meter.passed_over(name):
+                logger.warning("a field that this server does not know is passed over", extra={"field": name})
+        self.require_model(values["model"])
+        return values
+
     async def _queue(self, endpoint: Endpoint, request: Request) -> tuple[Asked, AsyncAnswer]:
         """What a request asks for, and its answer to come."""
         async with self._parsed(request) as body:
-            values, passed_over = endpoint.read(body, strict=self.options.strict)
-            for name in passed_over:
-                if self.meter.passed_over(name):
-                    logger.warning("a field that this server does not know is passed over", extra={"field": name})
-            self.require_model(values["model"])
+            values = self.read_values(endpoint, body)
             asked = await self.run(lambda: read_asked(values, self.service.options.max_tokens))
             answer = AsyncAnswer(self.service, asked.requests, self._executor)
             try:
@@ -203,11 +212,11 @@ class OpenAIFront:
                 "n", f"{len(asked.requests)} answers", f"at most {limit}, of all prompts", "ask for fewer"
             )
 
-    def _writer(self, shape: Shape, asked: Asked) -> Writer:
+    def _writer(self, shape: Shape, asked: Asked, prompt_tokens: list[int]) -> Writer:
         prompts = [
             request.prompt or self.service.decode(request.prompt_ids) for request in asked.requests if asked.echoes
         ]
-        return Writer(shape, self.options.name, asked, self.service.token_text, prompts)
+        return Writer(shape, self.options.name, asked, self.service, prompts, prompt_tokens)
 
 
 async def _take_all(writer: Writer, answer: AsyncAnswer) -> None:

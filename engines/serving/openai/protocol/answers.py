@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from medusa_export.engines.serving.openai.protocol.asked import Asked
 from medusa_export.engines.serving.openai.protocol.errors import require_answer
@@ -16,6 +16,7 @@ from medusa_export.engines.serving.request import FinishInfo
 from medusa_export.engines.serving.text_service import Piece
 from medusa_export.heads.decoding.token_choice import TokenLogprob
 
+PlacedLogprob = tuple[int, TokenLogprob]  # characters before the token
 DONE = "data: [DONE]\n\n"
 
 
@@ -37,6 +38,16 @@ CHAT_SHAPE = Shape("chatcmpl-", "chat.completion", "chat.completion.chunk", is_c
 TEXT_SHAPE = Shape("cmpl-", "text_completion", "text_completion", is_chat=False)
 
 
+class TokenSpelling(Protocol):
+    """Spells the tokens of a model, as :class:`~medusa_export.engines.serving.text_service.TextService` does."""
+
+    def token_text(self, token: int) -> str:
+        """A name for people, another one for each token of a text."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """What it adds to a text."""
+
+
 @dataclass
 class Choice:
     """One choice of an answer as it comes.
@@ -44,28 +55,44 @@ class Choice:
     Attributes:
         parser: finds the calls of tools in it.
         text, calls, logprobs: what was said so far.
-        told: characters, where log-probabilities have to say at which they stand.
+        waiting: log-probabilities whose text has not come, and the offsets of their tokens.
+        told: characters that came, calls too.
+        prompt_tokens: of its prompt.
     """
 
     parser: ToolParser | None = None
     text: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[PlacedLogprob] = field(default_factory=list)
+    waiting: list[PlacedLogprob] = field(default_factory=list)
     tokens: int = 0
     told: int = 0
+    prompt_tokens: int = 0
     end: FinishInfo | None = None
 
-    def feed(self, piece: Piece) -> tuple[str, list[dict[str, Any]]]:
-        """New text, and new calls."""
+    def feed(self, piece: Piece) -> tuple[str, list[dict[str, Any]], list[PlacedLogprob]]:
+        """New text, new calls, and the log-probabilities of tokens whose text has come."""
         said, calls = piece.text, list[dict[str, Any]]()
         if self.parser is not None:
             said, calls = self.parser.feed(said, is_last=piece.end is not None)
         self.text += said
         self.calls += calls
-        self.logprobs += piece.logprobs
         self.tokens += len(piece.token_ids)
         self.end = piece.end
-        return said, calls
+        placed = self._placed(piece)
+        self.logprobs += placed
+        return said, calls, placed
+
+    def _placed(self, piece: Piece) -> list[PlacedLogprob]:
+        """Where a stop word cuts the text, the log-probabilities end with it."""
+        self.told += len(piece.text)
+        self.waiting += zip(
+            piece.offsets, piece.logprobs, strict=False
+        )  # no log-probabilities where none were asked for
+        goes_on = piece.end is None or piece.is_cut
+        count = sum(offset < self.told for offset, _ in self.waiting) if goes_on else len(self.waiting)
+        placed, self.waiting = self.waiting[:count], self.waiting[count:]
+        return placed
 
     @property
     def reason(self) -> str | None:
@@ -80,18 +107,21 @@ class Writer:
 
     Args:
         model: its name, as the client knows it.
-        token_text: the text of a token, for log-probabilities.
+        tokens: spells them, for log-probabilities.
         prompts: of each choice, where answers begin with them.
+        prompt_tokens: of each choice, as far as they are known before its end.
     """
 
     def __init__(
-        self, shape: Shape, model: str, asked: Asked, token_text: Callable[[int], str], prompts: Iterable[str] = ()
-    ) -> None:
-        self._shape, self._model, self._asked, self._token_text = shape, model, asked, token_text
+        self, shape: Shape, model: str, asked: Asked, tokens: TokenSpelling, prompts: Iterable[str] = (),
+        prompt_tokens: Iterable[int] = (),
+    ) -> None:  # fmt: skip
+        self._shape, self._model, self._asked, self._tokens = shape, model, asked, tokens
         self._prompts = list(prompts)
         self._choices = [Choice(ToolParser() if asked.calls_tools else None) for _ in asked.requests]
         self._id, self._created = f"{shape.id_prefix}{secrets.token_hex(12)}", int(time.time())
-        self._prompt_tokens = 0  # known when the first answers end
+        for choice, count in zip(self._choices, prompt_tokens, strict=False):
+            choice.prompt_tokens = count
 
     @property
     def finish_reasons(self) -> list[str | None]:
@@ -136,11 +166,11 @@ class Writer:
         """
         require_answer(piece.end)
         choice = self._choices[index]
-        said, calls = choice.feed(piece)
+        said, calls, logprobs = choice.feed(piece)
         events = ""
-        if said or calls or piece.logprobs:
+        if said or calls or logprobs:
             delta: dict[str, Any] = {"content": said} if self._shape.is_chat else {"text": said}
-            events = self._event(index, {**delta, **({"tool_calls": calls} if calls else {})}, piece.logprobs)
+            events = self._event(index, {**delta, **({"tool_calls": calls} if calls else {})}, logprobs)
         if piece.end is None:
             return events
         is_last = all(choice.end for choice in self._choices)
@@ -150,7 +180,7 @@ class Writer:
 
     def usage(self) -> dict[str, int]:
         """Tokens in and out; a prompt counts once, however many choices it has."""
-        known = [choice.end.prompt_tokens if choice.end else 0 for choice in self._choices]
+        known = [choice.end.prompt_tokens if choice.end else choice.prompt_tokens for choice in self._choices]
         count = self._asked.per_prompt
         prompt = sum(max(known[at : at + count]) for at in range(0, len(known), count))
         ended = [choice.end.completion_tokens if choice.end else choice.tokens for choice in self._choices]
@@ -169,7 +199,7 @@ class Writer:
         return self._prompts[index] if self._prompts else ""
 
     def _event(
-        self, index: int, said: dict[str, Any], logprobs: Iterable[TokenLogprob] = (), reason: str | None = None,
+        self, index: int, said: dict[str, Any], logprobs: Iterable[PlacedLogprob] = (), reason: str | None = None,
         more: Mapping[str, Any] | None = None,
     ) -> str:  # fmt: skip
         options = self._asked.stream_options
@@ -182,35 +212,32 @@ class Writer:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
     def _choice(
-        self, index: int, said: dict[str, Any], logprobs: list[TokenLogprob], reason: str | None
+        self, index: int, said: dict[str, Any], logprobs: list[PlacedLogprob], reason: str | None
     ) -> dict[str, Any]:
         words = self._chat_logprobs if self._shape.is_chat else self._text_logprobs
-        told = words(index, logprobs) if logprobs else None
+        told = words(logprobs) if logprobs else None
         return {"index": index, **said, "logprobs": told, "finish_reason": reason}
 
-    def _chat_logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+    def _chat_logprobs(self, logprobs: list[PlacedLogprob]) -> dict[str, Any]:
         def told(token: int, logprob: float) -> dict[str, Any]:
-            text = self._token_text(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            text, spelled = self._tokens.token_text(token), self._tokens.token_bytes(token)
+            return {"token": text, "logprob": logprob, "bytes": list(spelled)}
 
         return {
             "content": [
                 {**told(one.token, one.logprob), "top_logprobs": [told(*other) for other in one.top]}
-                for one in logprobs
+                for _, one in logprobs
             ],
             "refusal": None,
         }
 
-    def _text_logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        choice, offsets, texts = self._choices[index], list[int](), list[str]()
-        for one in logprobs:
-            texts.append(self._token_text(one.token))
-            offsets.append(choice.told)
-            choice.told += len(texts[-1])
-        top = [{self._token_text(token): value for token, value in one.top} for one in logprobs]
+    def _text_logprobs(self, logprobs: list[PlacedLogprob]) -> dict[str, Any]:
+        name, found = self._tokens.token_text, [one for _, one in logprobs]
+        wants_top = any(request.sampling.logprobs for request in self._asked.requests)
         return {
-            "tokens": texts, "token_logprobs": [one.logprob for one in logprobs], "text_offset": offsets,
-            "top_logprobs": top,
+            "tokens": [name(one.token) for one in found], "token_logprobs": [one.logprob for one in found],
+            "text_offset": [offset for offset, _ in logprobs],
+            "top_logprobs": [{name(token): value for token, value in one.top} for one in found] if wants_top else None,
         }  # fmt: skip
 
 

@@ -19,6 +19,9 @@ from medusa_export.engines.serving.openai.protocol.readers import unsupported, w
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 MOST_TOOLS = 128
+SCHEMA_MAPS, SCHEMA_LISTS = ("properties", "$defs", "definitions"), ("anyOf", "oneOf", "prefixItems")
+# What may give an object keys besides its properties.
+OPENING = ("additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref")
 INSTRUCTIONS = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -160,10 +163,38 @@ def tool_grammar(tools: Sequence[Tool], choice: Choice, *, parallel: bool) -> Gr
     lines = ["%llguidance {}", start, *heads]
     for index, tool in enumerate(offered):
         before = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
-        schema = json.dumps({**tool.parameters, "x-guidance": JSON_OPTIONS})
+        schema = json.dumps({**closed(tool.parameters), "x-guidance": JSON_OPTIONS})
         lines.append(f"call_{index}: {opening} {before} args_{index} {json.dumps('}' + chr(10) + CLOSE)}")
         lines.append(f"args_{index}: %json {schema}")
     return Grammar("tools", lark="\n".join(lines) + "\n")
+
+
+def closed(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A schema whose objects have no other keys than their own, unless it says otherwise.
+
+    A model may make up keys for ever where any are allowed. With ``allOf`` a schema stays as it is: its parts would exclude each other.
+    """
+    return parameters if '"allOf":' in json.dumps(parameters) else _closed(parameters)
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    for key in SCHEMA_MAPS:
+        if isinstance(schema.get(key), dict):
+            made[key] = {name: _closed(value) for name, value in schema[key].items()}
+    if "properties" in schema:
+        if not any(key in schema for key in OPENING):
+            made["additionalProperties"] = False
+        return made
+    for key in SCHEMA_LISTS:
+        if isinstance(schema.get(key), list):
+            made[key] = [_closed(value) for value in schema[key]]
+    for key in ("items", "additionalProperties"):
+        if key in schema:
+            made[key] = _closed(schema[key])
+    return made
 
 
 @dataclass
@@ -178,23 +209,24 @@ class ToolParser:
         """New text of an answer, and its complete new calls, as the protocol words them.
 
         Args:
-            is_last: no more comes; a call that was cut off is text then.
+            is_last: no more comes; a call that was cut off is dropped then.
         """
         self._held += text
         said, calls = "", list[dict[str, Any]]()
         while True:
             before, opened, rest = self._held.partition(OPEN)
             if not opened:
-                held = 0 if is_last else _overlap(self._held, OPEN)
+                held = _overlap(self._held, OPEN)
+                held = 0 if is_last and held == 1 else held  # a lone < is text
                 said += self._text(self._held[: len(self._held) - held])
                 self._held = self._held[len(self._held) - held :]
                 break
-            body, closed, after = rest.partition(CLOSE)
-            if not closed and not is_last:
+            body, ends, after = rest.partition(CLOSE)
+            if not ends:
                 said, self._held = said + self._text(before), opened + rest
                 break
-            call = self._call(body) if closed else None
-            said += self._text(before if call else before + opened + body + closed)
+            call = self._call(body)
+            said += self._text(before if call else before + opened + body + ends)
             calls += [call] if call else []
             self._is_behind_call = call is not None
             self._held = after

@@ -14,7 +14,7 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.drafters import TreeDrafter
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.serving.grammar import Grammar, GrammarCompiler, token_bytes
-from medusa_export.engines.serving.openai.protocol.tools import CHOICES, ToolParser, read_tools, tool_grammar
+from medusa_export.engines.serving.openai.protocol.tools import CHOICES, ToolParser, closed, read_tools, tool_grammar
 from medusa_export.engines.serving.scheduler import Scheduler
 from medusa_export.heads.decoding.sampling import Sampling
 from medusa_export.heads.decoding.token_choice import TokenRule, token_chooser
@@ -172,11 +172,50 @@ def test_calls_are_found_however_they_come(size: int) -> None:
     for index, part in enumerate(parts):
         new, more = parser.feed(part, is_last=index + 1 == len(parts))
         said, calls = said + new, calls + more
-    assert said == "a < b. <tool"
+    assert said == "a < b. "
     assert [call["function"] for call in calls] == [{"name": "f", "arguments": '{"x": 1}'}] * 2
     assert [call["index"] for call in calls] == [0, 1]
     cut = ToolParser().feed('<tool_call>\n{"name', is_last=True)
-    assert cut == ('<tool_call>\n{"name', [])
+    assert cut == ("", [])
+    assert ToolParser().feed("1 <", is_last=True) == ("1 <", [])
+
+
+def test_objects_of_tools_are_closed_where_they_do_not_say() -> None:
+    inner = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    schema = {
+        "type": "object", "$defs": {"P": inner}, "properties": {
+            "list": {"type": "array", "items": inner}, "either": {"anyOf": [{"$ref": "#/$defs/P"}, {"type": "null"}]},
+            "any": {"type": "object"}, "open": {**inner, "additionalProperties": True}, "const": {"const": inner},
+        },
+    }  # fmt: skip
+    found, shut = closed(schema), {**inner, "additionalProperties": False}
+    assert found["additionalProperties"] is False
+    assert (found["$defs"], found["properties"]["list"]["items"]) == ({"P": shut}, shut)
+    same = ("any", "open", "const", "either")
+    assert [found["properties"][name] for name in same] == [schema["properties"][name] for name in same]
+    parts = {"allOf": [inner, {"properties": {"m": {"type": "integer"}}}]}
+    assert closed(parts) == parts
+
+
+def test_a_required_call_has_keys_of_its_schema_alone_and_may_be_the_last(
+    compiler: GrammarCompiler, engine: Path
+) -> None:
+    parameters = {"type": "object", "properties": {"x": {"enum": [1]}}, "required": ["x"]}
+    tools = read_tools("tools", [{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    spelled = {one: number for number, one in enumerate(token_bytes(read_tokenizer(engine), 256))}
+
+    def permitted(text: str) -> list[bool]:
+        rule = compiler.rule(tool_grammar(tools, CHOICES["required"], parallel=True))
+        for byte in text.encode():
+            rule.take(spelled[bytes([byte])])
+        return [bool(bias) for bias in rule.matcher.compute_logit_bias()]
+
+    start = '<tool_call>\n{"name": "f", "arguments": {"x": 1'
+    assert not permitted(start)[spelled[b","]]
+    assert permitted(start)[spelled[b"}"]]
+    whole = start + "}}\n</tool_call>"
+    assert permitted(whole)[END]
+    assert permitted(f"{whole}\n{whole}")[END]
 
 
 def test_bytes_of_tokens(engine: Path) -> None:

@@ -73,6 +73,21 @@ def test_another_tree(serve: Callable[..., TextService], tmp_path: Path) -> None
         serve(tree=tmp_path / "none.json")
 
 
+def test_tokens_and_back(serve: Callable[..., TextService]) -> None:
+    service, messages = serve(), [{"role": "user", "content": PLAIN}]
+    tokens, short = (service.encode(TextRequest(messages, opens_answer=opens)) for opens in (True, False))
+    assert len(short) < len(tokens)
+    assert tokens[: len(short)] == short
+    assert "<user>" in service.decode(tokens)  # special tokens too
+    assert service.encode(TextRequest(prompt="", adds_special=False)) == []
+
+
+def test_stop_words_are_no_prompt(serve: Callable[..., TextService]) -> None:
+    with pytest.raises(ConfigError, match="got nothing") as refused:
+        serve().submit(TextRequest(prompt="", stop=("x",)), print)
+    assert refusal_of(refused.value).code == "invalid_value"
+
+
 def test_a_template_that_refuses_is_not_located(serve: Callable[..., TextService]) -> None:
     """Clients see this error, and where the engine lies is none of their business."""
     service = serve()

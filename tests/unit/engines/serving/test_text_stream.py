@@ -101,3 +101,17 @@ def test_stop_words(
 def test_what_may_become_a_stop_word_is_held_back(bytewise: PreTrainedTokenizerFast) -> None:
     found, _ = pieces(bytewise, bytewise("a stork")["input_ids"], "stop")
     assert found == ["a", " ", "", "", "", "stor", "k", ""]
+
+
+def test_offsets_of_tokens(bytewise: PreTrainedTokenizerFast) -> None:
+    ids, stream, found = bytewise("aé🎉b")["input_ids"], TextStream(bytewise), []
+    for token in ids:
+        found.append(stream.offset)
+        stream.feed(token)
+    assert found == [0, 1, 1, 2, 2, 2, 2, 3]
+
+
+def test_stop_words_wait_for_the_least_tokens(bytewise: PreTrainedTokenizerFast) -> None:
+    for least, text in ((0, "1"), (1, "1"), (2, "1,2"), (4, "1,2,3"), (9, "1,2,3,4")):
+        stream = TextStream(bytewise, [","], min_tokens=least)
+        assert "".join(map(stream.feed, bytewise("1,2,3,4")["input_ids"])) + stream.finish() == text

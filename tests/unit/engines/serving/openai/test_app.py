@@ -129,6 +129,8 @@ def test_models_tokens_and_version() -> None:
     assert told == {"count": 2, "max_model_len": 77, "tokens": [4, 9], "token_strs": ["<4>", "<9>"]}
     assert respond("POST", "/detokenize", json={"tokens": [1, 2]}).json() == {"prompt": "1 2"}
     assert respond("POST", "/detokenize", json={"tokens": "1"}).json()["error"]["param"] == "tokens"
+    assert respond("POST", "/tokenize", json={"prompt": ""}).json()["count"] == 2
+    assert respond("POST", "/tokenize", json={}).json()["error"]["param"] == "prompt"
     assert set(respond("GET", "/version").json()) == {"version"}
 
 

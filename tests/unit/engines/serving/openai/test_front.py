@@ -51,7 +51,10 @@ class StandInService:
             raise self.error
         for piece in self.says:
             say(piece)
-        return SimpleNamespace(cancel=self.cancelled.set)
+        return SimpleNamespace(cancel=self.cancelled.set, input_ids=[1, 2, 3])
+
+    def token_bytes(self, token: int) -> bytes:
+        return f"t{token}".encode()
 
     def token_text(self, token: int) -> str:
         return f"t{token}"

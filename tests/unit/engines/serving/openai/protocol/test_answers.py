@@ -20,15 +20,28 @@ from medusa_export.engines.serving.openai.protocol.errors import UnfinishedError
 from medusa_export.engines.serving.openai.protocol.fields import StreamOptions
 from medusa_export.engines.serving.request import FinishInfo
 from medusa_export.engines.serving.text_service import Piece, TextRequest
+from medusa_export.heads.decoding.sampling import Sampling
 from medusa_export.heads.decoding.token_choice import TokenLogprob
 from tests.paths import assert_golden
 
 END = FinishInfo("stop", 5, 11, 4, 1.0)
 
 
+class Spelling:
+    """Token 100 to 355 are bytes, others are called by their numbers."""
+
+    def token_text(self, token: int) -> str:
+        return f"bytes:{token - 100:02x}" if token >= 100 else f"<{token}>"
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token - 100]) if token >= 100 else f"<{token}>".encode()
+
+
 def writer(shape: Shape, choices: int = 1, prompts: Any = (), **asked: Any) -> Writer:
-    requests = tuple(TextRequest(prompt="x") for _ in range(choices))
-    return Writer(shape, "m", Asked(requests, **{"per_prompt": choices, **asked}), lambda token: f"<{token}>", prompts)
+    sampling = Sampling(logprobs=asked.pop("top", 2))
+    requests = tuple(TextRequest(prompt="x", sampling=sampling) for _ in range(choices))
+    known = asked.pop("prompt_tokens", ())
+    return Writer(shape, "m", Asked(requests, **{"per_prompt": choices, **asked}), Spelling(), prompts, known)
 
 
 def events(text: str) -> list[Any]:
@@ -81,7 +94,7 @@ def test_choices_share_their_prompt() -> None:
 
 def test_log_probabilities() -> None:
     logprobs = (TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.5))), TokenLogprob(4, -2.0, ()))
-    piece = Piece("ab", [3, 4], END, logprobs)
+    piece = Piece("<3><4>", [3, 4], END, logprobs, (0, 3))
     chat, plain = writer(CHAT_SHAPE), writer(TEXT_SHAPE)
     chat.take(0, piece)
     first, second = chat.whole()["choices"][0]["logprobs"]["content"]
@@ -97,6 +110,40 @@ def test_log_probabilities() -> None:
         "tokens": ["<3>", "<4>"], "token_logprobs": [-0.5, -2.0], "text_offset": [0, 3],
         "top_logprobs": [{"<3>": -0.5, "<4>": -1.5}, {}],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [CHAT_SHAPE, TEXT_SHAPE])
+def test_log_probabilities_of_parts_of_a_character(shape: Shape) -> None:
+    """Bytes rebuild the text, parts have names of their own and stand where their character does; a stop word ends all."""
+    tokens = [100 + byte for byte in "hé!".encode()] + [5, 6]
+    scored = [TokenLogprob(token, -0.5, ((token, -0.5), (token + 1, -1.0))) for token in tokens]
+    offsets = [0, 1, 1, 2, 3, 6]
+    parts = [
+        Piece(text, tokens[a:b], end, tuple(scored[a:b]), tuple(offsets[a:b]), end is not None)
+        for text, a, b, end in (("h", 0, 2, None), ("é", 2, 4, None), ("!", 4, 6, END))
+    ]
+    kept, told = writer(shape), writer(shape)
+    for part in parts:
+        kept.take(0, part)
+    found = kept.whole()["choices"][0]["logprobs"]
+    sent = [[c["choices"][0]["logprobs"] for c in events(told.piece(0, part))] for part in parts]
+    if shape.is_chat:
+        assert bytes(byte for one in found["content"] for byte in one["bytes"]).decode() == "hé!"
+        assert [len(one[0]["content"]) for one in sent] == [1, 2, 1]
+    else:
+        assert found["tokens"] == ["bytes:68", "bytes:c3", "bytes:a9", "bytes:21"]
+        assert found["text_offset"] == [0, 1, 1, 2]
+        assert [len(top) for top in found["top_logprobs"]] == [2] * 4
+        assert [one[0]["text_offset"] for one in sent] == [[0], [1, 1], [2]]
+
+
+def test_no_alternatives_and_a_prompt_that_is_known_from_the_start() -> None:
+    made = writer(TEXT_SHAPE, top=0)
+    made.take(0, Piece("<3>", [3], END, (TokenLogprob(3, -0.5, ()),), (0,)))
+    assert made.whole()["choices"][0]["logprobs"]["top_logprobs"] is None
+    told = writer(CHAT_SHAPE, 2, per_prompt=2, prompt_tokens=[9, 9], stream_options=StreamOptions(running_usage=True))
+    for chunk in [*events(told.first()), *events(told.piece(0, Piece("x", [1])))]:
+        assert chunk["usage"]["prompt_tokens"] == 9
 
 
 def test_calls_of_tools() -> None:
@@ -125,7 +172,7 @@ def test_the_bodies_are_what_was_kept(shape: Shape, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("secrets.token_hex", lambda count: "0" * 2 * count)
     monkeypatch.setattr("time.time", lambda: 1_700_000_000.5)
     likely = TokenLogprob(7, -0.25, ((7, -0.25), (9, -1.5)))
-    pieces = [Piece("The sky ", [7], logprobs=(likely,)), Piece("is blue.", [8, 9]), Piece("", [], END)]
+    pieces = [Piece("The sky ", [7], logprobs=(likely,), offsets=(0,)), Piece("is blue.", [8, 9]), Piece("", [], END)]
     told, kept = writer(shape, stream_options=StreamOptions(usage=True)), writer(shape)
     stream = told.first() + "".join(told.piece(0, piece) for piece in pieces)
     for piece in pieces:

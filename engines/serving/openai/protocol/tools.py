@@ -172,7 +172,7 @@ def tool_grammar(tools: Sequence[Tool], choice: Choice, *, parallel: bool) -> Gr
 def closed(parameters: dict[str, Any]) -> dict[str, Any]:
     """A schema whose objects have no other keys than their own, unless it says otherwise.
 
-    A model may make up keys for ever where any are allowed. With ``allOf`` a schema stays as it is: its parts would exclude each other.
+    A model may make up keys for ever where any are allowed. With ``allOf`` it stays as it is: its parts would exclude each other.
     """
     return parameters if '"allOf":' in json.dumps(parameters) else _closed(parameters)
 

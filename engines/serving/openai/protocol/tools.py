@@ -174,7 +174,8 @@ def closed(parameters: dict[str, Any]) -> dict[str, Any]:
 
     A model may make up keys for ever where any are allowed. With ``allOf`` it stays as it is: its parts would exclude each other.
     """
-    return parameters if '"allOf":' in json.dumps(parameters) else _closed(parameters)
+    made: dict[str, Any] = parameters if '"allOf":' in json.dumps(parameters) else _closed(parameters)
+    return made
 
 
 def _closed(schema: Any) -> Any:

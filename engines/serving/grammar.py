@@ -17,6 +17,7 @@ from medusa_export.heads.decoding.token_choice import Scores
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+REASON_LENGTH = 200  # characters; clients read it
 # Between the tokens of JSON: JSON allows any amount, and small models love to write nothing else for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,12}"}
 
@@ -64,7 +65,7 @@ class GrammarRule:
 
     def _require(self) -> None:
         if self.matcher.is_error():
-            reason = self.matcher.get_error().partition("\n")[0]
+            reason = _in_brief(self.matcher.get_error())
             raise GrammarError(
                 self._where, f"a matcher that gave up ({reason})", "one that goes on", "use a simpler schema"
             )
@@ -98,17 +99,31 @@ class GrammarCompiler:
             raise ConfigError(grammar.where, got, "one whose answers can end where a grammar does", "leave it out")
         text = grammar.lark
         if grammar.schema is not None:
-            text = LLMatcher.grammar_from_json_schema(json.dumps(grammar.schema), overrides=JSON_OPTIONS)
+            try:
+                text = LLMatcher.grammar_from_json_schema(json.dumps(grammar.schema), overrides=JSON_OPTIONS)
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # no JSON to llguidance: half a surrogate pair, nested too deeply
+                raise _refused(grammar, str(error)) from error
         with self._lock:
             if self._made is None:
                 self._made = _ll_tokenizer(self._tokenizer, self._vocab_size, self._eos)
         matcher = LLMatcher(self._made, text, log_level=0)
         if matcher.is_error():
-            reason = matcher.get_error().partition("\n")[0]
-            raise ConfigError(
-                grammar.where, f"a schema that cannot be followed ({reason})", "another one", "simplify it"
-            )
+            raise _refused(grammar, matcher.get_error())
         return GrammarRule(matcher, grammar.where)
+
+
+def _refused(grammar: Grammar, reason: str) -> ConfigError:
+    got = f"a schema that cannot be followed ({_in_brief(reason)})"
+    return ConfigError(grammar.where, got, "another one", "simplify it")
+
+
+def _in_brief(reason: str) -> str:
+    """A reason of llguidance in one line, without the grammar that it quotes. Behind a pattern stands what is wrong with it."""
+    said = " ".join(re.split(r"\n\s*\d+ \| ", reason)[0].split())
+    return said if len(said) <= REASON_LENGTH else f"{said[: REASON_LENGTH // 2]} ... {said[-REASON_LENGTH // 2 :]}"
 
 
 def _ll_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: list[int]) -> Any:

@@ -34,9 +34,6 @@ class Meter:
             count: tokens that were chosen.
             seconds: since those before.
             drafts: tokens that the step verified besides the root.
-            count: tokens that were chosen.
-            seconds: since those before.
-            drafts: tokens that the step verified besides the root.
         """
 
     def ended(self, finish: FinishInfo) -> None:
@@ -47,8 +44,12 @@ class Meter:
 
 
 SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
+SIZES = [float(digit * 10**power) for power in range(6) for digit in (1, 2, 5)]  # tokens; in vLLM's steps
 FIRST, BETWEEN = "vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds"
 WHOLE = "vllm:e2e_request_latency_seconds"
+QUEUE, PREFILL = "vllm:request_queue_time_seconds", "vllm:request_prefill_time_seconds"
+DECODE = "vllm:request_decode_time_seconds"
+PROMPT_SIZE, ANSWER_SIZE = "vllm:request_prompt_tokens", "vllm:request_generation_tokens"
 PROMPT_TOKENS, TOKENS = "vllm:prompt_tokens_total", "vllm:generation_tokens_total"
 STEPS, DRAFTS = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_draft_tokens_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
@@ -61,6 +62,11 @@ FAMILIES = {
     FIRST: ("HISTOGRAM", "Time from a request to its first token"),
     BETWEEN: ("HISTOGRAM", "Time between the tokens of one answer"),
     WHOLE: ("HISTOGRAM", "Time from a request to the end of its answer"),
+    QUEUE: ("HISTOGRAM", "Time in the queue, of requests with an answer"),
+    PREFILL: ("HISTOGRAM", "Time from the queue to the first token, of requests with an answer"),
+    DECODE: ("HISTOGRAM", "Time from the first token to the last one, of requests with an answer"),
+    PROMPT_SIZE: ("HISTOGRAM", "Tokens of one prompt, of requests with an answer"),
+    ANSWER_SIZE: ("HISTOGRAM", "Tokens of one answer"),
     PROMPT_TOKENS: ("COUNTER", "Tokens of prompts"),
     TOKENS: ("COUNTER", "Generated tokens"),
     STEPS: ("COUNTER", "Decoding steps, counted for every request that took part"),
@@ -70,6 +76,8 @@ FAMILIES = {
     WAITING: ("GAUGE", "Requests in the queue"),
     CACHE_USE: ("GAUGE", "Part of the key/value cache that holds tokens, 0 .. 1"),
 }
+BUCKETS = {name: SECONDS for name, (kind, _) in FAMILIES.items() if kind == "HISTOGRAM"}
+BUCKETS |= {PROMPT_SIZE: SIZES, ANSWER_SIZE: SIZES}
 # name -> (label, what it is): counters that are told apart by one more label
 LABELLED = {
     ANSWERED: ("finished_reason", "Requests with an answer, by how it ended"),
@@ -106,7 +114,12 @@ class CountingMeter(Meter):
         self.add(PROMPT_TOKENS, finish.prompt_tokens)
         if finish.reason in ANSWERS:
             self.add(ANSWERED, 1, finish.reason)
-            self.observe(WHOLE, finish.seconds)
+            phases = finish.phases
+            for name, number in (
+                (WHOLE, finish.seconds), (QUEUE, phases.queue), (PREFILL, phases.prefill), (DECODE, phases.decode),
+                (PROMPT_SIZE, finish.prompt_tokens), (ANSWER_SIZE, finish.completion_tokens),
+            ):  # fmt: skip
+                self.observe(name, number)
 
     def load(self, load: Load) -> None:
         for name, value in ((RUNNING, load.running), (WAITING, load.waiting), (CACHE_USE, load.cache_use)):
@@ -116,7 +129,7 @@ class CountingMeter(Meter):
         """A request was not taken: a code of the server's protocol."""
         self.add(REFUSED, 1, reason)
 
-    def observe(self, name: str, seconds: float) -> None:
+    def observe(self, name: str, number: float) -> None:
         """Into a histogram."""
         raise NotImplementedError
 

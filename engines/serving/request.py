@@ -39,6 +39,21 @@ class ClosedError(MedusaExportError):
 
 
 @dataclass(frozen=True)
+class Phases:
+    """Seconds that a request spent in each part of its way; 0 where it did not come so far.
+
+    Attributes:
+        queue: until its prompt was begun.
+        prefill: from there to its first token, steps of others in between.
+        decode: from there to its last token.
+    """
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True)
 class FinishInfo:
     """How a request ended.
 
@@ -48,6 +63,7 @@ class FinishInfo:
         steps: of decoding; the first token comes from the prompt.
         seconds: since it was submitted.
         error: what befell it, where the reason is "error".
+        phases: of these seconds.
     """
 
     reason: str
@@ -56,6 +72,7 @@ class FinishInfo:
     steps: int
     seconds: float
     error: BaseException | None = None
+    phases: Phases = field(default_factory=Phases)
 
     @property
     def tokens_per_step(self) -> float:
@@ -89,9 +106,19 @@ class RequestHandle:
     tokens: list[int] = field(default_factory=list)
     drafted: Any = None  # its text, as the drafter sees it
     steps: int = 0
+    begun_at: float = 0.0  # its prompt; as the next two, 0 before
+    first_token_at: float = 0.0
     last_token_at: float = 0.0
     is_cancelled: bool = False
 
     def cancel(self) -> None:
         """End it before the next step; from any thread."""
         self.is_cancelled = True
+
+    @property
+    def phases(self) -> Phases:
+        """Where its time went so far."""
+        if not self.first_token_at:
+            return Phases(max(self.begun_at - self.submitted, 0.0))
+        prefill, decode = self.first_token_at - self.begun_at, self.last_token_at - self.first_token_at
+        return Phases(self.begun_at - self.submitted, prefill, decode)

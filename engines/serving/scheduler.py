@@ -170,6 +170,7 @@ class Scheduler:
                     return
                 with self._wake:
                     self._filling = self._waiting.popleft()
+                self._filling.begun_at = time.monotonic()
                 self.unread = len(self._filling.input_ids)
             count = min(room, self.unread, PREFILL)
             try:
@@ -232,6 +233,7 @@ class Scheduler:
         if handle.steps:
             self._meter.tokens(taken, now - before, drafts)
         else:
+            handle.first_token_at = now
             self._meter.first_token(now - handle.submitted)
         if reason or not self.decoder.remaining(slot):
             self._release(slot, reason or "length")
@@ -249,7 +251,8 @@ class Scheduler:
 
     def _end(self, handle: RequestHandle, reason: str, error: BaseException | None = None) -> None:
         seconds = time.monotonic() - handle.submitted
-        end = FinishInfo(reason, len(handle.input_ids), len(handle.tokens), handle.steps, seconds, error)
+        prompt, answer = len(handle.input_ids), len(handle.tokens)
+        end = FinishInfo(reason, prompt, answer, handle.steps, seconds, error, handle.phases)
         try:
             handle.callbacks.end(end)
         except Exception:  # one request's callbacks' fault is not the others'

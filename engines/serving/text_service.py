@@ -123,8 +123,7 @@ class TextService:
             ClosedError: the server is stopping.
         """
         input_ids = self.encode(request)
-        texts = [*(str(message.get("content", "")) for message in request.messages), request.prompt]
-        if not request.prompt_ids and not any(text.strip() for text in texts):
+        if not request.prompt_ids and not request.messages and not request.prompt.strip():
             raise ConfigError("text", "nothing", "a question or a text to go on from", "add one")
         if request.prompt_only:
             say(Piece("", [], FinishInfo("length", len(input_ids), 0, 0, 0.0)))

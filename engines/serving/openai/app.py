@@ -59,7 +59,7 @@ def build_app(front: OpenAIFront) -> Any:
     if front.options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=front.options.cors_origins, allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", HEADER], expose_headers=[HEADER],
+            allow_headers=["*"], expose_headers=[HEADER],
         )  # fmt: skip
     return RequestLog(app)
 
@@ -111,6 +111,7 @@ def _add_answers(guarded: Any, front: OpenAIFront) -> None:
     async def completions(request: Request) -> Response:
         return await front.answer(COMPLETIONS, TEXT_SHAPE, request)
 
+    @guarded.get("/v1/models/")
     @guarded.get("/v1/models")
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [described()]})
@@ -209,5 +210,5 @@ def _handle_errors(app: Any, front: OpenAIFront) -> None:
         return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:  # the server logs it
+    async def failed(_: Request, error: Exception) -> Response:  # the server logs it, with the request's id
         return told(INTERNAL, error_body(INTERNAL, END_MESSAGES["error"]), INTERNAL.headers)

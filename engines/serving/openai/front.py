@@ -7,6 +7,7 @@ import functools
 import hmac
 import ipaddress
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -32,7 +33,7 @@ from medusa_export.engines.serving.openai.protocol.errors import (
     require_answer,
 )
 from medusa_export.engines.serving.openai.protocol.fields import Endpoint
-from medusa_export.engines.serving.openai.protocol.readers import read_body
+from medusa_export.engines.serving.openai.protocol.readers import joined, read_body, unsupported
 from medusa_export.engines.serving.request import BusyError
 from medusa_export.engines.serving.text_service import Piece, TextService
 
@@ -172,6 +173,7 @@ class OpenAIFront:
         """What a request asks for, and its answer to come."""
         async with self._parsed(request) as body:
             values = self.read_values(endpoint, body)
+            self._require_unread(values)
             asked = await self.run(lambda: read_asked(values, self.service.options.max_tokens))
             answer = AsyncAnswer(self.service, asked.requests, self._executor)
             try:
@@ -186,6 +188,18 @@ class OpenAIFront:
                 answer.cancel()
                 raise
             return asked, answer
+
+    def _require_unread(self, values: Mapping[str, Any]) -> None:
+        """Raise UnsupportedError for what the chat template would read: it gets messages alone. What it does not read is idle."""
+        given = dict(values.get("chat_template_kwargs", {}))
+        if "reasoning_effort" in values:  # which vLLM hands on to the template
+            given["reasoning_effort"] = values["reasoning_effort"]
+        if not given:
+            return
+        read = set(re.findall(r"\w+", str(self.service.tokenizer.chat_template)))
+        for name in read & given.keys():
+            where = name if name in values else joined("chat_template_kwargs", name)
+            raise unsupported(where, given[name], "nothing that the chat template reads")
 
     @asynccontextmanager
     async def _parsed(self, request: Request) -> AsyncIterator[dict[str, Any]]:

@@ -9,13 +9,13 @@ from medusa_export.core.errors import missing_package
 from medusa_export.engines.serving.meter import (
     ANSWERED,
     ANSWERS,
+    BUCKETS,
     ENDED,
     FAMILIES,
     LABELLED,
     MODEL_LABEL,
     PASSED_OVER,
     REASONS,
-    SECONDS,
     CountingMeter,
 )
 
@@ -41,7 +41,7 @@ class PrometheusMeter(CountingMeter):
         kinds = {"HISTOGRAM": client.Histogram, "COUNTER": client.Counter, "GAUGE": client.Gauge}
         self._metrics: dict[str, Any] = {}
         for name, (kind, text) in FAMILIES.items():
-            more: dict[str, Any] = {"buckets": SECONDS} if kind == "HISTOGRAM" else {}
+            more: dict[str, Any] = {"buckets": BUCKETS[name]} if name in BUCKETS else {}
             metric = kinds[kind](name, text, [MODEL_LABEL], registry=self._registry, **more)
             self._metrics[name] = metric.labels(model)
         self._labelled = {
@@ -56,8 +56,8 @@ class PrometheusMeter(CountingMeter):
         self._fields: set[str] = set()
         self._lock = threading.Lock()
 
-    def observe(self, name: str, seconds: float) -> None:
-        self._metrics[name].observe(seconds)
+    def observe(self, name: str, number: float) -> None:
+        self._metrics[name].observe(number)
 
     def add(self, name: str, number: float, label: str = "") -> None:
         """As :meth:`~medusa_export.engines.serving.meter.CountingMeter.add`."""

@@ -17,7 +17,9 @@ App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], A
 
 HEADER = "X-Request-Id"
 TAKEN = re.compile("[A-Za-z0-9._:-]{1,128}")  # ids of clients; others could forge lines of the log
-STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+PATH_LENGTH = 256  # of what a client asked for, in a line
+# What a record has besides what it says; color_message is uvicorn's message once more, for terminals.
+STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,10 @@ class RequestLog:
         given = next((value for name, value in scope["headers"] if name == HEADER.lower().encode()), b"")
         shown = given.decode("latin-1")
         name = shown if TAKEN.fullmatch(shown) else f"req-{secrets.token_hex(12)}"
-        token, start, status = request_id.set(name), time.monotonic(), 0
+        request_id.set(
+            name
+        )  # for good: the server, which has a task for each request, logs what is raised here with it
+        start, status = time.monotonic(), 0
 
         async def send_named(message: Message) -> None:
             nonlocal status
@@ -51,14 +56,13 @@ class RequestLog:
             seconds = round(time.monotonic() - start, 4)
             client = (scope.get("client") or ("",))[0]
             facts = {
-                "method": scope["method"],
-                "path": scope["path"],
+                "method": scope["method"][:PATH_LENGTH],
+                "path": scope["path"][:PATH_LENGTH],
                 "status": status,
                 "seconds": seconds,
                 "client": client,
             }
             logger.info("request", extra=facts)
-            request_id.reset(token)
 
 
 class Formatter(logging.Formatter):

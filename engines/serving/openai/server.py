@@ -15,8 +15,9 @@ from medusa_export.engines.serving.openai.app import build_app, refusing_app
 from medusa_export.engines.serving.openai.connections import Connections, protocol_class
 from medusa_export.engines.serving.openai.front import OpenAIFront
 
-MARGIN_SECONDS = 5.0  # for errors to reach clients once the grace time is over
+MARGIN_SECONDS = 5  # for answers and errors to reach clients once the grace time is over
 BACKLOG = 1024
+TICK_SECONDS = 0.1  # between looks for a second Ctrl-C
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -33,11 +34,26 @@ def bind(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(
-            "--host, --port", f"{host}:{port} ({reason})", "a free address", "choose another one"
-        ) from error
+        raise _taken(f"{host}:{port}", error) from error
     return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Take connections. Only now, when they can be answered: probes take a server that listens for one that is ready.
+
+    Raises:
+        ConfigError: another server, which was started at the same time, listens there.
+    """
+    try:
+        sock.listen(BACKLOG)
+    except OSError as error:
+        host, port = sock.getsockname()[:2]
+        raise _taken(f"{host}:{port}", error) from error
+
+
+def _taken(address: str, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return ConfigError("--host, --port", f"{address} ({reason})", "a free address", "choose another one")
 
 
 def run_front(
@@ -56,6 +72,7 @@ def run_front(
         say: is told that it serves, and that it stops.
 
     Raises:
+        ConfigError: another server has taken the address meanwhile.
         MissingPackageError: no uvicorn.
     """
     try:
@@ -74,18 +91,23 @@ def run_front(
             say(f"stopping: {scheduler.running + scheduler.waiting} requests in flight, up to {grace_s:g} s for them")
             drain = partial(service.close, drain=True, timeout_s=grace_s)
             drained = asyncio.get_running_loop().run_in_executor(None, drain)
-            await super().shutdown(sockets)
-            if self.force_exit:  # a second Ctrl-C
-                service.close()
+            while (
+                not drained.done()
+            ):  # listening on: load balancers and clients read that it stops, instead of a refused connection
+                await asyncio.wait([drained], timeout=TICK_SECONDS)
+                if self.force_exit:  # a second Ctrl-C
+                    service.close()
             await drained
+            await super().shutdown(sockets)
 
     protocol = protocol_class(connections, refusing_app(front, connections))
     config = uvicorn.Config(
         build_app(front), log_config=None, access_log=False, http=protocol, loop="asyncio", ws="none",
         lifespan="off", proxy_headers=False, server_header=False, backlog=BACKLOG,
-        timeout_graceful_shutdown=round(grace_s + MARGIN_SECONDS), timeout_keep_alive=round(connections.idle_s),
+        timeout_graceful_shutdown=MARGIN_SECONDS, timeout_keep_alive=round(connections.idle_s),
     )  # fmt: skip
     server = Server(config)
+    listen(sock)
     with _stopped_by_signals(server):
         server.run(sockets=[sock])
 

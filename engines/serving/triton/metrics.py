@@ -10,13 +10,13 @@ from typing import Any
 from medusa_export.engines.serving.meter import (
     ANSWERED,
     ANSWERS,
+    BUCKETS,
     ENDED,
     FAMILIES,
     LABELLED,
     MODEL_LABEL,
     REASONS,
     REFUSED,
-    SECONDS,
     CountingMeter,
     Load,
 )
@@ -39,7 +39,7 @@ class TritonMeter(CountingMeter):
         self._families: list[Any] = []  # kept: a family that is collected takes its metrics along
         self._metrics: dict[str, Any] = {}
         for name, (kind, text) in FAMILIES.items():
-            buckets = {"buckets": SECONDS} if kind == "HISTOGRAM" else {}
+            buckets = {"buckets": BUCKETS[name]} if name in BUCKETS else {}
             self._metrics[name] = self._family(pb_utils, name, kind, text).Metric(
                 labels={MODEL_LABEL: model}, **buckets
             )
@@ -57,8 +57,8 @@ class TritonMeter(CountingMeter):
         self._thread = threading.Thread(target=self._work, name="medusa-export-metrics", daemon=True)
         self._thread.start()
 
-    def observe(self, name: str, seconds: float) -> None:
-        self._observed.append((name, seconds))
+    def observe(self, name: str, number: float) -> None:
+        self._observed.append((name, number))
 
     def add(self, name: str, number: float, label: str = "") -> None:
         """As :meth:`~medusa_export.engines.serving.meter.CountingMeter.add`."""
@@ -81,8 +81,8 @@ class TritonMeter(CountingMeter):
         self._flush()
 
     def _flush(self) -> None:
-        for name, seconds in _taken(self._observed):
-            self._metrics[name].observe(seconds)
+        for name, number in _taken(self._observed):
+            self._metrics[name].observe(number)
         sums: dict[str, float] = {}
         for name, number in _taken(self._added):
             sums[name] = sums.get(name, 0) + number

@@ -10,7 +10,7 @@ from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
-from medusa_export.core.errors import MedusaExportError
+from medusa_export.core.errors import ConfigError, MedusaExportError
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo, RequestHandle
 from medusa_export.engines.serving.text_service import Piece, TextRequest, TextService
@@ -122,6 +122,8 @@ class MedusaModel:
 
     def _request(self, values: dict[str, Any]) -> TextRequest:
         text = values["text_input"]
+        if not text.strip():
+            raise ConfigError("text", "nothing", "a question or a text to go on from", "add one")
         given = {
             "max_tokens": self._service.options.max_tokens,
             **{name: values[name] for name in SAMPLING & values.keys()},

@@ -97,12 +97,18 @@ def _sampling(values: Mapping[str, Any], max_tokens: int) -> tuple[Sampling, boo
     elif values.get("top_logprobs"):
         raise ConfigError("top_logprobs", "a number without logprobs", '"logprobs": true', "add it to the request")
     seed = values.get("seed")
-    given = {name: values[name] for name in SAMPLED if name in values}
+    given = {"temperature": float(_draws(values)), **{name: values[name] for name in SAMPLED if name in values}}
     sampling = Sampling(
         **given, top_k=max(values.get("top_k", 0), 0), max_tokens=max(limit, 1), logprobs=logprobs,
         seed=None if seed is None else seed % 2**64,
     )  # fmt: skip
     return sampling, limit == 0
+
+
+def _draws(values: Mapping[str, Any]) -> bool:
+    """Whether a request without a temperature asks for what only draws can give: several answers, or some of the likeliest tokens."""
+    narrows = values.get("top_p", 1) < 1 or values.get("top_k", 0) > 1 or values.get("min_p", 0) > 0
+    return narrows or values.get("n", 1) > 1
 
 
 def _seeded(sampling: Sampling, index: int) -> Sampling:

@@ -14,6 +14,7 @@ from medusa_export.engines.serving.openai.protocol.readers import (
     flag,
     joined,
     logit_bias,
+    mapping,
     number,
     prompts,
     require_neutral,
@@ -52,7 +53,7 @@ class Endpoint:
         content: the field with what is asked.
         readers: fields that are honoured.
         neutral: fields that are not, with the values that change nothing; null is one of them.
-        silent: fields that ask for nothing that an answer shows; they may say anything.
+        silent: fields that ask for nothing that an answer shows; they may say anything, and are not passed over.
         nested: makers of readers of fields that have fields: they get the list of what is passed over.
     """
 
@@ -76,7 +77,7 @@ class Endpoint:
         values, passed_over = dict[str, Any](), list[str]()
         readers = {**self.readers, **{name: make(passed_over) for name, make in self.nested.items()}}
         for name, value in body.items():
-            if value is None and (name in readers or name in self.neutral or name in self.silent):
+            if name in self.silent or (value is None and (name in readers or name in self.neutral)):
                 continue
             if name in readers:
                 values[name] = readers[name](name, value)
@@ -101,6 +102,27 @@ def _stream_options(passed_over: list[str]) -> Reader:
         return StreamOptions(shown["include_usage"], shown["continuous_usage_stats"])
 
     return read
+
+
+def _hint(neutral: str, *others: str) -> Callable[[list[str]], Reader]:
+    """Of a field that says how an answer should be, without a rule that it could break: what nobody honours is passed over.
+
+    Args:
+        neutral: value that asks for nothing.
+        others: that are passed over.
+    """
+
+    def make(passed_over: list[str]) -> Reader:
+        def read(name: str, value: Any) -> str:
+            if value != neutral and value not in others:
+                raise wrong(name, value, f"one of {', '.join((neutral, *others))}")
+            if value != neutral:
+                passed_over.append(name)
+            return str(value)
+
+        return read
+
+    return make
 
 
 def _response_format(name: str, value: Any) -> Grammar | None:
@@ -137,34 +159,44 @@ _SHARED: dict[str, Reader] = {
     "stream": flag,
 }
 _SILENT = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "store", "metadata",
-           "service_tier", "priority", "request_id")  # fmt: skip
-# Of vLLM and others: they would change the answer.
+           "service_tier", "priority", "request_id", "cache_salt", "include_reasoning")  # fmt: skip
+# Of vLLM, SGLang, llama.cpp, Ollama, TGI and transformers: they would change the answer.
 _EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,), "length_penalty": (1, 1.0), "early_stopping": (False,), "stop_token_ids": ([],),
     "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (), "prompt_logprobs": (), "allowed_token_ids": (), "bad_words": ([],), "logits_processors": ([],),
     "return_tokens_as_token_ids": (False,), "return_token_ids": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (),
-    "guided_grammar": (), "structured_outputs": (), "typical_p": (1, 1.0), "mirostat": (0,), "lora": (), "echo": (False,),
-    "best_of": (1,),
+    "guided_grammar": (), "structured_outputs": (), "guided_whitespace_pattern": (), "typical_p": (1, 1.0), "mirostat": (0,),
+    "lora": ([],), "echo": (False,), "best_of": (1,), "max_new_tokens": (), "num_predict": (), "n_predict": (), "max_length": (),
+    "stop_sequences": ([],), "grammar": ("",), "regex": (), "ebnf": (), "json_schema": ({},), "repeat_penalty": (1, 1.0),
+    "min_length": (0,), "min_new_tokens": (0,), "num_beams": (1,), "num_beam_groups": (1,), "no_repeat_ngram_size": (0,),
+    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "bad_words_ids": ([],), "force_words_ids": ([],),
+    "dry_multiplier": (0, 0.0), "xtc_probability": (0, 0.0), "dynatemp_range": (0, 0.0), "top_n_sigma": (-1, -1.0), "tfs_z": (1, 1.0), "top_a": (0, 0.0),
+    "penalty_alpha": (0, 0.0), "do_sample": (), "system": ("",), "options": ({},), "format": ("",),
 }  # fmt: skip
 CHAT = Endpoint(
     content="messages",
     readers={
         **_SHARED, "max_tokens": whole(1), "max_completion_tokens": whole(1), "logprobs": flag,
         "top_logprobs": whole(0, MOST_LOGPROBS), "tools": read_tools, "tool_choice": read_choice, "parallel_tool_calls": flag,
+        "chat_template_kwargs": mapping,
     },
     neutral={
         **_EXTENSIONS, "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
-        "prediction": (), "web_search_options": (), "reasoning_effort": ("none",), "verbosity": ("medium",), "moderation": (),
-        "chat_template": (), "chat_template_kwargs": ({},), "documents": ([],), "add_generation_prompt": (True,),
+        "prediction": (), "web_search_options": (), "moderation": (), "chat_template": (),
+        "documents": ([],), "add_generation_prompt": (True,),
         "continue_final_message": (False,), "add_special_tokens": (False,), "prompt": (),
     },
     silent=_SILENT,
-    nested={"messages": messages_reader, "stream_options": _stream_options},
+    nested={
+        "messages": messages_reader, "stream_options": _stream_options,
+        "reasoning_effort": _hint("none", "minimal", "low", "medium", "high", "xhigh"), "verbosity": _hint("medium", "low", "high"),
+    },
 )  # fmt: skip
 COMPLETIONS = Endpoint(
     content="prompt",
-    readers={**_SHARED, "prompt": prompts, "max_tokens": whole(0), "logprobs": whole(0, MOST_LOGPROBS), "echo": flag},
+    readers={**_SHARED, "prompt": prompts, "max_tokens": whole(0), "max_completion_tokens": whole(1),
+             "logprobs": whole(0, MOST_LOGPROBS), "echo": flag},
     neutral={
         **{name: values for name, values in _EXTENSIONS.items() if name != "echo"}, "suffix": ("",), "add_special_tokens": (True,),
         "messages": (), "tools": ([],),

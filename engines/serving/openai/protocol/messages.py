@@ -8,9 +8,11 @@ from medusa_export.engines.serving.openai.protocol.readers import Reader, joined
 from medusa_export.engines.serving.openai.protocol.tools import call_text, response_text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "user"}
-# What clients send along of an answer that they got, or of who speaks; no chat template here has a place for them.
-EMPTY = ("refusal", "audio", "annotations", "function_call", "reasoning", "reasoning_content")
-KNOWN = ("role", "content", "tool_calls", "tool_call_id", *EMPTY)
+# What clients send along of an answer that they got, where it is none of what was said: chat templates leave it out, too.
+LEFT_OUT = ("annotations", "reasoning", "reasoning_content", "reasoning_details")
+EMPTY = ("audio", "function_call")  # of answers that this server does not give
+KNOWN = ("role", "content", "refusal", "tool_calls", "tool_call_id", *LEFT_OUT, *EMPTY)
+TEXTS = {"text": "text", "refusal": "refusal"}  # types of parts that are text, and the field that has it
 
 
 def messages_reader(passed_over: list[str]) -> Reader:
@@ -45,8 +47,13 @@ def _message(name: str, value: Any, passed_over: list[str]) -> dict[str, str]:
     calls = value.get("tool_calls") or []
     if calls and role != "assistant":
         raise wrong(f"{name}.tool_calls", calls, "nothing in messages that are not the assistant's")
+    refusal = value.get("refusal") or ""
+    if refusal and role != "assistant":
+        raise unsupported(f"{name}.refusal", refusal, "nothing in messages that are not the assistant's")
     content = value.get("content")
-    said = "" if content is None and role == "assistant" else _content(f"{name}.content", content)
+    may_be_absent = role in ("assistant", "tool")  # an answer that was only calls, and a tool that had nothing to say
+    said = "" if content is None and may_be_absent else _content(f"{name}.content", content)
+    said += text(f"{name}.refusal", refusal)
     if role == "tool":
         said = response_text(said)
     return {"role": ROLES[role], "content": said + call_text(f"{name}.tool_calls", calls, has_text=bool(said))}
@@ -62,6 +69,7 @@ def _content(name: str, value: Any) -> str:
 def _part(name: str, value: Any) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         raise wrong(name, value, '{"type": "text", "text": ...}')
-    if value["type"] != "text":
+    field = TEXTS.get(value["type"])
+    if field is None:
         raise unsupported(f"{name}.type", value["type"], "text", "this model reads text alone")
-    return text(f"{name}.text", value.get("text"))
+    return text(f"{name}.{field}", value.get(field))

@@ -50,8 +50,9 @@ def unknown(name: str, key: str, expected: str) -> UnknownFieldError:
 
 
 def joined(name: str, key: str) -> str:
-    """How a field of a field is called; what is made up is cut."""
-    return f"{name}.{key[:NAME_LENGTH]}" if name else key[:NAME_LENGTH]
+    """How a field of a field is called; what is made up is cut, and spelled so that every line and every label can hold it."""
+    shown = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in key[:NAME_LENGTH])[:NAME_LENGTH]
+    return f"{name}.{shown}" if name else shown
 
 
 def text(name: str, value: Any) -> str:
@@ -63,6 +64,12 @@ def text(name: str, value: Any) -> str:
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise wrong(name, value, "true or false")
+    return value
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise wrong(name, value, "an object")
     return value
 
 

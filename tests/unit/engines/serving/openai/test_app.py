@@ -117,6 +117,18 @@ def test_origins_that_may_ask() -> None:
     assert "access-control-allow-origin" not in refused.headers
 
 
+def test_headers_of_clients_in_browsers_are_allowed() -> None:
+    """OpenAI's own client says what it runs on, in headers that it may add to."""
+    asked = {
+        "Origin": "http://good.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-arch,x-stainless-retry-count",
+    }
+    response = respond("OPTIONS", "/v1/chat/completions", headers=asked, origins=("http://good.example",))
+    assert response.status_code == 200
+    assert "x-stainless-retry-count" in response.headers["access-control-allow-headers"]
+
+
 def test_ready_tells_of_a_full_queue() -> None:
     assert [respond("GET", "/ready", waiting=waiting).status_code for waiting in (4, 5)] == [200, 503]
     assert respond("GET", "/ready", is_open=False).json() == {"status": "stopping"}
@@ -124,7 +136,8 @@ def test_ready_tells_of_a_full_queue() -> None:
 
 
 def test_models_tokens_and_version() -> None:
-    assert respond("GET", "/v1/models").json()["data"][0]["max_model_len"] == 77
+    for path in ("/v1/models", "/v1/models/"):
+        assert respond("GET", path).json()["data"][0]["max_model_len"] == 77
     told = respond("POST", "/tokenize", json={"prompt": "four", "return_token_strs": True}).json()
     assert told == {"count": 2, "max_model_len": 77, "tokens": [4, 9], "token_strs": ["<4>", "<9>"]}
     assert respond("POST", "/detokenize", json={"tokens": [1, 2]}).json() == {"prompt": "1 2"}

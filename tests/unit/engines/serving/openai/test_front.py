@@ -23,6 +23,7 @@ from medusa_export.engines.serving.openai.protocol.errors import (
     KeyRefusedError,
     MediaTypeError,
     UnfinishedError,
+    UnsupportedError,
 )
 from medusa_export.engines.serving.openai.protocol.fields import CHAT, COMPLETIONS
 from medusa_export.engines.serving.options import ServingOptions
@@ -271,6 +272,30 @@ def test_an_end_without_an_answer_has_a_status_while_nothing_is_sent(reason: str
     with pytest.raises(UnfinishedError) as unfinished:
         asyncio.run(ask(front(service), Client(body)))
     assert unfinished.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"enable": 1, "tools_in": 2}}, ""),
+        ({"chat_template_kwargs": {}}, ""),
+    ],
+)
+def test_what_the_chat_template_would_read_is_refused(fields: dict[str, Any], where: str) -> None:
+    """It gets messages alone; what it does not read changes nothing."""
+    service: Any = StandInService()
+    service.tokenizer = SimpleNamespace(chat_template="{% if enable_thinking %}{{ reasoning_effort }}{% endif %}")
+    service.says = [Piece("", [1], FinishInfo("stop", 1, 1, 0, 0.0))]
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "a"}], **fields}).encode()
+    asking = front(service).answer(CHAT, CHAT_SHAPE, Client(body).request)
+    if where:
+        with pytest.raises(UnsupportedError) as refused:
+            asyncio.run(asking)
+        assert refused.value.where == where
+    else:
+        assert asyncio.run(asking).status_code == 200
 
 
 def test_errors_of_the_service_name_the_request_s_fields() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 from datetime import datetime
+from typing import Any
 
-from medusa_export.engines.serving.openai.request_log import Formatter, request_id
+import pytest
+
+from medusa_export.engines.serving.openai.request_log import PATH_LENGTH, Formatter, RequestLog, request_id
 
 
 def record(**more: object) -> logging.LogRecord:
@@ -38,3 +42,33 @@ def test_json() -> None:
     }  # fmt: skip
     assert "ValueError: why" in told["traceback"]
     assert "request_id" not in json.loads(Formatter(as_json=True).format(record()))
+
+
+def test_what_uvicorn_says_twice_is_said_once() -> None:
+    assert "colour" not in Formatter(as_json=False).format(record(color_message="colour %s"))
+
+
+def test_what_a_server_logs_of_a_failure_has_the_id(caplog: pytest.LogCaptureFixture) -> None:
+    """The server logs it in the request's task, when it is out of the application."""
+
+    async def fail(*_: object) -> None:
+        raise RuntimeError("why")
+
+    lines: list[dict[str, Any]] = []
+
+    async def serve(path: str) -> None:
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [(b"x-request-id", b"mine")]}
+        try:
+            await RequestLog(fail)(scope, None, None)
+        except RuntimeError:
+            said = Formatter(as_json=True).format(record(msg="Exception in ASGI application", args=()))
+            lines.append(json.loads(said))
+
+    async def serve_in_tasks() -> None:
+        await asyncio.gather(asyncio.create_task(serve("/" + "a" * 9999)))
+        assert request_id.get() == ""
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(serve_in_tasks())
+    assert [line["request_id"] for line in lines] == ["mine"]
+    assert len(vars(caplog.records[-1])["path"]) == PATH_LENGTH

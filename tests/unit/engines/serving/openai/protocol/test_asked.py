@@ -99,3 +99,15 @@ def test_contradictions(values: dict[str, Any], where: str) -> None:
     with pytest.raises(ConfigError) as refused:
         read_asked({"messages": USER, **values}, 7)
     assert refused.value.where == where
+
+
+@pytest.mark.parametrize(
+    ("values", "temperature"),
+    [({}, 0), ({"n": 1, "top_p": 1.0, "top_k": -1, "min_p": 0.0}, 0), ({"n": 2}, 1), ({"top_p": 0.9}, 1), ({"top_k": 5}, 1),
+     ({"top_k": 1}, 0), ({"min_p": 0.1}, 1), ({"n": 2, "temperature": 0.0}, 0), ({"top_p": 0.9, "temperature": 0.5}, 0.5),
+     ({"seed": 3}, 0)],
+)  # fmt: skip
+def test_what_only_draws_can_give_is_drawn(values: dict[str, Any], temperature: float) -> None:
+    """Several answers without a temperature would all be the same."""
+    for request in read_asked({"prompt": ["a"], **values}, 7).requests:
+        assert request.sampling.temperature == temperature

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
 from medusa_export.engines.serving.openai.protocol.errors import UnknownFieldError, UnsupportedError
 from medusa_export.engines.serving.openai.protocol.fields import CHAT, COMPLETIONS, Endpoint, StreamOptions
 from medusa_export.engines.serving.openai.protocol.readers import read_body
@@ -98,6 +99,65 @@ def test_what_others_know_and_we_do_not_is_passed_over() -> None:
             CHAT.read({**BODIES["chat"][1], field: body[field]}, strict=True)
 
 
+@pytest.mark.parametrize("name", BODIES)
+def test_what_asks_for_nothing_is_not_passed_over(name: str) -> None:
+    endpoint, body = BODIES[name]
+    said = {field: {"any": "thing"} for field in endpoint.silent}
+    assert endpoint.read({**body, **said, "user": "me"}, strict=True)[1] == []
+
+
+def test_names_that_are_passed_over_can_be_told() -> None:
+    """They become a label of a metric and a line of the log, which cannot hold everything that JSON can spell."""
+    bad = "\ud800\n\x00" + "x" * 10_000
+    body = {
+        **BODIES["chat"][1],
+        "messages": [{"role": "user", "content": "a", bad: 1}],
+        bad: 1,
+        "stream_options": {bad: True},
+    }
+    names = CHAT.read(body)[1]
+    meter = PrometheusMeter("m")
+    assert len(names) == 3
+    assert all(name.isprintable() and len(name) <= 80 and "\\xd800" in name for name in names)
+    assert all(meter.passed_over(name) for name in names)
+    assert b"xd800" in meter.render()[0]
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["max_new_tokens", "num_predict", "n_predict", "stop_sequences", "grammar", "regex", "json_schema", "repeat_penalty",
+     "min_length", "num_beams", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids", "dry_multiplier", "xtc_probability",
+     "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"],
+)  # fmt: skip
+def test_names_that_others_have_for_it_are_refused(field: str) -> None:
+    for endpoint, body in BODIES.values():
+        with pytest.raises(UnsupportedError) as refused:
+            endpoint.read({**body, field: [9]})
+        assert refused.value.where == field
+
+
+def test_hints_are_passed_over() -> None:
+    body = {**BODIES["chat"][1], "reasoning_effort": "high", "verbosity": "low"}
+    assert CHAT.read(body)[1] == ["reasoning_effort", "verbosity"]
+    assert CHAT.read({**body, "reasoning_effort": "none", "verbosity": "medium"}, strict=True)[1] == []
+    with pytest.raises(ConfigError, match="reasoning_effort"):
+        CHAT.read({**body, "reasoning_effort": "immense"})
+
+
+def test_what_clients_send_back() -> None:
+    messages = [
+        {"role": "user", "content": ""}, {"role": "tool", "tool_call_id": "1", "content": None},
+        {"role": "assistant", "content": "so", "reasoning_content": "hm", "reasoning": "hm", "annotations": [{"type": "link"}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+        {"role": "assistant", "content": None, "refusal": "never"},
+    ]  # fmt: skip
+    values, passed_over = CHAT.read({**BODIES["chat"][1], "messages": messages}, strict=True)
+    assert [message["content"] for message in values["messages"]] == [
+        "", "<tool_response>\n\n</tool_response>", "so", "no", "never",
+    ]  # fmt: skip
+    assert passed_over == []
+
+
 def test_messages_of_assistants_and_tools() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     messages = [
@@ -116,6 +176,8 @@ def test_messages_of_assistants_and_tools() -> None:
     [
         ({"messages": [{"role": "user", "content": None}]}, ConfigError, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "a", "audio": {"id": 1}}]}, UnsupportedError, "messages[0].audio"),
+        ({"messages": [{"role": "user", "content": "a", "refusal": "no"}]}, UnsupportedError, "messages[0].refusal"),
+        ({"chat_template_kwargs": "x"}, ConfigError, "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, ConfigError, "messages[0].tool_calls"),
         ({"response_format": {"type": "xml"}}, UnsupportedError, "response_format"),
         ({"response_format": {"type": "json_schema"}}, ConfigError, "response_format.json_schema.schema"),

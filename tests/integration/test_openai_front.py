@@ -164,6 +164,7 @@ def test_models_health_and_other_paths(served: Served) -> None:
 GOOD: dict[str, Any] = {"model": "tiny", "messages": user(QUESTION)}
 PLAIN = {"model": "tiny", "prompt": QUESTION}
 PICTURE = {"role": "user", "content": [{"type": "image_url"}]}
+HALF_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"description": "\ud800"}}}
 MANY = [{"role": "user", "content": "w1"}] * 1500
 # what is wrong -> (body, status, code, a part of the message)
 REFUSED: dict[str, tuple[Any, int, str, str]] = {
@@ -185,7 +186,7 @@ REFUSED: dict[str, tuple[Any, int, str, str]] = {
     "an unknown role": ({**GOOD, "messages": [{"role": "king", "content": "w1"}]}, 400, "invalid_value", "messages[0].role"),
     "content of numbers": ({**GOOD, "messages": [{"role": "user", "content": 5}]}, 400, "invalid_value", "messages[0].content"),
     "a picture": ({**GOOD, "messages": [PICTURE]}, 400, "unsupported_parameter", "image_url"),
-    "an empty message": ({**GOOD, "messages": user("")}, 400, "invalid_value", "got nothing"),
+    "half a surrogate in a schema": ({**GOOD, "response_format": HALF_SCHEMA}, 400, "invalid_value", "response_format"),
     "blanks": ({**PLAIN, "prompt": " \n"}, 400, "invalid_value", "prompt: got nothing"),
     "no tokens": ({**GOOD, "max_tokens": 0}, 400, "invalid_value", "max_tokens: got 0"),
     "tokens beyond the vocabulary": ({**PLAIN, "prompt": [1, 10**6]}, 400, "invalid_value", "token 1000000"),
@@ -227,6 +228,15 @@ def test_bad_requests_are_refused_and_the_next_is_served(served: Served, what: s
     assert len(error["message"]) < 400
     assert not any(sign in error["message"] for sign in ("Traceback", ".py", str(served.engine.parent), "/tmp", "\n"))
     assert served.chat(QUESTION, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_names_that_nothing_can_hold_do_no_harm(served: Served) -> None:
+    name = b'"a\\ud800\\n' + b"x" * 500 + b'":1'
+    body = b'{"model":"tiny","max_tokens":1,"messages":[{"role":"user","content":"w3",%s}],%s}' % (name, name)
+    answer = served.http.post("/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200
+    assert served.metrics.read("vllm:request_prompt_tokens_count") >= 1
+    assert served.chat("", max_tokens=1).usage.completion_tokens == 1, "a message may be empty"
 
 
 def test_who_may_ask(served: Served) -> None:

@@ -171,8 +171,8 @@ _EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "stop_sequences": ([],), "grammar": ("",), "regex": (), "ebnf": (), "json_schema": ({},), "repeat_penalty": (1, 1.0),
     "min_length": (0,), "min_new_tokens": (0,), "num_beams": (1,), "num_beam_groups": (1,), "no_repeat_ngram_size": (0,),
     "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "bad_words_ids": ([],), "force_words_ids": ([],),
-    "dry_multiplier": (0, 0.0), "xtc_probability": (0, 0.0), "dynatemp_range": (0, 0.0), "top_n_sigma": (-1, -1.0), "tfs_z": (1, 1.0), "top_a": (0, 0.0),
-    "penalty_alpha": (0, 0.0), "do_sample": (), "system": ("",), "options": ({},), "format": ("",),
+    "dry_multiplier": (0, 0.0), "xtc_probability": (0, 0.0), "dynatemp_range": (0, 0.0), "top_n_sigma": (-1, -1.0), "tfs_z": (1, 1.0),
+    "top_a": (0, 0.0), "penalty_alpha": (0, 0.0), "do_sample": (), "system": ("",), "options": ({},), "format": ("",),
 }  # fmt: skip
 CHAT = Endpoint(
     content="messages",

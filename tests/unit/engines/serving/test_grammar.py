@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,12 +124,32 @@ def test_an_answer_ends_when_its_grammar_does(compiler: GrammarCompiler, answer:
     assert len(tokens) == 2
 
 
-@pytest.mark.parametrize("schema", [{"type": "foo"}, {"type": "string", "pattern": "("}, {"$ref": "#/nowhere"}])
-def test_schemas_that_cannot_be_followed(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "foo"}, "foo"),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
+        ({"type": "string", "pattern": "a" * 5000 + "("}, "unclosed group"),
+        ({"$ref": "#/nowhere"}, "nowhere"),
+        ({"type": "object", "description": "half: \ud800"}, ""),
+        ({"properties": {"\ud800": {}}}, ""),
+        (functools.reduce(lambda inner, _: {"items": inner}, range(200), {"type": "array"}), "recursion"),
+    ],
+)
+def test_schemas_that_cannot_be_followed(compiler: GrammarCompiler, schema: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError) as refused:
         compiler.rule(Grammar("response_format", schema))
     assert refused.value.where == "response_format"
+    assert reason in str(refused.value)
     assert len(str(refused.value)) < 400
+
+
+def test_a_tool_s_pattern_that_is_none(compiler: GrammarCompiler) -> None:
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "pattern": "("}}}
+    tools = read_tools("tools", [{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    with pytest.raises(ConfigError, match="unclosed group") as refused:
+        compiler.rule(tool_grammar(tools, CHOICES["auto"], parallel=True))
+    assert "%llguidance" not in str(refused.value), "our grammar is no client's business"
 
 
 def test_a_model_that_cannot_end(engine: Path) -> None:

@@ -20,7 +20,7 @@ from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.onnxruntime.lane import Lane
 from medusa_export.engines.serving.meter import Load, Meter
-from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo
+from medusa_export.engines.serving.request import BusyError, ClosedError, FinishInfo, Phases, RequestHandle
 from medusa_export.engines.serving.scheduler import Scheduler
 from medusa_export.heads.decoding.sampling import Sampler, Sampling
 from medusa_export.heads.trees.tree import Tree
@@ -230,6 +230,15 @@ def test_one_that_waits_can_be_cancelled(schedule: Callable[..., Scheduler]) -> 
     assert first.wait().completion_tokens == 100
 
 
+def test_one_that_was_never_begun_has_only_waited() -> None:
+    handle = RequestHandle([1], Sampling(), Ears(), None, submitted=5.0, deadline=9.0)
+    assert handle.phases == Phases()
+    handle.begun_at = 7.0
+    assert handle.phases == Phases(2.0)
+    handle.first_token_at, handle.last_token_at = 8.0, 12.0
+    assert handle.phases == Phases(2.0, 1.0, 4.0)
+
+
 def test_time_limits_count_the_waiting(schedule: Callable[..., Scheduler]) -> None:
     scheduler, first, second, third = schedule(slots=1), Ears(), Ears(), Ears()
     first.may_go_on.clear()
@@ -345,6 +354,7 @@ def test_what_is_counted(schedule: Callable[..., Scheduler]) -> None:
         first = 0
         later = 0
         reasons: list[str] = []  # noqa: RUF012
+        ends: list[FinishInfo] = []  # noqa: RUF012
         most_running = 0
 
         def first_token(self, seconds: float) -> None:
@@ -357,6 +367,7 @@ def test_what_is_counted(schedule: Callable[..., Scheduler]) -> None:
 
         def ended(self, end: FinishInfo) -> None:
             self.reasons.append(end.reason)
+            self.ends.append(end)
 
         def load(self, load: Load) -> None:
             self.most_running = max(self.most_running, load.running)
@@ -372,3 +383,7 @@ def test_what_is_counted(schedule: Callable[..., Scheduler]) -> None:
     scheduler.close()
     assert (counter.first, counter.later, counter.reasons) == (5, 30, ["length"] * 5)
     assert counter.most_running == 2
+    parts = [(end.phases.queue, end.phases.prefill, end.phases.decode) for end in counter.ends]
+    assert all(part > 0 for end in parts for part in end)
+    assert all(sum(part) <= end.seconds for part, end in zip(parts, counter.ends, strict=True))
+    assert parts[-1][0] > parts[0][1] + parts[0][2], "the last one waited for the first one's whole answer"

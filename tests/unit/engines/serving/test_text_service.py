@@ -107,3 +107,12 @@ def test_a_token_that_the_model_does_not_have_is_refused_as_the_clients_fault(ti
             assert refusal_of(caught.value).status == 400
     finally:
         service.close()
+
+
+def test_a_message_may_be_empty_and_a_prompt_may_not(serve: Callable[..., TextService]) -> None:
+    """A chat template writes the rest of a conversation; a prompt without text has no token."""
+    service = serve()
+    assert service.encode(TextRequest([{"role": "user", "content": ""}]))
+    for prompt in ("", " \n"):
+        with pytest.raises(ConfigError, match="got nothing"):
+            service.encode(TextRequest(prompt=prompt, stop=("a",)))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import TextService
 from medusa_export.engines.serving.triton.model import CODED, TWIN, MedusaModel
@@ -39,3 +40,12 @@ def test_a_token_that_the_model_does_not_have_is_the_clients_fault(
         "prompt: got the token 90; expected ids below the model's vocab_size 90"
     )
     assert not model._open
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("text", ["", " \n "])
+def test_a_text_without_words_is_refused(chat: bool, text: str) -> None:
+    model: Any = MedusaModel.__new__(MedusaModel)
+    model._service = SimpleNamespace(options=ServingOptions())
+    with pytest.raises(ConfigError, match="text: got nothing; expected a question"):
+        model._request({"text_input": text, "chat": chat, "stop": []})

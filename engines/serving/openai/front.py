@@ -165,7 +165,7 @@ class OpenAIFront:
         values, passed_over = endpoint.read(body, strict=self.options.strict)
         for name in passed_over:
             if self.meter.passed_over(name):
-                logger.warning("a field that this server does not know is passed over", extra={"field": name})
+                logger.warning("a field that this server does not honour is passed over", extra={"field": name})
         self.require_model(values["model"])
         return values
 

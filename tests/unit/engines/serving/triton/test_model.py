@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_export.core.errors import ConfigError
 from medusa_export.engines.serving.options import ServingOptions
 from medusa_export.engines.serving.text_service import TextService
 from medusa_export.engines.serving.triton.model import CODED, TWIN, MedusaModel
@@ -42,10 +41,16 @@ def test_a_token_that_the_model_does_not_have_is_the_clients_fault(
     assert not model._open
 
 
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("text", ["", " \n "])
-def test_a_text_without_words_is_refused(chat: bool, text: str) -> None:
+@pytest.mark.parametrize("words", [b"", b" \n "])
+def test_a_text_without_words_is_refused(words: bytes) -> None:
+    said: list[tuple[str, str]] = []
     model: Any = MedusaModel.__new__(MedusaModel)
-    model._service = SimpleNamespace(options=ServingOptions())
-    with pytest.raises(ConfigError, match="text: got nothing; expected a question"):
-        model._request({"text_input": text, "chat": chat, "stop": []})
+    model._service = SimpleNamespace(options=ServingOptions(), end_ids=[], submit=lambda *_: pytest.fail("it is taken"))
+    model._open, model._lock = {}, threading.Lock()
+    model._meter = SimpleNamespace(refused=lambda code: None)
+    text = SimpleNamespace(name=lambda: "text_input", as_numpy=lambda: np.array([words], object))
+    request = SimpleNamespace(parameters=lambda: "{}", request_id=lambda: "1", inputs=lambda: [text])
+    model._take(request, SimpleNamespace(error=lambda code, message: said.append((code, message))))
+    ((code, message),) = said
+    assert code == "INVALID_ARG"
+    assert message.startswith("text: got nothing; expected a question")

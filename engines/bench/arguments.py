@@ -9,6 +9,7 @@ from medusa_export.core.flags import COUNT, NUMBER, POSITIVE, Bounds, flag
 from medusa_export.core.hub import REVISION_HELP
 from medusa_export.engines.decoding.draft_flags import AUTO, DRAFTS_CHOICES, DRAFTS_HELP
 from medusa_export.engines.trtllm.session import TIMEOUT
+from medusa_export.heads.contract.engine_info import ENGINE_HELP
 
 INPUT, RUN, SAMPLING, EXTRAS, TRTLLM = (
     "Input",
@@ -23,7 +24,7 @@ INPUT, RUN, SAMPLING, EXTRAS, TRTLLM = (
 class RunArguments:
     """The flags of medusa-run; see its --help."""
 
-    engine: Path = flag(help="Engine directory of an export.", panel=INPUT)
+    engine: Path = flag(help=ENGINE_HELP, panel=INPUT)
     prompts: Path = flag(help="Prompts: JSONL with turns, messages or prompt.", panel=INPUT)
     reference: Path | None = flag(
         None, help="Original checkpoint to compare the engine's numbers with: a directory, or owner/name on the hub.", panel=EXTRAS

@@ -42,7 +42,7 @@ from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, ScoringEngi
 from medusa_export.engines.measure.prompts import EncodedPrompt, encode_prompts
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.verify.reference import compare_with_checkpoint
-from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo, find_engine
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
@@ -73,6 +73,8 @@ def run(
         MedusaExportError: an engine, tree or prompts file that cannot be used.
     """
     _check(arguments)
+    other_engine = find_engine(arguments.compare) if arguments.compare else None
+    arguments = replace(arguments, engine=find_engine(arguments.engine), compare=other_engine)
     prompts = load_prompts(arguments.prompts, arguments.limit)
     tokenizer = read_tokenizer(arguments.engine)
     engine = open_engine(

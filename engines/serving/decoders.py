@@ -14,7 +14,7 @@ from medusa_export.engines.decoding.protocols import TreeDecoder
 from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.serving.options import ServingOptions
-from medusa_export.heads.contract.engine_info import ENGINE_FILE, EngineInfo
+from medusa_export.heads.contract.engine_info import EngineInfo
 
 
 def _many(engine_dir: Path, options: ServingOptions) -> TreeDecoder:
@@ -45,12 +45,6 @@ SERVED = {
     "onnxruntime": Backend(_many),
     "tensorrt": Backend(_one, ("max_batch", "kv_cache_mb", "prefill_tokens", "threads")),
 }
-
-
-def find_engine(directory: Path) -> Path:
-    """The engine's directory: the one that is given, or ``engine`` in it, where an export has it."""
-    inside = directory / "engine"
-    return inside if not (directory / ENGINE_FILE).is_file() and (inside / ENGINE_FILE).is_file() else directory
 
 
 def open_served(

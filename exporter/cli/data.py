@@ -16,7 +16,7 @@ from medusa_export.core.hub import REVISION_HELP, find_model, source_name
 from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP, read_tokenizer
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import Common, command, require
-from medusa_export.heads.contract.engine_info import ENGINE_FILE
+from medusa_export.heads.contract.engine_info import ENGINE_FILE, find_engine
 from medusa_export.heads.data.chat_model import ChatModel, ModelFactory
 from medusa_export.heads.data.conversations import Conversation, read_conversations
 from medusa_export.heads.data.distill import Executor, Summary, distill, require_rows
@@ -173,8 +173,12 @@ def _check_flags(given: DataFlags) -> None:
 @contextmanager
 def _engine(given: DataFlags, conversations: list[Conversation], sampling: Sampling) -> Iterator[DataFlags]:
     """The flags with an engine's directory for --model: a Hugging Face one gets an engine of its own for as long as it takes."""
-    if given.server or given.model is None or (Path(given.model) / ENGINE_FILE).is_file():
+    if given.server or given.model is None:
         yield given
+        return
+    engine = find_engine(Path(given.model))
+    if (engine / ENGINE_FILE).is_file():
+        yield replace(given, model=str(engine))
         return
     import tempfile
 

@@ -16,6 +16,7 @@ from medusa_export.core.text.tokenizer import CHAT_TEMPLATE_HELP
 from medusa_export.engines.serving.options import INPUT, ServingOptions, TreeChoice
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import Common, command
+from medusa_export.heads.contract.engine_info import ENGINE_HELP
 
 serve_app = command_app()
 SERVER = "Server"  # heading of --help
@@ -32,7 +33,7 @@ logger = logging.getLogger("medusa-serve")
 class ServeFlags:
     """What medusa-serve takes besides the limits of a server."""
 
-    engine: Path = flag(help="Engine directory of an export, or the export itself.", panel=INPUT)
+    engine: Path = flag(help=ENGINE_HELP, panel=INPUT)
     host: str = flag("127.0.0.1", help="Address to listen on.", panel=SERVER)
     port: int = flag(8000, help="Port to listen on; 0: a free one.", panel=SERVER)
     name: str | None = flag(None, help="The model's name.", panel=SERVER, default="that of the checkpoint's directory")
@@ -59,14 +60,14 @@ def serve_command(own: ServeFlags, options: ServingOptions, choice: TreeChoice, 
 
     Example: medusa-serve --engine out/engine --port 8000
     """
-    from medusa_export.engines.serving.decoders import find_engine, require_served
+    from medusa_export.engines.serving.decoders import require_served
     from medusa_export.engines.serving.openai.connections import Connections
     from medusa_export.engines.serving.openai.front import FrontOptions, OpenAIFront
     from medusa_export.engines.serving.openai.prometheus import PrometheusMeter
     from medusa_export.engines.serving.openai.request_log import configure_logging
     from medusa_export.engines.serving.openai.server import bind, run_front
     from medusa_export.engines.serving.text_service import TextService
-    from medusa_export.heads.contract.engine_info import EngineInfo
+    from medusa_export.heads.contract.engine_info import EngineInfo, find_engine
 
     as_json = LOG_FORMATS[own.log_format]
     configure_logging(as_json=as_json)

@@ -14,6 +14,7 @@ from medusa_export.exporter.cli.console import command_app, main, progress_bars,
 from medusa_export.exporter.cli.flags.commands import callback, command, require
 from medusa_export.exporter.cli.gpu_cost import GPU, EstimateFlags, print_estimate, write_estimate
 from medusa_export.exporter.cli.tree_tables import print_acceptance, print_cost, print_crossover, print_search
+from medusa_export.heads.contract.engine_info import ENGINE_HELP, find_engine
 
 tree_app = command_app()
 INPUT, OUTPUT, MEASUREMENT, SEARCH = "Input", "Output", "Measurement", "Search"  # headings of --help
@@ -32,7 +33,7 @@ class PromptFlags:
 class CalibrateFlags:
     """What medusa-tree calibrate takes."""
 
-    engine: Path = flag(help="Engine directory of an export.", panel=INPUT)
+    engine: Path = flag(help=ENGINE_HELP, panel=INPUT)
     prompts: Path = flag(help="Prompts: JSONL with turns, messages or prompt.", panel=INPUT)
     output: Path = flag(Path("acceptance.json"), help="File to write.", panel=OUTPUT)
 
@@ -41,7 +42,7 @@ class CalibrateFlags:
 class CostFlags:
     """What medusa-tree cost takes."""
 
-    engine: Path | None = flag(None, help="Engine directory of an export, to measure.", panel=INPUT)
+    engine: Path | None = flag(None, help=f"{ENGINE_HELP[:-1]}, to measure.", panel=INPUT)
     output: Path = flag(Path("cost.json"), help="File to write.", panel=OUTPUT)
     max_nodes: int = flag(64, help="The largest tree to measure, its root included.", panel=MEASUREMENT, bounds=NUMBER)
     past_length: tuple[int, ...] = flag(
@@ -67,7 +68,7 @@ class SearchFlags:
     """What medusa-tree search takes."""
 
     engine: Path | None = flag(
-        None, help="Engine to measure what --acceptance and --cost do not give, and to run trees on.", panel=INPUT
+        None, help="Engine directory, or its export, to measure what --acceptance and --cost do not give, and to run trees on.", panel=INPUT
     )
     prompts: Path | None = flag(None, help="Prompts for that: JSONL with turns, messages or prompt.", panel=INPUT)
     acceptance: Path | None = flag(None, help="acceptance.json of medusa-tree or medusa-train.", panel=INPUT)
@@ -166,6 +167,7 @@ def _steps(engine: Path, batches: tuple[int, ...], threads: int) -> Any:
     from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
     from medusa_export.engines.tuning.cost import BatchSteps, SingleSteps
 
+    engine = find_engine(engine)
     if not batches:
         opened = open_engine(engine, threads=threads)
         return opened.info, [SingleSteps(opened)]
@@ -260,6 +262,7 @@ def _open(engine: Path, prompts: Path | None, asked: PromptFlags) -> Any:
     if asked.max_new_tokens < 2:
         raise ConfigError("--max-new-tokens", f"{asked.max_new_tokens}", "2 or more", "raise it")
     loaded = load_prompts(prompts, asked.limit) if prompts else []
+    engine = find_engine(engine)
     tokenizer = read_tokenizer(engine)
     opened = open_engine(engine, threads=asked.threads)
     return opened, encode_prompts(tokenizer, opened.info, loaded, max_new_tokens=asked.max_new_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
@@ -14,7 +14,7 @@ from medusa_export.engines.serving.options import INPUT, ServingOptions, TreeCho
 from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import Given, callback, command
-from medusa_export.heads.contract.engine_info import ENGINE_FILE
+from medusa_export.heads.contract.engine_info import ENGINE_FILE, ENGINE_HELP, find_engine
 
 triton_app = command_app()
 SERVER = "Server"  # heading of --help
@@ -24,7 +24,7 @@ SERVER = "Server"  # heading of --help
 class TritonFlags:
     """What medusa-triton takes for every engine."""
 
-    engine: Path = flag(help="Engine directory of an export.", panel=INPUT)
+    engine: Path = flag(help=ENGINE_HELP, panel=INPUT)
     output: Path = flag(help="Model repository to write.", panel="Output")
     name: str = flag("medusa", help="The model's name on the server.", panel="Output")
 
@@ -125,10 +125,11 @@ def triton_command(own: TritonFlags, given: Given) -> None:
 
     Example: medusa-triton --engine out/engine --output repository
     """
+    own = replace(own, engine=find_engine(own.engine))
     kind = next((kind for kind in KINDS.values() if kind.holds(own.engine)), None)
     if kind is None:
         expected = f"an engine of {', '.join(kind.engines for kind in KINDS.values())}"
-        raise ConfigError(str(own.engine), "no engine directory", expected, "pass OUT/engine of an export")
+        raise ConfigError(str(own.engine), "no engine directory", expected, "pass an export, or its engine directory")
     for key in given.without(*kind.flags):
         option = f"--{key.replace('_', '-')}"
         raise ConfigError(option, f"{given[key]} for an engine of {kind.engines}", "no such flag", "leave it out")

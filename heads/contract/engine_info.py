@@ -17,6 +17,7 @@ DECODER_FILE = "decoder.onnx"
 BATCH_DECODER_FILE = "decoder-batch.onnx"  # on the same weights; trees of several sequences at once
 HEADS_FILE, HEADS_DATA = "heads.onnx", "heads.onnx.data"
 TREE_FILE = "tree.json"
+ENGINE_HELP = "Engine directory of an export, or the export itself."
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class EngineInfo:
     def save(self, engine_dir: Path) -> None:
         """Write engine.json."""
         (engine_dir / ENGINE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def find_engine(directory: Path) -> Path:
+    """The engine's directory: the one that is given, or ``engine`` in it, where an export has it."""
+    inside = directory / "engine"
+    return inside if not (directory / ENGINE_FILE).is_file() and (inside / ENGINE_FILE).is_file() else directory
 
 
 def heads_file(depth: int) -> str:

@@ -724,6 +724,17 @@ class TestRun:
         assert (result.code, result.err) == (1, "")
         assert "is below --min-speedup 1000" in " ".join(result.out.split())
 
+    def test_an_export_is_as_good_as_its_engine(
+        self, run: Run, tiny_engine: Callable[..., Any], tmp_path: Path, tiny_tokenizer: Any
+    ) -> None:
+        made = tiny_engine()
+        tiny_tokenizer(made.path)
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1 w2 w3"}\n')
+        export = made.path.parent  # what has engine/ in it
+        flags = ["--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 4, "--repeats", 1]
+        result = run("run", "--engine", export, "--compare", export, *flags)
+        assert (result.code, result.err) == (0, "")
+
     def test_errors(self, run: Run, tmp_path: Path) -> None:
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1"}\n')
         flags = ["--engine", tmp_path, "--prompts", tmp_path / "prompts.jsonl"]

@@ -39,6 +39,20 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
+def test_an_export_is_as_good_as_its_engine(
+    engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/engine").symlink_to(engine)
+    given = ["--engine", tmp_path / "export", "--output", tmp_path / "out.json"]
+    asked = ["--prompts", prompts, "--limit", 1, "--max-new-tokens", 2]
+    assert run(monkeypatch, "calibrate", *given, *asked) == 0
+    for flags in ([], ["--batch", 2]):
+        assert run(monkeypatch, "cost", *given, "--max-nodes", 2, "--rounds", 1, "--past-length", 4, *flags) == 0
+    costs = ["--cost", flat(tmp_path / "c.json")]
+    assert run(monkeypatch, "search", *given, *costs, *asked) == 0
+
+
 def flat(path: Path, nodes: int = 64, **curve: Any) -> Path:
     """Costs by which nodes are free."""
     rows = [{"nodes": 1, "ms": 10.0}, {"nodes": nodes, "ms": 10.0}]

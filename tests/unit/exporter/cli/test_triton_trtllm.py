@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from medusa_export.core.artifacts.manifest import read_manifest
 from medusa_export.exporter.cli.triton import triton_main
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import Tree
@@ -59,3 +61,13 @@ def test_flags_of_another_kind(
     assert run(monkeypatch, "--engine", engine_dir, "--output", tmp_path / "out", "--threads", 2) == 2
     assert "--threads: got 2 for an engine of tensorrt-llm" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_as_good_as_its_engine(
+    engine_dir: Path, tiny_engine: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports = {"tensorrt-llm": engine_dir.parent, "python": tiny_engine().path.parent}
+    for kind, export in exports.items():
+        repository = tmp_path / f"repository-{kind}"
+        assert run(monkeypatch, "--engine", export, "--output", repository) == 0
+        assert read_manifest(repository)["arguments"]["kind"] == kind

@@ -1,4 +1,4 @@
-"""Where a server finds its engine."""
+"""Where a command finds its engine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_export.engines.serving.decoders import find_engine
-from medusa_export.heads.contract.engine_info import ENGINE_FILE
+from medusa_export.heads.contract.engine_info import ENGINE_FILE, find_engine
 
 
 @pytest.mark.parametrize(

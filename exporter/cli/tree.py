@@ -68,7 +68,9 @@ class SearchFlags:
     """What medusa-tree search takes."""
 
     engine: Path | None = flag(
-        None, help="Engine directory, or its export, to measure what --acceptance and --cost do not give, and to run trees on.", panel=INPUT
+        None,
+        help="Engine directory, or its export, to measure what --acceptance and --cost do not give, and to run trees on.",
+        panel=INPUT,
     )
     prompts: Path | None = flag(None, help="Prompts for that: JSONL with turns, messages or prompt.", panel=INPUT)
     acceptance: Path | None = flag(None, help="acceptance.json of medusa-tree or medusa-train.", panel=INPUT)

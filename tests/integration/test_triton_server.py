@@ -158,6 +158,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "too much top_p": ({**GOOD, "top_p": 1.5}, "top_p: got 1.5"),
     "a negative seed": ({**GOOD, "temperature": 1.0, "seed": -1}, ""),
     "banned words": ({**GOOD, "bad_words": ["a"]}, "bad_words: got ['a']; expected none"),
+    "biased words": ({**GOOD, "embedding_bias_words": ["a"]}, "embedding_bias_words: got ['a']; expected none"),
+    "a table of embeddings": ({**GOOD, "prompt_vocab_size": 1}, "prompt_vocab_size: got 1; expected 0"),
+    "two seeds": ({**GOOD, "seed": 3, "random_seed": 4}, "random_seed: got 4; expected 3"),
     "beams": ({**GOOD, "beam_width": 4}, "beam_width: got 4; expected 1"),
     "the prompt in the answer": ({**GOOD, "exclude_input_in_output": False}, "exclude_input_in_output: got false"),
     "another model's end": ({**GOOD, "end_id": 50256}, "end_id: got 50256; expected"),
@@ -211,6 +214,8 @@ def test_nvidias_dialect(served: Served) -> None:
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "random_seed": 7, "beam_width": 1,
         "num_return_sequences": 1, "exclude_input_in_output": True, "return_context_logits": False,
         "return_generation_logits": False, "return_perf_metrics": False, "return_log_probs": False, "stream": False,
+        "embedding_bias_words": "", "embedding_bias_weights": 0.0, "prompt_vocab_size": 0, "prompt_table_extra_id": 0,
+        "return_num_input_tokens": False, "guided_decoding_guide": "", "lora_task_id": 0,
     }  # fmt: skip
     for model in ("medusa", "medusa_unary"):
         for asked in (body, nested, {**body, **neutral}):
@@ -218,7 +223,16 @@ def test_nvidias_dialect(served: Served) -> None:
             assert (status, answer.get("token_ids"), answer.get("text_output")) == (200, expected, text), answer
             assert "cum_log_probs" not in answer
     with grpc.InferenceServerClient(served.address.grpc) as client:
-        inputs = tensors(**{**body, **neutral, "bad_words": [""], "stop_words": [""]})
+        inputs = tensors(
+            **{
+                **body,
+                **neutral,
+                "bad_words": [""],
+                "stop_words": [""],
+                "embedding_bias_words": [""],
+                "embedding_bias_weights": [0.0],
+            }
+        )
         assert client.infer("medusa_unary", inputs).as_numpy("token_ids").tolist() == [expected]
 
 

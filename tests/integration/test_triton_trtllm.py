@@ -134,6 +134,7 @@ def test_nvidias_dialect(model: str, served: tuple[TritonServer, Path]) -> None:
         "pad_id": 2, "end_id": 2, "top_k": 1, "top_p": 0.9, "temperature": 0.7, "length_penalty": 1.0, "min_tokens": 1,
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": 7, "beam_width": 1,
         "return_log_probs": False, "return_context_logits": False, "num_return_sequences": 1, "stream": False,
+        "embedding_bias_words": [""], "embedding_bias_weights": [0.0], "prompt_vocab_size": 0, "decoder_text_input": "",
     }  # fmt: skip
     for inputs in (body, {**body, **neutral}):
         status, answer = ask(server, model, **inputs)

@@ -44,13 +44,13 @@ def text_parameters(found: Any) -> dict[str, str]:
     return {name: value.string_value for name, value in found.parameters.items()}
 
 
-def differences(found: Any, config: dict[str, Any], may_be: Callable[[str], str]) -> list[str]:
+def differences(found: Any, config: dict[str, Any], fault_of: Callable[[str, str | None], str]) -> list[str]:
     """How a configuration differs from the one that was written, a line each.
 
     Args:
         found: see :func:`parse`.
         config: what was written.
-        may_be: what a parameter may be, in words; nothing for an unknown one.
+        fault_of: what is wrong with a parameter's value, or with its absence; nothing where it is as good as what was written.
     """
     wanted, lines = _message(config), list[str]()
     for field in wanted.DESCRIPTOR.fields:
@@ -58,7 +58,7 @@ def differences(found: Any, config: dict[str, Any], may_be: Callable[[str], str]
         if got == want:
             continue
         if field.name == "parameters":
-            lines += _parameter_lines(text_parameters(found), text_parameters(wanted), may_be)
+            lines += _parameter_lines(text_parameters(found), text_parameters(wanted), fault_of)
         elif field.name in ("input", "output"):
             lines += _by_name(field.name, got, want)
         else:
@@ -66,14 +66,14 @@ def differences(found: Any, config: dict[str, Any], may_be: Callable[[str], str]
     return lines
 
 
-def _parameter_lines(got: dict[str, str], want: dict[str, str], may_be: Callable[[str], str]) -> Iterator[str]:
+def _parameter_lines(
+    got: dict[str, str], want: dict[str, str], fault_of: Callable[[str, str | None], str]
+) -> Iterator[str]:
     for name in sorted(got.keys() | want.keys()):
         if got.get(name) != want.get(name):
             told = (repr(values[name]) if name in values else "nothing" for values in (got, want))
-            words = may_be(name)
-            yield _line(f"parameter {name}", *told) + (
-                f"; it may be {words}" if words else "; there is no such parameter"
-            )
+            fault = fault_of(name, got.get(name))
+            yield _line(f"parameter {name}", *told) + (f"; wrong: {fault}" if fault else "; changed, and valid")
 
 
 def _by_name(field: str, got: Any, want: Any) -> Iterator[str]:

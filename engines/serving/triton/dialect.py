@@ -2,7 +2,7 @@
 
 Both kinds of repository read it with this module, of which the one for TensorRT-LLM has a copy. What Medusa cannot honour is refused
 by name where it would change the answer, and taken where it would not. Source: all_models/inflight_batcher_llm of TensorRT-LLM's
-triton_backend. What is not declared here (LoRA, images, embeddings, draft models) Triton itself refuses by name.
+triton_backend. What is not declared here (images, draft models) Triton itself refuses by name.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 
-Value = Any  # str, int, float, bool or a list of str
+Value = Any  # str, int, float, bool, or a list of them
 Values = dict[str, Value]
-KINDS = {"STRING": "OS", "INT64": "iu", "INT32": "iu", "UINT64": "iu", "FP32": "f", "BOOL": "b"}  # of numpy's types
+_MOST_TOLD = 8  # values of a list in a message
+KINDS = {
+    "STRING": "OS",
+    "INT64": "iu",
+    "INT32": "iu",
+    "UINT64": "iu",
+    "FP16": "f",
+    "FP32": "f",
+    "BOOL": "b",
+}  # of numpy's types
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Port:
     """One input or output.
 
     Attributes:
-        dims: (1,) for one value, (-1,) for a list.
+        dims: (1,) for one value; with -1 for a list, which is read in one row.
         is_optional: for inputs; an absent one has the value that the server's options say.
     """
 
@@ -63,6 +72,19 @@ NVIDIAS = (
     Port("return_perf_metrics", "BOOL"),
     Port("num_return_sequences", "INT32"),
     Port("beam_width", "INT32"),
+    Port("embedding_bias_words", "STRING", dims=(-1,)),
+    Port("embedding_bias_weights", "FP32", dims=(-1,)),
+    Port("prompt_embedding_table", "FP16", dims=(-1, -1)),
+    Port("prompt_vocab_size", "INT32"),
+    Port("prompt_table_extra_id", "UINT64"),
+    Port("decoder_text_input", "STRING"),
+    Port("return_num_input_tokens", "BOOL"),
+    Port("return_num_output_tokens", "BOOL"),
+    Port("guided_decoding_guide_type", "STRING"),
+    Port("guided_decoding_guide", "STRING"),
+    Port("lora_task_id", "UINT64"),
+    Port("lora_weights", "FP16", dims=(-1, -1)),
+    Port("lora_config", "INT32", dims=(-1, 3)),
 )
 OURS = (Port("system", "STRING"), Port("chat", "BOOL"), Port("stop", "STRING", dims=(-1,)))
 TIMEOUT = Port("timeout_s", "FP32")
@@ -83,7 +105,10 @@ class Limit:
 OFF = Limit(lambda value: not value, "false")
 ZERO = Limit(lambda value: bool(value == 0), "0")
 ONE = Limit(lambda value: bool(value == 1), "1")
-# pad_id and length_penalty are in no table: the one fills batches, the other weighs beams, and there is one row and one beam.
+NO_GUIDE = Limit(lambda text: not text, "none: answers are not guided here; medusa-serve has response_format")
+NO_LORA = Limit(lambda values: not values, "none: there are no LoRA adapters")
+# In no table: pad_id fills batches, length_penalty weighs beams, and there is one row and one beam; prompt_table_extra_id tells
+# tables of embeddings apart, and there is none.
 UNHONOURED = {
     "bad_words": Limit(lambda words: not any(words), "none: words cannot be banned"),
     "exclude_input_in_output": Limit(bool, "true: answers are without their prompt"),
@@ -92,6 +117,18 @@ UNHONOURED = {
     "return_perf_metrics": OFF,
     "num_return_sequences": ONE,
     "beam_width": ONE,
+    "embedding_bias_words": Limit(lambda words: not any(words), "none: logits cannot be biased"),
+    "embedding_bias_weights": Limit(lambda weights: not any(weights), "0s, or none: logits cannot be biased"),
+    "prompt_embedding_table": Limit(lambda table: not table, "none: a prompt is text, not embeddings"),
+    "prompt_vocab_size": Limit(lambda value: value == 0, "0: a prompt is text, not embeddings"),
+    "decoder_text_input": Limit(lambda text: not text, "none: the model has no encoder"),
+    "return_num_input_tokens": OFF,
+    "return_num_output_tokens": OFF,
+    "guided_decoding_guide_type": NO_GUIDE,
+    "guided_decoding_guide": NO_GUIDE,
+    "lora_task_id": Limit(lambda value: value == 0, "0: there are no LoRA adapters"),
+    "lora_weights": NO_LORA,
+    "lora_config": NO_LORA,
 }
 # Of TensorRT-LLM's DecodingMode::Medusa, which accepts greedily and has no penalties, banned words or log-probabilities.
 GREEDY = {
@@ -139,8 +176,9 @@ def settle(values: Mapping[str, Value], end_ids: Sequence[int], limits: Mapping[
     found = dict(values)
     found["stop"] = [word for name in ("stop", "stop_words") for word in found.pop(name, ()) if word]
     if "random_seed" in found:
-        found.setdefault("seed", found["random_seed"])
-        del found["random_seed"]
+        older = found.pop("random_seed")
+        if found.setdefault("seed", older) != older:
+            raise ConfigError("random_seed", f"{older}", f"{found['seed']}, as seed says", "leave one of them out")
     if found.get("top_p") == 0:
         del found["top_p"]
     draws = found.get("top_k", 0) > 1 or found.get("top_p", 1) < 1
@@ -157,6 +195,8 @@ def settle(values: Mapping[str, Value], end_ids: Sequence[int], limits: Mapping[
 
 
 def _told(value: Value) -> str:
+    if isinstance(value, list) and len(value) > _MOST_TOLD:
+        return f"{len(value)} values"
     return f"{value:g}" if isinstance(value, float) else f"{value}".lower()
 
 
@@ -166,7 +206,7 @@ def _value(port: Port, array: Any) -> Value:
     values = array.reshape(-1).tolist()
     if port.data_type == "STRING":
         values = [_text(port.name, value) for value in values]
-    if port.dims == (-1,):
+    if -1 in port.dims:
         return values
     if len(values) != 1:
         raise ConfigError(port.name, f"{len(values)} values", "one", "correct the request")

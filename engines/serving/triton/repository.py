@@ -151,7 +151,7 @@ def verify_repository(repository: Path) -> list[str]:
         expected = repository_configs(arguments["name"], ServingOptions.from_text(arguments))
         for model, config in expected.items():
             path = repository / model / CONFIG_FILE
-            problems += [f"{path}: {line}" for line in differences(parse(path), config, _may_be)]
+            problems += [f"{path}: {line}" for line in differences(parse(path), config, _fault_of)]
         engine = repository / arguments["name"] / VERSION / ENGINE
         BatchTrees.load(engine / TREE_FILE, unmeasured=1).require(EngineInfo.load(engine))
         read_tokenizer(engine)
@@ -160,10 +160,19 @@ def verify_repository(repository: Path) -> list[str]:
     return problems
 
 
-def _may_be(parameter: str) -> str:
-    """What a parameter of either model may be."""
-    fixed = {"engine": f"{ENGINE}, where the engine lies", "model": "the name of the model that has the engine"}
-    return fixed.get(parameter) or ServingOptions.may_be(parameter)
+FIXED = {"engine": f"{ENGINE}, where the engine lies", "model": "the name of the model that has the engine"}
+
+
+def _fault_of(parameter: str, text: str | None) -> str:
+    """What is wrong with a changed parameter of either model; an option that is not there has its default."""
+    expected = FIXED.get(parameter) or ServingOptions.may_be(parameter)
+    if not expected:
+        return "there is no such parameter, and the model would ignore it"
+    try:
+        ServingOptions.from_text({} if text is None else {parameter: text})
+    except ConfigError:
+        return f"expected {expected}"
+    return f"expected {expected}" if parameter in FIXED else ""
 
 
 def _parameters(values: dict[str, str]) -> dict[str, dict[str, str]]:

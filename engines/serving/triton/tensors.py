@@ -13,7 +13,8 @@ from medusa_export.engines.serving.triton.dialect import NVIDIAS, OURS, STREAM, 
 Array = npt.NDArray[Any]
 
 DTYPES: dict[str, Any] = {
-    "STRING": np.object_, "INT64": np.int64, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_,
+    "STRING": np.object_, "INT64": np.int64, "INT32": np.int32, "UINT64": np.uint64,
+    "FP16": np.float16, "FP32": np.float32, "BOOL": np.bool_,
 }  # fmt: skip
 INPUTS = (*NVIDIAS, *OURS, STREAM, TIMEOUT)
 LOGPROBS = (  # with return_log_probs; a beam, as NVIDIA's

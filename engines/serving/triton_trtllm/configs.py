@@ -34,6 +34,7 @@ class EngineFacts:
         logits: "float32" or "float16".
         vocab_size: rows of the embedding; a tokenizer may have more tokens.
         window: tokens that a layer looks back, where it is fewer than all: one number, or one a layer.
+        heads: Medusa heads that it was built with; None where its configuration does not say.
     """
 
     release: TrtllmRelease
@@ -46,6 +47,7 @@ class EngineFacts:
     logits: str
     vocab_size: int
     window: int | list[int] | None = None
+    heads: int | None = None
 
     @property
     def counts_drafts(self) -> bool:

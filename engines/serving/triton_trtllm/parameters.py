@@ -138,25 +138,37 @@ PARAMETERS: dict[str, Parameter] = {
 }  # fmt: skip
 
 
+# Of the models around the engine: what may be another value than the one written.
+FREE = {"max_text_bytes": _count(1), "skip_special_tokens": _one_of("true", "false")}
+
+
 def parameter_problems(parameters: Mapping[str, str], release: TrtllmRelease, *, is_ours: bool = True) -> list[str]:
     """What a release would refuse, ignore or read as something else, one line each.
 
     Args:
         is_ours: whether this project's models are around the engine.
     """
-    table = {name: row for name, row in PARAMETERS.items() if is_ours or not row.is_ours}
-    problems = [
-        f"parameter {name}: missing; expected {row.expected}"
-        for name, row in table.items()
-        if row.required and name not in parameters
-    ]
-    for name, text in parameters.items():
-        row = PARAMETERS.get(name)
-        if row is None:
-            problems.append(f"parameter {name}: unknown; the backend would ignore it")
-        elif release.numbers[:2] < row.since:
-            known = ".".join(map(str, row.since))
-            problems.append(f"parameter {name}: known from TensorRT-LLM {known} on; {release.name} would ignore it")
-        elif name in table and not row.is_right(text):
-            problems.append(f"parameter {name}: got {text[:60]!r}; expected {row.expected}")
+    problems = []
+    for name in dict.fromkeys((*PARAMETERS, *parameters)):
+        text = parameters.get(name)
+        if fault := parameter_fault(name, text, release, is_ours=is_ours):
+            got = "missing" if text is None else f"got {text[:60]!r}"
+            problems.append(f"parameter {name}: {got}; {fault}")
     return problems
+
+
+def parameter_fault(name: str, text: str | None, release: TrtllmRelease, *, is_ours: bool = True) -> str:
+    """What is wrong with a parameter, in words; nothing where the backend takes it.
+
+    Args:
+        text: its value; None where it is not there.
+        is_ours: whether this project's models are around the engine.
+    """
+    row = PARAMETERS.get(name)
+    if row is None:
+        return "unknown; the backend would ignore it"
+    if text is not None and release.numbers[:2] < row.since:
+        known = ".".join(map(str, row.since))
+        return f"known from TensorRT-LLM {known} on; {release.name} would ignore it"
+    is_wrong = row.required if text is None else not row.is_right(text)
+    return f"expected {row.expected}" if is_wrong and (is_ours or not row.is_ours) else ""

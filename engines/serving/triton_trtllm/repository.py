@@ -18,7 +18,7 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.core.typed_paths import as_recorded
 from medusa_export.engines.serving import text_stream as stream_text
 from medusa_export.engines.serving.triton import dialect
-from medusa_export.engines.serving.triton.config_files import CONFIG_FILE, differences, parse, render, text_parameters
+from medusa_export.engines.serving.triton.config_files import CONFIG_FILE, differences, parse, render
 from medusa_export.engines.serving.triton.repository import LEFT_BY_USE
 from medusa_export.engines.serving.triton_trtllm import model_bls as trtllm_bls
 from medusa_export.engines.serving.triton_trtllm import model_postprocessing as trtllm_postprocessing
@@ -34,7 +34,13 @@ from medusa_export.engines.serving.triton_trtllm.configs import (
     model_configs,
 )
 from medusa_export.engines.serving.triton_trtllm.deployment import deployment_files
-from medusa_export.engines.serving.triton_trtllm.parameters import PARAMETERS, parameter_problems
+from medusa_export.engines.serving.triton_trtllm.parameters import (
+    FREE,
+    TRUE,
+    parameter_fault,
+    parameter_problems,
+    parse_choices,
+)
 from medusa_export.engines.serving.triton_trtllm.standalone import model_sources
 from medusa_export.engines.trtllm.build import BUILD_FILE
 from medusa_export.engines.trtllm.command import MEDUSA
@@ -54,6 +60,7 @@ LIBRARIES: dict[str, dict[str, ModuleType]] = {
     PREPROCESSING: {"dialect": dialect, "encoding": encoding, "special_tokens": special_tokens, "errors": errors},
 }
 OURS = (ENGINE_FILE, TREE_FILE)
+NEEDS_PAGED_CONTEXT = ("enable_kv_cache_reuse", "enable_chunked_context")
 
 
 def is_trtllm_engine(path: Path) -> bool:
@@ -102,6 +109,7 @@ def engine_facts(engine_dir: Path, built: Path) -> EngineFacts:
         release, tree, tp, int(numbers["max_batch_size"]), info.max_length, info.eos_token_ids,
         paged_context=bool(numbers.get("plugin_config", {}).get("use_paged_context_fmha")),
         logits=str(pretrained.get("logits_dtype", "float32")), vocab_size=info.vocab_size, window=info.source.get("sliding_window"),
+        heads=pretrained.get("num_medusa_heads"),
     )  # fmt: skip
 
 
@@ -208,12 +216,34 @@ def _engine_problems(built: Path) -> Iterator[str]:
 
 
 def _config_problems(path: Path, expected: dict[str, Any], facts: EngineFacts) -> list[str]:
-    """How a configuration differs from what it should be, and what the backend would make of its parameters."""
-    found = parse(path)
-    problems = differences(found, expected, lambda name: PARAMETERS[name].expected if name in PARAMETERS else "")
-    if path.parent.name == ENGINE:
-        problems += parameter_problems(text_parameters(found), facts.release)
-    return [f"{path}: {problem}" for problem in problems]
+    """How a configuration differs from what it should be, and whether its model takes it so."""
+
+    def fault_of(name: str, text: str | None) -> str:
+        if path.parent.name == ENGINE:
+            return parameter_fault(name, text, facts.release) or _engine_fault(name, text or "", facts)
+        return _model_fault(name, text, expected["parameters"])
+
+    return [f"{path}: {problem}" for problem in differences(parse(path), expected, fault_of)]
+
+
+def _engine_fault(name: str, text: str, facts: EngineFacts) -> str:
+    """What is wrong with a right value for this engine: a tree that it was not built for, or what its kernels cannot."""
+    if name in NEEDS_PAGED_CONTEXT and text in TRUE and not facts.paged_context:
+        return "expected false: the engine was built without use_paged_context_fmha"
+    if name == "medusa_choices":
+        tree, size = parse_choices(text), facts.tree.max_draft_len
+        if tree.max_draft_len != size or tree.depth > (facts.heads or tree.depth):
+            return f"expected {size} choices, as the engine was built for, and no more levels than it has heads"
+    return ""
+
+
+def _model_fault(name: str, text: str | None, written: dict[str, Any]) -> str:
+    """What is wrong with a changed parameter of a model around the engine; most follow from the engine."""
+    if name not in written:
+        return "there is no such parameter, and the model would ignore it"
+    if name in FREE:
+        return "" if text is not None and FREE[name].is_right(text) else f"expected {FREE[name].expected}"
+    return f"expected {written[name]['string_value']!r}, which follows from the engine"
 
 
 def _require_parameters(config: dict[str, Any], facts: EngineFacts) -> None:

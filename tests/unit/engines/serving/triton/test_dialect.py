@@ -49,6 +49,24 @@ def test_unreadable(name: str, array: Any, message: str) -> None:
         read_inputs({"text_input": text(b"hello"), name: array}, INPUTS)
 
 
+def test_what_nvidias_clients_send_empty_is_taken() -> None:
+    arrays = {
+        "text_input": text(b"hello"),
+        "embedding_bias_words": text(b""),
+        "embedding_bias_weights": np.array([[0.0]], np.float32),
+        "prompt_embedding_table": np.zeros((1, 0, 64), np.float16),
+        "prompt_vocab_size": np.array([[0]], np.int32),
+        "prompt_table_extra_id": np.array([[7]], np.uint64),
+        "lora_weights": np.zeros((1, 0, 8), np.float16),
+        "lora_config": np.zeros((1, 0, 3), np.int32),
+    }
+    found = settle(read_inputs(arrays, INPUTS), END_IDS)
+    assert (found["embedding_bias_words"], found["prompt_embedding_table"]) == ([""], [])
+    table = np.ones((1, 2, 64), np.float16)
+    with pytest.raises(ConfigError, match="prompt_embedding_table: got 128 values"):
+        settle(read_inputs({**arrays, "prompt_embedding_table": table}, INPUTS), END_IDS)
+
+
 def test_a_missing_text() -> None:
     with pytest.raises(ConfigError, match="text_input: got nothing"):
         read_inputs({"max_tokens": np.array([7], np.int32)}, INPUTS)
@@ -60,7 +78,7 @@ def test_a_missing_text() -> None:
         ({}, {"temperature": 0.0, "stop": [], "ignore_eos": False}),
         ({"stop": ["a"], "stop_words": ["", "b"]}, {"stop": ["a", "b"]}),
         ({"random_seed": 5}, {"seed": 5}),
-        ({"random_seed": 5, "seed": 6}, {"seed": 6}),
+        ({"random_seed": 5, "seed": 5}, {"seed": 5}),
         ({"temperature": 0.7}, {"temperature": 0.7}),
         ({"top_k": 1, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}),
         ({"top_k": 5}, {"temperature": 1.0}),
@@ -88,6 +106,16 @@ def test_settled(values: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"num_return_sequences": 2}, "num_return_sequences: got 2; expected 1"),
         ({"exclude_input_in_output": False}, "exclude_input_in_output: got false; expected true"),
         ({"return_context_logits": True}, "return_context_logits: got true; expected false"),
+        ({"random_seed": 4, "seed": 3}, "random_seed: got 4; expected 3, as seed says"),
+        ({"embedding_bias_words": ["x"]}, "embedding_bias_words: got .*'x'.*; expected none: logits"),
+        ({"embedding_bias_weights": [0.0, 0.5]}, "embedding_bias_weights: got .*0.5.*; expected 0s, or none"),
+        ({"prompt_embedding_table": [0.0] * 4096}, "prompt_embedding_table: got 4096 values; expected none: a prompt"),
+        ({"prompt_vocab_size": 1}, "prompt_vocab_size: got 1; expected 0: a prompt is text"),
+        ({"decoder_text_input": "x"}, "decoder_text_input: got x; expected none: the model has no encoder"),
+        ({"return_num_input_tokens": True}, "return_num_input_tokens: got true; expected false"),
+        ({"guided_decoding_guide": "{}"}, "guided_decoding_guide: got {}; expected none: answers are not guided"),
+        ({"lora_task_id": 1}, "lora_task_id: got 1; expected 0: there are no LoRA"),
+        ({"lora_weights": [0.0]}, "lora_weights: got .*; expected none: there are no LoRA"),
     ],
 )
 def test_what_would_change_the_answer(values: dict[str, Any], message: str) -> None:

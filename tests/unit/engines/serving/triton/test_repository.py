@@ -74,10 +74,10 @@ def test_a_changed_file_is_named(engine: Path, tmp_path: Path) -> None:
     assert "medusa/config.pbtxt" in changed
     assert [line.partition("config.pbtxt: ")[2] for line in named] == [
         f"input exclude_input_in_output: got {port('TYPE_INT8')}; written was {port('TYPE_BOOL')}",
-        "parameter max_queue: got '-3'; written was '256'; it may be an integer, 1 or more",
-        "parameter max_tokens: got '-3'; written was '256'; it may be an integer, 1 or more",
-        "parameter threads: got nothing; written was '0'; it may be an integer, 0 or more",
-        "parameter treads: got '0'; written was nothing; there is no such parameter",
+        "parameter max_queue: got '-3'; written was '256'; wrong: expected an integer, 1 or more",
+        "parameter max_tokens: got '-3'; written was '256'; wrong: expected an integer, 1 or more",
+        "parameter threads: got nothing; written was '0'; changed, and valid",
+        "parameter treads: got '0'; written was nothing; wrong: there is no such parameter, and the model would ignore it",
         "model_transaction_policy: got nothing; written was decoupled: true",
     ]
 

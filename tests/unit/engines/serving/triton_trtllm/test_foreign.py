@@ -86,7 +86,7 @@ def test_nvidias_own_layout_is_right(repository: Path) -> None:
         ("tensorrt_llm", engine(decoding_mode="Medusa"), "parameter decoding_mode: got 'Medusa'; expected medusa"),
         ("tensorrt_llm", engine(medusa_choices="${medusa_choices}"), "parameter medusa_choices: got ''; expected a whole tree"),
         ("tensorrt_llm", engine(enable_kv_cache_reuse="yes"), "parameter enable_kv_cache_reuse: got 'yes'; expected true or false"),
-        ("tensorrt_llm", engine(stats_check_period="5"), "parameter stats_check_period: unknown; the backend would ignore it"),
+        ("tensorrt_llm", engine(stats_check_period="5"), "stats_check_period: got '5'; unknown; the backend would ignore it"),
         ("tensorrt_llm", engine().replace("decoding_mode", "decodingmode"), "parameter decoding_mode: missing; expected medusa"),
         ("tensorrt_llm", engine().replace('"tensorrt_llm"', '"llm"', 1), "name: got llm; expected tensorrt_llm, as its folder"),
         ("ensemble", ENSEMBLE.replace('"QUERY"', '"QUESTION"'), "step preprocessing: it has no input QUESTION"),
@@ -123,7 +123,7 @@ def test_what_the_engines_own_release_knows(repository: Path) -> None:
     assert verify_foreign_repository(repository) == []
     (repository / "tensorrt_llm" / "1" / "config.json").write_text(json.dumps({"version": "0.17.0"}))
     (problem,) = verify_foreign_repository(repository)
-    assert "parameter num_nodes: known from TensorRT-LLM 0.19 on; 0.17.0.post1 would ignore it" in problem
+    assert "parameter num_nodes: got '1'; known from TensorRT-LLM 0.19 on; 0.17.0.post1 would ignore it" in problem
     (repository / "tensorrt_llm" / "1" / "config.json").write_text(json.dumps({"version": "0.9.0"}))
     (problem,) = verify_foreign_repository(repository)
     assert "expected 0.17 or later" in problem

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, OutputError
-from medusa_export.engines.serving.triton.config_files import render
+from medusa_export.engines.serving.triton.config_files import parse, render
 from medusa_export.engines.serving.triton_trtllm.configs import (
     EngineFacts,
     TrtllmServing,
@@ -238,12 +238,17 @@ class TestRepository:
     @pytest.mark.parametrize(
         ("model", "old", "new", "message"),
         [
-            ("tensorrt_llm", '"medusa"', '"medussa"', "parameter decoding_mode: got 'medussa'"),
+            (
+                "tensorrt_llm",
+                '"medusa"',
+                '"medussa"',
+                "parameter decoding_mode: got 'medussa'; written was 'medusa'; wrong: expected medusa",
+            ),
             (
                 "tensorrt_llm",
                 "{0, 0}",
                 "{1, 0}",
-                "medusa_choices: got '{0}, {1}, {1, 0}'; written was '{0}, {1}, {0, 0}'; it may be a whole",
+                "medusa_choices: got '{0}, {1}, {1, 0}'; written was '{0}, {1}, {0, 0}'; changed, and valid",
             ),
             ("tensorrt_llm", "max_batch_size: 4", "max_batch_size: 8", "max_batch_size: got 8; written was 4"),
             (
@@ -265,6 +270,54 @@ class TestRepository:
         (repository / "medusa.json").write_text(json.dumps(manifest))
         problems = verify_trtllm_repository(repository)
         assert any(message in problem for problem in problems), problems
+
+    @pytest.mark.parametrize(
+        ("model", "name", "text", "verdict"),
+        [
+            ("tensorrt_llm", "enable_kv_cache_reuse", "TRUE", "changed, and valid"),
+            ("tensorrt_llm", "exclude_input_in_output", "1", "changed, and valid"),
+            ("tensorrt_llm", "eagle_choices", "", "changed, and valid"),
+            ("tensorrt_llm", "kv_cache_free_gpu_mem_fraction", "0.5", "changed, and valid"),
+            ("tensorrt_llm", "kv_cache_free_gpu_mem_fraction", None, "changed, and valid"),
+            ("tensorrt_llm", "decoding_mode", None, "wrong: expected medusa"),
+            ("tensorrt_llm", "max_beam_width", "4", "wrong: expected 1"),
+            ("tensorrt_llm", "enable_kv_cache_resue", "true", "wrong: unknown; the backend would ignore it"),
+            ("tensorrt_llm", "medusa_choices", "{0}, {1}", "wrong: expected 3 choices, as the engine was built for"),
+            ("tensorrt_llm", "medusa_choices", "{0}, {0, 0}, {0, 0, 0}", "wrong: expected 3 choices, as the engine was built"),
+            ("preprocessing", "max_text_bytes", "2000", "changed, and valid"),
+            ("preprocessing", "max_text_bytes", "much", "wrong: expected an integer, 1 or more"),
+            ("preprocessing", "vocab_size", "98", "wrong: expected '97', which follows from the engine"),
+            ("preprocessing", "vocab_sise", "97", "wrong: there is no such parameter, and the model would ignore it"),
+            ("postprocessing", "skip_special_tokens", "1", "wrong: expected true or false"),  # it reads "true" alone
+            ("tensorrt_llm_bls", "acceptance", "false", "wrong: expected 'true', which follows from the engine"),
+        ],
+    )  # fmt: skip
+    def test_an_edited_parameter_is_told_once(
+        self, model: str, name: str, text: str | None, verdict: str, repository: Path
+    ) -> None:
+        path = repository / model / "config.pbtxt"
+        config = parse(path)
+        if text is None:
+            del config.parameters[name]
+        else:
+            config.parameters[name].string_value = text
+        path.write_text(str(config))
+        (line,) = [line for line in verify_trtllm_repository(repository) if "config.pbtxt: parameter" in line]
+        assert f"parameter {name}: got " in line
+        assert verdict in line
+
+    def test_what_the_engines_kernels_cannot(self, engine_dir: Path, tmp_path: Path) -> None:
+        built = engine_dir / "medusa/config.json"
+        built.write_text(built.read_text().replace('"use_paged_context_fmha": true', '"use_paged_context_fmha": false'))
+        write_trtllm_repository(engine_dir, tmp_path / "repository")
+        path = tmp_path / "repository/tensorrt_llm/config.pbtxt"
+        config = parse(path)
+        config.parameters["enable_kv_cache_reuse"].string_value = "1"
+        path.write_text(str(config))
+        (line,) = [
+            line for line in verify_trtllm_repository(tmp_path / "repository") if "config.pbtxt: parameter" in line
+        ]
+        assert "wrong: expected false: the engine was built without use_paged_context_fmha" in line
 
     def test_damaged(self, repository: Path) -> None:
         (repository / "tensorrt_llm" / "1" / "rank0.engine").write_text("another one")

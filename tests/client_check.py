@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,15 +106,61 @@ def check_vllm_bench(url: str) -> None:
             {"role": "user", "content": [{"type": "text", "text": "Name a city."}]}]},
     }  # fmt: skip
     for path, body in bodies.items():
-        request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=300) as response:
-            lines = response.read().decode().split("\n\n")
-        usage = json.loads(lines[-3].removeprefix("data: "))["usage"]
-        assert usage["completion_tokens"] == 12, usage
+        assert streamed(url + path, body)[-1]["usage"]["completion_tokens"] == 12
+
+
+def check_guidellm(url: str) -> None:
+    """What guidellm sends (0.8.1, synthetic prompts, its own first questions); the package itself brings torch with it."""
+    headers = {"Accept": "*/*", "Accept-Encoding": "gzip, deflate", "User-Agent": "python-httpx/0.28.1"}
+    for path in (f"{url.removesuffix('/v1')}/health", f"{url}/models"):
+        with urllib.request.urlopen(urllib.request.Request(path, headers=headers), timeout=30) as response:
+            found = response.read()
+    assert json.loads(found)["data"][0]["id"] == MODEL
+    shared = {"model": MODEL, "ignore_eos": True, "stream": True,
+              "stream_options": {"include_usage": True, "continuous_usage_stats": True}}  # fmt: skip
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Name a city."}]},
+    ]
+    bodies: dict[str, dict[str, Any]] = {
+        "/completions": {**shared, "max_tokens": 12, "prompt": "One two"},
+        "/chat/completions": {**shared, "max_completion_tokens": 12, "messages": messages},
+    }
+    for path, body in bodies.items():
+        chunks = streamed(url + path, body, headers)
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]  # every chunk has it
+        assert counts == sorted(counts), counts
+        assert (counts[-1], chunks[-1]["choices"]) == (12, [])
+
+
+def check_aiperf(url: str) -> None:
+    """What ``aiperf profile --streaming`` sends (0.13.0); the package itself brings 137 others with it."""
+    headers = {"Accept": "text/event-stream", "User-Agent": "aiperf/0.13.0", "X-Request-ID": "8c1b7f52-3d0e-4a6f-9a44-1de2a3c4b5f6",
+               "X-Correlation-ID": "f0a9d8c7-1b2c-4d3e-8f90-a1b2c3d4e5f6"}  # fmt: skip
+    shared = {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}}
+    inputs = {"ignore_eos": True, "min_tokens": 12}  # --extra-inputs
+    messages = [{"role": "user", "content": "Name a city."}]
+    bodies: dict[str, dict[str, Any]] = {
+        "/completions": {"prompt": "One two", "max_tokens": 12, **shared, **inputs},
+        "/chat/completions": {"messages": messages, "max_completion_tokens": 12, **shared, **inputs},
+    }
+    for path, body in bodies.items():
+        assert streamed(url + path, body, headers)[-1]["usage"]["completion_tokens"] == 12
+
+
+def streamed(address: str, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> list[Any]:
+    """The chunks of a stream that is complete."""
+    given = {"Content-Type": "application/json", **(headers or {})}
+    request = urllib.request.Request(address, json.dumps(body).encode(), given)
+    with urllib.request.urlopen(request, timeout=300) as response:
+        *lines, done, end = response.read().decode().split("\n\n")
+    assert (done, end) == ("data: [DONE]", ""), (done, end)
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
     "openai": check_openai, "litellm": check_litellm, "langchain-openai": check_langchain, "vllm bench serve": check_vllm_bench,
+    "guidellm": check_guidellm, "aiperf": check_aiperf,
 }  # fmt: skip
 
 

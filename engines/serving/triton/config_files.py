@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +44,35 @@ def text_parameters(found: Any) -> dict[str, str]:
     return {name: value.string_value for name, value in found.parameters.items()}
 
 
-def differences(found: Any, config: dict[str, Any], fault_of: Callable[[str, str | None], str]) -> list[str]:
+def differences(
+    found: Any,
+    config: dict[str, Any],
+    fault_of: Callable[[str, str | None], str],
+    field_faults: Mapping[str, Callable[[Any], str]],
+) -> list[str]:
     """How a configuration differs from the one that was written, a line each.
 
     Args:
         found: see :func:`parse`.
         config: what was written.
         fault_of: what is wrong with a parameter's value, or with its absence; nothing where it is as good as what was written.
+        field_faults: the same of other fields; of one that is not among them nothing is said.
     """
     wanted, lines = _message(config), list[str]()
     for field in wanted.DESCRIPTOR.fields:
         got, want = getattr(found, field.name), getattr(wanted, field.name)
-        if got == want:
+        # An empty dynamic_batching { } equals an absent one, and yet turns it on.
+        is_there, was_there = (field.has_presence and each.HasField(field.name) for each in (found, wanted))
+        if (got, is_there) == (want, was_there):
             continue
         if field.name == "parameters":
             lines += _parameter_lines(text_parameters(found), text_parameters(wanted), fault_of)
         elif field.name in ("input", "output"):
             lines += _by_name(field.name, got, want)
         else:
-            lines.append(_line(field.name, _told(got), _told(want)))
+            judge = field_faults.get(field.name)
+            told = _told(got) if got != want else "{ }" if is_there else "nothing"
+            lines.append(_line(field.name, told, _told(want)) + (_verdict(judge(found)) if judge else ""))
     return lines
 
 
@@ -72,8 +82,7 @@ def _parameter_lines(
     for name in sorted(got.keys() | want.keys()):
         if got.get(name) != want.get(name):
             told = (repr(values[name]) if name in values else "nothing" for values in (got, want))
-            fault = fault_of(name, got.get(name))
-            yield _line(f"parameter {name}", *told) + (f"; wrong: {fault}" if fault else "; changed, and valid")
+            yield _line(f"parameter {name}", *told) + _verdict(fault_of(name, got.get(name)))
 
 
 def _by_name(field: str, got: Any, want: Any) -> Iterator[str]:
@@ -85,6 +94,10 @@ def _by_name(field: str, got: Any, want: Any) -> Iterator[str]:
         if found.get(name) != wanted.get(name)
     ]
     yield from lines or [_line(field, "another order", "as the table has it")]
+
+
+def _verdict(fault: str) -> str:
+    return f"; wrong: {fault}" if fault else "; changed, and valid"
 
 
 def _line(where: str, got: str, want: str) -> str:

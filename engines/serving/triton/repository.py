@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def verify_repository(repository: Path) -> list[str]:
         expected = repository_configs(arguments["name"], ServingOptions.from_text(arguments))
         for model, config in expected.items():
             path = repository / model / CONFIG_FILE
-            problems += [f"{path}: {line}" for line in differences(parse(path), config, _fault_of)]
+            problems += [f"{path}: {line}" for line in differences(parse(path), config, _fault_of, FIELD_FAULTS)]
         engine = repository / arguments["name"] / VERSION / ENGINE
         BatchTrees.load(engine / TREE_FILE, unmeasured=1).require(EngineInfo.load(engine))
         read_tokenizer(engine)
@@ -160,6 +161,16 @@ def verify_repository(repository: Path) -> list[str]:
     return problems
 
 
+# What the code of both models relies on.
+FIELD_FAULTS: dict[str, Callable[[Any], str]] = {
+    "name": lambda found: "expected the name of its folder; medusa-triton --name writes another",
+    "max_batch_size": lambda found: "expected 1: a request is one text, and the scheduler batches by itself",
+    "instance_group": lambda found: (
+        "expected one instance: it serves all requests at once, and a further one opens the engine again"
+    ),
+    "dynamic_batching": lambda found: "expected none: a refused request would fail those beside it",
+    "model_transaction_policy": lambda found: "expected what was written, as the model sends its answers that way",
+}
 FIXED = {"engine": f"{ENGINE}, where the engine lies", "model": "the name of the model that has the engine"}
 
 

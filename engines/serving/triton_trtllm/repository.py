@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
@@ -223,7 +223,30 @@ def _config_problems(path: Path, expected: dict[str, Any], facts: EngineFacts) -
             return parameter_fault(name, text, facts.release) or _engine_fault(name, text or "", facts)
         return _model_fault(name, text, expected["parameters"])
 
-    return [f"{path}: {problem}" for problem in differences(parse(path), expected, fault_of)]
+    return [f"{path}: {problem}" for problem in differences(parse(path), expected, fault_of, _field_faults(facts))]
+
+
+def _field_faults(facts: EngineFacts) -> dict[str, Callable[[Any], str]]:
+    """What is wrong with a changed field, by its name."""
+    most = facts.max_batch_size
+
+    def instances(found: Any) -> str:
+        if any(group.kind != group.KIND_CPU for group in found.instance_group):
+            return "expected KIND_CPU: the backend places the engine on the GPUs itself"
+        several = found.name == ENGINE and sum(group.count for group in found.instance_group) > 1
+        return "expected one instance: a further one loads the engine again" if several else ""
+
+    return {
+        "name": lambda found: "expected the name of its folder, by which the other models ask for it",
+        "max_batch_size": lambda found: (
+            "" if 1 <= found.max_batch_size <= most else f"expected 1 to {most}, the engine's"
+        ),
+        "instance_group": instances,
+        "dynamic_batching": lambda found: "",
+        "model_transaction_policy": lambda found: (
+            "expected what was written: medusa-triton --no-decoupled changes all models"
+        ),
+    }
 
 
 def _engine_fault(name: str, text: str, facts: EngineFacts) -> str:

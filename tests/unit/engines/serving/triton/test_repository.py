@@ -78,8 +78,35 @@ def test_a_changed_file_is_named(engine: Path, tmp_path: Path) -> None:
         "parameter max_tokens: got '-3'; written was '256'; wrong: expected an integer, 1 or more",
         "parameter threads: got nothing; written was '0'; changed, and valid",
         "parameter treads: got '0'; written was nothing; wrong: there is no such parameter, and the model would ignore it",
-        "model_transaction_policy: got nothing; written was decoupled: true",
+        "model_transaction_policy: got nothing; written was decoupled: true; wrong: expected what was written, "
+        "as the model sends its answers that way",
     ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "max_batch_size: 1",
+            "max_batch_size: 8",
+            "max_batch_size: got 8; written was 1; wrong: expected 1: a request",
+        ),
+        ("count: 1", "count: 2", "wrong: expected one instance"),
+        ("KIND_CPU", "KIND_GPU", "wrong: expected one instance"),
+        ('backend: "python"', 'backend: "python"\ndynamic_batching { }', "wrong: expected none: a refused request"),
+        (
+            'name: "medusa"',
+            'name: "ensemble"',
+            "name: got ensemble; written was medusa; wrong: expected the name of its",
+        ),
+    ],
+)
+def test_a_changed_field_is_judged(old: str, new: str, message: str, engine: Path, tmp_path: Path) -> None:
+    write_repository(engine, tmp_path / "repository")
+    config = tmp_path / "repository/medusa/config.pbtxt"
+    config.write_text(config.read_text().replace(old, new, 1))
+    _, line = verify_repository(tmp_path / "repository")
+    assert message in line
 
 
 def test_use_leaves_compiled_files(engine: Path, tmp_path: Path) -> None:

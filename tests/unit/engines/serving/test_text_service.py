@@ -115,4 +115,4 @@ def test_a_message_may_be_empty_and_a_prompt_may_not(serve: Callable[..., TextSe
     assert service.encode(TextRequest([{"role": "user", "content": ""}]))
     for prompt in ("", " \n"):
         with pytest.raises(ConfigError, match="got nothing"):
-            service.encode(TextRequest(prompt=prompt, stop=("a",)))
+            service.submit(TextRequest(prompt=prompt, stop=("a",)), lambda piece: None)

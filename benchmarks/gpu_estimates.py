@@ -1,4 +1,4 @@
-"""The roofline against what others published: a table for docs/gpu-estimates.md, and a plot.
+"""The roofline compared with published results: a table for docs/gpu-estimates.md, and a plot.
 
     python benchmarks/gpu_estimates.py --plot docs/gpu-estimates.svg
 

@@ -21,7 +21,7 @@ Every command, with every flag. `--help` says the same; this page is written fro
 All commands take these, too:
 
 - `--config FILE.yaml`: read flags from this file, such as `max-length: 512`. The command line wins.
-- `--print-config`: print the flags given, as YAML for `--config`, and stop.
+- `--print-config`: print the given flags as YAML for `--config`, and exit.
 - `--version`, `--help` (`-h`), and `--install-completion` for your shell: choices and paths are completed.
 - `--verbose` (`-v`): log what happens, and show tracebacks.
 
@@ -30,7 +30,7 @@ Exit codes:
 | code | what |
 | --- | --- |
 | 0 | done |
-| 1 | it found something wrong, or missed a bar that was set; it says what |
+| 1 | it found something wrong, or missed a required threshold; it says what |
 | 2 | it cannot do what was asked; one line says why and what to do |
 | 3 | it crashed, a fault of this program; one line names the log, which has versions and the traceback |
 | 130, 143 | it was stopped, by Ctrl-C or SIGTERM |

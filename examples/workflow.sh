@@ -2,7 +2,7 @@
 # From prompts to an answer of Triton, one command a step: workflow.sh MODEL OUTPUT
 # Small as it stands: the heads that it trains only show the way. For a model to deploy, give your prompts and raise the
 # numbers: PROMPTS=mine.jsonl COUNT=8000 TOKENS=512 EPOCHS=2 STEPS=2000 QUESTIONS=theirs.jsonl ASKED=100 workflow.sh MODEL OUTPUT
-# Given again, it goes on where it stopped.
+# Run again, it continues where it stopped.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 [ -x "$here/../.venv/bin/medusa-run" ] && PATH="$here/../.venv/bin:$PATH"

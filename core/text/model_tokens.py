@@ -56,5 +56,5 @@ class ModelTokens:
 
 
 def describe_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Tokens as a person reads them: ``<|im_end|> (2), <|endoftext|> (0)``."""
-    return ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in tokens)
+    """Tokens as a person reads them: ``<|im_end|> (id 2), <|endoftext|> (id 0)``."""
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} (id {token})" for token in tokens)

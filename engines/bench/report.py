@@ -24,6 +24,7 @@ SHOWN_FINDINGS = 5
 FEWEST = 3  # prompts that an interval over prompts says something of
 MODES = ("baseline", "medusa")
 ALL_MODES = (*MODES, "other_baseline", "other_medusa")
+SOURCES_OF_DRAFTS = {"both": "heads and text"}  # where the name does not say it
 
 
 def build_report(
@@ -224,10 +225,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_row("tokens/s without Medusa", f"{per_second['baseline']:.1f}")
     table.add_row("tokens/s with Medusa", f"{per_second['medusa']:.1f}")
     table.add_row("speed-up (95% CI)", f"{speed['median']:.2f}x ({interval_text(whole_interval(report))})")
-    table.add_row("tokens per step", f"{report['tokens_per_step']:.2f} with {_drafted_by(report)}")
+    table.add_row("tokens per step", f"{report['tokens_per_step']:.2f}{_drafted_by(report)}")
     if foretold := report["foretold"]:
         low, high = foretold["interval"]
-        what = "foretold by acceptance.json" if _drafts_heads_alone(report) else "foretold of heads alone"
+        what = "predicted by acceptance.json" if _drafts_heads_alone(report) else "predicted, heads alone"
         table.add_row(what, f"{foretold['tokens_per_step']:.2f} ({low:.2f} .. {high:.2f})")
     if counted := report["counted_drafts"]:
         table.add_row("drafts accepted, by the runtime", f"{counted['accepted']} of {counted['drafts']}")
@@ -285,9 +286,11 @@ def finding_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _drafted_by(report: dict[str, Any]) -> str:
-    """What drafted."""
+    """What drafted, to follow the tokens per step."""
+    if _drafts_heads_alone(report):
+        return f" with a tree of {report['tree']['max_draft_len']}"
     drafts = report["drafts"][0]["drafts"]
-    return f"a tree of {report['tree']['max_draft_len']}" if _drafts_heads_alone(report) else f"drafts: {drafts}"
+    return f", drafts from: {SOURCES_OF_DRAFTS.get(drafts, drafts)}"
 
 
 def _drafts_heads_alone(report: dict[str, Any]) -> bool:

@@ -77,7 +77,7 @@ def require_served(engine_dir: Path, info: EngineInfo, options: ServingOptions) 
         if getattr(options, name) != getattr(ServingOptions(), name):
             flag = f"--{name.replace('_', '-')}"
             got = f"{getattr(options, name)} for an engine of {info.backend}, which answers one request after another"
-            raise ConfigError(flag, got, "no such flag", "leave it out")
+            raise ConfigError(flag, got, "the default, which changes nothing there", f"leave {flag} out")
 
 
 def cache_slots(info: EngineInfo, megabytes: int) -> int:

@@ -12,8 +12,8 @@ from medusa_export.core.flags import COUNT, NUMBER, flag
 from medusa_export.engines.decoding.draft_flags import AUTO, DRAFTS_CHOICES, DRAFTS_HELP, require_known
 
 INPUT, LIMITS, DECODING = "Input", "Limits", "Decoding"  # headings of --help
-MAX_QUEUE, QUEUE_HELP = 256, "Most requests that wait; further ones are refused as busy."
-MAX_TEXT_BYTES, TEXT_HELP = 1 << 20, "Most bytes of text in a request."
+MAX_QUEUE, QUEUE_HELP = 256, "Maximum number of waiting requests; further ones are refused as busy."
+MAX_TEXT_BYTES, TEXT_HELP = 1 << 20, "Maximum bytes of text in a request."
 MAY_BE_NOTHING = ("threads", "tree_max_batch", "grace_s")
 
 
@@ -28,22 +28,26 @@ class ServingOptions:
     """
 
     max_batch: int = flag(
-        32, help="Most requests to decode at once.", panel=LIMITS, aliases=("--max-concurrent",), bounds=NUMBER
+        32,
+        help="Maximum number of requests decoded at once.",
+        panel=LIMITS,
+        aliases=("--max-concurrent",),
+        bounds=NUMBER,
     )
     kv_cache_mb: int = flag(
-        4096, help="Memory for the key/value cache; where it is too little for --max-batch, fewer are decoded at once.",
+        4096, help="Memory for the key/value cache; if it cannot hold --max-batch sequences, fewer are decoded at once.",
         panel=LIMITS, metavar="MB", bounds=NUMBER,
     )  # fmt: skip
     max_queue: int = flag(MAX_QUEUE, help=QUEUE_HELP, panel=LIMITS, bounds=NUMBER)
     max_tokens: int = flag(
-        256, help="Most tokens of an answer, where the request does not say.", panel=LIMITS, bounds=NUMBER
+        256, help="Maximum tokens in an answer, if the request does not say.", panel=LIMITS, bounds=NUMBER
     )
     timeout_s: float = flag(
-        600.0, help="Most seconds that a request may take, waiting included.", panel=LIMITS, metavar="SECONDS", bounds=NUMBER,
+        600.0, help="Maximum seconds for a request, including waiting.", panel=LIMITS, metavar="SECONDS", bounds=NUMBER,
     )  # fmt: skip
     max_text_bytes: int = flag(MAX_TEXT_BYTES, help=TEXT_HELP, panel=LIMITS, metavar="BYTES", bounds=NUMBER)
     tree_max_batch: int = flag(
-        4, help="Most requests at once to use the tree with, where tree.json does not say at which batch sizes it pays.",
+        4, help="Use the tree with up to this many requests at once, if tree.json does not say at which batch sizes it pays.",
         panel=DECODING, bounds=COUNT,
     )  # fmt: skip
     grace_s: float = flag(

@@ -97,7 +97,7 @@ def stop_on_request() -> Iterator[StopRequest]:
     def ask(number: int, frame: FrameType | None) -> None:
         if asked.is_armed and not asked.came:
             asked.came = True
-            said = "stopping after this prompt, with a report of what is done; Ctrl-C again stops at once"
+            said = "stopping after this prompt, to report what is finished; Ctrl-C again stops at once"
             stderr.print(said, soft_wrap=True)
         elif callable(before):
             before(number, frame)
@@ -134,7 +134,7 @@ def _run(app: typer.Typer, signals: list[int], *, verbose: bool) -> None:
             _fail(f"stopped by {signal.Signals(signals[0]).name}; {left}", 128 + signals[0])
         if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
             _give_up_stdout()
-            _fail(f"standard output: {error.strerror}; nothing more can be said there", 2)
+            _fail(f"standard output: {error.strerror}", 2)
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             raise
         if verbose:

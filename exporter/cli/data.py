@@ -118,7 +118,7 @@ class DataFlags:
         bounds=NUMBER,
     )
     max_length: int | None = flag(
-        None, help="Maximum tokens of a conversation with such a model.", panel=MODEL, default="the model's", requires=_HERE,
+        None, help="Maximum tokens of a conversation with a model run on this machine.", panel=MODEL, default="the model's", requires=_HERE,
         bounds=NUMBER,
     )  # fmt: skip
     revision: str | None = flag(None, help=REVISION_HELP, panel=MODEL, requires=_HERE)

@@ -34,7 +34,7 @@ class ReportFlags:
 def run_command(arguments: RunArguments, files: ReportFlags) -> None:
     """Run an engine without and with Medusa on the same prompts; measure the speed-up and prove that outputs are equal.
 
-    Ctrl-C ends it after the prompt that is running, with the report of what is done; exit code 130.
+    Ctrl-C ends it after the prompt that is running, and reports what it has finished; exit code 130.
 
     Exit code 1: an output differs by more than numerical noise, drafts are accepted less often than acceptance.json predicts,
     a check finds something, or --min-speedup is missed.

@@ -68,11 +68,11 @@ class SearchFlags:
     """What medusa-tree search takes."""
 
     engine: Path | None = flag(
-        None,
-        help="Engine directory, or its export, to measure what --acceptance and --cost do not give, and to run trees on.",
-        panel=INPUT,
+        None, help="Engine directory, or its export, to measure on, and to run trees on with --confirm.", panel=INPUT
     )
-    prompts: Path | None = flag(None, help="Prompts for that: JSONL with turns, messages or prompt.", panel=INPUT)
+    prompts: Path | None = flag(
+        None, help="Prompts to measure with: JSONL with turns, messages or prompt.", panel=INPUT
+    )
     acceptance: Path | None = flag(None, help="acceptance.json of medusa-tree or medusa-train.", panel=INPUT)
     cost: Path | None = flag(None, help="cost.json, measured here or on another machine.", panel=INPUT)
     output: Path = flag(Path("tree.json"), help="File to write: other commands take it as --tree.", panel=OUTPUT)
@@ -179,7 +179,8 @@ def _steps(engine: Path, batches: tuple[int, ...], threads: int) -> Any:
 
 @command(tree_app, "search")
 def search_command(own: SearchFlags, asked: PromptFlags) -> None:
-    """Find the tree that yields most tokens a second. Measures on --engine what --acceptance and --cost do not give.
+    """Find the tree that yields most tokens a second. Anything not given by --acceptance or
+    --cost is measured on --engine.
 
     Example: medusa-tree search --engine out/engine --prompts chats.jsonl --confirm 3 --picture tree.svg
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.flags import COUNT, flag
+from medusa_export.core.flags import COUNT, flag, requirement_error
 from medusa_export.engines.serving.options import INPUT, ServingOptions, TreeChoice
 from medusa_export.engines.serving.triton_trtllm.configs import TrtllmServing
 from medusa_export.exporter.cli.console import command_app, main, stderr, stdout
@@ -64,7 +64,7 @@ class Kind:
     """One kind of model repository.
 
     Attributes:
-        engines: backends of the engines that it serves.
+        engines: those that it serves, in words.
         holds: whether a directory has such an engine.
         write: the repository, from the flags.
         verify: what is wrong with a repository whose manifest names this kind, one line each.
@@ -111,9 +111,9 @@ def _verify_trtllm(repository: Path) -> list[str]:
 
 # By the name in a repository's manifest; the first kind that has such an engine as --engine is its kind.
 KINDS: dict[str, Kind] = {
-    "tensorrt-llm": Kind("tensorrt-llm", _is_trtllm, _write_trtllm, _verify_trtllm, (TrtllmServing,)),
+    "tensorrt-llm": Kind("a TensorRT-LLM engine", _is_trtllm, _write_trtllm, _verify_trtllm, (TrtllmServing,)),
     "python": Kind(
-        "onnxruntime or tensorrt", lambda path: (path / ENGINE_FILE).is_file(), _write_python, _verify_python,
+        "an ONNX Runtime or TensorRT engine", lambda path: (path / ENGINE_FILE).is_file(), _write_python, _verify_python,
         (ServingOptions, TreeChoice),
     ),
 }  # fmt: skip
@@ -128,11 +128,12 @@ def triton_command(own: TritonFlags, given: Given) -> None:
     own = replace(own, engine=find_engine(own.engine))
     kind = next((kind for kind in KINDS.values() if kind.holds(own.engine)), None)
     if kind is None:
-        expected = f"an engine of {', '.join(kind.engines for kind in KINDS.values())}"
+        expected = " or ".join(kind.engines for kind in KINDS.values())
         raise ConfigError(str(own.engine), "no engine directory", expected, "pass an export, or its engine directory")
     for key in given.without(*kind.flags):
         option = f"--{key.replace('_', '-')}"
-        raise ConfigError(option, f"{given[key]} for an engine of {kind.engines}", "no such flag", "leave it out")
+        others = [each.engines for each in KINDS.values() if key not in given.without(*each.flags)]
+        raise requirement_error(option, given[key], " or ".join(others))
     kind.write(own, given)
     stdout.print(f"wrote {own.output}", soft_wrap=True)
 

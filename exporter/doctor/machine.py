@@ -39,7 +39,7 @@ class Machine:
         free_disk: bytes where the command runs.
         cache: None where it is turned off.
         cache_bytes: what lies there.
-        gpus_said: why no GPU is seen; "" where one is.
+        gpus_said: why no GPU is found; "" where one is.
     """
 
     memory: int | None
@@ -77,7 +77,7 @@ def _gpus() -> tuple[tuple[SeenGpu, ...], str]:
     try:
         result = subprocess.run(QUERY, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except FileNotFoundError:
-        return (), "nvidia-smi, which comes with the driver, is not here"
+        return (), "nvidia-smi is not installed"
     except subprocess.TimeoutExpired:
         return (), f"nvidia-smi did not answer in {TIMEOUT:.0f} s"
     if result.returncode:

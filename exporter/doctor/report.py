@@ -65,7 +65,7 @@ def _print_machine(body: Mapping[str, Any], console: Console) -> None:
     for gpu in machine["gpus"]:
         table.add_row("GPU", f"{gpu['name']}, SM {gpu['sm']}, {_gb(gpu['memory'])}, driver {gpu['driver']}")
     if not machine["gpus"]:
-        table.add_row("GPU", f"none seen: {machine['gpus_said']}")
+        table.add_row("GPU", f"none found ({machine['gpus_said']})")
     free = f", {_gb(machine['free_memory'])} of it free" if machine["free_memory"] is not None else ""
     table.add_row("memory", f"{_gb(machine['memory'])}{free}" if machine["memory"] else "unknown")
     table.add_row("disk", f"{_gb(machine['free_disk'])} free here")
@@ -75,7 +75,7 @@ def _print_machine(body: Mapping[str, Any], console: Console) -> None:
 
 
 def _said(missing: Sequence[str], otherwise: str) -> str:
-    return f"no: {', '.join(missing)}" if missing else otherwise
+    return f"no: needs {', '.join(missing)}" if missing else otherwise
 
 
 def _gb(size: int) -> str:

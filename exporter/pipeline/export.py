@@ -107,7 +107,8 @@ def _where_answers_end(job: Job) -> str:
     if not job.tokens.ends:
         places = "config.json, generation_config.json, the tokenizer and its chat template"
         return f"warning: {places} name no end-of-sequence token; answers go on to their limit"
-    return f"answers end at {describe_tokens(job.tokenizer, job.tokens.ends)}"
+    plural = "s" if len(job.tokens.ends) > 1 else ""
+    return f"end-of-sequence token{plural}: {describe_tokens(job.tokenizer, job.tokens.ends)}"
 
 
 def _log_start(job: Job, work: ResumableOutput, notice: Notice) -> None:

@@ -97,7 +97,7 @@ for line in sys.stdin:
         os._exit(end.code or 0)  # tearing torch down takes a second
 """
 
-ENDS = "answers end at </s> (2)\n"  # the last that an export says
+ENDS = "end-of-sequence token: </s> (id 2)\n"  # the last that an export says
 
 
 class Exports:

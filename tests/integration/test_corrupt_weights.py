@@ -548,4 +548,4 @@ def test_what_is_odd_but_good(inputs: Any, export: Callable[..., Any]) -> None:
     inputs.model.mkdir()
     for file in (inputs.root / "blobs").iterdir():
         (inputs.model / file.name).symlink_to(Path("..") / "blobs" / file.name)
-    assert export(inputs.flags()) == (0, f"wrote {inputs.root / 'work/out'}\n", "answers end at </s> (2)\n")
+    assert export(inputs.flags()) == (0, f"wrote {inputs.root / 'work/out'}\n", "end-of-sequence token: </s> (id 2)\n")

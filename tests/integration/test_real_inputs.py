@@ -115,7 +115,7 @@ def test_vicuna_with_published_heads(vicuna: Path) -> None:
     assert "no chat template; expected one, in Jinja; pass --chat-template FILE to medusa-export" in refused.stderr
     result = run("medusa-export", *flags, "--chat-template", "vicuna.jinja", cwd=vicuna)
     assert result.returncode == 0, result.stderr
-    assert "answers end at </s> (2)" in result.stderr
+    assert "end-of-sequence token: </s> (id 2)" in result.stderr
     info = EngineInfo.load(vicuna / "out/engine")
     assert (info.max_depth, info.eos_token_ids) == (5, (2,))
     ids = require_transformers_tokens(vicuna / "out", vicuna / "model", [{"role": "user", "content": "text answers"}])

@@ -45,7 +45,7 @@ def general_parameters(is_root: bool, takes_flags: bool) -> list[inspect.Paramet
         "--config", callback=read_flags, is_eager=True, metavar="FILE.yaml",
         help="Read flags from this YAML file, such as max-length: 512. The command line wins.",
     )  # fmt: skip
-    printed = typer.Option("--print-config", help="Print the flags given, as YAML for --config, and stop.")
+    printed = typer.Option("--print-config", help="Print the given flags as YAML for --config, and exit.")
     shown = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     found = [
         (True, inspect.Parameter(CONTEXT, KEYWORD, annotation=typer.Context)),

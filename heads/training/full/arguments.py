@@ -100,7 +100,7 @@ class ReferenceArguments(SharedArguments):
         None, help="Learning rate of the base model.", panel=OPTIMIZATION, name="--lr", bounds=POSITIVE
     )
     head_lr_factor: float = flag(
-        4.0, help="The heads' learning rate, in base rates.", panel=PANEL, requires=JOINT, bounds=COUNT
+        4.0, help="The heads' learning rate as a multiple of the base's.", panel=PANEL, requires=JOINT, bounds=COUNT
     )
     schedule: str = "cosine"
     warmup: float = 0.03
@@ -116,7 +116,9 @@ class ReferenceArguments(SharedArguments):
     heads_weight: float = flag(
         0.2, help="Weight of the heads in the joint loss.", panel=PANEL, requires=JOINT, bounds=COUNT
     )
-    ramp: str = flag("constant", help="How that weight is reached.", panel=PANEL, choices=tuple(RAMPS), requires=JOINT)
+    ramp: str = flag(
+        "constant", help="Schedule that raises --heads-weight.", panel=PANEL, choices=tuple(RAMPS), requires=JOINT
+    )
     lora_rank: int = flag(
         16,
         help="Rank of the base model's adapters; 0: train all weights.",

@@ -56,4 +56,4 @@ def test_ids_that_model_and_tokenizer_both_know(tokenizer: Any, vocab_size: int,
 
 
 def test_as_a_person_reads_them(tokenizer: Any) -> None:
-    assert describe_tokens(tokenizer, (2, 4)) == "</s> (2), <assistant> (4)"
+    assert describe_tokens(tokenizer, (2, 4)) == "</s> (id 2), <assistant> (id 4)"

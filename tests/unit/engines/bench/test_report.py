@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -223,6 +224,16 @@ def test_printed_form_says_what_matters() -> None:
         "FAILED parity: ... and 2 more", "code", "float32 for the test",
     ):  # fmt: skip
         assert expected in text.getvalue(), expected
+
+
+@pytest.mark.parametrize(("drafts", "said"), [("both", "heads and text"), ("text", "text"), ("none", "none")])
+def test_what_drafted_is_named(drafts: str, said: str) -> None:
+    body, text = report([prompt("a", "code", [130.0], [70.0])]), io.StringIO()
+    body["drafts"][0]["drafts"] = drafts
+    body["foretold"] = {"tokens_per_step": 1.5, "interval": [1.25, 1.75]}
+    print_report(body, Console(file=text, width=160))
+    assert f"2.00, drafts from: {said} " in text.getvalue()
+    assert re.search(r"predicted, heads alone +│ 1\.50 \(1\.25 \.\. 1\.75\)", text.getvalue())
 
 
 def test_steps_and_latencies() -> None:

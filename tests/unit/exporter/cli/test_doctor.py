@@ -38,8 +38,8 @@ def test_the_page(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for part in (
         *PACKAGES,
         *FORMATS,
-        "none seen: nvidia-smi",
-        "no: an NVIDIA GPU",
+        "none found (nvidia-smi is not installed)",
+        "no: needs an NVIDIA GPU",
         "Triton server: NVIDIA's container",
     ):
         assert part in out, part

@@ -53,7 +53,7 @@ def console(command: str, *flags: object, **environment: str) -> Result:
 
 def without_ends(text: str) -> str:
     """stderr but for what every export says of the end of answers."""
-    return re.sub(r"(?m)^answers end at .*\n", "", text)
+    return re.sub(r"(?m)^end-of-sequence token.*\n", "", text)
 
 
 @pytest.fixture
@@ -685,7 +685,7 @@ class TestRun:
         monkeypatch.setattr(runner, "generate", interrupted)
         result = run("run", *flags, "--report", tmp_path / "report.json")
         assert result.code == 130
-        assert result.err == "stopping after this prompt, with a report of what is done; Ctrl-C again stops at once\n"
+        assert result.err == "stopping after this prompt, to report what is finished; Ctrl-C again stops at once\n"
         assert "2 of 4, then stopped" in result.out
         assert json.loads((tmp_path / "report.json").read_text())["stopped"] == {"prompts": 2, "of": 4}
         assert len(calls) == 6

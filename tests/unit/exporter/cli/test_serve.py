@@ -156,7 +156,7 @@ def test_output_to_a_full_device_is_one_line(engine: Path) -> None:
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: standard output: No space left on device; nothing more can be said there\n",
+        "error: standard output: No space left on device\n",
     )
 
 

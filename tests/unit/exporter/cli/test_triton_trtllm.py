@@ -59,7 +59,7 @@ def test_flags_of_another_kind(
     engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "--engine", engine_dir, "--output", tmp_path / "out", "--threads", 2) == 2
-    assert "--threads: got 2 for an engine of tensorrt-llm" in capsys.readouterr().err
+    assert "--threads requires an ONNX Runtime or TensorRT engine; leave --threads out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

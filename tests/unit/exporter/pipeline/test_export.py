@@ -43,7 +43,7 @@ from medusa_export.quantize.scales import SCALES_FILE, Scales
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
 FULL_FP8: dict[str, Any] = {"quant": "fp8", "kv_cache": "fp8", "quant_heads": True, "calib_prompts": 2}
-ENDS = "answers end at </s> (2)"  # the last thing that an export says
+ENDS = "end-of-sequence token: </s> (id 2)"  # the last thing that an export says
 TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
 ALWAYS = {"tree.json", "trtllm/config.json", "trtllm/rank0.safetensors", *(f"tokenizer/{name}" for name in TOKENIZER)}
 ENGINE_FILES = {

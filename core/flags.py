@@ -78,6 +78,7 @@ class Flag:
         requires: the flag without which this one means nothing, such as ``--engine tensorrt``; see :func:`requirement_error`.
         positional: whether it is an argument without a name.
         bounds: of a number.
+        suggestions: values that a shell completes, where others are taken too.
     """
 
     help: str
@@ -92,6 +93,7 @@ class Flag:
     requires: str = ""
     positional: bool = False
     bounds: Bounds = ANY
+    suggestions: tuple[str, ...] = ()
 
 
 def flag(
@@ -109,6 +111,7 @@ def flag(
     requires: str = "",
     positional: bool = False,
     bounds: Bounds = ANY,
+    suggestions: tuple[str, ...] = (),
 ) -> Any:
     """A field of a dataclass that is a flag of the commands built from it.
 
@@ -117,7 +120,21 @@ def flag(
         help: see :class:`Flag`, as for all others.
     """
     described = choices if isinstance(choices, Mapping) else dict.fromkeys(choices, "")
-    made = Flag(help, panel, name, aliases, opposite, described, metavar, default, derive, requires, positional, bounds)
+    made = Flag(
+        help,
+        panel,
+        name,
+        aliases,
+        opposite,
+        described,
+        metavar,
+        default,
+        derive,
+        requires,
+        positional,
+        bounds,
+        suggestions,
+    )
     return field(default=value, metadata={_KEY: made})
 
 

@@ -18,12 +18,13 @@ HEAD = """# Commands
 
 Every command, with every flag. `--help` says the same; this page is written from the same table by `docs/command_reference.py`.
 
-All commands take these, too:
+All commands take `--help` (`-h`). All but `medusa-tree` itself, which only has sub-commands, take these, too:
 
 - `--config FILE.yaml`: read flags from this file, such as `max-length: 512`. The command line wins.
 - `--print-config`: print the given flags as YAML for `--config`, and exit.
-- `--version`, `--help` (`-h`), and `--install-completion` for your shell: choices and paths are completed.
 - `--verbose` (`-v`): log what happens, and show tracebacks.
+
+Programs, but not their sub-commands, take `--version`, and `--install-completion` for your shell: choices and paths are completed.
 
 Exit codes:
 

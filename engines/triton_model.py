@@ -1,4 +1,4 @@
-"""The name under which Triton repositories that were written before version 0.2 import their model; it moved."""
+"""The name under which Triton repositories that were written before it moved import their model."""
 
 from medusa_export.engines.serving.triton.model import MedusaModel
 

@@ -1,4 +1,4 @@
-"""The name under which Triton repositories that were written before version 0.2 import their unary model; it moved."""
+"""The name under which Triton repositories that were written before it moved import their unary model."""
 
 from medusa_export.engines.serving.triton.unary import UnaryModel
 

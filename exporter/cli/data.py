@@ -118,8 +118,8 @@ class DataFlags:
         bounds=NUMBER,
     )
     max_length: int | None = flag(
-        None, help="Maximum tokens of a conversation with a model run on this machine.", panel=MODEL, default="the model's", requires=_HERE,
-        bounds=NUMBER,
+        None, help="Maximum tokens of a conversation with a model run on this machine.", panel=MODEL, default="the model's",
+        requires=_HERE, bounds=NUMBER,
     )  # fmt: skip
     revision: str | None = flag(None, help=REVISION_HELP, panel=MODEL, requires=_HERE)
     chat_template: Path | None = flag(None, help=CHAT_TEMPLATE_HELP, panel=MODEL, requires=_HERE)

@@ -18,6 +18,7 @@ from medusa_export.quantize.format_facts import TensorRt
 from medusa_export.quantize.formats import FORMATS, KV_CACHE
 
 YES, NO = "yes", "-"
+COPIED = ("package", "--quant", "--kv-cache")  # columns of names that people copy: never broken
 
 
 def page(machine: Machine, found: Mapping[str, Found]) -> dict[str, Any]:
@@ -123,5 +124,5 @@ def _table(*columns: str, title: str | None = None) -> Table:
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in COPIED)
     return table

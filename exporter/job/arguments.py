@@ -73,7 +73,8 @@ class ExportArguments:
     tp: int = flag(1, help="Tensor-parallel ranks.", panel=TRTLLM, bounds=NUMBER)
     tree: str | None = flag(
         None, help=f"Medusa tree: a JSON file, one of {', '.join(PRESETS)}, or auto: measured on the written engine.", panel=TREE,
-        metavar="FILE|PRESET|auto", default=f"auto with --prompts, else {GPU_TREE} for GPUs and {CPU_TREE} for ONNX Runtime",
+        metavar="FILE|PRESET|auto", suggestions=(*PRESETS, AUTO),
+        default=f"auto with --prompts, else {GPU_TREE} for GPUs and {CPU_TREE} for ONNX Runtime",
     )  # fmt: skip
     calib: Path | None = flag(
         None, help="Calibration prompts, JSONL with messages, turns or prompt.", panel=QUANTIZATION, default="built in"

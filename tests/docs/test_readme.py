@@ -25,7 +25,7 @@ from tests.paths import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPORT = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    ((?:medusa-|make ).*?)(?:\s+#.*)?$", README + EXPORT, flags=re.MULTILINE)
-LARGEST = 8000  # bytes that a stranger reads before deciding
+LARGEST = 8192  # bytes that a stranger reads before deciding
 
 
 def section(name: str, text: str = EXPORT) -> str:

@@ -36,7 +36,7 @@ def write_outputs(values: Mapping[str, Any], *, is_batched: bool = True) -> dict
     """Tensors of an answer, by name: every output that has its value in ``values``.
 
     Args:
-        is_batched: with a batch axis of 1, as the configurations have it; those written before version 0.2 have none.
+        is_batched: with a batch axis of 1, as the configurations have it; those written before there was one have none.
     """
     arrays = {}
     for port in OUTPUTS:

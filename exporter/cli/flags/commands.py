@@ -94,7 +94,9 @@ def callback(app: typer.Typer, *, either: tuple[type, ...] = (), alone: bool = T
 
     def decorate(body: Body) -> Body:
         entry, flags = _entry(body, either, is_root=True, alone=alone)
-        app.callback(cls=group_class(flags), invoke_without_command=alone, context_settings=SETTINGS)(entry)
+        app.callback(
+            cls=group_class(flags), invoke_without_command=alone, no_args_is_help=not alone, context_settings=SETTINGS
+        )(entry)
         return body
 
     return decorate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -26,7 +26,8 @@ def parameter(item: FlagField, kind: Any, *, unset: bool) -> inspect.Parameter:
         unset: whether it is None where it was not given, whatever the field's default.
     """
     said, default = item.flag, item.value
-    options: dict[str, Any] = {"help": said.help, "autocompletion": _completion(said.choices) if said.choices else None}
+    completed = tuple(said.choices) or said.suggestions
+    options: dict[str, Any] = {"help": said.help, "autocompletion": _completion(completed) if completed else None}
     if get_origin(kind) is tuple:
         kind, default = list[get_args(kind)[0]], list(default) if default and default is not MISSING else None  # type: ignore[misc]
     if said.positional:
@@ -64,5 +65,5 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _completion(choices: Mapping[str, str]) -> Callable[[str], list[str]]:
+def _completion(choices: Sequence[str]) -> Callable[[str], list[str]]:
     return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]

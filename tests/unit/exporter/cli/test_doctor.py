@@ -19,9 +19,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    def start(main: Callable[[], None], *flags: object) -> tuple[int, str, str]:
+    def start(main: Callable[[], None], *flags: object, columns: int = 80) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["medusa-try", *map(str, flags)])
-        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as stopped:
             main()
         out, err = capfd.readouterr()
@@ -55,6 +55,11 @@ def test_no_place_for_the_file(run: Run, tmp_path: Path) -> None:
     code, out, err = run(doctor_main, "--quick", "--json", tmp_path / "no/doctor.json")
     assert (code, out) == (2, "")
     assert "no such directory" in err
+
+
+def test_names_of_formats_are_whole_on_a_narrow_terminal(run: Run) -> None:
+    lines = run(export_main, "formats", columns=60)[1].splitlines()
+    assert {*FORMATS, *KV_CACHE} <= {line.split()[0] for line in lines if line.strip()}
 
 
 def test_formats(run: Run) -> None:

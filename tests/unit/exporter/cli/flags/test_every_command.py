@@ -12,6 +12,7 @@ import yaml
 
 from medusa_export.core.flags import Bounds, FlagField
 from medusa_export.exporter.cli.console import main
+from medusa_export.heads.trees.tree import PRESETS
 from tests.unit.exporter.cli.flags.test_help_page import APPS, COMMANDS
 
 Start = Callable[..., tuple[int, str, str]]
@@ -96,6 +97,21 @@ def test_choices_are_completed(words: tuple[str, ...], item: FlagField, start: S
     monkeypatch.setenv("COMP_WORDS", " ".join([*words, item.name, ""]))
     monkeypatch.setenv("COMP_CWORD", str(len(words) + 1))
     assert start((words[0],))[1].split() == list(item.flag.choices)
+
+
+def test_presets_are_completed_and_paths_beside_them(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MEDUSA_EXPORT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    monkeypatch.setenv("COMP_WORDS", "medusa-export --tree cpu")
+    assert start(("medusa-export",))[1].split() == [name for name in PRESETS if name.startswith("cpu")] != []
+    monkeypatch.setenv("COMP_WORDS", "medusa-export --tree ./cpu")
+    assert start(("medusa-export",))[1].split() == []
+
+
+def test_a_program_of_sub_commands_alone_prints_its_help(start: Start) -> None:
+    code, out, err = start(("medusa-tree",))
+    assert (code, err) == (2, "")
+    assert out.rstrip() == start(("medusa-tree",), "--help")[1].rstrip()
 
 
 @pytest.mark.parametrize(("shell", "answer"), [("zsh", "_files"), ("bash", "")])

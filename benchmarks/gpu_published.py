@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from medusa_export.heads.roofline.gpus import BY_KEY, Gpu
-from medusa_export.heads.roofline.shape import HALF, Precision, Shape
+from medusa_export.heads.roofline.shape import HALF, ModelShape, Precision
 from medusa_export.heads.roofline.step import DEFAULTS, Assumptions, Deployment
 
 HEADS = (
@@ -29,13 +29,13 @@ PAPER = "Medusa, arXiv 2401.10774"
 SPEC_BENCH = "Spec-Bench, Leaderboard.md at 09244ff"
 BLOG = "NVIDIA's blog, September 2024: Low Latency Inference Chapter 1"
 
-SHAPES: Mapping[str, Shape] = {
-    "Vicuna 7B": Shape(32, 4096, 11008, 32, 32, 128, 32000, HEADS, 1),
-    "Vicuna 13B": Shape(40, 5120, 13824, 40, 40, 128, 32000, HEADS, 1),
-    "Vicuna 33B": Shape(60, 6656, 17920, 52, 52, 128, 32000, HEADS, 1),
-    "Zephyr 7B": Shape(32, 4096, 14336, 32, 8, 128, 32000, HEADS, 1, 4096),
-    "Llama 3.1 70B": Shape(80, 8192, 28672, 64, 8, 128, 128256, HEADS, 1),
-    "Llama 3.1 405B": Shape(126, 16384, 53248, 128, 8, 128, 128256, HEADS, 1),
+SHAPES: Mapping[str, ModelShape] = {
+    "Vicuna 7B": ModelShape(32, 4096, 11008, 32, 32, 128, 32000, HEADS, 1),
+    "Vicuna 13B": ModelShape(40, 5120, 13824, 40, 40, 128, 32000, HEADS, 1),
+    "Vicuna 33B": ModelShape(60, 6656, 17920, 52, 52, 128, 32000, HEADS, 1),
+    "Zephyr 7B": ModelShape(32, 4096, 14336, 32, 8, 128, 32000, HEADS, 1, 4096),
+    "Llama 3.1 70B": ModelShape(80, 8192, 28672, 64, 8, 128, 128256, HEADS, 1),
+    "Llama 3.1 405B": ModelShape(126, 16384, 53248, 128, 8, 128, 128256, HEADS, 1),
 }
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from medusa_export.engines.decoding.lookup import TextLookup
 from medusa_export.engines.decoding.payoff import DraftedText
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepDecoder
-from medusa_export.engines.decoding.shapes import Shape
+from medusa_export.engines.decoding.shapes import StepShape
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.search import Frequencies, grow
 from medusa_export.heads.trees.step_costs import StepCosts
@@ -108,7 +108,7 @@ class PayingDrafter:
         order: list[Choice] = list(islice(grow(paths), max(HEAD_NODES)))
         sizes = sorted({min(size, len(order)) for size in HEAD_NODES})
         trees = [Tree.from_choices(order[:size]) for size in sizes]
-        shapes = [Shape(tree, chain) for tree in trees for chain in CHAINS]
+        shapes = [StepShape(tree, chain) for tree in trees for chain in CHAINS]
         self._shapes = [shape for shape in shapes if shape.tree.num_nodes <= max_nodes]
         self.trees: Sequence[Tree] = [shape.tree for shape in self._shapes]
         self.depths: Sequence[int] = sorted({shape.heads.depth for shape in self._shapes} - {0})

@@ -14,7 +14,7 @@ from medusa_export.heads.trees.tree import Choice, Tree
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
+class StepShape:
     """The nodes of a step, whoever drafts their tokens.
 
     Attributes:

@@ -29,7 +29,7 @@ def _one(engine_dir: Path, options: ServingOptions) -> TreeDecoder:
 
 
 @dataclass(frozen=True)
-class Backend:
+class ServedBackend:
     """How a server decodes with the engines of one backend.
 
     Attributes:
@@ -42,8 +42,8 @@ class Backend:
 
 
 SERVED = {
-    "onnxruntime": Backend(_many),
-    "tensorrt": Backend(_one, ("max_batch", "kv_cache_mb", "prefill_tokens", "threads")),
+    "onnxruntime": ServedBackend(_many),
+    "tensorrt": ServedBackend(_one, ("max_batch", "kv_cache_mb", "prefill_tokens", "threads")),
 }
 
 

@@ -15,7 +15,7 @@ from medusa_export.core.typed_paths import as_recorded
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.serving.request import FinishInfo
 from medusa_export.engines.serving.scheduler import Scheduler
-from medusa_export.heads.data.chat_model import Answer
+from medusa_export.heads.data.chat_model import ChatAnswer
 from medusa_export.heads.decoding.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class BatchChatModel:
         self._tokenizer = tokenizer
         self._scheduler = Scheduler(decoder)
 
-    async def answer(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> Answer:
+    async def answer(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> ChatAnswer:
         """The model's answer to a conversation.
 
         Raises:
@@ -65,7 +65,7 @@ class BatchChatModel:
             handle.cancel()
             raise
         text = self._tokenizer.decode(handle.tokens, skip_special_tokens=True)
-        return Answer(str(text), end.reason, len(handle.tokens))
+        return ChatAnswer(str(text), end.reason, len(handle.tokens))
 
     async def close(self) -> None:
         """Stop the thread; answers that were not finished are cancelled."""

@@ -22,7 +22,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_fields import read_json
 from medusa_export.core.threads import StopPoint, run_all
 from medusa_export.core.user_cache import user_cache
-from medusa_export.engines.tensorrt.library import RTX, TensorRt, find_tensorrt, local_gpu
+from medusa_export.engines.tensorrt.library import RTX, TensorRtLibrary, find_tensorrt, local_gpu
 from medusa_export.heads.contract.engine_info import DECODER_FILE, HEADS_FILE
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class TensorRtBuilder:
 def build_engine(
     graph: Path,
     engine: Path,
-    tensorrt: TensorRt,
+    tensorrt: TensorRtLibrary,
     request: BuildRequest,
     progress: Progress,
     stop_point: StopPoint = lambda: None,
@@ -190,7 +190,7 @@ def _describe(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": str(tensor.dtype).removeprefix("DataType.").lower(), "shape": shape}
 
 
-def refused_graph(graph: Path, tensorrt: TensorRt, errors: Sequence[str]) -> ConfigError:
+def refused_graph(graph: Path, tensorrt: TensorRtLibrary, errors: Sequence[str]) -> ConfigError:
     """What to say of a graph that TensorRT does not build.
 
     Args:
@@ -255,7 +255,7 @@ def _monitor(trt: Any, stage: str, progress: Progress, stop_point: StopPoint) ->
 
 
 @contextmanager
-def _timing_cache(config: Any, tensorrt: TensorRt, gpus: Sequence[int]) -> Iterator[None]:
+def _timing_cache(config: Any, tensorrt: TensorRtLibrary, gpus: Sequence[int]) -> Iterator[None]:
     """Keep what TensorRT measured on this GPU for later builds; TensorRT-RTX measures nothing when it builds.
 
     A cache that cannot be read or written costs a warning and time, never the build.

@@ -13,7 +13,7 @@ RTX, DATA_CENTRE = "tensorrt_rtx", "tensorrt"
 
 
 @dataclass(frozen=True)
-class TensorRt:
+class TensorRtLibrary:
     """A TensorRT that is installed; both have one API.
 
     Attributes:
@@ -35,7 +35,7 @@ class TensorRt:
         return tuple(sorted(int(name[2:]) for name in names))
 
 
-def find_tensorrt(gpus: Sequence[int], here: int | None) -> TensorRt:
+def find_tensorrt(gpus: Sequence[int], here: int | None) -> TensorRtLibrary:
     """The TensorRT that builds for ``gpus``: the data-centre one where this machine's GPU is the only target, else TensorRT-RTX.
 
     Args:
@@ -68,14 +68,14 @@ def find_tensorrt(gpus: Sequence[int], here: int | None) -> TensorRt:
     )
 
 
-def import_tensorrt(name: str) -> TensorRt | None:
+def import_tensorrt(name: str) -> TensorRtLibrary | None:
     """The package of that name; None where it is not installed."""
     try:
         if name == DATA_CENTRE:
             import tensorrt
 
-            return TensorRt(name, tensorrt)
-        return TensorRt(name, _import_rtx())
+            return TensorRtLibrary(name, tensorrt)
+        return TensorRtLibrary(name, _import_rtx())
     except ImportError:
         return None
 

@@ -22,7 +22,7 @@ from medusa_export.heads.trees.tree import Tree, load_tree
 
 
 @dataclass(frozen=True)
-class Bound:
+class FormBound:
     """What a form may lose against the unquantized checkpoint, and how far a tree step may be from single steps.
 
     Attributes:
@@ -41,11 +41,11 @@ class Bound:
 # but attention before them sums in another order where masked rows lie between: about one step of a small tree in a hundred has a
 # code that falls the other way, and all behind it moves.
 BOUNDS = {
-    "float": Bound(1e-3, 0.97, 5e-2),
-    **{form: Bound(0.4, 0.5, 5e-2) for form in ("fp8", "fp8_row")},
-    "int8_row": Bound(0.8, 0.4, 4.0),
-    "int8": Bound(0.1, 0.8, 4.0),
-    **{form: Bound(0.8, 0.4, 4.0) for form in ("int4", "int4_awq")},
+    "float": FormBound(1e-3, 0.97, 5e-2),
+    **{form: FormBound(0.4, 0.5, 5e-2) for form in ("fp8", "fp8_row")},
+    "int8_row": FormBound(0.8, 0.4, 4.0),
+    "int8": FormBound(0.1, 0.8, 4.0),
+    **{form: FormBound(0.8, 0.4, 4.0) for form in ("int4", "int4_awq")},
 }
 # By form of the portable graph, on SmolLM2-135M: (nats, share of equal best tokens, logits), the worse of float16 and bfloat16. The
 # first two are against the checkpoint; the last is the largest difference between ONNX Runtime and float32 PyTorch on the very same
@@ -64,7 +64,7 @@ ROUNDING = frozenset(("fp8", "int8_sq", "nvfp4"))  # of inputs too
 EXACT = frozenset(("float",))  # weights are the checkpoint's
 
 
-def measured_bound(form: str) -> Bound:
+def measured_bound(form: str) -> FormBound:
     """The bound that follows from a measurement.
 
     Other models lose more than this one, small and random ones several times as much; a graph with a wrong weight, scale, mask or
@@ -74,7 +74,7 @@ def measured_bound(form: str) -> Bound:
     check of the tree says little there; the other forms have the same mask.
     """
     kl, agreement, max_error = MEASURED[form]
-    return Bound(
+    return FormBound(
         max(4 * kl, 1e-2), 0.95 if form in EXACT else agreement / 2, max_error * (2 if form in ROUNDING else 10)
     )
 
@@ -138,7 +138,7 @@ class BackendCheck:
         needs_reference: whether a run without the checkpoint would not be worth its time.
     """
 
-    bounds: Mapping[str, Bound]
+    bounds: Mapping[str, FormBound]
     open: Callable[[Path], Any] | None = None
     files: Callable[[Path], list[str]] = lambda engine_dir: []
     needs_reference: bool = False
@@ -156,7 +156,7 @@ CHECKS: dict[str, BackendCheck] = {
 }
 
 
-def bound_of(info: EngineInfo) -> Bound:
+def bound_of(info: EngineInfo) -> FormBound:
     """What an engine may lose."""
     return CHECKS[info.backend].bounds[info.form]
 

@@ -78,7 +78,7 @@ EITHER = (HeadShape, TrainArguments, CacheFlags, ReferenceArguments, DeviceFlags
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainingRequest:
     """A training: what was asked for, the conversations, and where to show how far it is."""
 
     own: TrainFlags
@@ -101,13 +101,13 @@ def train_command(own: TrainFlags, given: Given) -> None:
     own, given = _on_this_machine(own, given)
     dataset, measured = _examples(own)
     with progress_bars() as progress:
-        found = way(Request(own, given, dataset, measured, progress))
+        found = way(TrainingRequest(own, given, dataset, measured, progress))
     if found is not None:
         _print_accuracy(found)
         stdout.print(f"wrote {own.output}", soft_wrap=True, markup=False)
 
 
-def _way(own: TrainFlags, given: Given) -> Callable[[Request], Any]:
+def _way(own: TrainFlags, given: Given) -> Callable[[TrainingRequest], Any]:
     """The function that trains, once the flags are known to fit it."""
     uses_model = own.joint or own.reference or "quant" in given
     holding = {JOINT: own.joint, "--quant": "quant" in given, WITH_MODEL: uses_model, DEFAULT_WAY: not uses_model}
@@ -168,7 +168,7 @@ def _examples(own: TrainFlags) -> tuple[Sequence[Example], Sequence[Example]]:
     return with_prompts(dataset) if own.learn_prompts else dataset, held_out
 
 
-def _train_fast(asked: Request) -> Any:
+def _train_fast(asked: TrainingRequest) -> Any:
     from medusa_export.heads.training.cached.run import train_fast
 
     own, given = asked.own, asked.given
@@ -180,7 +180,7 @@ def _train_fast(asked: Request) -> Any:
     )  # fmt: skip
 
 
-def _train_with_model(asked: Request) -> Any:
+def _train_with_model(asked: TrainingRequest) -> Any:
     """Through the Trainer; None in processes other than the first."""
     from medusa_export.heads.training.full.report import ReferenceReporter
     from medusa_export.heads.training.full.run import train_reference

@@ -30,14 +30,14 @@ class TritonFlags:
 
 
 @dataclass(frozen=True)
-class VerifyFlags:
+class RepositoryVerifyFlags:
     """What medusa-triton verify takes."""
 
     repository: Path = flag(help="A model repository, of medusa-triton or another tool.", panel=INPUT, positional=True)
 
 
 @dataclass(frozen=True)
-class ServeFlags:
+class RepositoryServeFlags:
     """What medusa-triton serve takes."""
 
     repository: Path = flag(help="A model repository that medusa-triton wrote.", panel=INPUT, positional=True)
@@ -60,7 +60,7 @@ class ServeFlags:
 
 
 @dataclass(frozen=True)
-class Kind:
+class RepositoryKind:
     """One kind of model repository.
 
     Attributes:
@@ -110,9 +110,9 @@ def _verify_trtllm(repository: Path) -> list[str]:
 
 
 # By the name in a repository's manifest; the first kind that has such an engine as --engine is its kind.
-KINDS: dict[str, Kind] = {
-    "tensorrt-llm": Kind("a TensorRT-LLM engine", _is_trtllm, _write_trtllm, _verify_trtllm, (TrtllmServing,)),
-    "python": Kind(
+KINDS: dict[str, RepositoryKind] = {
+    "tensorrt-llm": RepositoryKind("a TensorRT-LLM engine", _is_trtllm, _write_trtllm, _verify_trtllm, (TrtllmServing,)),
+    "python": RepositoryKind(
         "an ONNX Runtime or TensorRT engine", lambda path: (path / ENGINE_FILE).is_file(), _write_python, _verify_python,
         (ServingOptions, TreeChoice),
     ),
@@ -139,7 +139,7 @@ def triton_command(own: TritonFlags, given: Given) -> None:
 
 
 @command(triton_app, "verify")
-def verify_command(own: VerifyFlags) -> None:
+def verify_command(own: RepositoryVerifyFlags) -> None:
     """Check a repository again: every file, every configuration, the engine and the tokenizer.
 
     Of a repository that another tool wrote: configurations, the engine's parameters, and the steps of ensembles. Exit code 1 when
@@ -166,7 +166,7 @@ def verify_command(own: VerifyFlags) -> None:
 
 
 @command(triton_app, "serve")
-def serve_command(own: ServeFlags) -> None:
+def serve_command(own: RepositoryServeFlags) -> None:
     """Serve a repository with tritonserver, until SIGTERM or Ctrl-C: its launch.sh, with what the server needs around it.
 
     Example: medusa-triton serve repository

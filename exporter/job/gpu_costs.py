@@ -9,7 +9,7 @@ from typing import Any
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.roofline.gpus import Gpu
-from medusa_export.heads.roofline.shape import HALF, Precision, Shape
+from medusa_export.heads.roofline.shape import HALF, ModelShape, Precision
 from medusa_export.heads.roofline.step import Deployment
 from medusa_export.heads.trees.acceptance import Acceptance
 from medusa_export.heads.trees.search import Candidate
@@ -49,13 +49,13 @@ class Target:
                 gpu.name, f"{self.weight_format.name}, kv cache {self.kv_cache}", why, "choose another format or GPU"
             )
         weights = precision(self.weight_format)
-        shape = Shape.of(self.config, self.heads, self.head_layers)
+        shape = ModelShape.of(self.config, self.heads, self.head_layers)
         heads = weights if self.quant_heads else HALF
         return Deployment(shape, gpu, self.tp, weights, heads, 8 * kv_cache.bytes)
 
     def without_heads(self, gpu: Gpu) -> dict[str, Deployment]:
         """The same model in the usual formats that the GPU has, to decode without heads."""
-        shape = Shape.of(self.config, 0, 0)
+        shape = ModelShape.of(self.config, 0, 0)
         formats = (FORMATS[name] for name in dict.fromkeys((*COMPARED, self.weight_format.name)))
         able = [
             weight_format

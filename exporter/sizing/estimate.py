@@ -37,7 +37,14 @@ from medusa_export.exporter.sizing.gpus import (
 )
 from medusa_export.exporter.sizing.memory import LIBRARIES, available_ram, ram_items
 from medusa_export.exporter.sizing.speed import estimate_speeds, known_acceptance
-from medusa_export.exporter.sizing.types import Group, Machine, Request, Sizing, head_parameter_count, parameter_count
+from medusa_export.exporter.sizing.types import (
+    ExportMachine,
+    Group,
+    Request,
+    Sizing,
+    head_parameter_count,
+    parameter_count,
+)
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.heads.checkpoint import families
 from medusa_export.quantize.tensorrt_targets import tensorrt_form
@@ -97,7 +104,7 @@ def _plan(arguments: ExportArguments, headers: Path, batch: int, context: int | 
     return replace(size_export(job.spec, request, this_machine(arguments.output)), speeds=speeds)
 
 
-def size_export(spec: ExportSpec, request: Request, machine: Machine) -> Sizing:
+def size_export(spec: ExportSpec, request: Request, machine: ExportMachine) -> Sizing:
     """The sizes of one layout; the same arguments give the same sizes.
 
     Args:
@@ -142,9 +149,9 @@ def _existing(path: Path) -> Path:
     return next(each for each in (path, *path.parents) if each.exists())
 
 
-def this_machine(out: Path) -> Machine:
+def this_machine(out: Path) -> ExportMachine:
     free = shutil.disk_usage(_existing(out.resolve())).free
-    return Machine(free, available_ram(), torch.cuda.is_available())
+    return ExportMachine(free, available_ram(), torch.cuda.is_available())
 
 
 # What the layout decides.

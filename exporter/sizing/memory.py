@@ -16,8 +16,8 @@ from medusa_export.exporter.sizing.types import (
     BUILD_COPIES,
     FLOAT16,
     FLOAT32,
+    ExportMachine,
     Item,
-    Machine,
     Request,
     head_parameter_count,
     parameter_count,
@@ -41,7 +41,7 @@ def available_ram() -> int:
     return available
 
 
-def ram_items(spec: ExportSpec, request: Request, machine: Machine) -> Iterator[Item]:
+def ram_items(spec: ExportSpec, request: Request, machine: ExportMachine) -> Iterator[Item]:
     """What each stage of an export takes of RAM, in bytes.
 
     Args:
@@ -69,7 +69,7 @@ def _largest(spec: ExportSpec) -> int:
     return max(map(math.prod, spec.config.tensor_shapes().values()))
 
 
-def _calibration(spec: ExportSpec, machine: Machine) -> Item:
+def _calibration(spec: ExportSpec, machine: ExportMachine) -> Item:
     """The model with one more copy of its largest tensor, and the widest activations of one prompt."""
     config, size = spec.config, FLOAT16 if machine.has_gpu else FLOAT32
     base, heads = (

@@ -48,7 +48,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Machine:
+class ExportMachine:
     """Where the export runs: bytes free on the output's disk, bytes of RAM available, and whether a GPU calibrates."""
 
     disk_free: int

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from medusa_export.core.threads import StopPoint, run_torch
-from medusa_export.exporter.verify.dequantize import Rows
+from medusa_export.exporter.verify.dequantize import BoundedRows
 from medusa_export.exporter.verify.rebuild import (
     Place,
     Rebuilt,
@@ -280,7 +280,7 @@ def _difference(name: str, place: Place, checkpoint: MedusaCheckpoint) -> Differ
     return Difference(wrong_copies=found.wrong) if place.is_copy else found
 
 
-def _rounding(rows: Rows, expected: torch.Tensor) -> Difference:
+def _rounding(rows: BoundedRows, expected: torch.Tensor) -> Difference:
     """Uses the rows' memory up: fresh memory costs more than the arithmetic."""
     error = torch.sub(rows.values, expected)
     noise, energy = (float(torch.dot(each.flatten(), each.flatten())) for each in (error, expected))

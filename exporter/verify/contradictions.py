@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from medusa_export.exporter.verify.rebuild import Piece, Rebuilt, layout
+from medusa_export.exporter.verify.rebuild import RankPiece, Rebuilt, layout
 from medusa_export.heads.checkpoint.families import FAMILIES
 from medusa_export.heads.checkpoint.rope import SCALINGS
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
@@ -102,7 +102,7 @@ def _padding_problems(item: Rebuilt) -> Iterator[str]:
         yield f"{item.name}: padding rows of rank {wrong[0].rank} that are not zero"
 
 
-def _ends_in_zeros(piece: Piece, height: int) -> bool:
+def _ends_in_zeros(piece: RankPiece, height: int) -> bool:
     return piece.height >= height and not bool(piece.stored.rows(piece.stop - height, piece.stop).values.any())
 
 

@@ -24,7 +24,7 @@ FP4_RELATIVE, FP4_ABSOLUTE = 1 / 4, 1 / 4
 
 
 @dataclass(frozen=True)
-class Rows:
+class BoundedRows:
     """Some rows of a linear.
 
     Attributes:
@@ -57,9 +57,9 @@ class StoredVector:
         """[n]."""
         return self.file.shape(self.name)
 
-    def rows(self, start: int, stop: int) -> Rows:
+    def rows(self, start: int, stop: int) -> BoundedRows:
         """Values ``start .. stop - 1``.  # [stop - start]"""
-        return Rows(self.file.read_rows(self.name, start, stop))
+        return BoundedRows(self.file.read_rows(self.name, start, stop))
 
 
 CODE_DTYPES = ("float8_e4m3fn", "int8", "uint8")  # what a quantized weight is stored in
@@ -97,10 +97,10 @@ class StoredLinear:
         decoder = DECODERS[str(self.algo)]
         return rows * decoder.packed_rows, columns * decoder.packed_columns
 
-    def rows(self, start: int, stop: int) -> Rows:
+    def rows(self, start: int, stop: int) -> BoundedRows:
         """Rows ``start .. stop - 1``.  # [stop - start, in]"""
         if not self.is_quantized:
-            return Rows(self.file.read_rows(f"{self.module}.weight", start, stop))
+            return BoundedRows(self.file.read_rows(f"{self.module}.weight", start, stop))
         return DECODERS[str(self.algo)].rows(self, start, stop)
 
     def number(self, kind: str) -> float:
@@ -110,7 +110,7 @@ class StoredLinear:
     def _take(self, kind: str, start: int, stop: int) -> torch.Tensor:
         return _to_float(self.file.read_rows(f"{self.module}.{kind}", start, stop))
 
-    def _unsmoothed(self, values: torch.Tensor, step: torch.Tensor) -> Rows:
+    def _unsmoothed(self, values: torch.Tensor, step: torch.Tensor) -> BoundedRows:
         """The file's weight is the source's divided by the factor of each input, before or after that was rounded to 16 bit.
 
         Of a factor f, stored as F = f (1 +- u), and codes half a step off: ``|F q s - w| <= u |F q s| + F (1 + u) s / 2``.
@@ -120,19 +120,19 @@ class StoredLinear:
         factor = stored.to(torch.float32)
         values = values.mul_(factor)
         half_ulp = torch.finfo(stored.dtype).eps / 2
-        return Rows(values, half_ulp, step * factor * ((1 + half_ulp) / 2))
+        return BoundedRows(values, half_ulp, step * factor * ((1 + half_ulp) / 2))
 
-    def _fp8(self, start: int, stop: int) -> Rows:
+    def _fp8(self, start: int, stop: int) -> BoundedRows:
         return _fp8_rows(self._take("weight", start, stop), torch.tensor(self.number("weights_scaling_factor")))
 
-    def _fp8_row(self, start: int, stop: int) -> Rows:
+    def _fp8_row(self, start: int, stop: int) -> BoundedRows:
         return _fp8_rows(self._take("weight", start, stop), self._take("per_channel_scale", start, stop)[:, None])
 
-    def _int8(self, start: int, stop: int) -> Rows:
+    def _int8(self, start: int, stop: int) -> BoundedRows:
         scale = self._take("weights_scaling_factor", start, stop)[:, None]
         return self._unsmoothed(self._take("weight", start, stop).mul_(scale), scale)
 
-    def _int4(self, start: int, stop: int) -> Rows:
+    def _int4(self, start: int, stop: int) -> BoundedRows:
         packed = self.file.read_rows(f"{self.module}.weight", start // 2, -(-stop // 2)).to(torch.int32)
         low, high = (packed << 28) >> 28, packed >> 4  # both signed
         codes = torch.stack([low, high], dim=1).flatten(0, 1)  # row 2k is the low half
@@ -141,14 +141,14 @@ class StoredLinear:
         scales = scales.repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
         return self._unsmoothed(codes * scales, scales)
 
-    def _fp4(self, start: int, stop: int) -> Rows:
+    def _fp4(self, start: int, stop: int) -> BoundedRows:
         packed = self.file.read_rows(f"{self.module}.weight", start, stop)
         codes = torch.stack([packed & 0xF, packed >> 4], dim=2).reshape(len(packed), -1).to(torch.int64)
         magnitude = FP4_VALUES[codes & 7]
         blocks = self._take("weights_scaling_factor", start, stop) * self.number("weights_scaling_factor_2")
         scales = blocks.repeat_interleave(codes.shape[1] // blocks.shape[1], dim=1)
         values = torch.where(codes >= 8, -magnitude, magnitude) * scales
-        return Rows(values, FP4_RELATIVE, scales * FP4_ABSOLUTE)
+        return BoundedRows(values, FP4_RELATIVE, scales * FP4_ABSOLUTE)
 
 
 def _to_float(stored: torch.Tensor) -> torch.Tensor:
@@ -164,8 +164,8 @@ def _to_float(stored: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _fp8_rows(codes: torch.Tensor, scale: torch.Tensor) -> Rows:
-    return Rows(codes.mul_(scale), FP8_RELATIVE, scale * FP8_ABSOLUTE)
+def _fp8_rows(codes: torch.Tensor, scale: torch.Tensor) -> BoundedRows:
+    return BoundedRows(codes.mul_(scale), FP8_RELATIVE, scale * FP8_ABSOLUTE)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Decoder:
         packed_rows, packed_columns: of the weight, in one of the file's.
     """
 
-    rows: Callable[[StoredLinear, int, int], Rows]
+    rows: Callable[[StoredLinear, int, int], BoundedRows]
     packed_rows: int = 1
     packed_columns: int = 1
 

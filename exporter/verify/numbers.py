@@ -11,7 +11,7 @@ import torch
 
 from medusa_export.core.threads import StopPoint, run_torch
 from medusa_export.exporter.verify.comparison import ROUNDING
-from medusa_export.exporter.verify.dequantize import Rows
+from medusa_export.exporter.verify.dequantize import BoundedRows
 from medusa_export.exporter.verify.rebuild import CHUNK_VALUES, Rebuilt, layout, open_ranks
 from medusa_export.exporter.verify.trtllm_loader.config import read_config
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
@@ -33,7 +33,7 @@ class Numbers(Protocol):
     def shape(self, name: str) -> Shape:
         """Shape of the Hugging Face tensor."""
 
-    def rows(self, name: str, start: int, stop: int) -> Rows:
+    def rows(self, name: str, start: int, stop: int) -> BoundedRows:
         """Rows ``start .. stop - 1``.  # [stop - start, ...]
 
         Args:
@@ -58,9 +58,9 @@ class SourceNumbers:
     def shape(self, name: str) -> Shape:
         return self.checkpoint.shape(name)
 
-    def rows(self, name: str, start: int, stop: int) -> Rows:
+    def rows(self, name: str, start: int, stop: int) -> BoundedRows:
         """As :meth:`Numbers.rows`."""
-        return Rows(self.checkpoint.read_rows(name, start, stop))
+        return BoundedRows(self.checkpoint.read_rows(name, start, stop))
 
 
 class RankNumbers:
@@ -78,12 +78,12 @@ class RankNumbers:
     def shape(self, name: str) -> Shape:
         return self._items[name].shape
 
-    def rows(self, name: str, start: int, stop: int) -> Rows:
+    def rows(self, name: str, start: int, stop: int) -> BoundedRows:
         """As :meth:`Numbers.rows`."""
         return _joined(list(_lines(self._items[name], start, stop)), dim=0)
 
 
-def _lines(item: Rebuilt, start: int, stop: int) -> Iterator[Rows]:
+def _lines(item: Rebuilt, start: int, stop: int) -> Iterator[BoundedRows]:
     """The rows of every line of the grid that the range reaches into."""
     first = 0
     for line in item.grid:
@@ -93,14 +93,14 @@ def _lines(item: Rebuilt, start: int, stop: int) -> Iterator[Rows]:
         first += line[0].height
 
 
-def _joined(parts: list[Rows], *, dim: int) -> Rows:
+def _joined(parts: list[BoundedRows], *, dim: int) -> BoundedRows:
     if len(parts) == 1:
         return parts[0]
     values = torch.cat([part.values for part in parts], dim=dim)
     if parts[0].absolute is None:
-        return Rows(values)
+        return BoundedRows(values)
     absolute = [torch.broadcast_to(part.absolute, part.values.shape) for part in parts if part.absolute is not None]
-    return Rows(values, parts[0].relative, torch.cat(absolute, dim=dim))
+    return BoundedRows(values, parts[0].relative, torch.cat(absolute, dim=dim))
 
 
 class Weight(Protocol):
@@ -114,7 +114,7 @@ class Weight(Protocol):
     def shape(self) -> Shape:
         """Shape in Hugging Face's orientation."""
 
-    def rows(self, start: int, stop: int) -> Rows:
+    def rows(self, start: int, stop: int) -> BoundedRows:
         """Rows in Hugging Face's orientation."""
 
     def row_numbers(self, start: int, stop: int) -> torch.Tensor | None:
@@ -176,7 +176,7 @@ def _difference(weight: Weight, numbers: Numbers, other: str, stop_point: StopPo
     return f"{weight.name}: {wrong} of {math.prod(weight.shape)} values are not {other} (relative error {relative:.3g})"
 
 
-def _unequal(ours: Rows, theirs: Rows, is_source: bool) -> tuple[int, float, float]:
+def _unequal(ours: BoundedRows, theirs: BoundedRows, is_source: bool) -> tuple[int, float, float]:
     """Values that differ by more than both were rounded; squares of the differences and of their values, summed."""
     left, right = ours.values, theirs.values
     if ours.absolute is None and theirs.absolute is None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from medusa_export.core.errors import CheckpointError
-from medusa_export.exporter.verify.dequantize import Rows, StoredLinear, StoredVector
+from medusa_export.exporter.verify.dequantize import BoundedRows, StoredLinear, StoredVector
 from medusa_export.exporter.verify.trtllm_loader.config import read_config
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
@@ -22,7 +22,7 @@ CHUNK_VALUES = 1 << 20  # as in the writer, for the same reason
 
 
 @dataclass(frozen=True)
-class Piece:
+class RankPiece:
     """Rows ``start .. stop - 1`` of what one rank holds of a matrix or vector."""
 
     rank: int
@@ -35,7 +35,7 @@ class Piece:
         """Number of rows."""
         return self.stop - self.start
 
-    def chunks(self) -> Iterator[tuple[int, Rows]]:
+    def chunks(self) -> Iterator[tuple[int, BoundedRows]]:
         """(first row of the piece, rows), top to bottom; bounded in memory."""
         step = _rows_a_chunk(self.stored.shape)
         for first in range(self.start, self.stop, step):
@@ -51,7 +51,7 @@ class Place:
         is_copy: another rank holds the same.
     """
 
-    piece: Piece
+    piece: RankPiece
     row: int
     column: int = 0
     is_copy: bool = False
@@ -70,9 +70,9 @@ class Rebuilt:
 
     name: str
     source: str
-    grid: tuple[tuple[Piece, ...], ...]
-    copies: tuple[tuple[Piece, int], ...] = ()
-    padding: tuple[Piece, ...] = ()
+    grid: tuple[tuple[RankPiece, ...], ...]
+    copies: tuple[tuple[RankPiece, int], ...] = ()
+    padding: tuple[RankPiece, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,11 +114,11 @@ class Rebuilt:
             require_zeros(piece, self.source)
         return values
 
-    def _line(self, line: tuple[Piece, ...]) -> torch.Tensor:
+    def _line(self, line: tuple[RankPiece, ...]) -> torch.Tensor:
         return torch.cat([torch.cat([rows.values for _, rows in piece.chunks()]) for piece in line], dim=-1)
 
 
-def require_zeros(piece: Piece, source: str) -> None:
+def require_zeros(piece: RankPiece, source: str) -> None:
     """Raise CheckpointError when a padding row holds something."""
     if any(rows.values.any() for _, rows in piece.chunks()):
         got = "padding rows that are not zero"
@@ -214,11 +214,11 @@ class _Ranks:
         """One linear of every rank."""
         return [StoredLinear(file, module, self.algo) for file in self.files]
 
-    def whole(self, stored: Sequence[StoredLinear | StoredVector]) -> list[Piece]:
+    def whole(self, stored: Sequence[StoredLinear | StoredVector]) -> list[RankPiece]:
         """All rows of every rank's share."""
-        return [Piece(rank, each, 0, each.shape[0]) for rank, each in enumerate(stored)]
+        return [RankPiece(rank, each, 0, each.shape[0]) for rank, each in enumerate(stored)]
 
-    def vectors(self, name: str) -> list[Piece]:
+    def vectors(self, name: str) -> list[RankPiece]:
         """One vector of every rank."""
         return self.whole([StoredVector(file, name) for file in self.files])
 
@@ -232,7 +232,7 @@ class _Ranks:
         return _copied("model.embed_tokens.weight", module, self.whole(self.linears(module)))
 
 
-def _copied(name: str, source: str, pieces: Sequence[Piece]) -> Rebuilt:
+def _copied(name: str, source: str, pieces: Sequence[RankPiece]) -> Rebuilt:
     return Rebuilt(name, source, ((pieces[0],),), copies=tuple((piece, 0) for piece in pieces[1:]))
 
 
@@ -272,7 +272,7 @@ def _qkv(ranks: _Ranks, source: str, target: str) -> Iterator[Rebuilt]:
     for name, count, stop in zip(("q_proj", "k_proj", "v_proj"), counts, accumulate(counts), strict=True):
         sharing = 1 if name == "q_proj" else max(tp // kv_heads, 1)
         for suffix, each in stored.items():
-            pieces = [Piece(rank, part, stop - count, stop) for rank, part in enumerate(each)]
+            pieces = [RankPiece(rank, part, stop - count, stop) for rank, part in enumerate(each)]
             grid = tuple((piece,) for piece in pieces[::sharing])
             copies = ((p, index // sharing * count) for index, p in enumerate(pieces) if index % sharing)
             yield Rebuilt(f"{target}.{name}.{suffix}", source, grid, tuple(copies))

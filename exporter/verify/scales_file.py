@@ -16,7 +16,7 @@ FP8, INT8, FP4 = 448.0, 127.0, 6.0  # largest codes
 
 
 @dataclass(frozen=True)
-class Codes:
+class LargestCodes:
     """The code of the largest weight, and of the largest input; None where the file has no scale of it."""
 
     weight: float | None
@@ -24,11 +24,11 @@ class Codes:
     weight_name: str = "weights_scaling_factor"
 
 
-CODES: dict[str | None, Codes] = {
-    "FP8": Codes(FP8, FP8),
-    "W8A8_SQ_PER_CHANNEL": Codes(None, INT8),
-    "W4A8_AWQ": Codes(FP8, FP8, "weights_scaling_factor_2"),
-    "NVFP4": Codes(FP4 * FP8, FP4 * FP8, "weights_scaling_factor_2"),
+CODES: dict[str | None, LargestCodes] = {
+    "FP8": LargestCodes(FP8, FP8),
+    "W8A8_SQ_PER_CHANNEL": LargestCodes(None, INT8),
+    "W4A8_AWQ": LargestCodes(FP8, FP8, "weights_scaling_factor_2"),
+    "NVFP4": LargestCodes(FP4 * FP8, FP4 * FP8, "weights_scaling_factor_2"),
 }
 KV_CODES = {"FP8": (FP8, 1.0), "INT8": (INT8, 0.0)}  # largest code, smallest scale
 DTYPES = {**dict.fromkeys(("input_amax", "weight_amax", "kv_amax"), "float64"), "pre_quant_scale": "float32"}
@@ -96,7 +96,7 @@ def scale_differences(config: Mapping[str, Any], files: Sequence[TensorSource], 
 
 def _rank(config: Mapping[str, Any], rank: int, file: TensorSource, tp: int, scales: ScalesFile) -> Iterator[str]:
     quantization = config["quantization"]
-    codes = CODES.get(quantization.get("quant_algo"), Codes(None, None))
+    codes = CODES.get(quantization.get("quant_algo"), LargestCodes(None, None))
     for name in file.names:
         module, _, kind = name.rpartition(".")
         if kind == "kv_cache_scaling_factor":

@@ -46,7 +46,7 @@ _CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class MedusaHeads:
+class HeadWeights:
     """Heads that fit a base model.
 
     Attributes:
@@ -80,7 +80,7 @@ class MedusaHeads:
         return tuple(template.format(head, layer) for head in range(self.num_heads) for layer, template in templates)
 
 
-def open_heads(path: Path, config: DecoderConfig, *, check_values: bool = True) -> MedusaHeads:
+def open_heads(path: Path, config: DecoderConfig, *, check_values: bool = True) -> HeadWeights:
     """Open a heads directory or file, in any layout, and check it against the base model.
 
     Args:
@@ -104,7 +104,7 @@ def open_heads(path: Path, config: DecoderConfig, *, check_values: bool = True) 
     source.require({stored: _shape(name, config) for name, stored in names.items()})
     if check_values:
         _require_finite(source, names.values())
-    found = MedusaHeads(source, heads, layers, _layout(source, keys), names, ())
+    found = HeadWeights(source, heads, layers, _layout(source, keys), names, ())
     return replace(found, warnings=tuple(_disagreements(config_file, raw, found)))
 
 
@@ -263,7 +263,7 @@ def _require_finite(source: TensorSource, stored: Iterable[str]) -> None:
             raise _error(source, name, "NaN or infinite values", "finite weights")
 
 
-def _disagreements(config_file: Path, raw: Mapping[str, Any], heads: MedusaHeads) -> Iterator[str]:
+def _disagreements(config_file: Path, raw: Mapping[str, Any], heads: HeadWeights) -> Iterator[str]:
     """A config.json that says otherwise is reported, and the tensors are believed."""
     said = raw["medusa"] if isinstance(raw.get("medusa"), dict) else raw
     is_vllm = raw.get("model_type") == "medusa"  # in a base model's config num_hidden_layers is something else

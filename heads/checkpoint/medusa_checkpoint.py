@@ -15,7 +15,7 @@ from medusa_export.core.errors import CheckpointError
 from medusa_export.core.hub import HEAD_FILES
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig, refuse_adapter
-from medusa_export.heads.checkpoint.head_layouts import MedusaHeads, holds_heads, open_heads
+from medusa_export.heads.checkpoint.head_layouts import HeadWeights, holds_heads, open_heads
 from medusa_export.heads.checkpoint.tensor_source import TensorSource
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class MedusaCheckpoint:
 
     config: DecoderConfig
     base: TensorSource = field(repr=False)
-    heads: MedusaHeads = field(repr=False)
+    heads: HeadWeights = field(repr=False)
     warnings: tuple[str, ...]
 
     @classmethod
@@ -78,7 +78,7 @@ class MedusaCheckpoint:
         _refuse_more_layers(base, config)
         if config.tie_word_embeddings and families.LM_HEAD in base:
             _refuse_two_lm_heads(base, config, True)
-        return cls(config, base, MedusaHeads(base, 0, 0, "none", {}, ()), ())
+        return cls(config, base, HeadWeights(base, 0, 0, "none", {}, ()), ())
 
     def announcing(self, before_read: Callable[[Path], None]) -> MedusaCheckpoint:
         """The same, but ``before_read`` is called with a file before matrices are read from it."""

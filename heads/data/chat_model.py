@@ -11,7 +11,7 @@ from medusa_export.heads.decoding.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChatAnswer:
     """What a model said.
 
     Attributes:
@@ -33,7 +33,7 @@ class ChatModel(Protocol):
 
     name: str
 
-    async def answer(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> Answer:
+    async def answer(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> ChatAnswer:
         """The model's next turn.
 
         Args:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from medusa_export.core.errors import ConfigError, missing_package
-from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError
+from medusa_export.heads.data.chat_model import AnswerError, ChatAnswer, ModelUnavailableError
 from medusa_export.heads.decoding.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class OpenAIServers:
         self.name = name
         self._servers = servers
 
-    async def answer(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> Answer:
+    async def answer(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> ChatAnswer:
         """The model's next turn; what one server fails at, another one gets.
 
         Raises:
@@ -124,7 +124,7 @@ class OpenAIServers:
         for server in self._servers:
             await server.client.close()
 
-    async def _ask(self, server: _Server, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> Answer:
+    async def _ask(self, server: _Server, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> ChatAnswer:
         import openai
 
         request: dict[str, Any] = {"model": self.name, "messages": list(messages), **sampling.recorded()}
@@ -177,7 +177,7 @@ async def _mark_damaged(response: Any) -> None:
             response.extensions["damage"] = f"no whole answer: {error!r}"
 
 
-def _answer(body: Any) -> Answer:
+def _answer(body: Any) -> ChatAnswer:
     """The answer in the body of a chat completion.
 
     Raises:
@@ -187,7 +187,7 @@ def _answer(body: Any) -> Answer:
     text, reason = choice["message"]["content"] or "", choice["finish_reason"]  # null: nothing but a call of a tool
     if not isinstance(text, str) or not isinstance(reason, str) or type(tokens) is not int:
         raise TypeError(f"content {text!r:.40}, finish_reason {reason!r:.40}, completion_tokens {tokens!r:.40}")
-    return Answer(text, reason, tokens)
+    return ChatAnswer(text, reason, tokens)
 
 
 def _reason(error: APIError) -> str:

@@ -25,7 +25,7 @@ HALF = Precision(16, "fp16")
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A decoder and its heads, as in config.json.
 
     Attributes:
@@ -46,7 +46,7 @@ class Shape:
     window: int | None = None
 
     @classmethod
-    def of(cls, config: DecoderConfig, heads: int, head_layers: int) -> Shape:
+    def of(cls, config: DecoderConfig, heads: int, head_layers: int) -> ModelShape:
         """From a parsed config.json and the counts of the heads.
 
         Args:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.roofline.gpus import ARITHMETIC, BANDWIDTH, COLLECTIVE_US, KERNEL_US, Gpu
-from medusa_export.heads.roofline.shape import HALF, Precision, Shape
+from medusa_export.heads.roofline.shape import HALF, ModelShape, Precision
 
 Number = float | npt.NDArray[np.float64]  # an array has one value of each of several assumptions  # [S]
 ACTIVATION_BYTES, LOGIT_BYTES = 2, 4  # activations are 16 bit, logits float32
@@ -95,7 +95,7 @@ class Deployment:
         kv_bits: of a cached value.
     """
 
-    shape: Shape
+    shape: ModelShape
     gpu: Gpu
     tp: int = 1
     weights: Precision = HALF
@@ -124,7 +124,7 @@ class Deployment:
 
 
 @dataclass(frozen=True)
-class Parts:
+class StepParts:
     """Where a step's time goes, in milliseconds.
 
     Attributes:
@@ -158,7 +158,7 @@ def step_parts(
     *,
     medusa: bool = False,
     assumptions: Assumptions = DEFAULTS,
-) -> Parts:
+) -> StepParts:
     """A step that verifies ``nodes`` nodes of each of ``batch`` sequences behind ``past`` tokens.
 
     Args:
@@ -181,7 +181,7 @@ def step_parts(
     reduced = 2 * shape.layers * time.all_reduce(rows * shape.hidden)
     gathered = (1 + heads) * time.gather(rows * shape.vocab) + blocks * time.gather(rows * shape.hidden)
     inner, outer = shape.layers * assumptions.layer_kernels, _outer_kernels(heads, blocks, assumptions)
-    return Parts(
+    return StepParts(
         layers, attention, projection, drafting, reduced + gathered,
         launches=(inner + outer) * assumptions.kernel_us / 1e3,
         waiting=time.waiting(inner, layers + attention + reduced) + time.waiting(outer, projection + drafting + gathered),

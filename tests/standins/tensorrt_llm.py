@@ -208,9 +208,8 @@ class StandIn:
     strays: int | None = None
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Make ``import tensorrt_llm`` find the stand-in until the test ends."""
-    seen = StandIn()
+def _model_runner(seen: StandIn) -> type:
+    """TensorRT-LLM's class of a session; what it opens is written down in ``seen``."""
 
     class ModelRunnerCpp:
         def __init__(self, executor: StandInExecutor) -> None:
@@ -230,6 +229,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
             seen.opened.append((Path(engine_dir).name, given))
             seen.executors.append(StandInExecutor(medusa_choices, seen.strays))
             return cls(seen.executors[-1])
+
+    return ModelRunnerCpp
+
+
+def _llm(seen: StandIn) -> type:
+    """The class of the LLM API, in the same way."""
 
     class LLM:
         def __init__(
@@ -257,12 +262,18 @@ def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         def shutdown(self) -> None:
             self._executor.shutdown()
 
+    return LLM
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Make ``import tensorrt_llm`` find the stand-in until the test ends."""
+    seen = StandIn()
     modules = {
-        "tensorrt_llm._tensorrt_engine": {"LLM": LLM},
+        "tensorrt_llm._tensorrt_engine": {"LLM": _llm(seen)},
         "tensorrt_llm.llmapi": {
             "KvCacheConfig": KvCacheConfig, "MedusaDecodingConfig": MedusaDecodingConfig, "SamplingParams": SamplingParams,
         },
-        "tensorrt_llm": {}, "tensorrt_llm.runtime": {"ModelRunnerCpp": ModelRunnerCpp}, "tensorrt_llm.bindings": {},
+        "tensorrt_llm": {}, "tensorrt_llm.runtime": {"ModelRunnerCpp": _model_runner(seen)}, "tensorrt_llm.bindings": {},
         "tensorrt_llm.bindings.executor": {
             "Request": Request, "SamplingConfig": SamplingConfig, "OutputConfig": OutputConfig, "FinishReason": FinishReason,
         },

@@ -6,8 +6,8 @@ import ast
 import statistics
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import tomllib
 from tests.paths import ROOT
 
 TOPS = ("core", "heads", "quantize", "exporter", "engines")
+OTHER_TOPS = ("tests", "benchmarks", "examples", "docs")  # with Python files that are not installed
 # Every folder and the folders that its files may import, besides itself. A new edge is a decision: it is written down here.
 ALLOWED: dict[str, str] = {
     "core": "",
@@ -95,6 +96,8 @@ WITHOUT_TORCH = [
     "heads.checkpoint.families",
     "heads.roofline.curves",
 ]
+# Class names that several modules have: Triton looks for the first in every model; the others are to get a name of their own.
+SHARED_NAMES = {"TritonPythonModel", "Choice", "Refusal"}
 MOST_FILES, MEDIAN_FILES, MOST_LINES = 12, 8, 60  # of a folder, of folders, of a function
 
 
@@ -231,13 +234,41 @@ def test_folders_are_small() -> None:
 
 
 def test_functions_fit_on_a_screen() -> None:
+    paths = [path for top in (*TOPS, *OTHER_TOPS) for path in (ROOT / top).rglob("*.py")]
     sizes = {
-        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
-        for name, path in SOURCES.items()
+        f"{path.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in paths
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     }
     assert {name for name, lines in sizes.items() if lines > MOST_LINES} == set()
+
+
+def repeated(classes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names of public classes that stand in several modules, and in which.
+
+    Args:
+        classes: (module, name) of each.
+    """
+    found = defaultdict(list)
+    for module, name in classes:
+        found[name].append(module)
+    return {name: where for name, where in found.items() if len(where) > 1 and not name.startswith("_")}
+
+
+def test_two_classes_never_share_a_name() -> None:
+    classes = [
+        (name, node.name)
+        for name, path in SOURCES.items()
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(classes) > 200
+    assert repeated(classes).keys() == SHARED_NAMES, repeated(classes)
+
+
+def test_shared_names_are_found() -> None:
+    assert repeated([("a", "One"), ("b", "One"), ("b", "Two"), ("a", "_Own"), ("b", "_Own")]) == {"One": ["a", "b"]}
 
 
 def test_tests_mirror_the_sources() -> None:

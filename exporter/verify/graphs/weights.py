@@ -20,7 +20,7 @@ from medusa_export.exporter.verify.dequantize import (
     FP4_VALUES,
     FP8_ABSOLUTE,
     FP8_RELATIVE,
-    Rows,
+    BoundedRows,
 )
 from medusa_export.exporter.verify.graphs.onnx_file import Constant, OnnxFile, attributes
 
@@ -67,21 +67,21 @@ class GraphWeight:
     def row_numbers(self, start: int, stop: int) -> torch.Tensor | None:
         return None if self.rows_of is None else self.rows_of[start:stop]
 
-    def rows(self, start: int, stop: int) -> Rows:
+    def rows(self, start: int, stop: int) -> BoundedRows:
         low, high = self.first + start, self.first + stop
         if len(self.shape) == 1:
-            return Rows(self.constant.matrix()[low:high])
+            return BoundedRows(self.constant.matrix()[low:high])
         across = self.transposed
         codes = self.constant.columns(low, high).T.contiguous() if across else self.constant.matrix()[low:high]
-        rows = Rows(codes) if self.scaling is None else self._dequantized(codes, low, high)
+        rows = BoundedRows(codes) if self.scaling is None else self._dequantized(codes, low, high)
         if self.smoothing is None:
             return rows
         factor = self.smoothing.to(torch.float32)
         absolute = None if rows.absolute is None else rows.absolute * factor.abs()
         epsilon = torch.finfo(self.smoothing.dtype).eps
-        return Rows(rows.values * factor, rows.relative + epsilon, absolute)
+        return BoundedRows(rows.values * factor, rows.relative + epsilon, absolute)
 
-    def _dequantized(self, codes: torch.Tensor, low: int, high: int) -> Rows:
+    def _dequantized(self, codes: torch.Tensor, low: int, high: int) -> BoundedRows:
         """[n, K] codes to values with what rounding may have done."""
         scaling, kind = self.scaling, self.constant.kind
         assert scaling is not None
@@ -89,10 +89,10 @@ class GraphWeight:
         values, signed = _decoded(codes, kind)
         values = (values - (scaling.zero if signed else 0)) * scale
         if kind == TensorProto.FLOAT8E4M3FN:
-            return Rows(values, FP8_RELATIVE, scale * FP8_ABSOLUTE)
+            return BoundedRows(values, FP8_RELATIVE, scale * FP8_ABSOLUTE)
         if kind == TensorProto.FLOAT4E2M1:
-            return Rows(values, FP4_RELATIVE, scale * FP4_ABSOLUTE)
-        return Rows(values, torch.finfo(torch.float32).eps * 4, scale / 2)
+            return BoundedRows(values, FP4_RELATIVE, scale * FP4_ABSOLUTE)
+        return BoundedRows(values, torch.finfo(torch.float32).eps * 4, scale / 2)
 
     def _scale(self, scaling: Scaling, low: int, high: int, width: int) -> torch.Tensor:
         """Of every value or row.  # [] or [n, 1] or [n, K]"""

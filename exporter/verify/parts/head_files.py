@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from medusa_export.core.json_fields import read_json
-from medusa_export.exporter.verify.dequantize import Rows
+from medusa_export.exporter.verify.dequantize import BoundedRows
 from medusa_export.exporter.verify.findings import Findings
 from medusa_export.exporter.verify.numbers import SourceNumbers, weight_differences
 from medusa_export.exporter.verify.parts.source import Source
@@ -30,8 +30,8 @@ class HeadTensor:
     def row_numbers(self, start: int, stop: int) -> torch.Tensor | None:
         return None
 
-    def rows(self, start: int, stop: int) -> Rows:
-        return Rows(self.checkpoint.read_rows(self.name, start, stop))
+    def rows(self, start: int, stop: int) -> BoundedRows:
+        return BoundedRows(self.checkpoint.read_rows(self.name, start, stop))
 
 
 def check_heads(path: Path, source: Source | None, ckpt: str, findings: Findings) -> None:

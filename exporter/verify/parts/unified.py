@@ -16,7 +16,7 @@ from medusa_export.exporter.verify.dequantize import (
     FP4_VALUES,
     FP8_ABSOLUTE,
     FP8_RELATIVE,
-    Rows,
+    BoundedRows,
 )
 from medusa_export.exporter.verify.findings import Findings
 from medusa_export.exporter.verify.numbers import SourceNumbers, value_problems, weight_differences
@@ -41,19 +41,21 @@ class UnifiedWeight:
     def row_numbers(self, start: int, stop: int) -> torch.Tensor | None:
         return None
 
-    def rows(self, start: int, stop: int) -> Rows:
+    def rows(self, start: int, stop: int) -> BoundedRows:
         stored, module = self.file.read_rows(self.name, start, stop), self.name.removesuffix(".weight")
         if f"{module}.weight_scale" not in self.file:
-            return Rows(stored)
+            return BoundedRows(stored)
         scale = self.file.read(f"{module}.weight_scale").to(torch.float32)
         if stored.dtype == torch.uint8:
             codes = torch.stack([stored & 0xF, stored >> 4], dim=-1).flatten(-2)
             magnitude = FP4_VALUES[(codes & 7).to(torch.int64)]
             blocks = scale[start:stop] * float(self.file.read(f"{module}.weight_scale_2"))
             scale = blocks.repeat_interleave(codes.shape[1] // blocks.shape[1], dim=1)
-            return Rows(torch.where(codes >= 8, -magnitude, magnitude) * scale, FP4_RELATIVE, scale * FP4_ABSOLUTE)
+            return BoundedRows(
+                torch.where(codes >= 8, -magnitude, magnitude) * scale, FP4_RELATIVE, scale * FP4_ABSOLUTE
+            )
         scale = scale if scale.dim() == 0 else scale.reshape(-1, 1)[start:stop]
-        return Rows(stored.to(torch.float32) * scale, FP8_RELATIVE, scale * FP8_ABSOLUTE)
+        return BoundedRows(stored.to(torch.float32) * scale, FP8_RELATIVE, scale * FP8_ABSOLUTE)
 
 
 def check_unified(
@@ -144,13 +146,16 @@ def _quantization_problems(
             with_heads and name.startswith("medusa_heads.") and name.endswith(".weight")
         ):
             module = name.removesuffix(".weight")
-            for suffix in [*PARTS.get(algos["quant_algo"], Parts()).beside, *_cache_parts(module, bool(scheme))]:
+            for suffix in [
+                *PARTS.get(algos["quant_algo"], LinearTensors()).beside,
+                *_cache_parts(module, bool(scheme)),
+            ]:
                 if f"{module}.{suffix}" not in file:
                     yield f"{module}.{suffix} is missing"
 
 
 @dataclass(frozen=True)
-class Parts:
+class LinearTensors:
     """How ModelOpt stores an algorithm's linears.
 
     Attributes:
@@ -167,10 +172,10 @@ class Parts:
 
 
 # By quant_algo.
-PARTS: dict[str | None, Parts] = {
-    "FP8": Parts(("weight_scale", "input_scale"), 8),
-    "FP8_PER_CHANNEL_PER_TOKEN": Parts(("weight_scale",)),
-    "NVFP4": Parts(("weight_scale", "weight_scale_2", "input_scale"), 4, grouped=True, code=FP4 * FP8),
+PARTS: dict[str | None, LinearTensors] = {
+    "FP8": LinearTensors(("weight_scale", "input_scale"), 8),
+    "FP8_PER_CHANNEL_PER_TOKEN": LinearTensors(("weight_scale",)),
+    "NVFP4": LinearTensors(("weight_scale", "weight_scale_2", "input_scale"), 4, grouped=True, code=FP4 * FP8),
 }
 
 
@@ -180,7 +185,7 @@ def _cache_parts(module: str, quantized: bool) -> list[str]:
 
 def _groups(algo: str | None, group_size: int | None) -> dict[str, Any] | None:
     """ModelOpt's description of a format that its loaders read."""
-    parts = PARTS.get(algo, Parts())
+    parts = PARTS.get(algo, LinearTensors())
     if parts.bits is None:
         return None
     group = {"group_size": group_size} if parts.grouped else {}
@@ -214,7 +219,7 @@ def _shape(file: TensorSource, name: str) -> tuple[int, ...]:
 
 
 def _scale_problems(file: TensorSource, config: Mapping[str, Any], scales: ScalesFile) -> Iterator[str]:
-    parts = PARTS.get((config.get("quantization_config") or {}).get("quant_algo"), Parts())
+    parts = PARTS.get((config.get("quantization_config") or {}).get("quant_algo"), LinearTensors())
     for name in file.names:
         module, _, kind = name.rpartition(".")
         amax: float | None

@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.tensorrt.build import BuildRequest, TensorRtBuilder, build_engine, refused_graph
-from medusa_export.engines.tensorrt.library import DATA_CENTRE, RTX, TensorRt, find_tensorrt, import_tensorrt
+from medusa_export.engines.tensorrt.library import DATA_CENTRE, RTX, TensorRtLibrary, find_tensorrt, import_tensorrt
 from medusa_export.exporter.onnx.builder import GraphBuilder
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux and Windows on x86-64 only")
@@ -90,7 +90,7 @@ def test_a_refused_graph_is_explained(tmp_path: Path) -> None:
 def test_what_to_do_follows_from_what_tensorrt_says(said: str, action: str) -> None:
     module = ModuleType("tensorrt")
     module.__dict__["__version__"] = "10.0"
-    error = refused_graph(Path("decoder.onnx"), TensorRt("tensorrt", module), [said])
+    error = refused_graph(Path("decoder.onnx"), TensorRtLibrary("tensorrt", module), [said])
     assert action in error.action
     assert said in error.got
 
@@ -127,7 +127,7 @@ def test_networks_are_strongly_typed(tmp_path: Path) -> None:
     build_engine(
         write_graph(tmp_path / "decoder.onnx"),
         tmp_path / "rank0.engine",
-        TensorRt(RTX, module),
+        TensorRtLibrary(RTX, module),
         request,
         lambda *step: None,
     )

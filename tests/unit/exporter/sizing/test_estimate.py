@@ -33,7 +33,7 @@ from medusa_export.exporter.sizing.gpus import (
     rank_memory,
     why_unsupported,
 )
-from medusa_export.exporter.sizing.types import Machine, Request, Sizing
+from medusa_export.exporter.sizing.types import ExportMachine, Request, Sizing
 from medusa_export.exporter.verify.trtllm_loader.modules import required_tensors
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
@@ -54,7 +54,7 @@ REQUEST = Request(
     calibrates=False, onnx_form=None, max_length=2048, draft_vocab=8192, stored_bytes=2, shared_lm_head=False,
     tokenizer_bytes=1000, reserve=0, batch=1, context=4096,
 )  # fmt: skip
-CPU = Machine(disk_free=10**12, ram_available=10**11, has_gpu=False)
+CPU = ExportMachine(disk_free=10**12, ram_available=10**11, has_gpu=False)
 H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.core.errors import CheckpointError
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-from medusa_export.heads.checkpoint.head_layouts import MedusaHeads, holds_heads, open_heads
+from medusa_export.heads.checkpoint.head_layouts import HeadWeights, holds_heads, open_heads
 
 HEADS, LAYERS = 3, 2
 Tensors = dict[str, torch.Tensor]
@@ -26,7 +26,7 @@ def config() -> DecoderConfig:
     return DecoderConfig.from_dict({**raw, "num_hidden_layers": 2, "num_attention_heads": 4})
 
 
-def _read(heads: MedusaHeads) -> Tensors:
+def _read(heads: HeadWeights) -> Tensors:
     return {name: heads.source.read(stored) for name, stored in heads.names.items()}
 
 

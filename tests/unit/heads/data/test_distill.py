@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import OutputError
-from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError
+from medusa_export.heads.data.chat_model import AnswerError, ChatAnswer, ModelUnavailableError
 from medusa_export.heads.data.conversations import Conversation
 from medusa_export.heads.data.distill import HOPELESS, Summary, distill
 from medusa_export.heads.data.local_executor import local_executor
@@ -42,7 +42,7 @@ class Echo:
         self.closed = False
         self._random = random.Random(0)
 
-    async def answer(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> Answer:
+    async def answer(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> ChatAnswer:
         self.asked.append([dict(message) for message in messages])
         turn = messages[-1]["content"]
         if turn.startswith("fail"):
@@ -54,7 +54,7 @@ class Echo:
         await asyncio.sleep(self._random.random() / 100)
         self.running -= 1
         texts = {"empty": " \n", "surrogate": "\ud83d"}
-        return Answer(texts.get(turn, f"{turn}!"), "length" if turn == "long" else "stop", 5)
+        return ChatAnswer(texts.get(turn, f"{turn}!"), "length" if turn == "long" else "stop", 5)
 
     async def close(self) -> None:
         self.closed = True

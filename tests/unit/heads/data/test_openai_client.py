@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from medusa_export.core.errors import ConfigError, MissingPackageError
-from medusa_export.heads.data.chat_model import Answer, AnswerError, ModelUnavailableError
+from medusa_export.heads.data.chat_model import AnswerError, ChatAnswer, ModelUnavailableError
 from medusa_export.heads.data.openai_client import SET_ASIDE, OpenAIServers, open_servers
 from medusa_export.heads.decoding.sampling import Sampling
 
 Start = Callable[[], Any]
 HI = [{"role": "user", "content": "Hi"}]
-YES = Answer("Hi!", "stop", 3)
+YES = ChatAnswer("Hi!", "stop", 3)
 
 
 def ask(model: OpenAIServers, *texts: str, sampling: Sampling = Sampling()) -> list[Any]:  # noqa: B008

@@ -10,11 +10,11 @@ import pytest
 
 from medusa_export.heads.roofline.curves import BATCHES, LOOKUP, PAST_LENGTHS, estimate_costs, estimate_curve
 from medusa_export.heads.roofline.gpus import BY_KEY
-from medusa_export.heads.roofline.shape import Precision, Shape
+from medusa_export.heads.roofline.shape import ModelShape, Precision
 from medusa_export.heads.roofline.step import DEFAULTS, Assumptions, Deployment, step_ms
 from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
 
-SHAPE = Shape(32, 4096, 14336, 32, 8, 128, 128256, 4, 1)
+SHAPE = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 4, 1)
 H100 = Deployment(SHAPE, BY_KEY["h100"])
 PLAIN = {"fp8 without Medusa": replace(H100, shape=replace(SHAPE, heads=0), weights=Precision(8, "fp8"))}
 

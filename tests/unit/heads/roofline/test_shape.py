@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
-from medusa_export.heads.roofline.shape import HALF, Precision, Shape
+from medusa_export.heads.roofline.shape import HALF, ModelShape, Precision
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -19,8 +19,8 @@ LLAMA_70B = LLAMA_8B | {
 }  # fmt: skip
 
 
-def shape_of(raw: dict[str, Any], heads: int = 4) -> Shape:
-    return Shape.of(DecoderConfig.from_dict(raw), heads, 1)
+def shape_of(raw: dict[str, Any], heads: int = 4) -> ModelShape:
+    return ModelShape.of(DecoderConfig.from_dict(raw), heads, 1)
 
 
 @pytest.mark.parametrize(("raw", "parameters"), [(LLAMA_8B, 8_030_261_248), (LLAMA_70B, 70_553_706_496)])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.heads.roofline.gpus import BY_KEY, GPUS
-from medusa_export.heads.roofline.shape import HALF, Precision, Shape
+from medusa_export.heads.roofline.shape import HALF, ModelShape, Precision
 from medusa_export.heads.roofline.step import (
     DEFAULTS,
     RANGES,
@@ -24,14 +24,14 @@ from medusa_export.heads.roofline.step import (
     step_parts,
 )
 
-LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128, 128256, 4, 1)
-LLAMA_70B = Shape(80, 8192, 28672, 64, 8, 128, 128256, 4, 1)
+LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 4, 1)
+LLAMA_70B = ModelShape(80, 8192, 28672, 64, 8, 128, 128256, 4, 1)
 H100 = BY_KEY["h100"]
 IDEAL = Assumptions(bandwidth=1, arithmetic=1, kernel_us=0, collective_us=0)
 FP8 = Precision(8, "fp8")
 
 SHAPES = st.builds(
-    lambda layers, heads, groups, width, vocab, medusa: Shape(
+    lambda layers, heads, groups, width, vocab, medusa: ModelShape(
         layers, 64 * heads, 64 * width, heads, heads // groups, 64, vocab, medusa, 1
     ),
     st.integers(1, 80), st.sampled_from([8, 16, 32, 64]), st.sampled_from([1, 2, 4, 8]), st.integers(8, 512),
@@ -75,7 +75,7 @@ def test_the_ridge_is_where_the_data_sheet_has_it() -> None:
 
 def test_heads_read_their_blocks_and_vocabulary_projections() -> None:
     """Four heads of Vicuna 7B are 1.18 GB in 16 bit, all but 0.13 of it projections to the vocabulary."""
-    vicuna = Deployment(Shape(32, 4096, 11008, 32, 32, 128, 32000, 4, 1), H100)
+    vicuna = Deployment(ModelShape(32, 4096, 11008, 32, 32, 128, 32000, 4, 1), H100)
     parts = step_parts(vicuna, 1, 1, 1, medusa=True, assumptions=IDEAL)
     assert float(parts.heads) == pytest.approx(1e3 * 4 * 2 * (4096 * 4096 + 32000 * 4096) / 3.35e12, rel=2e-3)
     narrow = step_parts(replace(vicuna, heads=FP8), 1, 1, 1, medusa=True, assumptions=IDEAL)
@@ -106,7 +106,7 @@ def test_a_window_bounds_what_is_read() -> None:
 
 def test_a_host_that_launches_one_by_one() -> None:
     """Where launches take longer than the work, a step takes the launches, and trees cost nothing until they catch up."""
-    tiny = Deployment(Shape(30, 576, 1536, 9, 3, 64, 49152, 4, 1), H100)
+    tiny = Deployment(ModelShape(30, 576, 1536, 9, 3, 64, 49152, 4, 1), H100)
     eager = replace(DEFAULTS, host_us=50.0)
     assert float(step_ms(tiny, 1, 1, 256, assumptions=eager)) == pytest.approx((30 * 10 + 8) * 50 / 1e3, rel=0.05)
     assert float(step_ms(tiny, 1, 1, 256)) < 1.5
@@ -142,7 +142,7 @@ def test_corners() -> None:
     st.data(),
 )
 def test_more_never_costs_less(
-    shape: Shape, gpu: Any, assumed: Assumptions, batch: int, nodes: int, past: int, data: st.DataObject
+    shape: ModelShape, gpu: Any, assumed: Assumptions, batch: int, nodes: int, past: int, data: st.DataObject
 ) -> None:
     deployment = Deployment(shape, gpu, data.draw(st.sampled_from([1, 2, 8])))
 
@@ -161,7 +161,7 @@ def test_more_never_costs_less(
 
 @settings(deadline=None, max_examples=50)
 @given(SHAPES, st.sampled_from(GPUS), st.integers(1, 64), st.integers(1, 64), st.integers(0, 4096))
-def test_a_step_is_between_the_longer_and_both(shape: Shape, gpu: Any, batch: int, nodes: int, past: int) -> None:
+def test_a_step_is_between_the_longer_and_both(shape: ModelShape, gpu: Any, batch: int, nodes: int, past: int) -> None:
     """What is hidden behind the rest is a part of the roofline's shorter side: at most twice as long without any of it."""
     deployment = Deployment(shape, gpu)
     hidden, half, none = (
@@ -173,7 +173,7 @@ def test_a_step_is_between_the_longer_and_both(shape: Shape, gpu: Any, batch: in
 
 @settings(deadline=None, max_examples=50)
 @given(SHAPES, st.sampled_from(GPUS), st.integers(1, 32), st.integers(1, 64), st.sampled_from([2, 4, 8]))
-def test_ranks_share_work_and_add_talk(shape: Shape, gpu: Any, batch: int, nodes: int, tp: int) -> None:
+def test_ranks_share_work_and_add_talk(shape: ModelShape, gpu: Any, batch: int, nodes: int, tp: int) -> None:
     one, many = (step_parts(Deployment(shape, gpu, ranks), batch, nodes, 512, medusa=True) for ranks in (1, tp))
     assert float(many.layers) <= float(one.layers) <= tp * float(many.layers) * (1 + 1e-9)
     assert float(many.launches) == float(one.launches)

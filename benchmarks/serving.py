@@ -52,10 +52,10 @@ NOISE_PROMPTS = 8
 def main(
     engine_dir: Annotated[Path, typer.Argument(help="Engine directory of an export for ONNX Runtime.")],
     prompts: Annotated[Path, typer.Option(help="JSONL; asked in turn.")],
-    streams: Annotated[list[int], typer.Option(help="Requests at once; may be given again.")] = [1, 8, 32, 128],  # noqa: B006
+    streams: Annotated[list[int], typer.Option(help="Requests at once. Can be repeated.")] = [1, 8, 32, 128],  # noqa: B006
     tree: Annotated[
         list[str],
-        typer.Option(help="none, engine (what the server drafts by itself), or a tree.json; may be given again."),
+        typer.Option(help="none, engine (what the server drafts by itself), or a tree.json. Can be repeated."),
     ] = [NONE, ENGINE],  # noqa: B006
     requests: Annotated[int | None, typer.Option(help="Of each load. Default: 24, or two a stream.")] = None,
     server: Annotated[str, typer.Option(help="triton, or openai: medusa-serve.")] = "triton",

@@ -295,7 +295,7 @@ def served(engine: Path) -> Iterator[int]:
 
 def main(
     engine: Annotated[Path, typer.Argument(help="Engine directory of an export for ONNX Runtime.")],
-    only: Annotated[list[str] | None, typer.Option(help="Of these attacks; may be given again.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these attacks. Can be repeated.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what happened here.")] = None,
 ) -> None:
     """Attack a server, and print what it did."""

@@ -76,9 +76,9 @@ class Cell:
 def main(
     engines: Annotated[list[str], typer.Argument(help="NAME=DIRECTORY of engines of one checkpoint.")],
     checkpoint: Annotated[Path, typer.Option(help="The checkpoint, for the peers.")],
-    peer: Annotated[list[str], typer.Option(help=f"{', '.join(PEERS)}; may be given again.")] = [],  # noqa: B006
+    peer: Annotated[list[str], typer.Option(help=f"{', '.join(PEERS)}. Can be repeated.")] = [],  # noqa: B006
     prompts: Annotated[Path, typer.Option(help="JSONL; asked in turn.")] = PROMPTS,
-    streams: Annotated[list[int], typer.Option(help="Requests at once; may be given again.")] = [1, 4, 16],  # noqa: B006
+    streams: Annotated[list[int], typer.Option(help="Requests at once. Can be repeated.")] = [1, 4, 16],  # noqa: B006
     minutes: Annotated[float, typer.Option(help="For everything.")] = 9.5,
     rounds: Annotated[int, typer.Option(help="Turns of each side with each number of streams.", min=1)] = 2,
     max_new_tokens: int = 64,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -238,10 +239,16 @@ def test_functions_fit_on_a_screen() -> None:
     sizes = {
         f"{path.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
         for path in paths
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     }
     assert {name for name, lines in sizes.items() if lines > MOST_LINES} == set()
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A source."""
+    return ast.parse(path.read_text("utf-8"))
 
 
 def repeated(classes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -260,7 +267,7 @@ def test_two_classes_never_share_a_name() -> None:
     classes = [
         (name, node.name)
         for name, path in SOURCES.items()
-        for node in ast.parse(path.read_text("utf-8")).body
+        for node in parsed(path).body
         if isinstance(node, ast.ClassDef)
     ]
     assert len(classes) > 200

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from medusa_export.quantize.format_facts import Refusal
+from medusa_export.quantize.format_facts import NotOffered
 from medusa_export.quantize.formats import FORMATS, KV_CACHE, Format
 from medusa_export.quantize.stored_parts import Part
 
@@ -110,7 +110,7 @@ def _targets(form: Format) -> Iterator[str]:
     if form.trtllm.build_bits:
         made += f"; the file has 16-bit weights, and `trtllm-build` rounds them to INT{form.trtllm.build_bits}, one scale a row"
     yield f"TensorRT-LLM: {made}. GPUs: SM {_gpus(form.trtllm)}."
-    if isinstance(form.tensorrt, Refusal):
+    if isinstance(form.tensorrt, NotOffered):
         yield f"TensorRT and TensorRT-RTX: not made, {form.tensorrt.why}; {form.tensorrt.action}."
     else:
         yield f"TensorRT and TensorRT-RTX: {form.tensorrt.precision}. GPUs: SM {form.tensorrt.min_sm} and newer."
@@ -135,7 +135,7 @@ def _rules(form: Format) -> Iterator[str]:
     if form.is_quantized:
         yield f"Heads: {'16 bit, or quantized too with `--quant-heads`' if form.quantizes_heads else '16 bit'}."
         yield f"Single linears in 16 bit (`--exclude`): {'yes' if form.trtllm.excludable else 'no'}."
-    if isinstance(form.qat, Refusal):
+    if isinstance(form.qat, NotOffered):
         yield f"Training with it (`medusa-train --quant`): no, {form.qat.why}; {form.qat.action}."
     else:
         yield f"Training with it (`medusa-train --quant`): for {' and '.join(form.qat)}."

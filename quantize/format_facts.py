@@ -38,7 +38,7 @@ class Reach(Enum):
 
 
 @dataclass(frozen=True)
-class Refusal:
+class NotOffered:
     """Why a target does not take a format, and what to do: both as in an error message."""
 
     why: str

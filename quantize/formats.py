@@ -18,9 +18,9 @@ from medusa_export.quantize.format_facts import (
     QAT_TARGETS,
     Codes,
     HuggingFace,
+    NotOffered,
     OnnxRuntime,
     Reach,
-    Refusal,
     Rounding,
     TensorRt,
     Trtllm,
@@ -69,8 +69,8 @@ class Format:
     name: str
     description: str
     trtllm: Trtllm
-    tensorrt: TensorRt | Refusal
-    qat: Mapping[str, Rounding] | Refusal = field(hash=False)
+    tensorrt: TensorRt | NotOffered
+    qat: Mapping[str, Rounding] | NotOffered = field(hash=False)
     onnxruntime: OnnxRuntime | None = None
     huggingface: HuggingFace | None = None
     modelopt_config: str | None = None
@@ -158,7 +158,7 @@ FORMATS: dict[str, Format] = {
             onnxruntime=OnnxRuntime("float", "float32 arithmetic on 16/32-bit weights", FLOAT_CODES),
             tensorrt=TensorRt("float", "16-bit weights and products", FLOAT_CODES),
             huggingface=HuggingFace(),
-            qat=Refusal("a format that rounds nothing", "train without quantization"),
+            qat=NotOffered("a format that rounds nothing", "train without quantization"),
         ),
         Format(
             "fp8",
@@ -331,8 +331,8 @@ FORMATS: dict[str, Format] = {
                 products="fp8",
             ),
             onnxruntime=replace(_ORT_INT4_AWQ, activations=_FP8_DTYPE),
-            tensorrt=Refusal("TensorRT has no INT4 weights with FP8 activations", "take int4_awq"),
-            qat=Refusal("a format whose weights are rounded twice", "use int4_awq"),
+            tensorrt=NotOffered("TensorRT has no INT4 weights with FP8 activations", "take int4_awq"),
+            qat=NotOffered("a format whose weights are rounded twice", "use int4_awq"),
         ),
         Format(
             "nvfp4",
@@ -377,7 +377,7 @@ FORMATS: dict[str, Format] = {
                 fuses_weight_scales=True,
                 group_bits=4,
             ),
-            qat=Refusal("a format that ModelOpt rounds on GPUs only", "use fp8 or int4_awq"),
+            qat=NotOffered("a format that ModelOpt rounds on GPUs only", "use fp8 or int4_awq"),
         ),
     )
 }

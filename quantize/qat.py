@@ -21,7 +21,7 @@ from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.training.dataset import Example
 from medusa_export.heads.training.full.arguments import LAYOUTS, ReferenceArguments
 from medusa_export.heads.training.full.run import ReferenceReport, train_reference
-from medusa_export.quantize.format_facts import QAT_TARGETS, Reach, Refusal, Rounding
+from medusa_export.quantize.format_facts import QAT_TARGETS, NotOffered, Reach, Rounding
 from medusa_export.quantize.formats import FORMATS, Format, get_format, get_kv_cache
 from medusa_export.quantize.ptq import HEADS, import_quantization, insert_quantizers, read_scales, recipe
 from medusa_export.quantize.qat_flags import QatFlags
@@ -40,8 +40,8 @@ class QatArguments(QatFlags):
     def check(self) -> tuple[Format, Rounding]:
         """The format and its rounding, or ConfigError where there is nothing that could be trained."""
         weight_format = get_format(self.quant, self.group_size)
-        if isinstance(weight_format.qat, Refusal):
-            trained = [name for name, row in FORMATS.items() if not isinstance(row.qat, Refusal)]
+        if isinstance(weight_format.qat, NotOffered):
+            trained = [name for name, row in FORMATS.items() if not isinstance(row.qat, NotOffered)]
             where, expected = f"quantization-aware training with {weight_format.name}", f"one of {', '.join(trained)}"
             raise ConfigError(where, weight_format.qat.why, expected, weight_format.qat.action)
         if get_kv_cache(self.kv_cache).needs_calibration:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.quantize.format_facts import Refusal, TensorRt
+from medusa_export.quantize.format_facts import NotOffered, TensorRt
 from medusa_export.quantize.formats import FORMATS, Format
 
 RTX_TARGETS = (80, 86, 89, 120, 121)  # TensorRT-RTX builds for these without a GPU
@@ -44,7 +44,7 @@ def parse_gpus(text: str | None, weight_format: Format) -> tuple[int, ...]:
 
 def tensorrt_form(weight_format: Format) -> TensorRt:
     """How a format goes to TensorRT; ConfigError when it has no form for it."""
-    if isinstance(weight_format.tensorrt, Refusal):
+    if isinstance(weight_format.tensorrt, NotOffered):
         able = ", ".join(name for name, row in FORMATS.items() if isinstance(row.tensorrt, TensorRt))
         got = f"--engine tensorrt, and {weight_format.tensorrt.why}"
         raise ConfigError(f"--quant {weight_format.name}", got, f"one of {able}", weight_format.tensorrt.action)

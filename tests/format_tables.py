@@ -30,7 +30,7 @@ from medusa_export.heads.roofline.gpus import GPUS
 from medusa_export.heads.training.full import arguments
 from medusa_export.heads.trees import step_costs
 from medusa_export.quantize import formats
-from medusa_export.quantize.format_facts import QAT_TARGETS, Refusal, TensorRt
+from medusa_export.quantize.format_facts import QAT_TARGETS, NotOffered, TensorRt
 from medusa_export.quantize.stored_parts import Kind
 from tests.paths import ROOT
 
@@ -141,7 +141,7 @@ def row_problems() -> Iterator[str]:
         portable_form = portable.PORTABLE_FORMS.get(getattr(row.tensorrt, "form", ""))
         if portable_form and portable_form.smooths != row.smooths:
             yield f"{name}: PORTABLE_FORMS and the row differ on smoothing"
-        if not isinstance(row.qat, Refusal) and {*row.qat} != {*QAT_TARGETS}:
+        if not isinstance(row.qat, NotOffered) and {*row.qat} != {*QAT_TARGETS}:
             yield f"{name}: qat has {sorted(row.qat)}"
         if row.smooths and row.huggingface:
             yield f"{name}: a smoothed format in the unified checkpoint"

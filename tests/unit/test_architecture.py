@@ -98,7 +98,7 @@ WITHOUT_TORCH = [
     "heads.roofline.curves",
 ]
 # Class names that several modules have: Triton looks for the first in every model; the others are to get a name of their own.
-SHARED_NAMES = {"TritonPythonModel", "Choice", "Refusal"}
+SHARED_NAMES = {"TritonPythonModel"}
 MOST_FILES, MEDIAN_FILES, MOST_LINES = 12, 8, 60  # of a folder, of folders, of a function
 
 

@@ -24,7 +24,7 @@ from medusa_export.heads.training.full.output import write_output
 from medusa_export.heads.trees.tree import Tree
 from medusa_export.quantize import numerics as codes
 from medusa_export.quantize import qat
-from medusa_export.quantize.format_facts import INT4_BLOCKS, QAT_TARGETS, Refusal
+from medusa_export.quantize.format_facts import INT4_BLOCKS, QAT_TARGETS, NotOffered
 from medusa_export.quantize.formats import FORMATS
 from medusa_export.quantize.qat import QatArguments, Quantizers, effective_weight, train_qat
 from medusa_export.quantize.scales import SCALES_FILE, Scales
@@ -35,7 +35,7 @@ FULL = ReferenceArguments(
     base="joint", heads=1, lora_rank=0, max_steps=4, batch_size=4, log_every=1, report_to=(), warmup=0, warmup_heads=0
 )
 TEXTS = [list(range(40)), list(range(40, 90))]
-TRAINED = [name for name, row in FORMATS.items() if not isinstance(row.qat, Refusal)]
+TRAINED = [name for name, row in FORMATS.items() if not isinstance(row.qat, NotOffered)]
 BOTH = [(name, target) for name in TRAINED for target in QAT_TARGETS if target == "trtllm" or name.endswith("_wo")]
 
 
@@ -138,7 +138,7 @@ def _deployed(out: Path, name: str, target: str, stored: dict[str, torch.Tensor]
 def test_blocks_are_the_exporters() -> None:
     for name in ("int8_wo", "int4_wo"):
         row = FORMATS[name]
-        assert not isinstance(row.qat, Refusal)
+        assert not isinstance(row.qat, NotOffered)
         assert row.onnxruntime is not None
         assert row.qat["onnx"].blocks == row.onnxruntime.codes.blocks != ()
 

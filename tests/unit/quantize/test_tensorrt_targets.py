@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.quantize.format_facts import Refusal
+from medusa_export.quantize.format_facts import NotOffered
 from medusa_export.quantize.formats import FORMATS
 from medusa_export.quantize.tensorrt_targets import RTX_TARGETS, TARGETS, parse_gpus, tensorrt_form
 
 
 def test_the_way_out_is_open() -> None:
     assert set(RTX_TARGETS) < set(TARGETS)
-    able = {name for name, row in FORMATS.items() if not isinstance(row.tensorrt, Refusal)}
+    able = {name for name, row in FORMATS.items() if not isinstance(row.tensorrt, NotOffered)}
     for row in FORMATS.values():
-        if isinstance(row.tensorrt, Refusal):
+        if isinstance(row.tensorrt, NotOffered):
             assert row.tensorrt.why
             assert row.tensorrt.action.removeprefix("take ") in able
         else:

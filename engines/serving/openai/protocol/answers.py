@@ -49,7 +49,7 @@ class TokenSpelling(Protocol):
 
 
 @dataclass
-class Choice:
+class AnswerChoice:
     """One choice of an answer as it comes.
 
     Attributes:
@@ -118,7 +118,7 @@ class Writer:
     ) -> None:  # fmt: skip
         self._shape, self._model, self._asked, self._tokens = shape, model, asked, tokens
         self._prompts = list(prompts)
-        self._choices = [Choice(ToolParser() if asked.calls_tools else None) for _ in asked.requests]
+        self._choices = [AnswerChoice(ToolParser() if asked.calls_tools else None) for _ in asked.requests]
         self._id, self._created = f"{shape.id_prefix}{secrets.token_hex(12)}", int(time.time())
         for choice, count in zip(self._choices, prompt_tokens, strict=False):
             choice.prompt_tokens = count

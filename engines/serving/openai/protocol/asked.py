@@ -10,7 +10,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.serving.grammar import Grammar
 from medusa_export.engines.serving.openai.protocol.fields import StreamOptions
 from medusa_export.engines.serving.openai.protocol.readers import unsupported
-from medusa_export.engines.serving.openai.protocol.tools import CHOICES, Choice, tool_grammar, with_tools
+from medusa_export.engines.serving.openai.protocol.tools import CHOICES, ToolChoice, tool_grammar, with_tools
 from medusa_export.engines.serving.text_service import TextRequest
 from medusa_export.heads.decoding.sampling import Sampling
 
@@ -78,7 +78,7 @@ def read_asked(values: Mapping[str, Any], max_tokens: int) -> Asked:
     )  # fmt: skip
 
 
-def _grammar(values: Mapping[str, Any], choice: Choice, *, calls_tools: bool) -> Grammar | None:
+def _grammar(values: Mapping[str, Any], choice: ToolChoice, *, calls_tools: bool) -> Grammar | None:
     shaped: Grammar | None = values.get("response_format")
     if not calls_tools:
         return shaped

@@ -52,7 +52,7 @@ class Tool:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ToolChoice:
     """Which tools an answer may, or has to, call.
 
     Attributes:
@@ -65,7 +65,7 @@ class Choice:
     name: str | None = None
 
 
-CHOICES = {"none": Choice(is_none=True), "auto": Choice(), "required": Choice(is_required=True)}
+CHOICES = {"none": ToolChoice(is_none=True), "auto": ToolChoice(), "required": ToolChoice(is_required=True)}
 
 
 def read_tools(name: str, value: Any) -> list[Tool]:
@@ -91,13 +91,13 @@ def _tool(name: str, value: Any) -> Tool:
     return Tool(function["name"], parameters, {"type": "function", "function": function})
 
 
-def read_choice(name: str, value: Any) -> Choice:
+def read_choice(name: str, value: Any) -> ToolChoice:
     """The field ``tool_choice``."""
     if isinstance(value, str) and value in CHOICES:
         return CHOICES[value]
     function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
     if isinstance(function, dict) and isinstance(function.get("name"), str):
-        return Choice(is_required=True, name=function["name"])
+        return ToolChoice(is_required=True, name=function["name"])
     raise wrong(name, value, f'one of {", ".join(CHOICES)}, or {{"type": "function", "function": {{"name": ...}}}}')
 
 
@@ -137,7 +137,7 @@ def response_text(said: str) -> str:
     return f"<tool_response>\n{said}\n</tool_response>"
 
 
-def tool_grammar(tools: Sequence[Tool], choice: Choice, *, parallel: bool) -> Grammar:
+def tool_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> Grammar:
     """What an answer that may, or has to, call tools looks like.
 
     Args:

@@ -16,7 +16,7 @@ from medusa_export.engines.verify.selfcheck import check_engine
 from medusa_export.exporter.engine_dirs.tensorrt import write_portable, write_tensorrt_engine
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import Tree
-from medusa_export.quantize.format_facts import Refusal
+from medusa_export.quantize.format_facts import NotOffered
 from medusa_export.quantize.formats import FORMATS, get_format
 from medusa_export.quantize.tensorrt_targets import parse_gpus, tensorrt_form
 
@@ -63,7 +63,7 @@ steps = Steps()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", [name for name, row in FORMATS.items() if not isinstance(row.tensorrt, Refusal)])
+@pytest.mark.parametrize("quant", [name for name, row in FORMATS.items() if not isinstance(row.tensorrt, NotOffered)])
 def test_every_format_builds(quant: str, write: Callable[..., Path]) -> None:
     out = write(quant, "sm120" if quant == "nvfp4" else "sm89,sm120" if "fp8" in quant else "sm80")
     assert check_engine(out / "engine", None, []) == []

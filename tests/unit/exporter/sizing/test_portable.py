@@ -13,11 +13,11 @@ from medusa_export.exporter.engine_dirs.tensorrt import write_portable
 from medusa_export.exporter.plan.spec import export_spec
 from medusa_export.exporter.sizing.portable import portable_decoder_bytes, portable_heads_bytes
 from medusa_export.heads.trees.tree import load_tree
-from medusa_export.quantize.format_facts import Refusal
+from medusa_export.quantize.format_facts import NotOffered
 from medusa_export.quantize.formats import FORMATS, get_format
 
 
-@pytest.mark.parametrize("quant", [name for name, row in FORMATS.items() if not isinstance(row.tensorrt, Refusal)])
+@pytest.mark.parametrize("quant", [name for name, row in FORMATS.items() if not isinstance(row.tensorrt, NotOffered)])
 @pytest.mark.parametrize(("family", "layout"), [("qwen2", "v1"), ("qwen3", "v2")])
 def test_sizes(quant: str, family: str, layout: str, make_case: Callable[..., Any], tmp_path: Path) -> None:
     config = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 3000, "num_hidden_layers": 1, "head_dim": 64}

@@ -97,7 +97,7 @@ WITHOUT_TORCH = [
     "heads.checkpoint.families",
     "heads.roofline.curves",
 ]
-# Class names that several modules have: Triton looks for the first in every model; the others are to get a name of their own.
+# Class names that several modules have: Triton looks for this one in every model.
 SHARED_NAMES = {"TritonPythonModel"}
 MOST_FILES, MEDIAN_FILES, MOST_LINES = 12, 8, 60  # of a folder, of folders, of a function
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.artifacts.hashing import describe, list_files
+from medusa_export.core.artifacts.output_file import output_file
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import require_bounds
 from medusa_export.core.json_fields import read_json
@@ -252,7 +253,7 @@ def _texts(entry: dict[str, Any], result: RunResult, tokenizer: Any) -> dict[str
 
 def _save_outputs(path: Path, result: RunResult, tokenizer: Any) -> None:
     """A line a prompt: what was generated without and with Medusa, and how long each run took."""
-    with path.open("w", encoding="utf-8") as file:
+    with output_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         for prompt in result.prompts:
             row: dict[str, Any] = {"id": prompt.prompt_id, "category": prompt.category, "verdict": prompt.verdict}
             for mode in MODES:

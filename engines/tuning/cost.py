@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from medusa_export.core.artifacts.output_file import write_output
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import median_interval
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
@@ -151,7 +152,7 @@ def write_costs(path: Path, curves: Sequence[Mapping[str, Any]], info: EngineInf
         "backend": info.backend, "precision": info.precision, "curves": list(curves),
         "hardware": hardware(), "versions": versions(),
     }  # fmt: skip
-    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    write_output(path, json.dumps(body, indent=1) + "\n")
     return body
 
 

@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +23,9 @@ from medusa_export.core.errors import MedusaExportError
 stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
 
 CRASHED = 3  # exit code
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a device that output goes to
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+FULL = (*NO_SPACE, errno.EIO)  # of a device that output goes to
+PRINTING = ("rich", "click", "typer")
 
 
 def command_app() -> typer.Typer:
@@ -132,9 +136,12 @@ def _run(app: typer.Typer, signals: list[int], *, verbose: bool) -> None:
         if signals and not succeeded:
             left = next(iter(getattr(error, "__notes__", ())), "nothing half-written is left")
             _fail(f"stopped by {signal.Signals(signals[0]).name}; {left}", 128 + signals[0])
-        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+        if isinstance(error, OSError) and error.errno in FULL and _was_printing(error):
             _give_up_stdout()
             _fail(f"standard output: {error.strerror}", 2)
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            place = error.filename or f"a temporary file, perhaps in {tempfile.gettempdir()}"
+            _fail(f"{place}: got {error.strerror}; expected room for it; free some space", 2)
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             raise
         if verbose:
@@ -152,6 +159,12 @@ def _crash_line(error: BaseException) -> str:
     place = f"see {log}" if log else "no log could be written: -v shows the traceback"
     what = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
     return f"crashed, a fault of this program: {what}; {place}"
+
+
+def _was_printing(error: BaseException) -> bool:
+    """Whether a write to standard output failed, and not one to a file: the libraries that print raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).split(".")[0] in PRINTING
 
 
 def _give_up_stdout() -> None:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from medusa_export.core.artifacts.output_file import require_output_file
+from medusa_export.core.artifacts.output_file import require_output_file, write_output
 from medusa_export.core.flags import flag
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stdout
 from medusa_export.exporter.cli.flags.commands import command
@@ -45,7 +45,7 @@ def doctor_command(own: DoctorFlags) -> None:
     body = page(look(), found)
     print_page(body, stdout)
     if own.json_file is not None:
-        own.json_file.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        write_output(own.json_file, json.dumps(body, indent=1) + "\n")
 
 
 def doctor_main() -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medusa_export.core.artifacts.output_file import require_output_file
+from medusa_export.core.artifacts.output_file import require_output_file, write_output
 from medusa_export.core.flags import NUMBER, flag
 from medusa_export.exporter.cli.console import command_app, main, progress_bars, stderr, stdout
 from medusa_export.exporter.cli.flags.commands import callback, command
@@ -109,7 +109,7 @@ def plan_command(arguments: ExportArguments, own: PlanFlags) -> None:
     require_output_file(own.json_file)
     sizing = _print_plan(arguments, batch=own.batch, context=own.context)
     if own.json_file is not None:
-        own.json_file.write_text(json.dumps(asdict(sizing), indent=1) + "\n", encoding="utf-8")
+        write_output(own.json_file, json.dumps(asdict(sizing), indent=1) + "\n")
 
 
 @command(export_app, "verify")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medusa_export.core.artifacts.output_file import write_output
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import COUNT, NUMBER, Bounds, flag
 from medusa_export.exporter.cli.console import stdout
@@ -117,7 +118,7 @@ def write_estimate(
         raise ConfigError(
             gpu.name, "a model that does not fit into its memory", "one that fits", "raise --tp or quantize"
         )
-    output.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    write_output(output, json.dumps(body, indent=1) + "\n")
     curves: list[dict[str, Any]] = body["curves"]
     return curves
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from medusa_export.core.artifacts.output_file import require_output_file
+from medusa_export.core.artifacts.output_file import require_output_file, write_output
 from medusa_export.core.flags import flag, requirement_error
 from medusa_export.core.hub import find_model
 from medusa_export.engines.bench.arguments import RunArguments
@@ -64,9 +64,9 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
     if files.html is not None:
         from medusa_export.engines.bench.html_report import render
 
-        files.html.write_text(render(result), encoding="utf-8")
+        write_output(files.html, render(result))
     if files.report is not None:
-        files.report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_output(files.report, json.dumps(result, indent=1) + "\n")
     if result["stopped"]:
         raise typer.Exit(128 + signal.SIGINT)
     if result["failures"]:

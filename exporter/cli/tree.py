@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medusa_export.core.artifacts.output_file import require_output_file
+from medusa_export.core.artifacts.output_file import output_file, require_output_file, write_output
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import COUNT, NUMBER, flag
 from medusa_export.engines.tuning.defaults import PAST_LENGTH
@@ -191,9 +191,10 @@ def search_command(own: SearchFlags, asked: PromptFlags) -> None:
     _check_search(own)
     found, counted, curves = _search(own, asked)
     crossover = crossover_rows(counted, curves, own.max_draft_len)
-    own.output.write_text(tree_json(found, crossover), encoding="utf-8")
+    write_output(own.output, tree_json(found, crossover))
     if own.picture:
-        draw(own.picture, found, counted)
+        with output_file(own.picture) as scratch:
+            draw(scratch, found, counted)
     print_search(found)
     if len(crossover) > 1:
         print_crossover(crossover)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.core.artifacts.output_file import write_output
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import bootstrap
 from medusa_export.core.json_fields import read_json
@@ -200,7 +201,7 @@ def write_calibration(path: Path, answers: Sequence[Answer], source: Mapping[str
         source: where the answers came from.
     """
     body = {**calibration(answers), "source": dict(source)}
-    path.write_text(json.dumps(body, separators=(",", ":")) + "\n", encoding="utf-8")
+    write_output(path, json.dumps(body, separators=(",", ":")) + "\n")
     return body
 
 

@@ -25,7 +25,7 @@ ALLOWED: dict[str, str] = {
     "core/text": "core",
     "heads": "",
     "heads/checkpoint": "core",
-    "heads/trees": "core",
+    "heads/trees": "core core/artifacts",
     "heads/roofline": "core heads/checkpoint",
     "heads/decoding": "core heads/checkpoint heads/trees",
     "heads/contract": "core core/text heads/trees",
@@ -59,7 +59,8 @@ ALLOWED: dict[str, str] = {
     "engines/tensorrt/emulation": "core engines/onnxruntime engines/tensorrt",
     "engines": "core engines/onnxruntime engines/serving/triton engines/tensorrt engines/trtllm heads/contract",
     "engines/measure": "core core/text engines/decoding heads/contract heads/trees",
-    "engines/tuning": "core core/text engines/decoding engines/measure engines/onnxruntime heads/contract heads/decoding heads/trees",
+    "engines/tuning": "core core/artifacts core/text engines/decoding engines/measure engines/onnxruntime heads/contract"
+    " heads/decoding heads/trees",
     "engines/verify": "core engines/decoding engines/onnxruntime engines/tensorrt engines/tensorrt/emulation heads/checkpoint"
     " heads/contract heads/decoding heads/trees",
     "engines/serving": "core core/text engines/decoding engines/onnxruntime engines/tensorrt heads/contract heads/data"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import typer
 
 from medusa_export.core.errors import MedusaExportError, OutputError
+from medusa_export.core.regular_files import found_instead
 from medusa_export.exporter.cli.console import stdout
 
 CHECK_TEXTS, CHECK_TOKENS = 2, 32  # what an engine is run on
+PARTS = ("config.json", "trtllm", "engine", "hf", "heads")  # of an export whose manifest is lost; or a checkpoint alone
 
 
 def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, require_source: bool, quick: bool) -> None:
@@ -34,6 +37,7 @@ def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, requir
     from medusa_export.exporter.verify.parts.export import verify
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 
+    _require_export(out)
     if ckpt is not None:
         wanted = BASE_WITH_HEADS if heads is None else BASE
         ckpt = find_model(ckpt, wanted=wanted, check=DecoderConfig.from_dir).path
@@ -57,6 +61,17 @@ def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, requir
     for note in [*_notes(out), *found.notes]:
         stdout.print(f"note: {note}", soft_wrap=True, markup=False)
     stdout.print(f"{out}: complete and consistent", soft_wrap=True, markup=False)
+
+
+def _require_export(out: Path) -> None:
+    """Raise OutputError for a path at which nothing looks like what can be checked."""
+    from medusa_export.core.artifacts.manifest import MANIFEST
+
+    kind = found_instead(out)
+    if kind == "a directory" and any(os.path.lexists(out / name) for name in (MANIFEST, *PARTS)):
+        return
+    got = "a directory without either" if kind == "a directory" else kind or "a file"
+    raise OutputError(str(out), got, f"an export, with {MANIFEST}, or a checkpoint, with config.json", "check the path")
 
 
 def _notes(out: Path) -> list[str]:

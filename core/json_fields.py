@@ -16,6 +16,11 @@ from medusa_export.core.regular_files import found_instead
 _LARGEST = {"num_hidden_layers": 1000}
 _LARGEST_INT = 2**31 - 1
 _LARGEST_FLOAT = sys.float_info.max
+HUGGING_FACE = ("a Hugging Face directory with it", "download the file again")  # for :func:`read_json`
+_REASONS = ((UnicodeDecodeError, "not UTF-8"), (RecursionError, "nested too deeply"), (MemoryError, "too large"))
+_KINDS = (
+    (type(None), "null"), (bool, "true or false"), ((int, float), "number"), (str, "text"), (list, "list"), (dict, "object"),
+)  # fmt: skip
 _LARGEST_EXACT = 2**53  # of integers that stand for a number: what computes with them keeps them in 64 bits
 
 
@@ -79,21 +84,42 @@ class Fields:
         return default if value is None else value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, expected: str = "a JSON object", action: str = "make the file again") -> dict[str, Any]:
     """A JSON object from a file.
+
+    Args:
+        path: of the file.
+        expected: what should be there, for errors; see :data:`HUGGING_FACE`.
+        action: what to do where something else is there.
 
     Raises:
         ConfigError: missing, unreadable, not UTF-8, not JSON or not an object.
     """
     kind = found_instead(path)
     if kind is not None:
-        raise ConfigError(str(path), kind, "a Hugging Face directory with it", "check the path")
+        raise ConfigError(str(path), kind, expected, "check the path")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(
-            str(path), f"unreadable JSON ({error})", "a JSON object", "download the file again"
-        ) from error
+        raise ConfigError(str(path), unreadable(error), expected, action) from error
     if not isinstance(body, dict):
-        raise ConfigError(str(path), f"a JSON {type(body).__name__}", "a JSON object", "download the file again")
+        raise ConfigError(str(path), f"a JSON {json_kind(body)}", expected, action)
     return body
+
+
+def unreadable(error: Exception) -> str:
+    """Why a JSON file could not be read, in words for an error message."""
+    said = next((text for kind, text in _REASONS if isinstance(error, kind)), str(error))
+    return f"unreadable JSON ({said})"
+
+
+def json_kind(value: object) -> str:
+    """What JSON calls a value, instead of Python's name of its type."""
+    return next((text for kind, text in _KINDS if isinstance(value, kind)), type(value).__name__)
+
+
+def odd_value(error: Exception) -> str:
+    """What was found in JSON that should have had another shape, from what Python raised over it."""
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]}"
+    return str(error) if isinstance(error, ValueError) else "a value of another kind"

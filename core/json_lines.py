@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.json_fields import json_kind
 from medusa_export.core.regular_files import found_instead
 
 
@@ -36,11 +37,13 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
         ConfigError: it holds something else; ``where`` is what the error names.
     """
     try:
-        body = json.loads(line)
+        body = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(where, "bytes that are not UTF-8", "one JSON object a line", "correct the line") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(where, f"no JSON ({error})", "one JSON object a line", "correct the line") from error
     if not isinstance(body, dict):
-        raise ConfigError(where, f"a JSON {type(body).__name__}", "an object", "correct the line")
+        raise ConfigError(where, f"a JSON {json_kind(body)}", "an object", "correct the line")
     return body
 
 

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from medusa_export.core.errors import CheckpointError
+from medusa_export.core.json_fields import odd_value
+from medusa_export.core.regular_files import found_instead
 
 SCALES_FILE = "scales.safetensors"
 _FORMAT = {"format": "medusa-export scales 1"}
@@ -65,15 +67,17 @@ class Scales:
         Raises:
             CheckpointError: no such file, something else in it, or a scale that is not finite and above 0.
         """
+        kind = found_instead(path)
+        if kind is not None:
+            raise CheckpointError(str(path), kind, "saved scales", "check the path")
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != _FORMAT["format"]:
                     raise ValueError("no scales in it")
                 return cls._of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                str(path), f"{type(error).__name__}: {error}", "saved scales", "calibrate again"
-            ) from error
+            got = "no scales in it" if isinstance(error, ValueError) else f"no readable scales ({odd_value(error)})"
+            raise CheckpointError(str(path), got, "saved scales", "calibrate again") from error
 
     @classmethod
     def _of(cls, tensors: Mapping[str, torch.Tensor]) -> Scales:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.json_fields import json_kind
 from medusa_export.core.json_lines import is_text, json_object, numbered_lines
 
 _ROLES = ("system", "user", "assistant")
@@ -86,7 +87,7 @@ def _messages(body: Mapping[str, Any], where: str) -> list[dict[str, str]]:
         seen = ", ".join(sorted(map(str, body))[:6]) or "nothing"
         raise ConfigError(where, f"the keys {seen}", "messages, turns or prompt", "correct the line")
     if not isinstance(messages, list):
-        raise ConfigError(where, f"{type(messages).__name__} for a list", "messages or turns", "correct the line")
+        raise ConfigError(where, f"{json_kind(messages)} for a list", "messages or turns", "correct the line")
     return [_message(message, where) for message in messages]
 
 

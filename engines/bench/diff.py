@@ -26,16 +26,19 @@ SHAPE: Mapping[str, Any] = {
 }  # fmt: skip
 
 
+REPORT, ACTION = "a report of medusa-run", "give a file of medusa-run --report"
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """What ``medusa-run --report`` wrote.
 
     Raises:
         ConfigError: another file, or one that somebody has changed.
     """
-    body = read_json(path)
+    body = read_json(path, REPORT, ACTION)
     wrong = _misfit(body, SHAPE, "")
     if wrong:
-        raise ConfigError(str(path), wrong, "a report of medusa-run", "give a file of medusa-run --report")
+        raise ConfigError(str(path), wrong, REPORT, ACTION)
     return body
 
 

@@ -77,6 +77,8 @@ def run(
     other_engine = find_engine(arguments.compare) if arguments.compare else None
     arguments = replace(arguments, engine=find_engine(arguments.engine), compare=other_engine)
     prompts = load_prompts(arguments.prompts, arguments.limit)
+    for directory in filter(None, (arguments.engine, arguments.compare)):
+        EngineInfo.load(directory)
     tokenizer = read_tokenizer(arguments.engine)
     engine = open_engine(
         arguments.engine, threads=arguments.threads, trtllm_api=arguments.trtllm_api, timeout=arguments.timeout

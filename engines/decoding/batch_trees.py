@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.json_fields import read_json
+from medusa_export.core.json_fields import odd_value, read_json
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import Tree, load_tree
@@ -45,11 +45,11 @@ class BatchTrees:
             TreeError, ConfigError: no such file, or a tree in it that breaks a rule.
         """
         tree = load_tree(str(path))
-        body = read_json(path)
+        body = read_json(path, "what medusa-tree search writes", "search again")
         rows = body.get("crossover") or []
         try:
             found = {int(row["batch"]): Tree.from_choices(row["medusa_choices"]) for row in reversed(rows)}
         except (KeyError, TypeError, ValueError) as error:
-            got = f"{type(error).__name__}: {error} in crossover"
+            got = f"{odd_value(error)} in crossover"
             raise ConfigError(str(path), got, "what medusa-tree search writes", "search again") from error
         return cls(found if len(found) > 1 else {unmeasured: tree})

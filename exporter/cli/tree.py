@@ -14,7 +14,7 @@ from medusa_export.exporter.cli.console import command_app, main, progress_bars,
 from medusa_export.exporter.cli.flags.commands import callback, command, require
 from medusa_export.exporter.cli.gpu_cost import GPU, EstimateFlags, print_estimate, write_estimate
 from medusa_export.exporter.cli.tree_tables import print_acceptance, print_cost, print_crossover, print_search
-from medusa_export.heads.contract.engine_info import ENGINE_HELP, find_engine
+from medusa_export.heads.contract.engine_info import ENGINE_HELP, EngineInfo, find_engine
 
 tree_app = command_app()
 INPUT, OUTPUT, MEASUREMENT, SEARCH = "Input", "Output", "Measurement", "Search"  # headings of --help
@@ -267,6 +267,7 @@ def _open(engine: Path, prompts: Path | None, asked: PromptFlags) -> Any:
         raise ConfigError("--max-new-tokens", f"{asked.max_new_tokens}", "2 or more", "raise it")
     loaded = load_prompts(prompts, asked.limit) if prompts else []
     engine = find_engine(engine)
+    EngineInfo.load(engine)
     tokenizer = read_tokenizer(engine)
     opened = open_engine(engine, threads=asked.threads)
     return opened, encode_prompts(tokenizer, opened.info, loaded, max_new_tokens=asked.max_new_tokens)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from medusa_export.core.json_fields import read_json
+from medusa_export.core.json_fields import HUGGING_FACE, read_json
 from medusa_export.exporter.plan.hf_layout import excluded_modules, huggingface_form
 from medusa_export.exporter.plan.spec import ExportSpec
 from medusa_export.exporter.plan.tensor_plan import TensorPlan
@@ -48,7 +48,7 @@ def write_hf_configs(out: Path, ckpt: Path, spec: ExportSpec, files: dict[str, l
         files: shard name -> its tensors.
     """
     counts = {"num_medusa_heads": spec.num_medusa_heads, "num_medusa_layers": spec.num_medusa_layers}
-    config = {**read_json(ckpt / "config.json"), "dtype": spec.dtype, "medusa": counts}
+    config = {**read_json(ckpt / "config.json", *HUGGING_FACE), "dtype": spec.dtype, "medusa": counts}
     config.pop("torch_dtype", None)
     if spec.weight_format.is_quantized or spec.kv_cache.quant_algo:
         config["quantization_config"] = _quantization_config(spec)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.json_fields import Fields, read_json
+from medusa_export.core.json_fields import HUGGING_FACE, Fields, read_json
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.families import FAMILIES, Family
 from medusa_export.heads.checkpoint.rope import read_rope
@@ -60,10 +60,12 @@ class DecoderConfig:
                 the weights beside it lack.
         """
         refuse_adapter(ckpt)
-        raw = read_json(ckpt / "config.json")
+        raw = read_json(ckpt / "config.json", *HUGGING_FACE)
         generation = ckpt / "generation_config.json"
         return cls.from_dict(
-            raw, where=str(ckpt / "config.json"), generation=read_json(generation) if lexists(generation) else {}
+            raw,
+            where=str(ckpt / "config.json"),
+            generation=read_json(generation, *HUGGING_FACE) if lexists(generation) else {},
         )
 
     @classmethod

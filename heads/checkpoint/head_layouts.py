@@ -23,7 +23,7 @@ import torch
 from medusa_export.core.errors import CheckpointError
 from medusa_export.core.hub import HEAD_FILES
 from medusa_export.core.hub import WEIGHT_FILES as LAYOUTS
-from medusa_export.core.json_fields import read_json
+from medusa_export.core.json_fields import HUGGING_FACE, read_json
 from medusa_export.core.regular_files import found_instead
 from medusa_export.heads.checkpoint import families
 from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
@@ -94,7 +94,7 @@ def open_heads(path: Path, config: DecoderConfig, *, check_values: bool = True) 
     """
     source = TensorSource.open(_heads_file(path))
     config_file = source.files[0].parent / "config.json"
-    raw = read_json(config_file) if lexists(config_file) else {}
+    raw = read_json(config_file, *HUGGING_FACE) if lexists(config_file) else {}
     _refuse_truncated_vocabulary(source, raw, config)
     keys = _parse(source)
     if raw.get("original_lm_head"):

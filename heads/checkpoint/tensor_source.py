@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from medusa_export.core.errors import CheckpointError, ConfigError
 from medusa_export.core.hub import WEIGHT_FILES as LAYOUTS
-from medusa_export.core.json_fields import read_json
+from medusa_export.core.json_fields import HUGGING_FACE, read_json
 from medusa_export.core.regular_files import found_instead
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -344,7 +344,7 @@ def _flaw(tensor: object) -> str | None:
 def _read_index(file: Path) -> dict[str, str]:
     """``weight_map`` of an index: tensor name to shard file name."""
     try:
-        body = read_json(file)
+        body = read_json(file, *HUGGING_FACE)
     except ConfigError as error:
         raise CheckpointError(error.where, error.got, error.expected, error.action) from error
     shards = body.get("weight_map")

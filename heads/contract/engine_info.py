@@ -10,6 +10,7 @@ from typing import Any
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_fields import read_json
+from medusa_export.core.regular_files import ABSENT, found_instead
 from medusa_export.heads.trees.tree import Tree
 
 ENGINE_FILE = "engine.json"
@@ -69,11 +70,18 @@ class EngineInfo:
         Raises:
             ConfigError: no engine directory, or one of another version.
         """
-        body = read_json(engine_dir / ENGINE_FILE)
+        if found_instead(engine_dir / ENGINE_FILE) == ABSENT:
+            kind = found_instead(engine_dir)
+            got = "no engine directory" if kind == "a directory" else kind or "a file"
+            raise ConfigError(str(engine_dir), got, f"a directory with {ENGINE_FILE}", "pass OUT/engine of an export")
+        body = read_json(engine_dir / ENGINE_FILE, "what this version writes", "export again")
         names = set(cls.__dataclass_fields__)
-        if {*body, "num_tokens", "exact_products"} != names:  # earlier exports lack these two
-            odd = sorted(set(body) ^ names)
-            raise ConfigError(str(engine_dir / ENGINE_FILE), f"keys {odd}", "this version's keys", "export again")
+        given = {*body, "num_tokens", "exact_products"}  # earlier exports lack these two
+        if given != names:
+            missing, unknown = sorted(names - given), sorted(given - names)
+            more = f" and {len(missing) - 1} other keys" if len(missing) > 1 else ""
+            got = f"no {missing[0]}{more}" if missing else f"the key {unknown[0]}"
+            raise ConfigError(str(engine_dir / ENGINE_FILE), got, "this version's keys", "export again")
         return cls(**{**body, "eos_token_ids": tuple(body["eos_token_ids"])})
 
     def require_tree(self, tree: Tree) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.json_fields import json_kind
 from medusa_export.core.json_lines import is_text, json_object, numbered_lines
 
 Message = tuple[str, str]  # role, content
@@ -153,7 +154,7 @@ def _message(item: object, roles: Mapping[str, str], where: str) -> Message:
 
 def _list(value: object, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ConfigError(where, f"a {type(value).__name__}", "a list of messages", "correct the line")
+        raise ConfigError(where, f"a JSON {json_kind(value)}", "a list of messages", "correct the line")
     return value
 
 

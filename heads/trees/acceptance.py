@@ -18,7 +18,7 @@ import numpy.typing as npt
 from medusa_export.core.artifacts.output_file import write_output
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import bootstrap
-from medusa_export.core.json_fields import read_json
+from medusa_export.core.json_fields import odd_value, read_json
 from medusa_export.heads.trees.search import Candidate, grow
 from medusa_export.heads.trees.tree import Choice, Tree
 
@@ -73,7 +73,8 @@ class Acceptance:
         Raises:
             ConfigError: no acceptance.json.
         """
-        body = read_json(path)
+        expected = "positions and paths with choice and count, as medusa-tree calibrate writes them"
+        body = read_json(path, expected, "calibrate again")
         try:
             paths = {tuple(map(int, entry["choice"])): int(entry["count"]) for entry in body["paths"]}
             answers = [
@@ -87,8 +88,7 @@ class Acceptance:
             ]
             return cls(int(body["positions"]), paths, tuple(answers))
         except (KeyError, TypeError, ValueError) as error:
-            expected = "positions and paths with choice and count, as medusa-tree calibrate writes them"
-            raise ConfigError(str(path), f"{type(error).__name__}: {error}", expected, "calibrate again") from error
+            raise ConfigError(str(path), odd_value(error), expected, "calibrate again") from error
 
     def walk(self, tree: Tree) -> tuple[float, tuple[float, float]] | None:
         """Tokens per step with a tree on the counted answers, and its interval over prompts; None without answers."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.json_fields import read_json
+from medusa_export.core.json_fields import odd_value, read_json
 from medusa_export.heads.trees.search import CostCurve
 
 COST_FILE = "cost.json"
@@ -46,7 +46,8 @@ def load_costs(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: no table of step costs.
     """
-    curves = read_json(path).get("curves")
+    expected = '{"curves": [{"batch": 1, "verify": [{"nodes": 1, "ms": 10.0}, ...]}]}'
+    curves = read_json(path, expected, "measure again").get("curves")
     try:
         if not isinstance(curves, list) or not curves:
             raise ValueError("no list of curves")
@@ -63,8 +64,7 @@ def load_costs(path: Path) -> list[dict[str, Any]]:
             for curve in curves
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        expected = '{"curves": [{"batch": 1, "verify": [{"nodes": 1, "ms": 10.0}, ...]}]}'
-        raise ConfigError(str(path), f"{type(error).__name__}: {error}", expected, "correct it") from error
+        raise ConfigError(str(path), odd_value(error), expected, "correct it") from error
     for curve in found:
         cost_curve(curve)
     return found

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_export.core.errors import TreeError
+from medusa_export.core.json_fields import json_kind, unreadable
 from medusa_export.core.regular_files import ABSENT, found_instead
 
 if TYPE_CHECKING:  # arrays are made on demand: --help and readers of tree.json need no NumPy
@@ -191,10 +192,11 @@ def load_tree(spec: str, *, num_medusa_heads: int | None = None) -> Tree:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise TreeError(str(path), f"unreadable JSON ({error})", "a list of choices", "write it again") from error
+        raise TreeError(str(path), unreadable(error), "a list of choices", "write it again") from error
     choices = body.get("medusa_choices") if isinstance(body, dict) else body
     if not isinstance(choices, list):
-        raise TreeError(str(path), type(choices).__name__, "a list like [[0], [1], [0, 0]]", "write it again")
+        got = "no medusa_choices" if choices is None and isinstance(body, dict) else f"a JSON {json_kind(choices)}"
+        raise TreeError(str(path), got, "a list like [[0], [1], [0, 0]]", "write it again")
     return Tree.from_choices(choices, num_medusa_heads=num_medusa_heads)
 
 

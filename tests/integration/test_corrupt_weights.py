@@ -259,9 +259,9 @@ def dangle(path: Path) -> None:
 
 SHARDS: dict[str, tuple[Change, str]] = {
     "index is no JSON": (index(b"{"), "got unreadable JSON (Expecting"),
-    "index is not UTF-8": (index(b"\xff\xfe{}"), "got unreadable JSON ('utf-8' codec"),
+    "index is not UTF-8": (index(b"\xff\xfe{}"), "got unreadable JSON (not UTF-8"),
     "index is a list": (index(b"[]"), "got a JSON list"),
-    "index is deep": (index(b"[" * 100_000), "got unreadable JSON (maximum recursion"),
+    "index is deep": (index(b"[" * 100_000), "got unreadable JSON (nested too deeply"),
     "index is a huge number": (
         index(b'{"weight_map": ' + b"9" * 5000 + b"}"),
         "got unreadable JSON (Exceeds the limit",

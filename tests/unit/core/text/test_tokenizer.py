@@ -58,9 +58,9 @@ def test_lines_after_the_limit_are_not_read(tmp_path: Path) -> None:
         ({}, "the keys nothing"),
         ({"prompt": 3}, "the message"),
         ({"prompt": "  "}, "nothing that a user asks"),
-        ({"turns": []}, "NoneType for a list"),
-        ({"turns": "Hi"}, "NoneType for a list"),
-        ({"messages": "Hi"}, "str for a list"),
+        ({"turns": []}, "null for a list"),
+        ({"turns": "Hi"}, "null for a list"),
+        ({"messages": "Hi"}, "text for a list"),
         ({"messages": []}, "nothing that a user asks"),
         ({"messages": [ANSWER]}, "nothing that a user asks"),
         ({"messages": [ASK, SYSTEM]}, "nothing that a user asks"),
@@ -86,7 +86,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no prompts"):
         load_prompts(_write(tmp_path / "empty.jsonl", "\n\n"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "Gr\xfc\xdfe"}\n')
-    with pytest.raises(ConfigError, match=r"latin\.jsonl:1: got no JSON"):
+    with pytest.raises(ConfigError, match=r"latin\.jsonl:1: got bytes that are not UTF-8"):
         load_prompts(tmp_path / "latin.jsonl")
     with pytest.raises(ConfigError, match="limit: got 0"):
         load_prompts(_write(tmp_path / "p.jsonl", {"prompt": "a"}), limit=0)

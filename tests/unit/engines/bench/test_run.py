@@ -265,7 +265,7 @@ class TestRefusals:
 
     def test_files(self, made: Any, prompts: Path, tmp_path: Path) -> None:
         self.check(made, tmp_path / "none.jsonl", "no readable file", ConfigError)
-        with pytest.raises(ConfigError, match="no tokenizer"):
+        with pytest.raises(ConfigError, match="no engine directory"):
             run(RunArguments(engine=tmp_path, prompts=prompts))
 
 

@@ -738,5 +738,5 @@ class TestRun:
     def test_errors(self, run: Run, tmp_path: Path) -> None:
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1"}\n')
         flags = ["--engine", tmp_path, "--prompts", tmp_path / "prompts.jsonl"]
-        assert "got no tokenizer" in one_line(run("run", *flags))
+        assert "got no engine directory" in one_line(run("run", *flags))
         assert "no such directory" in one_line(run("run", *flags, "--report", tmp_path / "no/report.json"))

@@ -116,12 +116,12 @@ def test_the_same_content_counts_once(tmp_path: Path) -> None:
 BAD: list[tuple[object, str]] = [
     ("{broken", "no JSON"),
     ("[" * 100_000, "no JSON"),
-    ('"text"', "a JSON str"),
+    ('"text"', "a JSON text"),
     ({"text": "a"}, "the keys text; expected one of messages, conversations, turns, prompt"),
     ({"messages": []}, "the user says nothing"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "the user says nothing"),
     ({"turns": ["a", " "]}, "the user says nothing"),
-    ({"turns": "a"}, "got a str; expected a list"),
+    ({"turns": "a"}, "got a JSON text; expected a list"),
     ({"turns": ["a", 3]}, "got 3; expected text"),
     ({"prompt": ["a"]}, "expected text"),
     ({"prompt": "half of a pair \ud83d"}, "expected text of whole characters"),
@@ -156,7 +156,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no conversations, 0 bad lines"):
         read_conversations([_write(tmp_path / "empty.jsonl", "", "")])
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "Gr\xfc\xdfe"}\n')
-    with pytest.raises(ConfigError, match=r"latin\.jsonl:1: got no JSON"):
+    with pytest.raises(ConfigError, match=r"latin\.jsonl:1: got bytes that are not UTF-8"):
         read_conversations([tmp_path / "latin.jsonl"])
     with pytest.raises(ConfigError, match="limit: got 0"):
         read_conversations([_write(tmp_path / "p.jsonl", {"prompt": "a"})], limit=0)

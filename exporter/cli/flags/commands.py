@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 import typer
 
-from medusa_export.core.errors import ConfigError
+from medusa_export.core.errors import ConfigError, MedusaExportError
 from medusa_export.core.flags import FlagField, flag, flags_of, requirement_error
 from medusa_export.exporter.cli.flags.help_page import Flags, command_class, group_class
 from medusa_export.exporter.cli.flags.parameters import CONTEXT, PRINT_CONFIG, general_parameters, parameter
@@ -120,20 +121,42 @@ def _entry(body: Body, either: tuple[type, ...], *, is_root: bool, alone: bool =
             return
         given = {key: _checked(item, values[key]) for key, (item, _) in items.items()}
         present = Given({key: given[key] for key in chosen if given[key] is not None})
-        made = {name: present if kind is Given else _instance(kind, given, context) for name, kind in hints.items()}
+        names = {
+            each: item.name
+            for key, (item, _) in items.items()
+            if _was_given(context, key)
+            for each in (item.field, key)
+        }
+        with _flags_named(names):
+            made = {name: present if kind is Given else _instance(kind, given, context) for name, kind in hints.items()}
         if is_printed:
             typer.echo(
                 flags_as_yaml({item.name: given[key] for key, (item, _) in items.items() if _was_given(context, key)}),
                 nl=False,
             )
             return
-        body(**made)
+        with _flags_named(names):
+            body(**made)
 
     parameters = [parameter(item, kind, unset=key in chosen) for key, (item, kind) in items.items()]
     entry.__signature__ = inspect.Signature([*general_parameters(is_root, alone), *parameters])  # type: ignore[attr-defined]
     entry.__annotations__ = {}  # typer reads both
     entry.__name__, entry.__doc__ = body.__name__, body.__doc__
     return entry, items
+
+
+@contextmanager
+def _flags_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a field of a library's arguments name the flag that it was given by.
+
+    Args:
+        names: field or key -> flag.
+    """
+    try:
+        yield
+    except MedusaExportError as error:
+        error.where = names.get(error.where, error.where)
+        raise
 
 
 def _was_given(context: typer.Context, key: str) -> bool:

@@ -16,6 +16,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from medusa_export.core.flags import FlagField
+from medusa_export.exporter.cli.flags.usage import unknown_command, usage_errors
 
 Flags = Mapping[str, tuple[FlagField, Any]]  # by key, with the field's type
 WIDEST, INDENT = 100, 6  # columns
@@ -27,6 +28,10 @@ class _Page:
     """Prints the flags of a command. Classes that :func:`command_class` makes have its ``flags``."""
 
     flags: ClassVar[Flags] = {}
+
+    def parse_args(self: Any, ctx: Any, args: list[str]) -> list[str]:
+        with usage_errors(ctx):
+            return super().parse_args(ctx, args)  # type: ignore[misc]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         console = Console(highlight=False)
@@ -56,6 +61,19 @@ class _Page:
                 yield Group(*rows)
 
 
+class _GroupPage(_Page):
+    """The same of a command with sub-commands."""
+
+    def invoke(self: Any, ctx: Any) -> Any:
+        with usage_errors(ctx):
+            return super().invoke(ctx)  # type: ignore[misc]
+
+    def resolve_command(self: Any, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            raise unknown_command(ctx, args[0], self.commands)
+        return super().resolve_command(ctx, args)  # type: ignore[misc]
+
+
 def command_class(flags: Flags) -> type[TyperCommand]:
     """What typer makes the command of."""
     return type("Command", (_Page, TyperCommand), {"flags": flags})
@@ -63,7 +81,7 @@ def command_class(flags: Flags) -> type[TyperCommand]:
 
 def group_class(flags: Flags) -> type[TyperGroup]:
     """The same for a command with sub-commands."""
-    return type("Group", (_Page, TyperGroup), {"flags": flags})
+    return type("Group", (_GroupPage, TyperGroup), {"flags": flags})
 
 
 def shown_default(item: FlagField) -> str:

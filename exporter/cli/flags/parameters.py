@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from medusa_export.core.flags import FlagField
+from medusa_export.exporter.cli.flags.usage import NUMBERS, number_parser
 from medusa_export.exporter.cli.flags.yaml_file import read_flags
 
 CONTEXT, PRINT_CONFIG = "typer_context", "print_config"
@@ -30,6 +31,9 @@ def parameter(item: FlagField, kind: Any, *, unset: bool) -> inspect.Parameter:
     options: dict[str, Any] = {"help": said.help, "autocompletion": _completion(completed) if completed else None}
     if get_origin(kind) is tuple:
         kind, default = list[get_args(kind)[0]], list(default) if default and default is not MISSING else None  # type: ignore[misc]
+    number = next((each for each in (*get_args(kind), kind) if each in NUMBERS), None)
+    if number is not None:
+        options["parser"] = number_parser(item, number)
     if said.positional:
         return inspect.Parameter(
             item.key, KEYWORD, annotation=Annotated[kind, typer.Argument(metavar=item.name, **options)]

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.regular_files import ABSENT, found_instead
 
 
 def read_flags(context: typer.Context, path: Path | None) -> Path | None:
@@ -63,10 +64,16 @@ def _key(option: str) -> str:
 def _mapping(path: Path) -> dict[str, Any]:
     import yaml
 
+    kind = found_instead(path)
+    if kind is not None:
+        got = "no such file" if kind == ABSENT else kind
+        raise ConfigError(str(path), got, "a YAML file with flags", "check the path")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(str(path), f"no readable YAML ({error})", "flags and their values", "correct it") from error
+    if found is None:  # an empty file, as --print-config writes where no flag was given
+        return {}
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ConfigError(str(path), "no mapping", "flags and their values", "write one flag a line, name: value")
     return found

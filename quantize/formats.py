@@ -448,7 +448,7 @@ def get_format(name: str, group_size: int | None = None) -> Format:
             if weight_format.group_sizes
             else "none: it has no groups"
         )
-        raise ConfigError(f"group size of format {name}", str(group_size), expected, "leave --group-size out")
+        raise ConfigError("--group-size", f"{group_size} for {name}", expected, "leave --group-size out")
     return replace(weight_format, group_size=group_size)
 
 

@@ -69,7 +69,8 @@ class ServingOptions:
             value, least = getattr(self, item.name), 0 if item.name in MAY_BE_NOTHING else 1
             if not (math.isfinite(value) and value >= least):
                 flag = f"--{item.name.replace('_', '-')}"
-                raise ConfigError(flag, f"{value}", f"{least} or more", "change it")
+                expected = f"{least} or more" if math.isfinite(value) else f"a finite number, {least} or more"
+                raise ConfigError(flag, f"{value}", expected, "change it")
 
     @classmethod
     def may_be(cls, name: str) -> str:

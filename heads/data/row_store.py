@@ -158,8 +158,9 @@ def open_rows(out: Path, conversations: Iterable[Conversation], maker: Maker) ->
         raise OutputError(str(out), f"{kind}", "a JSONL file, or nothing yet", "choose another output")
     out = out.resolve()  # or a link would be replaced instead of the file that it names
     directory = out.with_name(f".{out.name}.journal")
+    if not out.parent.is_dir():
+        raise OutputError(str(out), "no such directory", "an existing one", "create it first")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         descriptor = make_locked(directory, out)
     except OSError as error:
         got = f"no write access ({error.strerror})"

@@ -34,7 +34,7 @@ class Sampler:
     def __init__(self, temperature: float, seed: int | tuple[int, ...] | None = 0, top_p: float = 1.0) -> None:
         if not 0 < temperature < float("inf"):
             raise ConfigError(
-                "--temperature", f"{temperature:g}", "a number above 0", "leave it out to decode greedily"
+                "--temperature", f"{temperature:g}", "a finite number above 0, or 0 for greedy decoding", "change it"
             )
         if not 0 < top_p <= 1:
             raise ConfigError("top_p", f"{top_p:g}", "more than 0 and at most 1", "change it")

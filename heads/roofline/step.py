@@ -53,10 +53,12 @@ class Assumptions:
     host_us: Number = 0.0
 
     def __post_init__(self) -> None:
-        parts = np.array([self.bandwidth, self.arithmetic, self.serial])
-        if not (np.all(parts >= 0) and np.all(parts <= 1) and np.all(parts[:2] > 0)):
-            got = f"bandwidth {self.bandwidth}, arithmetic {self.arithmetic}, serial {self.serial}"
-            raise ConfigError("efficiencies", got, "parts of 1; bandwidth and arithmetic above 0", "correct them")
+        for name in ("bandwidth", "arithmetic"):
+            part = np.asarray(getattr(self, name))
+            if not (np.all(part > 0) and np.all(part <= 1)):
+                raise ConfigError(f"{name}_efficiency", f"{part}", "more than 0 and at most 1", "correct it")
+        if not np.all((serial := np.asarray(self.serial)) >= 0) or not np.all(serial <= 1):
+            raise ConfigError("serial", f"{serial}", "0 .. 1", "correct it")
 
 
 DEFAULTS = Assumptions()

@@ -110,7 +110,8 @@ def select(curves: list[dict[str, Any]], *, batch: int = 1, past_length: int | N
     found = [row for row in curves if row["batch"] == batch and past_length in (None, row["past_length"])]
     if not found:
         got = f"batch {batch}" + (f" and past length {past_length}" if past_length is not None else "")
-        known = "; ".join(f"batch {row['batch']}, past length {row['past_length']}" for row in curves)
+        batches, lengths = ({row[name]: None for row in curves} for name in ("batch", "past_length"))
+        known = f"batches {', '.join(map(str, batches))}; past lengths {', '.join(map(str, lengths))}"
         raise ConfigError("step costs", got, f"what was measured: {known}", "measure it or choose another")
     return found[0]
 

@@ -70,7 +70,7 @@ def test_words_for_what_is_there(tmp_path: Path) -> None:
 def test_an_engine_directory_that_is_none(tmp_path: Path) -> None:
     for path, got in ((tmp_path / "nope", "no such file or directory"), (tmp_path, "no engine directory")):
         with pytest.raises(
-            MedusaExportError, match=f"got {got}; expected a directory with engine.json; pass OUT/engine"
+            MedusaExportError, match=f"got {got}; expected a directory with engine.json; pass an export"
         ):
             EngineInfo.load(path)
     (tmp_path / "engine.json").write_text("{}")

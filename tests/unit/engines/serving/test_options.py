@@ -59,3 +59,8 @@ def test_parameters_that_are_no_numbers(name: str, text: str) -> None:
     with pytest.raises(ConfigError) as refused:
         ServingOptions.from_text({name: text})
     assert (refused.value.where, refused.value.got) == (name, repr(text))
+
+
+def test_endless_is_no_number_of_seconds() -> None:
+    with pytest.raises(ConfigError, match="--grace-s: got inf; expected a finite number, 0 or more;"):
+        ServingOptions(grace_s=float("inf"))

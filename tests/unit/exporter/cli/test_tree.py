@@ -235,5 +235,5 @@ def test_a_batch_that_was_not_measured(
 ) -> None:
     flags = ["--engine", engine, "--prompts", prompts, "--cost", flat(tmp_path / "c.json", batch=8)]
     assert run(monkeypatch, "search", *flags, "--output", tmp_path / "t.json") == 2
-    assert "what was measured: batch 8" in capfd.readouterr().err
+    assert "what was measured: batches 8; past lengths" in capfd.readouterr().err
     assert not (tmp_path / "t.json").exists()

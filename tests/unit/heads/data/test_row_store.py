@@ -161,9 +161,11 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
         ("fifo", "a FIFO"),
         ("link", "a link to nothing"),
         ("file/out", "cannot be read|no write access"),
+        ("absent/out", "got no such directory; expected an existing one"),
     ):
         with pytest.raises(OutputError, match=message), open_rows(tmp_path / name, CHATS, MAKER):
             pass
+    assert not (tmp_path / "absent").exists()
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:

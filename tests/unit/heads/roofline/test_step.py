@@ -182,7 +182,11 @@ def test_ranks_share_work_and_add_talk(shape: ModelShape, gpu: Any, batch: int, 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"bandwidth": 0.0}, "efficiencies"), ({"arithmetic": 1.2}, "efficiencies"), ({"serial": -0.1}, "efficiencies")],
+    [
+        ({"bandwidth": 0.0}, "bandwidth_eff"),
+        ({"arithmetic": 1.2}, "arithmetic_eff"),
+        ({"serial": -0.1}, "serial: got -0.1"),
+    ],
 )
 def test_assumptions_that_cannot_be(changes: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -73,7 +73,9 @@ class EngineInfo:
         if found_instead(engine_dir / ENGINE_FILE) == ABSENT:
             kind = found_instead(engine_dir)
             got = "no engine directory" if kind == "a directory" else kind or "a file"
-            raise ConfigError(str(engine_dir), got, f"a directory with {ENGINE_FILE}", "pass an export, or its engine directory")
+            raise ConfigError(
+                str(engine_dir), got, f"a directory with {ENGINE_FILE}", "pass an export, or its engine directory"
+            )
         body = read_json(engine_dir / ENGINE_FILE, "what this version writes", "export again")
         names = set(cls.__dataclass_fields__)
         given = {*body, "num_tokens", "exact_products"}  # earlier exports lack these two

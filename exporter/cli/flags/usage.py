@@ -13,7 +13,7 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.core.flags import FlagField
 
 # Typer brings its own copy of click in some versions: the class is taken from where typer has it.
-ParserError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+ParserError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 NUMBERS = {int: "an integer", float: "a number"}
 
 
@@ -66,7 +66,8 @@ def unknown_command(context: Any, name: str, commands: Any) -> ConfigError:
 
 def _in_one_line(error: Any, context: Any) -> ConfigError:
     see = f"see {context.command_path} --help"
-    parameter, option = getattr(error, "param", None), getattr(error, "option_name", None)
+    parameter: Any = getattr(error, "param", None)
+    option: Any = getattr(error, "option_name", None)
     if hasattr(error, "possibilities"):
         near = difflib.get_close_matches(option, _options(context), n=1)
         action = f"did you mean {near[0]}?" if near else see

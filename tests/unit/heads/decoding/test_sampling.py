@@ -76,7 +76,9 @@ def test_no_top_p(top_p: float) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_no_temperature(temperature: float) -> None:
-    with pytest.raises(ConfigError, match="--temperature: .* expected a finite number above 0, or 0 for greedy decoding;"):
+    with pytest.raises(
+        ConfigError, match=r"--temperature: .* expected a finite number above 0, or 0 for greedy decoding;"
+    ):
         Sampler(temperature)
 
 

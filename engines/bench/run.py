@@ -74,11 +74,8 @@ def run(
         MedusaExportError: an engine, tree or prompts file that cannot be used.
     """
     _check(arguments)
-    other_engine = find_engine(arguments.compare) if arguments.compare else None
-    arguments = replace(arguments, engine=find_engine(arguments.engine), compare=other_engine)
+    arguments = _with_engines(arguments)
     prompts = load_prompts(arguments.prompts, arguments.limit)
-    for directory in filter(None, (arguments.engine, arguments.compare)):
-        EngineInfo.load(directory)
     tokenizer = read_tokenizer(arguments.engine)
     engine = open_engine(
         arguments.engine, threads=arguments.threads, trtllm_api=arguments.trtllm_api, timeout=arguments.timeout
@@ -119,6 +116,15 @@ def run(
         _save_outputs(arguments.save_outputs, result, tokenizer)
     report |= {"tree_logits": step_noise, **_findings(report, arguments, engine, tree, prompts, result, found)}
     return report
+
+
+def _with_engines(arguments: RunArguments) -> RunArguments:
+    """The directories of the engines, also where exports were given; another directory is refused."""
+    other_engine = find_engine(arguments.compare) if arguments.compare else None
+    found = replace(arguments, engine=find_engine(arguments.engine), compare=other_engine)
+    for directory in filter(None, (found.engine, found.compare)):
+        EngineInfo.load(directory)
+    return found
 
 
 def _check(arguments: RunArguments) -> None:

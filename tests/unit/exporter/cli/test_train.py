@@ -171,7 +171,7 @@ def test_killed_and_continued(given: list[str], tmp_path: Path, monkeypatch: pyt
         (["--held-out", "1"], "--held-out: got 1.0"),
         (["--heads", "nowhere"], "nowhere: got no such file"),
         (["--quant", "nvfp4"], "rounds on GPUs only"),
-        (["--config", "nowhere.yaml"], "no readable YAML"),
+        (["--config", "nowhere.yaml"], "no such file"),
         (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl: got no readable file"),
     ],
 )

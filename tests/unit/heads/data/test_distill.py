@@ -80,6 +80,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
     return tmp_path / "data" / "out.jsonl"
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -140,8 +139,10 @@ def _run(app: typer.Typer, signals: list[int], *, verbose: bool) -> None:
             _give_up_stdout()
             _fail(f"standard output: {error.strerror}", 2)
         if isinstance(error, OSError) and error.errno in NO_SPACE:
-            place = error.filename or f"a temporary file, perhaps in {tempfile.gettempdir()}"
-            _fail(f"{place}: got {error.strerror}; expected room for it; free some space", 2)
+            _fail(
+                f"{error.filename or 'a temporary file'}: got {error.strerror}; expected room for it; free some space",
+                2,
+            )
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             raise
         if verbose:

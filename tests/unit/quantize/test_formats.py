@@ -70,7 +70,7 @@ def test_group_sizes() -> None:
     assert get_format("int4_awq").group_size == 128
     assert get_format("int4_awq", 64).group_size == 64
     assert FORMATS["int4_awq"].group_size == 128
-    with pytest.raises(ConfigError, match=r"int4_awq: got 32; expected one of 64, 128"):
+    with pytest.raises(ConfigError, match=r"--group-size: got 32 for int4_awq; expected one of 64, 128"):
         get_format("int4_awq", 32)
     with pytest.raises(ConfigError, match=r"fp8: got 64; expected none"):
         get_format("fp8", 64)

@@ -72,7 +72,7 @@ def test_group_sizes() -> None:
     assert FORMATS["int4_awq"].group_size == 128
     with pytest.raises(ConfigError, match=r"--group-size: got 32 for int4_awq; expected one of 64, 128"):
         get_format("int4_awq", 32)
-    with pytest.raises(ConfigError, match=r"fp8: got 64; expected none"):
+    with pytest.raises(ConfigError, match=r"--group-size: got 64 for fp8; expected none"):
         get_format("fp8", 64)
 
 

@@ -136,7 +136,7 @@ def _run(app: typer.Typer, signals: list[int], *, verbose: bool) -> None:
             left = next(iter(getattr(error, "__notes__", ())), "nothing half-written is left")
             _fail(f"stopped by {signal.Signals(signals[0]).name}; {left}", 128 + signals[0])
         if isinstance(error, OSError) and error.errno in FULL and _was_printing(error):
-            _give_up_stdout()
+            give_up_stdout()
             _fail(f"standard output: {error.strerror}", 2)
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             _fail(
@@ -168,7 +168,7 @@ def _was_printing(error: BaseException) -> bool:
     return str(frame.f_globals.get("__name__")).split(".")[0] in PRINTING
 
 
-def _give_up_stdout() -> None:
+def give_up_stdout() -> None:
     """What is left in the buffer cannot be written when the interpreter ends either."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

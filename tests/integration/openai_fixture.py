@@ -32,9 +32,12 @@ Message = dict[str, str]
 
 
 def byte_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """Replaces a tokenizer by one of single bytes: special tokens cannot be spelled, and an answer may end within a character."""
+    """Replaces a tokenizer by one of single bytes: special tokens cannot be spelled, and an answer may end within a character.
+
+    The alphabet comes in another order on every call: sorted, a test's answer is the same on every run.
+    """
     core = Tokenizer(
-        models.BPE({letter: index for index, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, [])
+        models.BPE({letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     )
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", additional_special_tokens=["<|start|>"])

@@ -18,6 +18,7 @@ BLIND = {
     r"alter arguments\..* in medusa\.json": "arguments that leave no trace in the files",
     r"\w+ (weight|kv|input)_amax/.* in scales\.safetensors": "calibrations that no written number depends on",
     r"alter .*producer.*": "labels of the maker",
+    r"alter pretrained_config\.embedding_sharding_dim in .*config\.json": "how a table is cut that one rank holds whole",
     (
         r"(alter (precision|exact_products|source|\w*session_options)\S* in|another export's) "
         r"tensorrt_llm/1/engine\.json"

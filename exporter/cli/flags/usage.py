@@ -14,6 +14,7 @@ from medusa_export.core.flags import FlagField
 
 # Typer brings its own copy of click in some versions: the class is taken from where typer has it.
 ParserError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+HELP = "NoArgsIsHelpError"  # of a bare group of commands, whose help is printed; in some versions of click only
 NUMBERS = {int: "an integer", float: "a number"}
 
 
@@ -23,6 +24,8 @@ def usage_errors(context: Any) -> Iterator[None]:
     try:
         yield
     except ParserError as error:
+        if type(error).__name__ == HELP:
+            raise
         raise _in_one_line(error, getattr(error, "ctx", None) or context) from error
     except ConfigError as error:
         name = error.where.lstrip("-").replace("-", "_")

@@ -81,7 +81,7 @@ LIST = '%llguidance {}\nstart: "[" NUMBER ("," NUMBER){0,4} "]"\nNUMBER: /[1-9][
 def test_what_a_grammar_asks_for_with_and_without_drafts(
     compiler: GrammarCompiler, answer: Callable[..., Any], engine: Path, grammar: Grammar, drawn: dict[str, Any]
 ) -> None:
-    sampling = Sampling(max_tokens=100, **drawn)
+    sampling = Sampling(max_tokens=120, **drawn)
     plain, plain_steps = answer(Tree(()), sampling, compiler.rule(grammar))
     drafted, steps = answer(TREE, sampling, compiler.rule(grammar))
     assert plain == drafted

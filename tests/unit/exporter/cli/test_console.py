@@ -38,7 +38,7 @@ def _to_stdout() -> None:
 def test_a_full_disk_is_named(
     body: object, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("medusa_export.exporter.cli.console._give_up_stdout", lambda: None)
+    monkeypatch.setattr("medusa_export.exporter.cli.console.give_up_stdout", lambda: None)
     monkeypatch.setattr(sys, "argv", ["program"])
     app = command_app()
     app.command()(body)  # type: ignore[arg-type]

@@ -589,8 +589,8 @@ class TestVerify:
 
     def test_nothing_there(self, run: Run, tmp_path: Path) -> None:
         result = run("export", "verify", tmp_path)
-        assert (result.code, result.err) == (1, "")
-        assert f"{tmp_path / 'medusa.json'}: got no such file" in result.out
+        assert (result.code, result.out) == (2, "")
+        assert f"{tmp_path}: got a directory without either; expected an export, with medusa.json" in one_line(result)
 
 
 class TestHelp:

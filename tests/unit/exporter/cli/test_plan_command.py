@@ -34,7 +34,7 @@ SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
-MACHINE = sizing.Machine(disk_free=500 * 10**9, ram_available=64 * 10**9, has_gpu=False)
+MACHINE = sizing.ExportMachine(disk_free=500 * 10**9, ram_available=64 * 10**9, has_gpu=False)
 SHARD_VALUES = 2**30 + 2**27
 MEDUSA_EXPORT = Path(sys.executable).with_name("medusa-export")
 
@@ -364,7 +364,7 @@ class Usage(NamedTuple):
 
 def test_a_full_disk(inputs: Inputs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan shows it; a rehearsal of the export fails like the export, after its tables."""
-    monkeypatch.setattr(sizing, "this_machine", lambda out: sizing.Machine(1000, 10**11, has_gpu=False))
+    monkeypatch.setattr(sizing, "this_machine", lambda out: sizing.ExportMachine(1000, 10**11, has_gpu=False))
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(1000))
     planned, rehearsed = run("plan", *inputs.flags()), run(*inputs.flags(), "--dry-run")
     assert (planned.code, planned.err) == (0, "")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from medusa_export.engines.decoding.step import PREFILL, ROOT
 from medusa_export.engines.onnxruntime.engine import open_decoder, open_heads
 from medusa_export.engines.onnxruntime.lane import Lane, Run
-from medusa_export.engines.onnxruntime.lane_plan import Traffic, capacity, plan_lanes
+from medusa_export.engines.onnxruntime.lane_plan import Plan, Traffic, capacity, plan_lanes
 from medusa_export.engines.onnxruntime.slots import Slots
 from medusa_export.heads.contract.engine_info import BATCH_DECODER_FILE, DECODER_FILE, EngineInfo
 from medusa_export.heads.trees.tree import MAX_CHOICES, Tree
@@ -118,7 +118,8 @@ class TreeBatchDecoder(Slots):
         if room:
             min(room, key=lambda lane: lane.capacity).add(slot, rows)
         else:
-            self._arrange(np.array([*self._lengths[:slot], self._filled]) + 1, {slot: rows})
+            needed = np.array([*self._lengths[:slot], self._filled]) + 1
+            self._arrange(plan_lanes(needed.tolist(), self._traffic), {slot: rows})
         self._lengths[slot], self._hidden[slot] = self._filled, hidden
         self.active += 1
 
@@ -210,13 +211,13 @@ class TreeBatchDecoder(Slots):
         self._wasteful = self._wasteful + 1 if reads > TOO_MUCH * plan.cost else 0
         fits = all(needed[lane.slots].max() <= lane.capacity for lane in self._lanes)
         if not fits or self._wasteful >= PATIENCE:
-            self._arrange(needed, {})
+            self._arrange(plan, {})
 
-    def _arrange(self, needed: Array, new: dict[int, Array]) -> None:
+    def _arrange(self, plan: Plan, new: dict[int, Array]) -> None:
         """Lay the cache out anew.
 
         Args:
-            needed: rows of every active sequence.
+            plan: the lanes, with room for every sequence.
             new: kept rows of sequences that have no lane yet.
         """
         kept = new | {
@@ -224,14 +225,13 @@ class TreeBatchDecoder(Slots):
             for lane in self._lanes
             for place, slot in enumerate(lane.slots)
         }
-        plan, self._wasteful = plan_lanes(needed.tolist(), self._traffic), 0
         lanes = []
         for slots, rows in zip(plan.slots, plan.capacities, strict=True):
             lane = Lane(self.info, self._session, places=self.slots, capacity=rows)
             for slot in slots:
                 lane.add(slot, kept[slot])
             lanes.append(lane)
-        self._lanes = lanes
+        self._lanes, self._wasteful = lanes, 0
 
     def _prompt_lane(self, rows: int) -> Lane:
         """For the one prompt that is being filled in: it reads no others' rows, and they none of its."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.engines.decoding.lookup import TextLookup
-from medusa_export.engines.decoding.payoff import DraftedText
+from medusa_export.engines.decoding.payoff import DraftedText, StepWorth
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepDecoder
 from medusa_export.engines.decoding.shapes import StepShape
 from medusa_export.heads.contract.engine_info import EngineInfo
@@ -112,7 +112,10 @@ class PayingDrafter:
         self._shapes = [shape for shape in shapes if shape.tree.num_nodes <= max_nodes]
         self.trees: Sequence[Tree] = [shape.tree for shape in self._shapes]
         self.depths: Sequence[int] = sorted({shape.heads.depth for shape in self._shapes} - {0})
-        self._heads = [sum(paths[choice] for choice in shape.heads.choices) for shape in self._shapes]
+        heads = [sum(paths[choice] for choice in shape.heads.choices) for shape in self._shapes]
+        self._sizes = [
+            (shape.tree.num_nodes, shape.chain, share) for shape, share in zip(self._shapes, heads, strict=True)
+        ]
         self._firsts = [sum(paths[rank,] for rank in shape.first_ranks) for shape in self._shapes]
         self._prices: dict[tuple[int, int], list[float]] = {}
 
@@ -136,16 +139,14 @@ class PayingDrafter:
         """The shape that pays most; of equally good ones the first, which is the smallest."""
         past = sum(len(sequence.lookup.tokens) for sequence in sequences) // len(sequences)
         prices = self._prices_at(len(sequences), past // BUCKET)
-        shares = [sequence.chain_shares(max(CHAINS)) for sequence in sequences]
+        worth = StepWorth(sequences, max(CHAINS))
         has_match, best, found = any(sequence.match for sequence in sequences), 0.0, 0
-        for index, shape in enumerate(self._shapes):
-            if shape.tree.num_nodes > remaining or (shape.chain and not has_match):
+        for index, (nodes, chain, heads) in enumerate(self._sizes):
+            if nodes > remaining or (chain and not has_match):
                 continue
-            tokens = 0.0
-            for sequence, share in zip(sequences, shares, strict=True):
-                tokens += sequence.worth(share, shape.chain, self._heads[index])
-            if tokens / prices[index] > best:
-                best, found = tokens / prices[index], index
+            rate = worth.tokens(chain, heads) / prices[index]
+            if rate > best:
+                best, found = rate, index
         return found
 
     def _prices_at(self, batch: int, bucket: int) -> list[float]:

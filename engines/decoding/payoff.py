@@ -94,13 +94,29 @@ class DraftedText:
             shares.append(total)
         return shares
 
-    def worth(self, chain_shares: Sequence[float], chain: int, heads: float) -> float:
-        """Tokens that a step is expected to yield.
+
+class StepWorth:
+    """Tokens that a step is expected to yield, over all of its sequences.
+
+    Linear in the heads' share, so that what depends on a sequence is summed once a step and not once for every shape.
+
+    Args:
+        sequences: that take the step.
+        longest: tokens of the longest chain that is asked for.
+    """
+
+    def __init__(self, sequences: Sequence[DraftedText], longest: int) -> None:
+        shares = [sequence.chain_shares(longest) for sequence in sequences]
+        factors = [sequence.heads.factor for sequence in sequences]
+        self._chains = [len(sequences) + sum(column) for column in zip(*shares, strict=True)]
+        beside = sum(factor * (1 - HEADS_BESIDE * share[1]) for share, factor in zip(shares, factors, strict=True))
+        self._heads = sum(factors), beside
+
+    def tokens(self, chain: int, heads: float) -> float:
+        """Of a step that verifies so many tokens of the text, and nodes of the heads.
 
         Args:
-            chain_shares: as :meth:`chain_shares` gives them.
-            chain: tokens of the text that are verified.
+            chain: tokens of the text.
             heads: accepted tokens that the heads' nodes yield on average, wherever they are.
         """
-        beside = 1 - HEADS_BESIDE * chain_shares[min(chain, 1)]
-        return 1 + chain_shares[chain] + beside * heads * self.heads.factor
+        return self._chains[chain] + self._heads[chain > 0] * heads

@@ -27,7 +27,7 @@ BASE_WITH_HEADS = (WEIGHT_FILES, HEAD_FILES)
 SMALL = (
     "config.json", "generation_config.json", "adapter_config.json", "*.index.json", "tokenizer.json", "tokenizer.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
+    "chat_template.jinja", "chat_template.json", "followers.npz",
 )  # fmt: skip
 REVISION_HELP = "Branch, tag or commit of the base model on the hub. Heads take theirs as owner/name@revision."
 EXPECTED = "a local directory, or a model of the Hugging Face hub"

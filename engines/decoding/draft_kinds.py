@@ -13,6 +13,7 @@ from medusa_export.engines.decoding.drafters import Drafter, PayingDrafter, Tree
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.trees.followers import FOLLOWERS_FILE, Followers
 from medusa_export.heads.trees.step_costs import COST_FILE, PRIOR_COSTS, StepCosts, load_costs
 from medusa_export.heads.trees.tree import Choice
 
@@ -32,7 +33,8 @@ class Engine:
     """What a drafter is made for.
 
     Attributes:
-        directory: has ``cost.json`` and ``acceptance.json`` where they were measured.
+        directory: has ``cost.json`` and ``acceptance.json`` where they were measured, and ``followers.npz`` where the heads came
+            with it.
         trees: of the heads alone.
         max_nodes: that a step takes.
     """
@@ -56,12 +58,7 @@ def _text(engine: Engine) -> Drafter:
 
 
 def _both(engine: Engine) -> Drafter:
-    path = engine.directory / ACCEPTANCE_FILE
-    if not path.is_file():
-        return PayingDrafter(fitting_paths(PRIOR_PATHS, 1, engine.info), _costs(engine), engine.max_nodes)
-    counted = Acceptance.load(path)
-    paths = fitting_paths(counted.paths, counted.positions, engine.info)
-    return PayingDrafter(paths, _costs(engine), engine.max_nodes)
+    return PayingDrafter(_paths(engine), _costs(engine), engine.max_nodes, _followers(engine))
 
 
 DRAFTS: Mapping[str, Callable[[Engine], Drafter]] = {"heads": _heads, "text": _text, "both": _both, "none": _none}
@@ -107,6 +104,19 @@ def open_drafter(drafts: str, engine: Engine) -> Drafter:
         ConfigError, TreeError: what :func:`require_drafts` refuses, or a file of the engine that cannot be used.
     """
     return DRAFTS[settle_drafts(drafts, engine.info, own_tree=False)](engine)
+
+
+def _paths(engine: Engine) -> Mapping[Choice, float]:
+    path = engine.directory / ACCEPTANCE_FILE
+    if not path.is_file():
+        return fitting_paths(PRIOR_PATHS, 1, engine.info)
+    counted = Acceptance.load(path)
+    return fitting_paths(counted.paths, counted.positions, engine.info)
+
+
+def _followers(engine: Engine) -> Followers | None:
+    path = engine.directory / FOLLOWERS_FILE
+    return Followers.load(path, engine.info.vocab_size) if path.is_file() else None
 
 
 def _costs(engine: Engine) -> StepCosts:

@@ -14,6 +14,7 @@ from medusa_export.engines.decoding.payoff import DraftedText, StepWorth
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepDecoder
 from medusa_export.engines.decoding.shapes import StepShape
 from medusa_export.heads.contract.engine_info import EngineInfo
+from medusa_export.heads.trees.followers import Followers
 from medusa_export.heads.trees.search import Frequencies, grow
 from medusa_export.heads.trees.step_costs import StepCosts
 from medusa_export.heads.trees.tree import Choice, Tree
@@ -101,10 +102,13 @@ class PayingDrafter:
         paths: how often the true continuation begins with a path of the heads' ranks, as a share; none: no heads.
         costs: of steps.
         max_nodes: that a step of the engine takes.
+        followers: what often follows a token, to order the heads' candidates by; None: they stay as the heads rank them.
     """
 
-    def __init__(self, paths: Frequencies, costs: StepCosts, max_nodes: int) -> None:
-        self._costs = costs
+    def __init__(
+        self, paths: Frequencies, costs: StepCosts, max_nodes: int, followers: Followers | None = None
+    ) -> None:
+        self._costs, self._followers = costs, followers
         order: list[Choice] = list(islice(grow(paths), max(HEAD_NODES)))
         sizes = sorted({min(size, len(order)) for size in HEAD_NODES})
         trees = [Tree.from_choices(order[:size]) for size in sizes]
@@ -131,6 +135,8 @@ class PayingDrafter:
         if not shape.heads.choices:
             return shape.tree, shape.fill(last, None, [sequence.chain for sequence in sequences])
         candidates = decoder.draft(shape.heads.depth)  # [active, depth, top_k]
+        if self._followers:
+            candidates = self._followers.order(last, candidates)
         for sequence, firsts in zip(sequences, candidates[:, 0, shape.first_ranks].tolist(), strict=True):
             sequence.candidates, sequence.head_share = firsts, self._firsts[index]
         return shape.tree, shape.fill(last, candidates, [sequence.chain for sequence in sequences])

@@ -28,6 +28,7 @@ from medusa_export.heads.contract.trtllm_releases import find_release
 from medusa_export.heads.roofline.curves import estimate_costs
 from medusa_export.heads.roofline.gpus import find_gpu
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
+from medusa_export.heads.trees.followers import FOLLOWERS_FILE, Followers
 from medusa_export.heads.trees.search import CostCurve, best, candidates
 from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
 from medusa_export.heads.trees.tree import PRESETS, Tree, load_tree
@@ -173,6 +174,14 @@ class Job:
         assert kind is not None  # see writes_engine
         return kind
 
+    @cached_property
+    def followers(self) -> Path | None:
+        """The table beside the heads that goes into an engine whose steps this project drives; None where there is none."""
+        if not (self.writes_engine and self.engine.has_graph and self.checkpoint.num_medusa_heads):
+            return None
+        path = self.checkpoint.heads.source.files[0].parent / FOLLOWERS_FILE
+        return path if path.is_file() else None
+
     @property
     def gpus(self) -> tuple[int, ...]:
         """Compute capabilities that a TensorRT engine is built for; none where there is no such engine."""
@@ -206,6 +215,7 @@ class Job:
         heads = {path: f"heads/{path.name}" for path in self.checkpoint.files}
         base = [*(path for path in self.checkpoint.files if path.parent == self.ckpt), *tokenizer]
         named = heads | {path: f"ckpt/{path.name}" for path in base}
+        named |= {self.followers: f"heads/{FOLLOWERS_FILE}"} if self.followers else {}
         return named | {path: f"{name}/{path.name}" for name, path in given.items() if path}
 
     def input_hashes(self) -> dict[str, str]:
@@ -268,6 +278,8 @@ class Job:
             takers = " or ".join(name for name, kind in ENGINES.items() if kind.takes_gpus)
             raise requirement_error("--gpu", arguments.gpu, f"--engine {takers}")
         self._check_tree()
+        if self.followers:
+            Followers.load(self.followers, self.checkpoint.config.vocab_size)
         if arguments.draft_vocab < 0:
             raise ConfigError("--draft-vocab", str(arguments.draft_vocab), "0 (all) or more", "correct it")
         if self.given_scales is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -122,6 +123,8 @@ class PartWriter:
 
     def _write_engine(self, scales: Scales | None, path: Path) -> None:
         WRITERS[self.job.arguments.engine].write_engine(self.job, scales, path, self.tools.builder, self.progress)
+        if self.job.followers:
+            shutil.copyfile(self.job.followers, path / self.job.followers.name)
         if self.job.measures_tree:
             logger.info("%s", self.tools.choose_tree(path, self.job.tree_prompts, self.progress))
 

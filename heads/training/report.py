@@ -1,4 +1,4 @@
-"""What a training leaves beside its heads: acceptance.json, training.json, a plot, and TensorBoard's files."""
+"""What a training leaves beside its heads: acceptance.json, followers.npz, training.json, a plot, and TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import missing_package
+from medusa_export.heads.training.dataset import Example
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows
 from medusa_export.heads.training.metrics import head_ranks
 from medusa_export.heads.trees.acceptance import summary
+from medusa_export.heads.trees.followers import FOLLOWERS_FILE, Followers
 
 ACCEPTANCE, REPORT, PLOT, LOGS = "acceptance.json", "training.json", "training.svg", "logs"
 SHOWN = (1, 2, 3, 5, 10)
@@ -38,6 +40,18 @@ def write_report(out: Path, record: Mapping[str, Any], found: Mapping[str, Any],
     whole = {**record, "held_out": held_out, "curves": curves}
     (out / REPORT).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     plot(out / PLOT, found["heads"], curves)
+
+
+def write_followers(out: Path, dataset: Sequence[Example], vocab_size: int) -> None:
+    """Count what follows every token in the data, and write it beside the heads.
+
+    Args:
+        out: an existing directory.
+        dataset: what the heads were trained on.
+        vocab_size: rows of the embedding.
+    """
+    texts = ((example.input_ids, example.answer_mask) for example in dataset)
+    Followers.count(texts, vocab_size).save(out / FOLLOWERS_FILE)
 
 
 def plot(path: Path, heads: Sequence[Mapping[str, float]], curves: Curves) -> None:

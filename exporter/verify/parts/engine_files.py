@@ -10,10 +10,12 @@ from typing import Any
 
 from onnx import TensorProto
 
+from medusa_export.core.artifacts.hashing import sha256
+from medusa_export.core.errors import ConfigError
 from medusa_export.core.hub import HEAD_FILES
 from medusa_export.core.text.model_tokens import ModelTokens
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.exporter.verify.findings import Findings
+from medusa_export.exporter.verify.findings import Findings, own_words
 from medusa_export.exporter.verify.graphs.facts import Facts
 from medusa_export.exporter.verify.graphs.onnx_file import OnnxFile
 from medusa_export.exporter.verify.parts.source import Source
@@ -21,6 +23,7 @@ from medusa_export.exporter.verify.parts.tokenizers import tokenizer_problems
 from medusa_export.exporter.verify.parts.trees import acceptance_problems, expected_tree, tree_problems
 from medusa_export.heads.contract.engine_info import DECODER_FILE, TREE_FILE, EngineInfo
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE
+from medusa_export.heads.trees.followers import FOLLOWERS_FILE, Followers
 from medusa_export.heads.trees.tree import load_tree
 
 BLOCKS, FOLDED = {"session.qdq_matmulnbits_accuracy_level": "4"}, {"session.disable_quant_qdq": "1"}
@@ -67,6 +70,7 @@ class EngineFiles:
                 findings.say("tree", self._other_tree(path, info))
                 if (path / ACCEPTANCE_FILE).is_file():
                     findings.say("tree", acceptance_problems(path / ACCEPTANCE_FILE))
+                findings.say("tree", self._followers_problems(path / FOLLOWERS_FILE, info.vocab_size))
             with findings.guarded("tokenizer"):
                 other = self.source.ckpt if self.source else self.tokenizer
                 whose = "the source's" if self.source else "that in tokenizer/"
@@ -88,6 +92,23 @@ class EngineFiles:
         expected = expected_tree(self.arguments, DEFAULT_TREES[info.backend], info.max_depth)
         if expected is not None and load_tree(str(path / TREE_FILE)) != expected:
             yield f"engine/{TREE_FILE} is not the tree that the manifest's arguments give"
+
+    def _followers_problems(self, path: Path, vocab_size: int) -> Iterator[str]:
+        """Whether the table is a sound one, and that of the heads."""
+        digest = sha256(path) if path.is_file() else None
+        if digest:
+            try:
+                Followers.load(path, vocab_size)
+            except ConfigError as error:
+                yield f"{path.name}: {own_words(error)}"
+        recorded = self.inputs.get(f"heads/{path.name}") if self.inputs else self._followers_of_source()
+        if digest != recorded and (self.inputs or (digest and recorded)):
+            yield f"engine/{path.name} is not that of the heads"
+
+    def _followers_of_source(self) -> str | None:
+        heads = self.source.checkpoint.heads.source.files[:1] if self.source else ()
+        found = [file.parent / FOLLOWERS_FILE for file in heads]
+        return sha256(found[0]) if found and found[0].is_file() else None
 
     def _info_problems(self, path: Path, info: EngineInfo) -> Iterator[str]:
         for name, value in self._model_values(path).items():

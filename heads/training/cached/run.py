@@ -17,6 +17,7 @@ import torch
 from medusa_export.core.artifacts.manifest import hash_files, package_versions
 from medusa_export.core.artifacts.staging import publish
 from medusa_export.core.errors import ConfigError
+from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint, load_reference
 from medusa_export.heads.training.cached.arguments import HeadShape, TrainArguments
 from medusa_export.heads.training.cached.state import TrainState
@@ -24,7 +25,7 @@ from medusa_export.heads.training.cached.trainer import train_heads
 from medusa_export.heads.training.dataset import Example, data_hash
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows, build_cache, cache_bytes
-from medusa_export.heads.training.report import LOGS, measure, write_report, write_tensorboard
+from medusa_export.heads.training.report import LOGS, measure, write_followers, write_report, write_tensorboard
 from medusa_export.heads.training.start import head_shape
 from medusa_export.heads.training.workdir import training_work
 
@@ -88,7 +89,7 @@ def train_fast(
             "rows": len(rows), "epochs": state.epochs, "seconds": round(time.monotonic() - started, 1),
             "versions": package_versions(),
         }  # fmt: skip
-        files = _write(work, module, base.config.dtype, record, found, state)
+        files = _write(work, module, base.config, dataset, record, found, state)
         publish(files, output)
         shutil.rmtree(work)
     return found
@@ -153,12 +154,14 @@ def _new_heads(base: MedusaCheckpoint, shape: HeadShape, stored: Path | None, mo
 
 
 def _write(
-    work: Path, module: MedusaHeads, dtype: str, record: dict[str, Any], found: dict[str, Any], state: TrainState
-) -> Path:
+    work: Path, module: MedusaHeads, base: DecoderConfig, dataset: Sequence[Example], record: dict[str, Any],
+    found: dict[str, Any], state: TrainState,
+) -> Path:  # fmt: skip
     files = work / "files"
     shutil.rmtree(files, ignore_errors=True)
     files.mkdir()
-    module.save(files, getattr(torch, dtype))
+    module.save(files, getattr(torch, base.dtype))
+    write_followers(files, dataset, base.vocab_size)
     curves = {"loss": state.losses}
     write_report(files, record, found, curves)
     accuracy = {

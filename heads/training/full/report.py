@@ -12,7 +12,7 @@ from medusa_export.heads.training.dataset import Example, data_hash
 from medusa_export.heads.training.full.modelopt_medusa import own_head_parameters
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import build_cache
-from medusa_export.heads.training.report import measure, write_report
+from medusa_export.heads.training.report import measure, write_followers, write_report
 
 
 class ReferenceReporter:
@@ -28,7 +28,7 @@ class ReferenceReporter:
 
     def __init__(self, dataset: Sequence[Example], held_out: Sequence[Example], recorded: Mapping[str, Any]) -> None:
         self._data = {"train": data_hash(dataset), "held_out": data_hash(held_out)}
-        self._held_out, self._recorded = held_out, recorded
+        self._dataset, self._held_out, self._recorded = dataset, held_out, recorded
         self.found: dict[str, Any] | None = None
 
     def __call__(self, model: Any, out: Path, history: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -40,6 +40,7 @@ class ReferenceReporter:
             self.found = measure(_heads_of(model), held)
         record = {"arguments": self._recorded, "data": self._data, "versions": package_versions()}
         write_report(out, record, self.found, _curves(history))
+        write_followers(out, self._dataset, model.config.vocab_size)
 
 
 def _heads_of(model: Any) -> MedusaHeads:

@@ -22,6 +22,7 @@ from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
 from medusa_export.heads.decoding.accept import Typical
 from medusa_export.heads.decoding.sampling import Sampler
+from medusa_export.heads.trees.followers import FOLLOWERS_FILE, Followers
 from medusa_export.heads.trees.step_costs import StepCosts
 from medusa_export.heads.trees.tree import Tree
 
@@ -131,6 +132,15 @@ class TestWhatPays:
         assert {50, 52} <= set(row.tolist())
         assert sequence.candidates == [50, 52]
 
+    def test_what_often_follows_the_newest_token_is_drafted_first(self) -> None:
+        texts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]
+        followers = Followers.count([([5, 52, 5, 52, 50], [True] * 5)], 64)
+        drafter = PayingDrafter({(0,): 0.6}, costs(0.1, 0.01), 64, followers)
+        sequences = [drafter.begin(text) for text in texts]
+        _, rows = drafter.draft(Heads(2), sequences, 99)  # type: ignore[arg-type]
+        assert rows.tolist() == [[5, 52], [6, 50]]
+        assert [sequence.candidates for sequence in sequences] == [[52], [50]]
+
     def test_room(self) -> None:
         drafter = PayingDrafter(PATHS, costs(0.01, 0.0001), 64)
         for remaining in (1, 4, 5, 9):
@@ -182,6 +192,24 @@ def test_costs_of_the_engine_decide(tiny_engine: Callable[..., Any]) -> None:
     rows = [{"nodes": 1, "ms": 1.0}, {"nodes": 2, "ms": 50.0}, {"nodes": 16, "ms": 60.0}]
     (path / "cost.json").write_text(json.dumps({"curves": [{"verify": rows}]}))
     assert max(generate(engine, PROMPT, open_drafter("both", target), **options).accepted) == 1
+
+
+def test_followers_of_the_engine_are_read(tiny_engine: Callable[..., Any]) -> None:
+    """A table that has every token follow every other one alike changes nothing; one of another model is refused."""
+    path: Path = tiny_engine(drafts_well=True).path
+    engine = OnnxRuntimeEngine(path)
+    target = Engine(path, engine.info, BatchTrees({1: TREE}), engine.max_nodes)
+    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_ids": ()}
+    plain = generate(engine, PROMPT, open_drafter("both", target), **options)
+    wrong = [(pair, [True, True]) for pair in zip(plain.tokens, plain.tokens[2:], strict=False)]
+    for texts in ([], wrong):
+        Followers.count(texts, engine.info.vocab_size).save(path / FOLLOWERS_FILE)
+        found = generate(engine, PROMPT, open_drafter("both", target), **options)
+        assert found.tokens == plain.tokens
+        assert (found.accepted == plain.accepted) == (not texts)
+    Followers.count([], 7).save(path / FOLLOWERS_FILE)
+    with pytest.raises(ConfigError, match=r"followers.npz: got a table of 7 tokens"):
+        open_drafter("both", target)
 
 
 def test_every_kind_is_explained() -> None:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from medusa_export.exporter.cli import train as cli_train
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
+from medusa_export.heads.trees.followers import Followers
 
 BIN = Path(sys.executable).parent
-REPORT = {"acceptance.json", "training.json", "training.svg", "logs"}
+REPORT = {"acceptance.json", "followers.npz", "training.json", "training.svg", "logs"}
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ def test_every_way_trains(
     found = json.loads((out / "acceptance.json").read_text())
     assert found["heads"][0]["top10"] >= found["heads"][0]["top1"]
     assert json.loads((out / "training.json").read_text())["data"]["train"]
+    assert Followers.load(out / "followers.npz", checkpoint.config.vocab_size).tokens.size
     assert (out / "training.svg").read_text().rstrip().endswith("</svg>")
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     printed = capfd.readouterr().out

@@ -31,11 +31,13 @@ from medusa_export.exporter.pipeline import export as export_module
 from medusa_export.exporter.pipeline import parts
 from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.verify.checkpoint import verify_export
+from medusa_export.exporter.verify.parts.export import verify
 from medusa_export.exporter.write import ranks
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.contract.engine_tools import EngineTools
 from medusa_export.heads.trees.acceptance import Acceptance
+from medusa_export.heads.trees.followers import FOLLOWERS_FILE, Followers
 from medusa_export.heads.trees.step_costs import load_costs
 from medusa_export.heads.trees.tree import PRESETS, load_tree
 from medusa_export.quantize import ptq
@@ -216,6 +218,55 @@ def test_heads_inside_the_checkpoint(make: Make) -> None:
     assert trtllm_config(given.output)["num_medusa_heads"] == 3
     stored = load_file(given.ckpt / "model.safetensors")["medusa_heads.2.1.weight"]
     assert torch.equal(load_file(given.output / "trtllm/rank0.safetensors")["medusa_heads.2.lm_head.weight"], stored)
+
+
+class TestFollowers:
+    """The table that may lie beside heads."""
+
+    @pytest.fixture
+    def given(self, make: Make) -> ExportArguments:
+        given = make()
+        assert given.heads is not None
+        self.table(given, 60).save(given.heads / FOLLOWERS_FILE)
+        return given
+
+    def table(self, given: ExportArguments, pairs: int) -> Followers:
+        vocab_size = json.loads((given.ckpt / "config.json").read_text())["vocab_size"]
+        return Followers.count([(range(pairs), [True] * pairs)], vocab_size)
+
+    def test_it_goes_into_the_engine(self, given: ExportArguments) -> None:
+        assert export(given, engine_tools(check_engine))
+        copy, source = given.output / "engine" / FOLLOWERS_FILE, given.heads / FOLLOWERS_FILE  # type: ignore[operator]
+        assert copy.read_bytes() == source.read_bytes()
+        assert f"heads/{FOLLOWERS_FILE}" in read_manifest(given.output)["inputs"]
+        assert not verify(given.output).findings
+        self.table(given, 30).save(copy)
+        assert any(
+            "engine/followers.npz is not that of the heads" in f"{found}" for found in verify(given.output).findings
+        )
+        copy.write_bytes(b"PK")
+        assert any("followers.npz: got something else" in f"{found}" for found in verify(given.output).findings)
+        copy.unlink()
+        assert any(
+            "engine/followers.npz is not that of the heads" in f"{found}" for found in verify(given.output).findings
+        )
+
+    def test_another_one_makes_another_engine(self, given: ExportArguments) -> None:
+        assert export(given, engine_tools(check_engine))
+        self.table(given, 30).save(given.heads / FOLLOWERS_FILE)  # type: ignore[operator]
+        with pytest.raises(OutputError, match=FOLLOWERS_FILE):
+            export(given, engine_tools(no_engine))
+
+    def test_only_where_this_project_chooses_the_drafts(self, given: ExportArguments) -> None:
+        export(replace(given, engine="none"), engine_tools(no_engine))
+        assert not [file for file in written(given.output) if file.endswith(FOLLOWERS_FILE)]
+        assert f"heads/{FOLLOWERS_FILE}" not in read_manifest(given.output)["inputs"]
+
+    def test_of_another_model(self, given: ExportArguments) -> None:
+        Followers.count([], 7).save(given.heads / FOLLOWERS_FILE)  # type: ignore[operator]
+        with pytest.raises(ConfigError, match="a table of 7 tokens"):
+            export(given, engine_tools(no_engine))
+        assert not given.output.exists()
 
 
 class TestAgain:

@@ -25,7 +25,8 @@ export(wanted, EngineTools(check_engine, choose_tree, engine_builder(wanted.engi
 report = run(
     RunArguments(engine=output / "engine", prompts=prompts, max_new_tokens=64, repeats=1)
 )  # those of medusa-run
-print(f"{report['speedup']['median']:.2f}x, {report['parity']['exact']} of {report['parity']['prompts']} outputs equal")
+decoding, whole, parity = report["decode_speedup"]["median"], report["speedup"]["median"], report["parity"]
+print(f"decoding {decoding:.2f}x, whole answers {whole:.2f}x, {parity['exact']} of {parity['prompts']} outputs equal")
 
 engine, tokenizer = open_engine(output / "engine"), read_tokenizer(output / "engine")
 ids = encode_chat(tokenizer, [{"role": "user", "content": "Why is the sky blue?"}])

@@ -36,7 +36,7 @@ class RunArguments:
     max_new_tokens: int = flag(128, help="Maximum tokens to generate for a prompt.", panel=RUN, bounds=NUMBER)
     repeats: int = flag(3, help="Interleaved runs of every prompt.", panel=RUN, bounds=NUMBER)
     min_speedup: float | None = flag(
-        None, help="Exit with 1 when the speed-up is below this.", panel=RUN, bounds=POSITIVE
+        None, help="Exit with 1 when the speed-up of whole answers is below this.", panel=RUN, bounds=POSITIVE
     )
     threads: int = flag(0, help="CPU threads; 0: one per core.", panel=RUN, bounds=COUNT)
     seed: int = flag(0, help="Seed for the order of the prompts, the bootstrap and the draws.", panel=RUN, bounds=COUNT)

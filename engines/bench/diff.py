@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import bootstrap
 from medusa_export.core.json_fields import read_json
-from medusa_export.engines.bench.report import FEWEST, MODES, interval_text, whole_interval
+from medusa_export.engines.bench.report import rate_texts, speedup_texts
+from medusa_export.engines.bench.speeds import FEWEST, MODES, interval_text, ratio, times_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class OrNull:
+    """What may be null in a report."""
+
+    shape: Any
+
+
 # What is read of a report: keys, and what they have. A type, an object of keys, a list of one kind of element, a list of so many.
-_MODES = {"baseline": float, "medusa": float}
+_MODES = dict.fromkeys(MODES, float)
 SHAPE: Mapping[str, Any] = {
     "parity": {"prompts": int, "exact": int, "ties": int, "mismatches": int}, "speedup": {"median": float, "ci95": (float, float)},
+    "decode_speedup": {"median": OrNull(float), "ci95": OrNull((float, float))},
     "arguments": {}, "device": str, "engine": {"precision": str}, "findings": [{}], "tree": {"max_draft_len": int},
-    "tokens_per_second": _MODES, "tokens_per_step": float, "step_ms": _MODES,
-    "categories": [{"category": str, "speedup": float}], "prompts": [{"prompt": object, "tokens": _MODES, "total_ms": _MODES}],
+    "decode_tokens_per_second": {name: OrNull(float) for name in MODES}, "tokens_per_second": _MODES, "tokens_per_step": float,
+    "step_ms": _MODES, "categories": [{"category": str, "speedup": float, "decode_speedup": OrNull(float)}],
+    "prompts": [{"prompt": object, "tokens": _MODES, "total_ms": _MODES, "decode_ms": _MODES}],
 }  # fmt: skip
 
 
@@ -44,6 +60,8 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def _misfit(value: Any, shape: Any, where: str) -> str:
     """What does not fit, in words; nothing where all does."""
+    if isinstance(shape, OrNull):
+        return "" if value is None else _misfit(value, shape.shape, where)
     if isinstance(shape, Mapping) and isinstance(value, dict):
         missing = next((name for name in shape if name not in value), None)
         if missing is not None:
@@ -72,26 +90,36 @@ def differences(first: Report, second: Report) -> list[str]:
 
 
 def changes(first: Report, second: Report) -> dict[str, Any]:
-    """Tokens a second of the second over the first on the prompts of both, by mode, with the interval over these prompts.
+    """Tokens a second of the second over the first on the prompts of both, with the interval over these prompts.
 
     Returns:
-        the number of prompts, and by mode the ratio and its 95 % interval; None for one of too few prompts.
+        the number of prompts; of decoding and of whole answers, by mode, the ratio and its 95 % interval, None of too few prompts. A
+        mode in which no prompt of both was decoded is left out.
     """
     ours, theirs = ({row["prompt"]: row for row in body["prompts"]} for body in (first, second))
     common = [(ours[name], theirs[name]) for name in ours if name in theirs]
     found: dict[str, Any] = {"prompts": len(common)}
-    for mode in MODES if common else ():
-        rows = [
-            [value for row in pair for value in (row["tokens"][mode], row["total_ms"][mode])] for pair in common
-        ]  # [P, 4]
-        ratio = _ratio(*map(sum, zip(*rows, strict=True)))
-        interval = [round(value, 4) for value in bootstrap(rows, _ratio)] if len(rows) >= FEWEST else None
-        found[mode] = {"ratio": round(ratio, 4), "ci95": interval}
+    for name, timed in TIMED.items():
+        rows = {mode: [[value for row in pair for value in timed(row, mode)] for pair in common] for mode in MODES}
+        found[name] = {mode: _change(pairs) for mode in MODES if (pairs := [row for row in rows[mode] if all(row)])}
     return found
 
 
-def _ratio(tokens: Any, ms: Any, other_tokens: Any, other_ms: Any) -> Any:
-    return (other_tokens / other_ms) / (tokens / ms)
+def _change(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+    interval = [round(value, 4) for value in bootstrap(rows, ratio)] if len(rows) >= FEWEST else None
+    return {"ratio": round(float(ratio(*np.sum(rows, axis=0))), 4), "ci95": interval}
+
+
+def _timed_decoding(row: Mapping[str, Any], mode: str) -> tuple[float, float]:
+    """A prompt's tokens behind its prefill, and their milliseconds."""
+    return row["tokens"][mode] - 1, row["decode_ms"][mode]
+
+
+def _timed_whole(row: Mapping[str, Any], mode: str) -> tuple[float, float]:
+    return row["tokens"][mode], row["total_ms"][mode]
+
+
+TIMED = {"decoding": _timed_decoding, "whole answers": _timed_whole}
 
 
 def print_diff(first: Report, second: Report, console: Console) -> None:
@@ -107,29 +135,42 @@ def print_diff(first: Report, second: Report, console: Console) -> None:
     table = Table("", "A", "B", title_justify="left")
     for name, value in ROWS.items():
         table.add_row(name, value(first), value(second))
-    rows = [{row["category"]: row for row in body["categories"]} for body in (first, second)]
-    for category in dict.fromkeys([*rows[0], *rows[1]]):
-        table.add_row(
-            f"speed-up, {category}", *(f"{row[category]['speedup']:.2f}x" if category in row else "-" for row in rows)
-        )
     console.print(table)
+    console.print(_category_table(first, second))
     found = changes(first, second)
-    for mode, words in zip(MODES, ("without", "with"), strict=True):
-        if mode in found:
-            said = f"{found[mode]['ratio']:.2f}x (95%: {interval_text(found[mode]['ci95'])})"
-            console.print(f"B is {said} as fast as A {words} Medusa, on {found['prompts']} prompts of both.")
+    for mode, words in zip(MODES, ("Without", "With"), strict=True):
+        said = [
+            f"{by_mode[mode]['ratio']:.2f}x (95%: {interval_text(by_mode[mode]['ci95'])}) as fast as A in {name}"
+            for name in TIMED
+            if mode in (by_mode := found[name])
+        ]
+        if said:
+            console.print(f"{words} Medusa, B is {' and '.join(said)}, on {found['prompts']} prompts of both.")
     if not found["prompts"]:
         console.print("The two have no prompt in common.")
     for line in differences(first, second):
         console.print(f"differs: {line}", soft_wrap=True, markup=False)
 
 
+def _category_table(first: Report, second: Report) -> Table:
+    """The speed-ups of both, by category."""
+    from rich.table import Table
+
+    table = Table("category", "A, decoding", "B, decoding", "A, whole answers", "B, whole answers")
+    rows = [{row["category"]: row for row in body["categories"]} for body in (first, second)]
+    for category in dict.fromkeys([*rows[0], *rows[1]]):
+        found = [row.get(category, {}) for row in rows]
+        table.add_row(category, *(times_text(row.get(key)) for key in ("decode_speedup", "speedup") for row in found))
+    return table
+
+
 ROWS: dict[str, Callable[[Report], str]] = {
     "engine": lambda body: str(body["engine"]["precision"]),
     "prompts": lambda body: str(body["parity"]["prompts"]),
-    "tokens/s without Medusa": lambda body: f"{body['tokens_per_second']['baseline']:.1f}",
-    "tokens/s with Medusa": lambda body: f"{body['tokens_per_second']['medusa']:.1f}",
-    "speed-up": lambda body: f"{body['speedup']['median']:.2f}x ({interval_text(whole_interval(body))})",
+    "tokens/s, decoding": lambda body: rate_texts(body)["decoding"],
+    "tokens/s, whole answers": lambda body: rate_texts(body)["whole answers"],
+    "speed-up, decoding": lambda body: speedup_texts(body)["decoding"],
+    "speed-up, whole answers": lambda body: speedup_texts(body)["whole answers"],
     "tokens per step": lambda body: f"{body['tokens_per_step']:.2f}",
     "draft tokens": lambda body: str(body["tree"]["max_draft_len"]),
     "step without / with, ms": lambda body: f"{body['step_ms']['baseline']:.1f} / {body['step_ms']['medusa']:.1f}",

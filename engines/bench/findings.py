@@ -39,13 +39,13 @@ def run_findings(report: dict[str, Any], info: EngineInfo, min_speedup: float | 
     Args:
         report: body of report.json.
         info: of the engine.
-        min_speedup: least factor over plain decoding; None asks for none.
+        min_speedup: least factor of whole answers over plain decoding; None asks for none.
     """
     if report["parity"]["mismatches"]:
         yield "parity", f"{report['parity']['mismatches']} prompts differ with Medusa by more than numerical noise"
     speed = report["speedup"]["median"]
     if min_speedup is not None and speed < min_speedup:
-        yield "speed-up", f"speed-up {speed:.3f} is below --min-speedup {min_speedup}"
+        yield "speed-up", f"speed-up {speed:.3f} of whole answers is below --min-speedup {min_speedup}"
     found, bound = report["reference"], bound_of(info)
     if found and not (found["kl_mean"] <= bound.max_kl and found["greedy_agreement"] >= bound.min_agreement):  # NaN too
         yield (

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from medusa_export.engines.bench.report import QUANTILES, interval_text, paired_line, sweep_rows, whole_interval
+from medusa_export.engines.bench.report import QUANTILES, SPEEDS, paired_line, sweep_rows, whole_interval
+from medusa_export.engines.bench.speeds import interval_text, times_text
 from medusa_export.engines.tuning.picture import positions
 from medusa_export.heads.trees.tree import Tree
 
@@ -39,12 +40,13 @@ def render(report: Mapping[str, Any]) -> str:
         loader=PackageLoader("medusa_export.engines.bench", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    intervals = [row["speedup_ci95"][1] for row in report["categories"] if row["speedup_ci95"]]
+    shown = [row[key] for row in report["categories"] for key in ("decode_speedup", "speedup") if row[key]]
+    shown += [row["decode_speedup_ci95"][1] for row in report["categories"] if row["decode_speedup_ci95"]]
     tree = Tree.from_choices(report["tree"]["medusa_choices"])
     return environment.get_template(TEMPLATE).render(
         report=report,
         verdict=verdict(report),
-        speed_scale=Scale(1.05 * max(1.0, report["speedup"]["ci95"][1], *intervals)),
+        speed_scale=Scale(1.05 * max(1.0, *shown)),
         steps=_steps(report["accepted"]),
         latencies=_latencies(report["latency_ms"]),
         tree=_tree_picture(tree, report["path_shares"]),
@@ -53,15 +55,19 @@ def render(report: Mapping[str, Any]) -> str:
         shown_top=SHOWN_TOP,
         paired_line=paired_line,
         interval_text=interval_text,
+        times_text=times_text,
+        speeds=SPEEDS,
+        rates=[("decoding", report["decode_tokens_per_second"]), ("whole answers", report["tokens_per_second"])],
         whole_interval=whole_interval(report),
         sweeps=[sweep_rows(name, rows) for name, rows in report["sweeps"].items()],
     )
 
 
 def verdict(report: Mapping[str, Any]) -> dict[str, str]:
-    """What the run says, in a line: "good", "even" or "bad", and the text."""
+    """What the run says, in a line: "good", "even" or "bad" by whole answers, which is what a user waits for, and the text."""
     parity, speed = report["parity"], report["speedup"]
     low, high = speed["ci95"]
+    decoding, whole = times_text(report["decode_speedup"]["median"]), times_text(speed["median"])
     same = f"the same output on {parity['exact']} of {parity['prompts']} prompts"
     if not parity["lossless"]:
         same = "not lossless: typical acceptance changes what is drawn"
@@ -70,9 +76,9 @@ def verdict(report: Mapping[str, Any]) -> dict[str, str]:
     if report["failures"]:
         return {"kind": "bad", "text": "; ".join(report["failures"][:3])}
     if low > 1:
-        return {"kind": "good", "text": f"{speed['median']:.2f} times as fast with Medusa, {same}"}
+        return {"kind": "good", "text": f"faster with Medusa: decoding {decoding}, whole answers {whole}; {same}"}
     kind, word = ("bad", "slower") if high < 1 else ("even", "no clear difference in speed")
-    return {"kind": kind, "text": f"{word} with Medusa ({speed['median']:.2f}x), {same}"}
+    return {"kind": kind, "text": f"{word} with Medusa: decoding {decoding}, whole answers {whole}; {same}"}
 
 
 def _steps(accepted: list[int]) -> list[dict[str, Any]]:

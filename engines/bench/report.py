@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medusa_export.core.intervals import bootstrap
 from medusa_export.engines.bench.runner import PromptResult, RunResult
+from medusa_export.engines.bench.speeds import (
+    DECODING,
+    FEWEST,
+    MODES,
+    WHOLE,
+    TimedPart,
+    speedup,
+    speedup_interval,
+    times_text,
+    tokens_per_second,
+    with_interval,
+)
 from medusa_export.engines.measure.machine import device_name, hardware, versions
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import Tree
@@ -21,9 +32,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_FINDINGS = 5
-FEWEST = 3  # prompts that an interval over prompts says something of
-MODES = ("baseline", "medusa")
-ALL_MODES = (*MODES, "other_baseline", "other_medusa")
+SPEEDS = {"decoding": "decode_speed", "whole answers": "speed"}  # of another engine, and their keys
 SOURCES_OF_DRAFTS = {"both": "heads and text"}  # where the name does not say it
 
 
@@ -36,7 +45,7 @@ def build_report(
     *,
     num_gpus: int = 1,
 ) -> dict[str, Any]:
-    """The report as JSON-ready data. Times include the prefill; step_ms is one decode step.
+    """The report as JSON-ready data. What is called decode leaves the prefill out; step_ms is one decode step.
 
     Args:
         num_gpus: that the engine runs on, if it runs on any.
@@ -85,30 +94,28 @@ def build_report(
 
 
 def _speed(prompts: Sequence[PromptResult], seed: int) -> dict[str, Any]:
-    """Throughputs, tokens per step and the speed-up with a percentile bootstrap over prompts."""
-    overall, per_step = speedup(prompts), tokens_per_step(prompts)
+    """Throughputs, tokens per step and speed-ups of decoding and of whole answers, with a percentile bootstrap over prompts."""
+    decoding, per_step = speedup(prompts, DECODING), tokens_per_step(prompts)
     return {
-        "speedup": {"median": round(overall, 4), "ci95": _speedup_interval(prompts, seed)},
+        "decode_speedup": {"median": _rounded(decoding), "ci95": speedup_interval(prompts, DECODING, seed)},
+        "speedup": {
+            "median": _rounded(speedup(prompts, WHOLE)),
+            "ci95": speedup_interval(prompts, WHOLE, seed, fewest=1),
+        },
         "tokens_per_step": round(per_step, 4),
-        "step_efficiency": round(overall / per_step, 4),
-        "tokens_per_second": {mode: round(tokens_per_second(prompts, mode), 3) for mode in MODES},
+        "step_efficiency": _rounded(decoding and decoding / per_step),
+        "decode_tokens_per_second": _per_second(prompts, DECODING),
+        "tokens_per_second": _per_second(prompts, WHOLE),
     }
 
 
-def _speedup_interval(prompts: Sequence[PromptResult], seed: int) -> list[float]:
-    rows = [[value for mode in MODES for value in (prompt.tokens(mode), prompt.total_ms(mode))] for prompt in prompts]
-    interval = bootstrap(rows, lambda tokens, ms, own_tokens, own_ms: own_tokens / own_ms / (tokens / ms), seed=seed)
-    return [round(value, 4) for value in interval]
+def _per_second(prompts: Sequence[PromptResult], part: TimedPart) -> dict[str, float | None]:
+    found = tokens_per_second(prompts, part)
+    return {mode: _rounded(found.get(mode), 3) for mode in MODES}
 
 
-def tokens_per_second(prompts: Sequence[PromptResult], mode: str) -> float:
-    """Generated tokens over the sum of the prompts' median times."""
-    return 1e3 * sum(prompt.tokens(mode) for prompt in prompts) / sum(prompt.total_ms(mode) for prompt in prompts)
-
-
-def speedup(prompts: Sequence[PromptResult]) -> float:
-    """Ratio of throughputs: with Medusa over without."""
-    return tokens_per_second(prompts, "medusa") / tokens_per_second(prompts, "baseline")
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def tokens_per_step(prompts: Sequence[PromptResult]) -> float:
@@ -135,8 +142,10 @@ def _categories(prompts: Sequence[PromptResult], seed: int) -> list[dict[str, An
             {
                 "category": category,
                 "prompts": len(group),
-                "speedup": round(speedup(group), 4),
-                "speedup_ci95": _speedup_interval(group, seed) if len(group) >= FEWEST else None,
+                "decode_speedup": _rounded(speedup(group, DECODING)),
+                "decode_speedup_ci95": speedup_interval(group, DECODING, seed),
+                "speedup": _rounded(speedup(group, WHOLE)),
+                "speedup_ci95": speedup_interval(group, WHOLE, seed),
                 "tokens_per_step": round(tokens_per_step(group), 4),
                 "exact": sum(prompt.verdict == "exact" for prompt in group),
             }
@@ -148,19 +157,15 @@ def _drafts(prompts: Sequence[PromptResult], measured: str) -> list[dict[str, An
     """Every drafter's decoding against none, on all prompts, the prefill not counted; the one that is measured first."""
     found = []
     for name in (measured, *prompts[0].ways):
-        rows = [
-            (prompt.baseline, prompt.medusa if name == measured else prompt.ways[name]) for prompt in prompts
-        ]  # fmt: skip
-        ms = [sum(median(run.decode_ms for run in row[side]) for row in rows) for side in (0, 1)]
-        tokens = [sum(len(row[side][0].tokens) - 1 for row in rows) for side in (0, 1)]
-        steps = sum(len(row[1][0].accepted) for row in rows)
-        speed = (tokens[1] / ms[1]) / (tokens[0] / ms[0]) if all(ms) and tokens[0] else 1.0
+        mode = "medusa" if name == measured else name
+        tokens = sum(prompt.decoded_tokens(mode) for prompt in prompts)
+        steps = sum(len(prompt.runs(mode)[0].accepted) for prompt in prompts)
         found.append(
             {
                 "drafts": name,
-                "decode_speedup": round(speed, 4),
-                "tokens_per_step": round(tokens[1] / steps, 4) if steps else 1.0,
-                "equal_outputs": sum(row[0][0].tokens == row[1][0].tokens for row in rows),
+                "decode_speedup": _rounded(speedup(prompts, DECODING, mode)),
+                "tokens_per_step": round(tokens / steps, 4) if steps else 1.0,
+                "equal_outputs": sum(prompt.baseline[0].tokens == prompt.runs(mode)[0].tokens for prompt in prompts),
             }
         )
     return found
@@ -168,7 +173,7 @@ def _drafts(prompts: Sequence[PromptResult], measured: str) -> list[dict[str, An
 
 def drafts_line(rows: Sequence[dict[str, Any]]) -> str:
     """All drafters in one line: "heads 1.08x, text 1.21x, both 1.38x"."""
-    return ", ".join(f"{row['drafts']} {row['decode_speedup']:.2f}x" for row in rows)
+    return ", ".join(f"{row['drafts']} {times_text(row['decode_speedup'])}" for row in rows)
 
 
 def _accepted(prompts: Sequence[PromptResult]) -> list[int]:
@@ -207,6 +212,7 @@ def _prompt(prompt: PromptResult) -> dict[str, Any]:
         "input_tokens": len(prompt.input_ids),
         "tokens": {mode: prompt.tokens(mode) for mode in MODES},
         "total_ms": {mode: round(prompt.total_ms(mode), 3) for mode in MODES},
+        "decode_ms": {mode: round(prompt.decode_ms(mode), 3) for mode in MODES},
         "tokens_per_step": round(tokens_per_step([prompt]), 4),
         "verdict": prompt.verdict,
     }
@@ -216,15 +222,15 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     """The readable form: the summary table, then categories, then what needs explaining."""
     from rich.table import Table
 
-    parity, speed = report["parity"], report["speedup"]
+    parity, step = report["parity"], report["step_ms"]
     title = f"{report['engine']['precision']} on {report['device']}"
     table = Table(title=title, title_justify="left", show_header=False)
-    per_second, step = report["tokens_per_second"], report["step_ms"]
     left = f" of {report['stopped']['of']}, then stopped" if report["stopped"] else ""
     table.add_row("prompts", f"{parity['prompts']}{left}")
-    table.add_row("tokens/s without Medusa", f"{per_second['baseline']:.1f}")
-    table.add_row("tokens/s with Medusa", f"{per_second['medusa']:.1f}")
-    table.add_row("speed-up (95% CI)", f"{speed['median']:.2f}x ({interval_text(whole_interval(report))})")
+    for name, text in rate_texts(report).items():
+        table.add_row(f"tokens/s, {name}", text)
+    for name, text in speedup_texts(report).items():
+        table.add_row(f"speed-up, {name} (95% CI)", text)
     table.add_row("tokens per step", f"{report['tokens_per_step']:.2f}{_drafted_by(report)}")
     if foretold := report["foretold"]:
         low, high = foretold["interval"]
@@ -241,14 +247,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         if report["reference"]["parted"]:
             table.add_row("where outputs part, drafts' likelihood", paired_line(report["reference"]["parted"]))
     console.print(table)
-    rows = Table("category", "prompts", "speed-up", "95% CI", "tokens per step", "exact")
-    for row in report["categories"]:
-        speeds = (f"{row['speedup']:.2f}x", interval_text(row["speedup_ci95"]))
-        rows.add_row(row["category"], str(row["prompts"]), *speeds, f"{row['tokens_per_step']:.2f}", str(row["exact"]))
-    console.print(rows)
+    console.print(_category_table(report["categories"]))
     for name, sweep in report["sweeps"].items():
         head, *lines = sweep_rows(name, sweep)
-        swept = Table(*head, title="prefills not counted", title_justify="left")
+        swept = Table(*head, title="decoding alone, prefills not counted", title_justify="left")
         for line in lines:
             swept.add_row(*line)
         console.print(swept)
@@ -261,15 +263,44 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(failed, style="bold red")
 
 
+def speedup_texts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Both speed-ups with their intervals, by what they are of."""
+    decoding, whole = report["decode_speedup"], report["speedup"]
+    return {
+        "decoding": with_interval(decoding["median"], decoding["ci95"]),
+        "whole answers": with_interval(whole["median"], whole_interval(report)),
+    }
+
+
+def rate_texts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Tokens a second without and with Medusa, by what they are of."""
+    return {
+        "decoding": _rates(report["decode_tokens_per_second"]),
+        "whole answers": _rates(report["tokens_per_second"]),
+    }
+
+
+def _rates(rates: Mapping[str, float | None]) -> str:
+    without, with_medusa = rates["baseline"], rates["medusa"]
+    return "-" if without is None or with_medusa is None else f"{without:.1f} without, {with_medusa:.1f} with"
+
+
+def _category_table(categories: Sequence[dict[str, Any]]) -> Table:
+    """Fits 80 columns with categories of 14 letters; the interval of whole answers is in the JSON and on the page."""
+    from rich.table import Table
+
+    table = Table("category", "prompts", "decoding (95% CI)", "whole\nanswers", "tokens\nper step", "exact")
+    for row in categories:
+        decoding = with_interval(row["decode_speedup"], row["decode_speedup_ci95"])
+        cells = (decoding, times_text(row["speedup"]), f"{row['tokens_per_step']:.2f}")
+        table.add_row(row["category"], str(row["prompts"]), *cells, str(row["exact"]))
+    return table
+
+
 def whole_interval(report: Mapping[str, Any]) -> list[float] | None:
-    """Of the speed-up over all prompts; None where there are too few."""
+    """Of the speed-up of whole answers over all prompts; None where there are too few."""
     found: list[float] = report["speedup"]["ci95"]
     return found if report["parity"]["prompts"] >= FEWEST else None
-
-
-def interval_text(interval: Sequence[float] | None) -> str:
-    """1.12 .. 1.22, and a dash where there is none."""
-    return "-" if interval is None else f"{interval[0]:.2f} .. {interval[1]:.2f}"
 
 
 def finding_lines(report: dict[str, Any]) -> list[str]:
@@ -329,7 +360,7 @@ def _comparison_table(found: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"against {found['precision']}", title_justify="left", show_header=False)
-    perplexity, speed = found["perplexity"], found["speed"]
+    perplexity = found["perplexity"]
     table.add_row("equal greedy tokens", f"{found['greedy_agreement']:.1%} of {found['positions']}")
     table.add_row("equal outputs", f"{found['equal_outputs']} of {found['prompts']}")
     table.add_row("KL of next tokens", f"{found['kl_mean']:.3g} nats")
@@ -337,8 +368,11 @@ def _comparison_table(found: dict[str, Any]) -> Table:
         "perplexity of the other's answers",
         f"{perplexity['engine']:.3f} (under the other itself {perplexity['other']:.3f})",
     )
-    table.add_row("speed, both without / both with", f"{speed['without_medusa']:.2f}x / {speed['with_medusa']:.2f}x")
-    table.add_row("this one with, the other without", f"{speed['ours_with_to_other_without']:.2f}x")
+    for name, key in SPEEDS.items():
+        speed = found[key]
+        both = f"{times_text(speed['without_medusa'])} / {times_text(speed['with_medusa'])}"
+        table.add_row(f"{name}, both without / both with", both)
+        table.add_row(f"{name}, this one with, the other without", times_text(speed["ours_with_to_other_without"]))
     for row in found["paired"]:
         table.add_row(row["measure"], paired_line(row))
     return table

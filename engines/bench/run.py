@@ -26,8 +26,9 @@ from medusa_export.engines.bench.findings import (
     run_findings,
     step_findings,
 )
-from medusa_export.engines.bench.report import ALL_MODES, MODES, build_report, tokens_per_second
+from medusa_export.engines.bench.report import build_report
 from medusa_export.engines.bench.runner import PromptResult, RunResult, continuations, run_prompts
+from medusa_export.engines.bench.speeds import ALL_MODES, DECODING, MODES, WHOLE, TimedPart, tokens_per_second
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.draft_kinds import (
@@ -159,7 +160,7 @@ def _told(progress: Progress, repeats: int) -> Callable[[Sequence[PromptResult]]
 
     def tell(results: Sequence[PromptResult]) -> None:
         reached = [prompt for prompt in results if prompt.baseline]
-        without, with_medusa = (tokens_per_second(reached, mode) for mode in MODES)
+        without, with_medusa = tokens_per_second(reached, WHOLE).values()
         equal = sum(prompt.baseline[0].tokens == prompt.medusa[0].tokens for prompt in reached)
         note = f"{without:.1f} / {with_medusa:.1f} tokens/s, {equal} of {len(reached)} equal"
         progress(MEASURED, sum(len(prompt.baseline) for prompt in reached), repeats * len(results), note)
@@ -194,17 +195,25 @@ def _comparison(
         max_length=min(engine.info.max_length, other[0].info.max_length),
         progress=lambda: progress("comparison", next(done), len(result.prompts)),
     )  # fmt: skip
-    speeds = {mode: tokens_per_second(result.prompts, mode) for mode in ALL_MODES}
+    speeds = tokens_per_second(result.prompts, WHOLE, ALL_MODES)
     return found | {
         "precision": other[0].info.precision,
         "max_draft_len": other[1].max_draft_len,
         "tokens_per_second": {mode: round(speed, 3) for mode, speed in speeds.items()},
-        "speed": {
-            "without_medusa": round(speeds["baseline"] / speeds["other_baseline"], 4),
-            "with_medusa": round(speeds["medusa"] / speeds["other_medusa"], 4),
-            "ours_with_to_other_without": round(speeds["medusa"] / speeds["other_baseline"], 4),
-        },
+        "speed": _speed_ratios(result, WHOLE),
+        "decode_speed": _speed_ratios(result, DECODING),
     }
+
+
+def _speed_ratios(result: RunResult, part: TimedPart) -> dict[str, float | None]:
+    """This engine's throughput over the other's; None where no prompt has such tokens on both."""
+    speeds = tokens_per_second(result.prompts, part, ALL_MODES)
+    pairs = {
+        "without_medusa": ("baseline", "other_baseline"),
+        "with_medusa": ("medusa", "other_medusa"),
+        "ours_with_to_other_without": ("medusa", "other_baseline"),
+    }
+    return {name: round(speeds[ours] / speeds[theirs], 4) if speeds else None for name, (ours, theirs) in pairs.items()}
 
 
 def _sweeps(

@@ -54,12 +54,20 @@ class PromptResult:
         return found
 
     def total_ms(self, mode: str) -> float:
-        """Median time of the whole prompt, prefill included. ``mode`` names a list of runs."""
-        return median(run.total_ms for run in getattr(self, mode))
+        """Median time of the whole answer, prefill included. ``mode`` names a list of runs."""
+        return median(run.total_ms for run in self.runs(mode))
+
+    def decode_ms(self, mode: str) -> float:
+        """Median time of the steps behind the prefill; a few microseconds, or nothing, where there are none."""
+        return median(run.decode_ms for run in self.runs(mode))
 
     def tokens(self, mode: str) -> int:
         """Generated tokens."""
-        return len(getattr(self, mode)[0].tokens)
+        return len(self.runs(mode)[0].tokens)
+
+    def decoded_tokens(self, mode: str) -> int:
+        """Those that steps gave: all but the first, which is the prefill's."""
+        return self.tokens(mode) - 1
 
 
 @dataclass

@@ -74,7 +74,7 @@ def test_the_library(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model, heads, prompts = models
     out = run(sys.executable, EXAMPLES / "library.py", model, heads, prompts, tmp_path / "out")
     speed, answer = out.splitlines()[:2]
-    assert re.fullmatch(r"\d+\.\d\dx, 2 of 2 outputs equal", speed)
+    assert re.fullmatch(r"decoding \d+\.\d\dx, whole answers \d+\.\d\dx, 2 of 2 outputs equal", speed)
     assert re.match(r"\d+ tokens in \d+ steps: ", answer)
     assert len((EXAMPLES / "library.py").read_text().splitlines()) <= 40
 

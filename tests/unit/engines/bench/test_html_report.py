@@ -66,8 +66,10 @@ def test_what_it_says() -> None:
     body = whole(SAME, heads=[{f"top{k}": k / 20 for k in range(1, 11)}], path_shares=[0.31, 0.12, 0.07])
     text = Page(render(body)).text
     for part in (
-        "1.86 times as fast with Medusa, the same output on 2 of 2",
-        "1.86x",
+        "Faster with Medusa: decoding 2.00x, whole answers 1.86x; the same output on 2 of 2",
+        "speed-up, decoding 2.00x",
+        "speed-up, whole answers 1.86x",
+        "chat 1 2.00x - 1.86x - 2.00 1",
         "2.00",
         "31%",
         "12%",
@@ -104,9 +106,9 @@ def test_texts_of_outputs_stay_texts() -> None:
 @pytest.mark.parametrize(
     ("low_high", "failures", "kind", "text"),
     [
-        ([1.2, 1.4], [], "good", "1.30 times as fast"),
+        ([1.2, 1.4], [], "good", "faster with Medusa: decoding 2.00x, whole answers 1.30x; the same"),
         ([0.9, 1.4], [], "even", "no clear difference"),
-        ([0.7, 0.9], [], "bad", "slower with Medusa (1.30x)"),
+        ([0.7, 0.9], [], "bad", "slower with Medusa: decoding 2.00x, whole answers 1.30x"),
         ([1.2, 1.4], ["3 prompts differ"], "bad", "3 prompts differ"),
     ],
 )

@@ -11,19 +11,18 @@ from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.prompts import encode_prompts
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import measure_acceptance
-from medusa_export.engines.tuning.cost import SIZES, SingleSteps, measure_cost, write_costs
+from medusa_export.engines.tuning.cost import SingleSteps, measure_cost, write_costs
 from medusa_export.engines.tuning.defaults import PAST_LENGTH
-from medusa_export.engines.tuning.search import search, sentence, tree_json
+from medusa_export.engines.tuning.search import MAX_DRAFT_LEN, search, sentence, tree_json
 from medusa_export.heads.contract.engine_info import TREE_FILE
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration
 from medusa_export.heads.trees.step_costs import COST_FILE, cost_curve
 
 MAX_PROMPTS, NEW_TOKENS, ROUNDS = 64, 96, 5
-LONG_PASTS, LONG_NODES, LONG_ROUNDS = (
-    (1024,),
-    16,
-    3,
-)  # for drafts that are chosen step by step; the tree rests on the first curve
+# Sizes whose steps are timed; between them a cost is linear, as far as a tree can tell.
+NODES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 64)
+# For drafts that are chosen step by step; the tree rests on the first curve.
+LONG_PASTS, LONG_NODES, LONG_ROUNDS = (1024,), (1, 2, 3, 4, 6, 8, 12, 16), 3
 
 Progress = Callable[[str, int, int], None]
 
@@ -57,18 +56,22 @@ def choose_tree(
     write_calibration(engine_dir / ACCEPTANCE_FILE, answers, {"max_new_tokens": NEW_TOKENS})
     past_length = min(PAST_LENGTH, info.max_length // 2)
     steps = SingleSteps(engine)
+    acceptance = Acceptance.from_answers(answers)
+    most_tokens = (
+        1 + sum(sorted(acceptance.paths.values())[-MAX_DRAFT_LEN:]) / acceptance.positions
+    )  # of the largest tree
     curve = measure_cost(
-        steps, max_nodes=min(max(SIZES), info.max_length - past_length), past_length=past_length, rounds=ROUNDS,
-        progress=lambda *at: progress("step costs", *at),
+        steps, sizes=NODES, max_nodes=info.max_length - past_length, past_length=past_length, rounds=ROUNDS,
+        most_tokens=most_tokens, progress=lambda *at: progress("step costs", *at),
     )  # fmt: skip
     longer = [
         measure_cost(
-            steps, max_nodes=min(LONG_NODES, info.max_length - length), past_length=length, rounds=LONG_ROUNDS,
+            steps, sizes=LONG_NODES, past_length=length, rounds=LONG_ROUNDS,
             progress=lambda *at: progress("step costs behind more", *at),
         )
-        for length in LONG_PASTS if past_length < length <= info.max_length - LONG_NODES
+        for length in LONG_PASTS if past_length < length <= info.max_length - max(LONG_NODES)
     ]  # fmt: skip
     write_costs(engine_dir / COST_FILE, [curve, *longer], info)
-    found = search(Acceptance.from_answers(answers), cost_curve(curve))
+    found = search(acceptance, cost_curve(curve))
     (engine_dir / TREE_FILE).write_text(tree_json(found), encoding="utf-8")
     return sentence(found)

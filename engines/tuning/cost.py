@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from medusa_export.core.artifacts.output_file import write_output
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import median_interval
+from medusa_export.engines.decoding.drafters import CHAINS, HEAD_NODES
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
 from medusa_export.engines.measure.machine import hardware, versions
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
@@ -25,7 +27,9 @@ from medusa_export.heads.decoding.accept import accept_greedy
 from medusa_export.heads.trees.tree import Choice, Tree
 
 SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)
+ALWAYS = 1 + max(HEAD_NODES) + max(CHAINS)  # nodes of the largest step that drafts are chosen for one by one
 ROUNDS = 9
+TRIED = 2  # rounds of all sizes, before some are left out
 TIMED = 2  # steps in a row that are timed, after one that is not: decoding repeats the same step too
 ROOT = np.zeros(1, dtype=np.int64)
 OUTLIER = 5.0  # median absolute deviations above the median
@@ -96,9 +100,11 @@ class BatchSteps:
 def measure_cost(
     steps: Steps,
     *,
+    sizes: Sequence[int] = SIZES,
     max_nodes: int = max(SIZES),
     past_length: int = PAST_LENGTH,
     rounds: int = ROUNDS,
+    most_tokens: float = math.inf,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -107,8 +113,11 @@ def measure_cost(
     Every round measures every size and depth once, in another order, so that a slow minute of the machine hits all of them.
 
     Args:
-        max_nodes: the largest tree, its root included.
+        sizes: of trees, their roots included; 1 is among them.
+        max_nodes: the largest of them that is measured.
         past_length: rows in the KV cache before every step.
+        most_tokens: that a step may ever yield. Trees whose steps cost more than so many without one cannot pay: those of more than
+            ALWAYS nodes are left out after TRIED rounds.
         progress: called with (rounds done, rounds).
 
     Raises:
@@ -116,7 +125,7 @@ def measure_cost(
     """
     info = steps.info
     trees = {
-        nodes: tree for nodes in SIZES if nodes <= max_nodes and (tree := wide_tree(nodes, info.max_depth, info.top_k))
+        nodes: tree for nodes in sizes if nodes <= max_nodes and (tree := wide_tree(nodes, info.max_depth, info.top_k))
     }
     _check(info, max(trees, default=0), past_length, rounds)
     steps.fill(past_length)
@@ -131,6 +140,9 @@ def measure_cost(
                 verify[item.num_nodes] += _verify_times(steps, item, past_length)
             else:
                 draft[item] += _draft_times(steps, item, past_length)
+        if done + 1 == TRIED:
+            largest = _largest_that_may_pay(verify, most_tokens)
+            items = [item for item in items if isinstance(item, int) or item.num_nodes <= largest]
         progress(done + 1, rounds)
     return {
         "batch": steps.batch,
@@ -138,6 +150,12 @@ def measure_cost(
         "verify": [{"nodes": nodes, **_figures(times)} for nodes, times in verify.items()],
         "draft": [{"depth": depth, **_figures(times)} for depth, times in draft.items()],
     }
+
+
+def _largest_that_may_pay(verify: Mapping[int, Sequence[float]], most_tokens: float) -> int:
+    """Nodes. Other work on the machine slows steps down, so the slowest of one node is compared with the fastest of many."""
+    limit = most_tokens * max(verify[1])
+    return max(nodes for nodes, times in verify.items() if nodes <= ALWAYS or min(times) <= limit)
 
 
 def write_costs(path: Path, curves: Sequence[Mapping[str, Any]], info: EngineInfo) -> dict[str, Any]:

@@ -64,6 +64,34 @@ def test_what_a_step_takes_is_what_is_written(engine: OnnxRuntimeEngine, monkeyp
     assert sum(row["outliers"] for row in curve["verify"]) <= 1
 
 
+@pytest.mark.parametrize(
+    ("most_tokens", "often"),
+    [(20.0, [1, 4, 17, 20]), (16.9, [1, 4]), (1.0, [1, 4]), (float("inf"), [1, 4, 17, 20, 24])],
+)
+def test_steps_that_cannot_pay_are_timed_less_often(
+    most_tokens: float, often: list[int], engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node takes a millisecond, but 17 nodes seem as slow as 40 at first: 20 pay, so 17 do. Small trees are for drafts."""
+    now, slow = [0.0], [cost.TRIED * (1 + cost.TIMED)]
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    verify = OnnxRuntimeStep.verify
+
+    def slow_verify(step: Any, node_ids: Any) -> Any:
+        is_slow = len(node_ids) == 17 and slow[0] > 0
+        slow[0] -= is_slow
+        now[0] += 1e-3 * (40 if is_slow else len(node_ids))
+        return verify(step, node_ids)
+
+    monkeypatch.setattr(OnnxRuntimeStep, "verify", slow_verify)
+    options: dict[str, Any] = {"sizes": (1, 4, 17, 20, 24), "past_length": 8, "rounds": 7, "most_tokens": most_tokens}
+    rows = measure_cost(SingleSteps(engine), **options)["verify"]
+    assert [row["nodes"] for row in rows if row["runs"] == 7 * cost.TIMED] == often
+    assert {row["runs"] for row in rows if row["nodes"] not in often} <= {cost.TRIED * cost.TIMED}
+    assert [row["ms"] for row in rows if row["nodes"] != 17] == [1.0, 4.0, 20.0, 24.0], (
+        "the others' costs are known too"
+    )
+
+
 def test_a_batch(tiny_engine: Callable[..., Any]) -> None:
     path = tiny_engine().path
     decoder, sizes = TreeBatchDecoder(path, slots=3), []

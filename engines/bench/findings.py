@@ -9,6 +9,7 @@ from typing import Any
 from medusa_export.core.text.prompts import Prompt
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES
 from medusa_export.engines.bench.runner import RunResult
+from medusa_export.engines.decoding.protocols import Generation
 from medusa_export.engines.verify.expectation import Expectation, expectation_findings, foretell
 from medusa_export.engines.verify.run_checks import choice_findings, end_findings, prompt_findings, sampled_tree_error
 from medusa_export.engines.verify.selfcheck import bound_of
@@ -94,6 +95,12 @@ def accepted_findings(
     return [("tokens-per-step", message) for message in messages]
 
 
+def _different(baseline: Generation, medusa: Generation) -> list[Generation]:
+    """Outputs that are judged: an equal one once."""
+    is_equal = (baseline.tokens, baseline.finish_reason) == (medusa.tokens, medusa.finish_reason)
+    return [baseline] if is_equal else [baseline, medusa]
+
+
 def reference_findings(
     engine: Any, checkpoint: Path, prompts: Sequence[Prompt], result: RunResult, max_new_tokens: int
 ) -> list[Named]:
@@ -106,7 +113,7 @@ def reference_findings(
         result: the run, in their order.
         max_new_tokens: most tokens of an answer.
     """
-    runs = [(p.prompt_id, p.input_ids, run) for p in result.prompts for run in (p.baseline[0], p.medusa[0])]
+    runs = [(p.prompt_id, p.input_ids, run) for p in result.prompts for run in _different(p.baseline[0], p.medusa[0])]
     found = [("greedy-choice", line) for line in choice_findings(engine, runs, result.tolerance)]
     found += [("answer-end", line) for line in end_findings(checkpoint, runs, max_new_tokens)]
     if any((checkpoint / name).is_file() for name in TOKENIZER_FILES[:3]):

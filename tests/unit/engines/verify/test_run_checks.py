@@ -121,6 +121,9 @@ def test_a_wrong_first_token(
     monkeypatch.setattr(OnnxRuntimeEngine, "prefill", lambda self, ids: (prefill(self, ids) + 1) % 97)
     by_name = found(made, "--no-expectation")
     assert by_name.keys() == {"greedy-choice"}
+    assert len(by_name["greedy-choice"]) == len({line.split(":")[0] for line in by_name["greedy-choice"]}), (
+        "once a prompt"
+    )
     assert "1 of 16 tokens are not the greedy choice, the first at 0" in by_name["greedy-choice"][0]
 
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 IM_END = "<|im_end|>"  # ends every turn of the chat template
@@ -28,9 +29,13 @@ def gguf_file() -> Path:
 
 def convert(out: Path) -> None:
     """Write config, float16 safetensors, tokenizer and chat template to ``out``, all or nothing."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers makes the first four times, and the second for every module.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, name, cache(getattr(gguf, name)))
     source = gguf_file()
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float16)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)

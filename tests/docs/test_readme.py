@@ -150,9 +150,10 @@ def test_paths_in_commands_are_made_or_shipped() -> None:
 def test_quickstart_output_is_one() -> None:
     rows = [
         "prompts",
-        "tokens/s without Medusa",
-        "tokens/s with Medusa",
-        "speed-up (95% CI)",
+        "tokens/s, decoding",
+        "tokens/s, whole answers",
+        "speed-up, decoding (95% CI)",
+        "speed-up, whole answers (95% CI)",
         "tokens per step",
         "parity",
     ]

@@ -20,7 +20,7 @@ from medusa_export.heads.trees.tree import Tree
 
 REACH = 3.0  # standard deviations: one healthy run of a thousand is called wrong
 FEWEST_ANSWERS = 4  # of a category, to foretell it from
-NEVER_STEPS = 20  # steps without an accepted draft that are called a finding
+FEWEST_STEPS = 20  # of a run, to judge it by
 
 Rows = npt.NDArray[np.float64]  # tokens and steps of each answer.  # [P, 2]
 
@@ -86,7 +86,9 @@ def expectation_findings(
         accepted: tokens that each step yielded, of all prompts.
         ignore: the prompts are of another kind than those that were counted.
     """
-    if len(accepted) >= NEVER_STEPS and max(accepted) <= 1:
+    if len(accepted) < FEWEST_STEPS:
+        return []
+    if max(accepted) <= 1:
         return [f"no draft was accepted in {len(accepted)} steps: the heads are not this model's, or read another row"]
     if ignore or expectation is None or tokens_per_step >= expectation.low:
         return []

@@ -53,3 +53,4 @@ def test_findings() -> None:
     (never,) = expectation_findings(None, [1] * 20, 1.0, ignore=True)
     assert never.startswith("no draft was accepted in 20 steps")
     assert expectation_findings(None, [1] * 19, 1.0, ignore=False) == [], "too few to say"
+    assert expectation_findings(expected, [1, 2] * 9, 1.1, ignore=False) == [], "too few to say"

@@ -103,7 +103,7 @@ def _changed(manifest: Mapping[str, Any], places: Mapping[str, Path | None]) -> 
         role, _, file = name.partition("/")
         place = places.get(role)
         if place is not None:
-            inputs[place if place.is_file() else place / file] = digest
+            inputs[(place.parent if place.is_file() else place) / file] = digest
     missing = [path for path in inputs if not path.is_file()]
     if missing or not inputs:
         return f"{missing[0] if missing else places['ckpt']} is not there any more"

@@ -32,6 +32,7 @@ from medusa_export.exporter.pipeline import parts
 from medusa_export.exporter.pipeline.export import export
 from medusa_export.exporter.verify.checkpoint import verify_export
 from medusa_export.exporter.verify.parts.export import verify
+from medusa_export.exporter.verify.parts.source import Source
 from medusa_export.exporter.write import ranks
 from medusa_export.exporter.write.safetensors import SafetensorsWriter
 from medusa_export.heads.contract.engine_info import EngineInfo
@@ -250,6 +251,15 @@ class TestFollowers:
         assert any(
             "engine/followers.npz is not that of the heads" in f"{found}" for found in verify(given.output).findings
         )
+
+    def test_heads_that_are_given_as_a_file(self, given: ExportArguments, monkeypatch: pytest.MonkeyPatch) -> None:
+        (file,) = given.heads.glob("medusa_lm_head.*")  # type: ignore[union-attr]
+        monkeypatch.chdir(file.parent)  # where verify looks for it
+        given = replace(given, heads=file)
+        assert export(given, engine_tools(check_engine))
+        found = verify(given.output)
+        assert not found.findings
+        assert isinstance(found.source, Source), found.source
 
     def test_another_one_makes_another_engine(self, given: ExportArguments) -> None:
         assert export(given, engine_tools(check_engine))

@@ -14,6 +14,7 @@ from medusa_export.engines.bench.report import build_report, rate_texts, speedup
 from medusa_export.engines.bench.runner import run_prompts
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
+from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.tensorrt.build import DECODER_ENGINE, TensorRtBuilder
 from medusa_export.engines.tensorrt.device import CudaDevice
 from medusa_export.engines.tensorrt.emulation.onnx_device import OnnxDevice
@@ -72,7 +73,9 @@ def engine(setup: Setup, quant: str) -> dict[str, Any]:
     costs = _costs(found, device, setup, Target(setup.checkpoint.config, 0, 0, get_format(quant)))
     encoded = fitting_prompts(found.info, setup)
     cut = max(1, len(encoded) - TREE_PROMPTS)
-    answers = measure_acceptance(found, encoded[cut:] or encoded, max_new_tokens=min(TREE_TOKENS, setup.max_new_tokens))
+    answers = measure_acceptance(
+        OneSequence(found), encoded[cut:] or encoded, max_new_tokens=min(TREE_TOKENS, setup.max_new_tokens)
+    )
     acceptance = calibration(answers)
     chosen = search(Acceptance.from_answers(answers), cost_curve(costs["curve"]))
     tree = chosen.chosen.tree if chosen.chosen.tree.max_draft_len else chosen.runner_up.tree

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.engines.decoding.protocols import TreeDecoder, WholeEngine
+from medusa_export.engines.decoding.single_slot import OneSequence
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tensorrt.build import TensorRtBuilder
 from medusa_export.engines.tensorrt.engine import TensorRtEngine
@@ -70,3 +73,24 @@ def open_engine(engine_dir: Path, **options: Any) -> Any:
     if backend not in BACKENDS:
         raise ConfigError(f"{engine_dir}: backend", repr(backend), f"one of {', '.join(BACKENDS)}", "export again")
     return BACKENDS[backend].open(engine_dir, EngineOptions(**options))
+
+
+def open_decoder(engine_dir: Path, *, slots: int, threads: int = 0) -> TreeDecoder:
+    """Sequences of an engine in slots: as many as asked for where its steps take several, otherwise one.
+
+    Args:
+        engine_dir: of the engine.
+        slots: sequences at once, at most.
+        threads: intra-op threads; 0 takes one a core.
+
+    Raises:
+        ConfigError: a directory of another version, or an engine whose runtime decodes whole answers itself.
+    """
+    info = EngineInfo.load(engine_dir)
+    if info.backend in BACKENDS and BACKENDS[info.backend].runs_batches:
+        return TreeBatchDecoder(engine_dir, slots=slots, threads=threads)
+    engine = open_engine(engine_dir, threads=threads)
+    if isinstance(engine, WholeEngine):
+        got = f"an engine for {info.backend}, whose runtime decodes whole answers itself"
+        raise ConfigError(str(engine_dir), got, "one whose steps can be driven", "measure on an engine for onnxruntime")
+    return OneSequence(engine)

@@ -76,13 +76,10 @@ def step_findings(engine: Any, tree: Tree, result: RunResult, seed: int) -> tupl
     return measured, [("tree-logits", message)]
 
 
-def accepted_findings(
-    report: dict[str, Any], tree: Tree, result: RunResult, expected: Expectation | None, *, ignore: bool
-) -> list[Named]:
-    """Tokens per step against what is foretold.
+def accepted_findings(tree: Tree, result: RunResult, expected: Expectation | None, *, ignore: bool) -> list[Named]:
+    """Tokens per step against what is foretold. Only steps with drafts count: where none pays, none is wrong.
 
     Args:
-        report: body of report.json.
         tree: that the run used.
         result: the run.
         expected: what was foretold; None where nothing was.
@@ -90,8 +87,9 @@ def accepted_findings(
     """
     if not tree.max_draft_len:
         return []
-    accepted = [count for prompt in result.prompts for count in prompt.medusa[0].accepted]
-    messages = expectation_findings(expected, accepted, report["tokens_per_step"], ignore=ignore)
+    runs = [prompt.medusa[0] for prompt in result.prompts]
+    steps = [step for run in runs for step in zip(run.accepted, run.drafted, strict=True)]
+    messages = expectation_findings(expected, [tokens for tokens, drafts in steps if drafts], ignore=ignore)
     return [("tokens-per-step", message) for message in messages]
 
 

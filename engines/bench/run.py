@@ -308,7 +308,7 @@ def _findings(
     foretold = expectation_of(arguments.engine, tree, result) if greedy else None
     found = [*run_findings(report, engine.info, arguments.min_speedup), *found]
     if greedy:
-        found += accepted_findings(report, tree, result, foretold, ignore=arguments.no_expectation)
+        found += accepted_findings(tree, result, foretold, ignore=arguments.no_expectation)
     if greedy and arguments.reference:
         found += reference_findings(
             engine, arguments.reference, prompts[: len(result.prompts)], result, arguments.max_new_tokens

@@ -163,12 +163,14 @@ class Generation:
         tokens: generated ids, the end-of-sequence id included when it came.
         finish_reason: "stop" (end of sequence), "length" (max_new_tokens) or "context" (KV cache full).
         accepted: tokens that each step after the prefill yielded.
+        drafted: drafts that each of these steps verified.
         counted_drafts: accepted drafts and all drafts, where the runtime counts them itself.
     """
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     backend_ms: float = 0.0

@@ -1,19 +1,27 @@
-"""What heads get right along an engine's own greedy answers: one autoregressive pass, with every head drafting at every token."""
+"""What heads get right along an engine's own greedy answers: an autoregressive pass, with every head drafting at every token.
+
+As many answers as the decoder has slots are written at once, so that a step reads its weights once for all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
+from medusa_export.engines.decoding.protocols import TreeDecoder
+from medusa_export.engines.decoding.step import PREFILL, ROOT, decode_step
 from medusa_export.heads.trees.acceptance import ABSENT, TOP_K, UNKNOWN, Answer, Ranks
 from medusa_export.heads.trees.prompt_lookup import accepted_lengths
 
+AT_ONCE = 16  # answers; more of them gain little and take memory
+
 
 def measure_acceptance(
-    engine: StepEngine,
+    decoder: TreeDecoder,
     prompts: Sequence[tuple[str, str, list[int]]],
     *,
     max_new_tokens: int,
@@ -22,43 +30,81 @@ def measure_acceptance(
     """Record the rank of every true token in every head, and what prompt lookup would have got right.
 
     Args:
+        decoder: what answers, with no sequence in it.
         prompts: (id, category, input_ids).
+        max_new_tokens: most tokens of an answer.
+        progress: called after every answer.
 
     Raises:
         ConfigError: an engine without heads.
     """
-    if not engine.info.max_depth:
+    depth, ends = decoder.info.max_depth, set(decoder.info.eos_token_ids)
+    if not depth:
         raise ConfigError("engine", "no Medusa heads", "an engine with heads", "export with --heads")
-    answers = []
-    for key, category, input_ids in prompts:
-        tokens, ranks = _follow(engine, input_ids, max_new_tokens)
-        answers.append(Answer(key, category, ranks, accepted_lengths(input_ids, tokens)))
-        progress()
-    return answers
+    followed = [_Followed(input_ids) for _, _, input_ids in prompts]
+    waiting, active = list(reversed(followed)), list[_Followed]()  # active: by slot
+    while waiting or active:
+        while waiting and len(active) < decoder.slots:
+            active.append(waiting.pop())
+            active[-1].tokens.append(_prefill(decoder, active[-1].input_ids))
+        for slot in reversed(range(len(active))):
+            if active[slot].ends(ends, max_new_tokens) or not decoder.remaining(slot):
+                _release(decoder, active, slot)
+                progress()
+        if active:
+            _step(decoder, active, depth)
+    return [
+        Answer(key, category, found.ranks(depth), accepted_lengths(input_ids, found.tokens))
+        for (key, category, input_ids), found in zip(prompts, followed, strict=True)
+    ]
 
 
-def trace(engine: StepEngine, input_ids: Sequence[int], *, max_new_tokens: int) -> Ranks:
-    """One answer's ranks, see :class:`~medusa_export.heads.trees.acceptance.Answer`.  # [T, max_depth]
+@dataclass
+class _Followed:
+    """An answer and what heads drafted on its way.
 
-    Args:
-        engine: what answers.
+    Attributes:
         input_ids: the prompt.
-        max_new_tokens: most tokens of the answer.
+        tokens: of the answer.
+        drafts: before every token but the first.  # [depth, TOP_K] each
     """
-    return _follow(engine, input_ids, max_new_tokens)[1]
+
+    input_ids: Sequence[int]
+    tokens: list[int] = field(default_factory=list)
+    drafts: list[npt.NDArray[np.int64]] = field(default_factory=list)
+
+    def ends(self, eos_token_ids: set[int], max_new_tokens: int) -> bool:
+        return len(self.tokens) >= max_new_tokens or self.tokens[-1] in eos_token_ids
+
+    def ranks(self, depth: int) -> Ranks:
+        """See :class:`~medusa_export.heads.trees.acceptance.Answer`.  # [T, depth]"""
+        ranks = np.full((len(self.tokens), depth), UNKNOWN, dtype=np.int64)
+        for row, draft in enumerate(self.drafts):
+            for head, token in enumerate(self.tokens[row + 1 : row + 1 + depth]):
+                places = np.flatnonzero(draft[head] == token)
+                ranks[row, head] = places[0] if len(places) else ABSENT
+        return ranks
 
 
-def _follow(engine: StepEngine, input_ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], Ranks]:
-    """The answer's tokens, and its ranks."""
-    step, ends = engine.prepare(AUTOREGRESSIVE), set(engine.info.eos_token_ids)
-    tokens, drafts = [engine.prefill(input_ids)], []
-    while len(tokens) < max_new_tokens and tokens[-1] not in ends and engine.length < engine.info.max_length:
-        drafts.append(engine.draft(engine.info.max_depth)[:, :TOP_K].copy())
-        tokens.append(int(step.verify(np.array(tokens[-1:]))[0]))
-        step.commit(np.zeros(1, dtype=np.int64))
-    ranks = np.full((len(tokens), engine.info.max_depth), UNKNOWN, dtype=np.int64)
-    for row, draft in enumerate(drafts):
-        for head, token in enumerate(tokens[row + 1 : row + 1 + len(draft)]):
-            places = np.flatnonzero(draft[head] == token)
-            ranks[row, head] = places[0] if len(places) else ABSENT
-    return tokens, ranks
+def _prefill(decoder: TreeDecoder, input_ids: Sequence[int]) -> int:
+    """Run a prompt in the next free slot; its greedy first token."""
+    decoder.begin(input_ids)
+    while (logits := decoder.prefill_chunk(PREFILL)) is None:
+        pass
+    return int(logits.argmax())
+
+
+def _step(decoder: TreeDecoder, active: Sequence[_Followed], depth: int) -> None:
+    """One token more of every active answer, and the drafts before it."""
+    for answer, draft in zip(active, decoder.draft(depth), strict=True):
+        answer.drafts.append(draft[:, :TOP_K].copy())
+    last = np.array([[answer.tokens[-1]] for answer in active], dtype=np.int64)
+    for answer, (token,) in zip(active, decode_step(decoder, ROOT, last), strict=True):
+        answer.tokens.append(token)
+
+
+def _release(decoder: TreeDecoder, active: list[_Followed], slot: int) -> None:
+    """End an answer; the last active one moves into its slot, as in the decoder."""
+    decoder.release(slot)
+    active[slot] = active[-1]
+    del active[-1]

@@ -9,12 +9,13 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.prompts import Prompt
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.measure.prompts import encode_prompts
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from medusa_export.engines.tuning.acceptance import measure_acceptance
+from medusa_export.engines.tuning.acceptance import AT_ONCE, measure_acceptance
 from medusa_export.engines.tuning.cost import SingleSteps, measure_cost, write_costs
 from medusa_export.engines.tuning.defaults import PAST_LENGTH
 from medusa_export.engines.tuning.search import MAX_DRAFT_LEN, search, sentence, tree_json
-from medusa_export.heads.contract.engine_info import TREE_FILE
+from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration
 from medusa_export.heads.trees.step_costs import COST_FILE, cost_curve
 
@@ -38,8 +39,7 @@ def choose_tree(
     Raises:
         ConfigError: no prompt fits into the engine's context.
     """
-    engine = OnnxRuntimeEngine(engine_dir)
-    info, tokenizer = engine.info, read_tokenizer(engine_dir)
+    info, tokenizer = EngineInfo.load(engine_dir), read_tokenizer(engine_dir)
     encoded = encode_prompts(tokenizer, info, prompts, max_new_tokens=0)
     fitting = [prompt for prompt in encoded if len(prompt[2]) + NEW_TOKENS <= info.max_length]
     if not fitting:
@@ -51,11 +51,12 @@ def choose_tree(
     fitting = fitting[:: -(-len(fitting) // MAX_PROMPTS)]
     done = iter(range(1, len(fitting) + 1))
     answers = measure_acceptance(
-        engine, fitting, max_new_tokens=NEW_TOKENS, progress=lambda: progress("acceptance", next(done), len(fitting))
-    )
+        TreeBatchDecoder(engine_dir, slots=AT_ONCE), fitting, max_new_tokens=NEW_TOKENS,
+        progress=lambda: progress("acceptance", next(done), len(fitting)),
+    )  # fmt: skip
     write_calibration(engine_dir / ACCEPTANCE_FILE, answers, {"max_new_tokens": NEW_TOKENS})
     past_length = min(PAST_LENGTH, info.max_length // 2)
-    steps = SingleSteps(engine)
+    steps = SingleSteps(OnnxRuntimeEngine(engine_dir))
     acceptance = Acceptance.from_answers(answers)
     most_tokens = (
         1 + sum(sorted(acceptance.paths.values())[-MAX_DRAFT_LEN:]) / acceptance.positions

@@ -77,19 +77,20 @@ def _rows(answers: Sequence[Answer], tree: Tree) -> Rows:
     return rows[rows[:, 1] > 0]
 
 
-def expectation_findings(
-    expectation: Expectation | None, accepted: Sequence[int], tokens_per_step: float, *, ignore: bool
-) -> list[str]:
+def expectation_findings(expectation: Expectation | None, accepted: Sequence[int], *, ignore: bool) -> list[str]:
     """What a run's tokens per step say of the heads.
 
     Args:
-        accepted: tokens that each step yielded, of all prompts.
+        accepted: tokens that each step with drafts yielded, of all prompts.
         ignore: the prompts are of another kind than those that were counted.
     """
     if len(accepted) < FEWEST_STEPS:
         return []
     if max(accepted) <= 1:
-        return [f"no draft was accepted in {len(accepted)} steps: the heads are not this model's, or read another row"]
+        return [
+            f"no draft was accepted in {len(accepted)} steps that had some: the heads are not this model's, or read another row"
+        ]
+    tokens_per_step = sum(accepted) / len(accepted)
     if ignore or expectation is None or tokens_per_step >= expectation.low:
         return []
     return [

@@ -110,10 +110,12 @@ def calibrate_command(own: CalibrateFlags, asked: PromptFlags) -> None:
     from medusa_export.heads.trees.acceptance import write_calibration
 
     require_output_file(own.output)
-    opened, encoded = _open(own.engine, own.prompts, asked)
+    engine, encoded = _read(own.engine, own.prompts, asked)
     with progress_bars() as progress:
-        answers = _answers(opened, encoded, asked, "prompts", progress)
-    source = {"engine": str(own.engine), "prompts": str(own.prompts), "engine_source": opened.info.source}
+        answers = _answers(engine, encoded, asked, "prompts", progress)
+    source = {
+        "engine": str(own.engine), "prompts": str(own.prompts), "engine_source": EngineInfo.load(engine).source,
+    }  # fmt: skip
     print_acceptance(write_calibration(own.output, answers, source))
     stdout.print(f"wrote {own.output}", soft_wrap=True)
 
@@ -205,6 +207,7 @@ def search_command(own: SearchFlags, asked: PromptFlags) -> None:
 
 def _search(own: SearchFlags, asked: PromptFlags) -> tuple[Any, Any, list[dict[str, Any]]]:
     """What was found, the acceptance and the cost curves that it rests on; measured where no file has them."""
+    from medusa_export.engines.backends import open_engine
     from medusa_export.engines.tuning.search import confirm, search
     from medusa_export.heads.trees.acceptance import Acceptance
     from medusa_export.heads.trees.step_costs import cost_curve, load_costs, select
@@ -213,15 +216,18 @@ def _search(own: SearchFlags, asked: PromptFlags) -> tuple[Any, Any, list[dict[s
     curves = load_costs(own.cost) if own.cost else []
     if curves:
         select(curves, batch=own.batch, past_length=own.past_length)
-    opened, encoded = None, []
+    engine: Path | None = None
+    encoded: list[Any] = []
     if own.engine and (counted is None or not curves or own.confirm):
-        opened, encoded = _open(own.engine, own.prompts, asked)
+        engine, encoded = _read(own.engine, own.prompts, asked)
     with progress_bars() as progress:
-        counted = counted or Acceptance.from_answers(_answers(opened, encoded, asked, "acceptance", progress))
+        if counted is None:
+            counted = Acceptance.from_answers(_answers(engine, encoded, asked, "acceptance", progress))
+        opened: Any = open_engine(engine, threads=asked.threads) if engine and (own.confirm or not curves) else None
         curves = curves or [_measure_cost(opened, own, progress)]
         curve = cost_curve(select(curves, batch=own.batch, past_length=own.past_length))
         found = search(counted, curve, max_draft_len=own.max_draft_len, sizes=own.nodes or None)
-        if own.confirm and opened is not None:  # it was opened for that
+        if own.confirm:
             ids = [input_ids for _, _, input_ids in encoded]
             found = confirm(
                 found, counted, opened, ids, count=own.confirm, max_new_tokens=asked.max_new_tokens,
@@ -256,30 +262,28 @@ def _check_search(own: SearchFlags) -> None:
         raise ConfigError("--picture", f"{own.picture}", "a name that ends with .svg or .png", "rename it")
 
 
-def _open(engine: Path, prompts: Path | None, asked: PromptFlags) -> Any:
-    """The engine, and the prompts as it takes them."""
+def _read(engine: Path, prompts: Path | None, asked: PromptFlags) -> tuple[Path, Any]:
+    """The engine's directory, and the prompts as it takes them."""
     from medusa_export.core.text.prompts import load_prompts
     from medusa_export.core.text.tokenizer import read_tokenizer
-    from medusa_export.engines.backends import open_engine
     from medusa_export.engines.measure.prompts import encode_prompts
 
     if asked.max_new_tokens < 2:
         raise ConfigError("--max-new-tokens", f"{asked.max_new_tokens}", "2 or more", "raise it")
     loaded = load_prompts(prompts, asked.limit) if prompts else []
     engine = find_engine(engine)
-    EngineInfo.load(engine)
-    tokenizer = read_tokenizer(engine)
-    opened = open_engine(engine, threads=asked.threads)
-    return opened, encode_prompts(tokenizer, opened.info, loaded, max_new_tokens=asked.max_new_tokens)
+    info, tokenizer = EngineInfo.load(engine), read_tokenizer(engine)
+    return engine, encode_prompts(tokenizer, info, loaded, max_new_tokens=asked.max_new_tokens)
 
 
-def _answers(opened: Any, encoded: Any, asked: PromptFlags, stage: str, progress: Any) -> Any:
+def _answers(engine: Any, encoded: Any, asked: PromptFlags, stage: str, progress: Any) -> Any:
     """The engine's greedy answers, with the ranks that its heads gave to every token."""
-    from medusa_export.engines.tuning.acceptance import measure_acceptance
+    from medusa_export.engines.backends import open_decoder
+    from medusa_export.engines.tuning.acceptance import AT_ONCE, measure_acceptance
 
     done = iter(range(1, len(encoded) + 1))
     return measure_acceptance(
-        opened, encoded, max_new_tokens=asked.max_new_tokens,
+        open_decoder(engine, slots=AT_ONCE, threads=asked.threads), encoded, max_new_tokens=asked.max_new_tokens,
         progress=lambda: progress(stage, next(done), len(encoded)),
     )  # fmt: skip
 

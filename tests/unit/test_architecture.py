@@ -57,7 +57,7 @@ ALLOWED: dict[str, str] = {
     "engines/trtllm": "core engines/decoding heads/checkpoint heads/contract heads/trees",
     "engines/tensorrt": "core core/artifacts heads/contract heads/trees",
     "engines/tensorrt/emulation": "core engines/onnxruntime engines/tensorrt",
-    "engines": "core engines/onnxruntime engines/serving/triton engines/tensorrt engines/trtllm heads/contract",
+    "engines": "core engines/decoding engines/onnxruntime engines/serving/triton engines/tensorrt engines/trtllm heads/contract",
     "engines/measure": "core core/text engines/decoding heads/contract heads/trees",
     "engines/tuning": "core core/artifacts core/text engines/decoding engines/measure engines/onnxruntime heads/contract"
     " heads/decoding heads/trees",

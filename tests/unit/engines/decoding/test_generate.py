@@ -60,6 +60,11 @@ class ScriptedEngine:
         self.rows = list(input_ids)
         return self.say(self.rows)
 
+    def prefill_logits(self, input_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        logits = np.zeros(max(*self.truth, LOST) + 1, dtype=np.float32)
+        logits[self.prefill(input_ids)] = 1
+        return logits
+
     def prepare(self, tree: Tree) -> ScriptedStep:
         self.trees.append(tree)
         return ScriptedStep(self, tree)

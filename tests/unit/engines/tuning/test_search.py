@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.measure import side_by_side as confirm_module
 from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
@@ -121,7 +122,7 @@ def test_trees_are_compared_on_the_same_tokens(
     assert short.speedup == pytest.approx(short.tokens_per_step / 2)
     assert deep.tokens_per_step > short.tokens_per_step > 1
     counted = Acceptance.from_answers(
-        measure_acceptance(engine, [("a", "b", ids) for ids in prompts], max_new_tokens=20)
+        measure_acceptance(OneSequence(engine), [("a", "b", ids) for ids in prompts], max_new_tokens=20)
     )
     assert deep.tokens_per_step == pytest.approx(tokens_per_step(counted, trees[1]))
 

@@ -16,6 +16,7 @@ from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
+from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import measure_acceptance
 from medusa_export.exporter.cli.run import run_main
@@ -39,7 +40,7 @@ def engine(tiny_engine: Callable[..., Any], tiny_tokenizer: Callable[..., Path])
         info = json.loads((made.path / "engine.json").read_text())
         (made.path / "engine.json").write_text(json.dumps({**info, "eos_token_ids": []}))
         answers = counted or measure_acceptance(
-            OnnxRuntimeEngine(made.path),
+            OneSequence(OnnxRuntimeEngine(made.path)),
             [(str(n), "", ids) for n, ids in enumerate(prompts_of(made))],
             max_new_tokens=NEW,
         )

@@ -9,8 +9,9 @@ from typing import Any
 from medusa_export.core.text.prompts import Prompt
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES
 from medusa_export.engines.bench.runner import RunResult
+from medusa_export.engines.decoding.drafters import Drafter
 from medusa_export.engines.decoding.protocols import Generation
-from medusa_export.engines.verify.expectation import Expectation, expectation_findings, foretell
+from medusa_export.engines.verify.expectation import Expectation, expectation_findings, first_draft_findings, foretell
 from medusa_export.engines.verify.run_checks import choice_findings, end_findings, prompt_findings, sampled_tree_error
 from medusa_export.engines.verify.selfcheck import bound_of
 from medusa_export.heads.contract.engine_info import EngineInfo
@@ -76,20 +77,24 @@ def step_findings(engine: Any, tree: Tree, result: RunResult, seed: int) -> tupl
     return measured, [("tree-logits", message)]
 
 
-def accepted_findings(tree: Tree, result: RunResult, expected: Expectation | None, *, ignore: bool) -> list[Named]:
-    """Tokens per step against what is foretold. Only steps with drafts count: where none pays, none is wrong.
+def accepted_findings(
+    way: Tree | Drafter, result: RunResult, expected: Expectation | None, *, ignore: bool
+) -> list[Named]:
+    """What the run says of the heads.
 
     Args:
-        tree: that the run used.
+        way: that drafted. Where it is one tree, its tokens per step are the heads'; otherwise the text has a share in them.
         result: the run.
-        expected: what was foretold; None where nothing was.
+        expected: what was foretold of the engine's tree; None where nothing was.
         ignore: the prompts are of another kind than those that were counted.
     """
-    if not tree.max_draft_len:
-        return []
     runs = [prompt.medusa[0] for prompt in result.prompts]
-    steps = [step for run in runs for step in zip(run.accepted, run.drafted, strict=True)]
-    messages = expectation_findings(expected, [tokens for tokens, drafts in steps if drafts], ignore=ignore)
+    if not isinstance(way, Tree):
+        messages = first_draft_findings([run.first_drafts for run in runs if run.first_drafts])
+    elif way.max_draft_len:
+        messages = expectation_findings(expected, [tokens for run in runs for tokens in run.accepted], ignore=ignore)
+    else:
+        messages = []
     return [("tokens-per-step", message) for message in messages]
 
 

@@ -115,7 +115,7 @@ def run(
         entry["text"] = _texts(entry, result, tokenizer)
     if arguments.save_outputs:
         _save_outputs(arguments.save_outputs, result, tokenizer)
-    report |= {"tree_logits": step_noise, **_findings(report, arguments, engine, tree, prompts, result, found)}
+    report |= {"tree_logits": step_noise, **_findings(report, arguments, engine, tree, way, prompts, result, found)}
     return report
 
 
@@ -300,15 +300,15 @@ def _reference(engine: Any, result: RunResult, arguments: RunArguments, progress
 
 
 def _findings(
-    report: dict[str, Any], arguments: RunArguments, engine: Any, tree: Tree, prompts: list[Prompt], result: RunResult,
-    found: list[Named],
+    report: dict[str, Any], arguments: RunArguments, engine: Any, tree: Tree, way: Tree | Drafter, prompts: list[Prompt],
+    result: RunResult, found: list[Named],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that is wrong, by name, and why this run should fail, one line each."""
     greedy = not arguments.temperature
     foretold = expectation_of(arguments.engine, tree, result) if greedy else None
     found = [*run_findings(report, engine.info, arguments.min_speedup), *found]
     if greedy:
-        found += accepted_findings(tree, result, foretold, ignore=arguments.no_expectation)
+        found += accepted_findings(way, result, foretold, ignore=arguments.no_expectation)
     if greedy and arguments.reference:
         found += reference_findings(
             engine, arguments.reference, prompts[: len(result.prompts)], result, arguments.max_new_tokens

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medusa_export.engines.decoding.lookup import TextLookup
 from medusa_export.engines.decoding.payoff import DraftedText, StepWorth
-from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepDecoder
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, FirstDrafts, StepDecoder
 from medusa_export.engines.decoding.shapes import StepShape
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.followers import Followers
@@ -28,6 +28,8 @@ Drafts = tuple[Tree, npt.NDArray[np.int64]]  # the nodes of a step and their tok
 
 class Drafted(Protocol):
     """A sequence, as far as its drafter has to know it."""
+
+    first_drafts: FirstDrafts | None
 
     def extend(self, tokens: Sequence[int]) -> None:
         """New tokens of its text."""
@@ -54,6 +56,8 @@ class Drafter(Protocol):
 
 class LastToken:
     """A sequence whose drafter reads no text."""
+
+    first_drafts = None
 
     def __init__(self, last: int) -> None:
         self.last = last

@@ -67,12 +67,11 @@ def _decode_by_steps(
         if not remaining:
             reason = "context"
             break
-        nodes, node_ids = drafter.draft(decoder, (sequence,), remaining)
-        (new,) = decode_step(decoder, nodes, node_ids, (sampler,), typical)
+        (new,) = decode_step(decoder, *drafter.draft(decoder, (sequence,), remaining), (sampler,), typical)
         sequence.extend(new)
         result.tokens += new
         result.accepted.append(len(new))
-        result.drafted.append(nodes.max_draft_len)
+    result.first_drafts = sequence.first_drafts
     result.finish_reason = _cut(result.tokens, eos, max_new_tokens) or reason
     result.prefill_ms = (decode_start - start) * 1e3
     result.decode_ms = (time.perf_counter() - decode_start) * 1e3

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medusa_export.engines.decoding.lookup import Match, TextLookup
+from medusa_export.engines.decoding.protocols import FirstDrafts
 
 # On SmolLM2-135M's own answers to 52 of Spec-Bench's questions: how often the first draft behind a match was right, and the
 # next ones if those before them were.
@@ -43,6 +44,7 @@ class DraftedText:
         match: where its end stood before.
         chain: what followed there.
         candidates: first tokens of the heads' tree in the step at hand, and how often one of them was expected to be right.
+        first_drafts: what became of them so far.
     """
 
     lookup: TextLookup
@@ -53,6 +55,7 @@ class DraftedText:
     first: Rate = field(default_factory=Rate)
     following: Rate = field(default_factory=Rate)
     heads: Rate = field(default_factory=Rate)
+    first_drafts: FirstDrafts = field(default_factory=FirstDrafts)
 
     @property
     def last(self) -> int:
@@ -77,7 +80,9 @@ class DraftedText:
                 right = guessed == token
                 self.following.see(came_true=right, expected=NEXT[length])
         if self.candidates:
-            self.heads.see(came_true=tokens[0] in self.candidates, expected=self.head_share)
+            came_true = tokens[0] in self.candidates
+            self.heads.see(came_true=came_true, expected=self.head_share)
+            self.first_drafts.see(came_true=came_true, expected=self.head_share)
         self.lookup.extend(tokens)
 
     def chain_shares(self, count: int) -> list[float]:

@@ -156,6 +156,25 @@ class TreeDecoder(StepDecoder, Protocol):
 
 
 @dataclass
+class FirstDrafts:
+    """How the heads' drafts for the next token fared in a text.
+
+    Attributes:
+        steps: in which heads drafted.
+        right: of them, with the true token among the drafts.
+        expected: how many of them should have it, by what was counted before.
+    """
+
+    steps: int = 0
+    right: int = 0
+    expected: float = 0.0
+
+    def see(self, *, came_true: bool, expected: float) -> None:
+        """One step more; ``expected`` is its probability."""
+        self.steps, self.right, self.expected = self.steps + 1, self.right + came_true, self.expected + expected
+
+
+@dataclass
 class Generation:
     """The answer to one prompt.
 
@@ -163,14 +182,14 @@ class Generation:
         tokens: generated ids, the end-of-sequence id included when it came.
         finish_reason: "stop" (end of sequence), "length" (max_new_tokens) or "context" (KV cache full).
         accepted: tokens that each step after the prefill yielded.
-        drafted: drafts that each of these steps verified.
+        first_drafts: of the heads, where steps choose their drafts; None where every step has one tree, or none.
         counted_drafts: accepted drafts and all drafts, where the runtime counts them itself.
     """
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     accepted: list[int] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
+    first_drafts: FirstDrafts | None = None
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     backend_ms: float = 0.0

@@ -88,7 +88,6 @@ class TrtllmEngine:
             for step in session.stream(input_ids, max_new_tokens, tuple(eos_token_ids)):
                 if result.tokens:
                     result.accepted.append(len(step.tokens))
-                    result.drafted.append(tree.max_draft_len)
                     result.decode_ms = step.seconds * 1e3 - result.prefill_ms
                 else:
                     result.prefill_ms = step.seconds * 1e3

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.engines.decoding.protocols import FirstDrafts
 from medusa_export.heads.trees.acceptance import Acceptance, Answer, steps_of
 from medusa_export.heads.trees.tree import Tree
 
 REACH = 3.0  # standard deviations: one healthy run of a thousand is called wrong
 FEWEST_ANSWERS = 4  # of a category, to foretell it from
 FEWEST_STEPS = 20  # of a run, to judge it by
+# First drafts that should have been right, to judge heads by, and the share of them below which they are another model's: prompts of
+# another kind than those that were counted halve it.
+FEWEST_EXPECTED, FAR_TOO_FEW = 8.0, 0.1
 
 Rows = npt.NDArray[np.float64]  # tokens and steps of each answer.  # [P, 2]
 
@@ -81,15 +85,13 @@ def expectation_findings(expectation: Expectation | None, accepted: Sequence[int
     """What a run's tokens per step say of the heads.
 
     Args:
-        accepted: tokens that each step with drafts yielded, of all prompts.
+        accepted: tokens that each step yielded, of all prompts.
         ignore: the prompts are of another kind than those that were counted.
     """
     if len(accepted) < FEWEST_STEPS:
         return []
     if max(accepted) <= 1:
-        return [
-            f"no draft was accepted in {len(accepted)} steps that had some: the heads are not this model's, or read another row"
-        ]
+        return [f"no draft was accepted in {len(accepted)} steps: the heads are not this model's, or read another row"]
     tokens_per_step = sum(accepted) / len(accepted)
     if ignore or expectation is None or tokens_per_step >= expectation.low:
         return []
@@ -97,4 +99,21 @@ def expectation_findings(expectation: Expectation | None, accepted: Sequence[int
         f"{tokens_per_step:.2f} tokens per step; acceptance.json predicts {expectation.tokens_per_step:.2f} "
         f"({expectation.low:.2f} .. {expectation.high:.2f}) for these prompts: the heads are not those that were measured "
         "(--no-expectation for prompts of another kind)"
+    ]
+
+
+def first_draft_findings(seen: Sequence[FirstDrafts]) -> list[str]:
+    """What the heads' first drafts say of them, where steps choose whether heads draft.
+
+    Args:
+        seen: of every text.
+    """
+    steps, right, expected = (
+        (sum(each) for each in zip(*(astuple(text) for text in seen), strict=True)) if seen else (0, 0, 0)
+    )
+    if expected < FEWEST_EXPECTED or right >= FAR_TOO_FEW * expected:
+        return []
+    return [
+        f"heads were right in {right} of {steps} steps, where {expected:.0f} were expected: "
+        "they are not this model's, or read another row"
     ]

@@ -108,10 +108,14 @@ def test_swapped_heads(
     with monkeypatch.context() as planted:
         planted.setattr(MedusaCheckpoint, "read", swapped)
         bad = engine(counted=answers)
-    by_name = found(bad)
+    by_name = found(bad, "--drafts", "heads")
     assert by_name.keys() == {"tokens-per-step"}
     assert message in by_name["tokens-per-step"][0]
-    assert bool(found(bad, "--no-expectation")) == (one == 0)
+    assert bool(found(bad, "--drafts", "heads", "--no-expectation")) == (one == 0)
+    by_choosing = found(bad).get(
+        "tokens-per-step", []
+    )  # only drafts for the next token are judged then, which head 0 makes
+    assert [line[:22] for line in by_choosing] == ["heads were right in 0 "] * (one == 0)
 
 
 def test_a_wrong_first_token(

@@ -11,12 +11,13 @@ from medusa_export.core.errors import missing_package
 from medusa_export.heads.training.dataset import Example
 from medusa_export.heads.training.head_module import MedusaHeads
 from medusa_export.heads.training.hidden_states import Rows
-from medusa_export.heads.training.metrics import head_ranks
+from medusa_export.heads.training.metrics import head_candidates, head_ranks
 from medusa_export.heads.trees.acceptance import summary
 from medusa_export.heads.trees.followers import FOLLOWERS_FILE, Followers
 
 ACCEPTANCE, REPORT, PLOT, LOGS = "acceptance.json", "training.json", "training.svg", "logs"
 SHOWN = (1, 2, 3, 5, 10)
+FITTED_ROWS = 4096
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -42,16 +43,23 @@ def write_report(out: Path, record: Mapping[str, Any], found: Mapping[str, Any],
     plot(out / PLOT, found["heads"], curves)
 
 
-def write_followers(out: Path, dataset: Sequence[Example], vocab_size: int) -> None:
-    """Count what follows every token in the data, and write it beside the heads.
+def write_followers(out: Path, dataset: Sequence[Example], vocab_size: int, heads: MedusaHeads, held: Rows) -> None:
+    """Count what follows every token in the data, and write it beside the heads, where it makes them better on held-out data.
 
     Args:
         out: an existing directory.
         dataset: what the heads were trained on.
         vocab_size: rows of the embedding.
+        heads: as they were trained.
+        held: of held-out data.
     """
     texts = ((example.input_ids, example.answer_mask) for example in dataset)
-    Followers.count(texts, vocab_size).save(out / FOLLOWERS_FILE)
+    candidates = head_candidates(heads, held, limit=FITTED_ROWS)
+    labels = held.labels(heads.num_heads)[: len(candidates)].numpy()
+    last = held.tokens[: len(candidates)].tolist()
+    followers = Followers.count(texts, vocab_size).fitted(last, candidates, labels)
+    if followers:
+        followers.save(out / FOLLOWERS_FILE)
 
 
 def plot(path: Path, heads: Sequence[Mapping[str, float]], curves: Curves) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.heads.trees.acceptance import ABSENT, UNKNOWN, accuracies, mean_accuracy
 
 FOLLOWERS_FILE = "followers.npz"
 # What numpy and zipfile raise on files that are damaged; RuntimeError: encrypted, or compressed in an unknown way.
@@ -29,6 +30,13 @@ MOST, FEWEST = 32, 2  # followers of a token that are kept, and counts of a pair
 SMOOTHING = 3.0  # counts that a token has of no follower in particular
 FLOOR = 3e-5  # probability of a pair that was not counted
 PAIR_WEIGHT, RANK_WEIGHT = 0.6, 1.5  # of the logarithms of a pair's probability and of a rank
+FACTORS = (
+    1.0,
+    0.5,
+    0.25,
+    2.0,
+    0.0,
+)  # of PAIR_WEIGHT, to choose from: the better heads are, the less pairs tell beside them
 
 Array = npt.NDArray[np.int64]
 
@@ -40,7 +48,8 @@ class Followers:
     Attributes:
         starts: where the followers of each token begin in the other two; the last one is their number.  # int32 [vocab_size + 1]
         tokens: followers, one token's after the other's.  # int32 [P]
-        gains: PAIR_WEIGHT times the logarithm of a pair's probability over FLOOR; 0 for other pairs.  # float16 [P]
+        gains: PAIR_WEIGHT, or what fits the heads, times the logarithm of a pair's probability over FLOOR; 0 for other pairs.
+            # float16 [P]
     """
 
     starts: npt.NDArray[np.int32]
@@ -96,6 +105,27 @@ class Followers:
         if not found._is_sound(vocab_size):
             raise _unusable(path, "a damaged table", EXPECTED)
         return found
+
+    def fitted(self, last: Sequence[int], candidates: Array, labels: Array) -> Followers | None:
+        """The same pairs with the weight that fits some heads best, by their mean top-1 accuracy; None where all make them worse.
+
+        Args:
+            last: newest token at every position.  # [N]
+            candidates: of the heads there, best first.  # [N, depth, top_k]
+            labels: the tokens that came; negative: not known.  # [N, depth]
+        """
+        found = [self._times(factor) for factor in FACTORS]
+        best = max(range(len(found)), key=lambda index: found[index]._accuracy(last, candidates, labels))
+        return found[best] if FACTORS[best] else None
+
+    def _times(self, factor: float) -> Followers:
+        return Followers(self.starts, self.tokens, (self.gains * np.float32(factor)).astype(np.float16))
+
+    def _accuracy(self, last: Sequence[int], candidates: Array, labels: Array) -> float:
+        if not len(last):
+            return 0.0
+        first = self.order(last, candidates)[:, :, 0]
+        return mean_accuracy(accuracies(np.where(labels < 0, UNKNOWN, np.where(first == labels, 0, ABSENT))))
 
     def save(self, path: Path) -> None:
         """Write a file that :meth:`load` reads."""

@@ -89,7 +89,7 @@ def train_fast(
             "rows": len(rows), "epochs": state.epochs, "seconds": round(time.monotonic() - started, 1),
             "versions": package_versions(),
         }  # fmt: skip
-        files = _write(work, module, base.config, dataset, record, found, state)
+        files = _write(work, module, base.config, dataset, held, record, found, state)
         publish(files, output)
         shutil.rmtree(work)
     return found
@@ -154,14 +154,14 @@ def _new_heads(base: MedusaCheckpoint, shape: HeadShape, stored: Path | None, mo
 
 
 def _write(
-    work: Path, module: MedusaHeads, base: DecoderConfig, dataset: Sequence[Example], record: dict[str, Any],
+    work: Path, module: MedusaHeads, base: DecoderConfig, dataset: Sequence[Example], held: Rows, record: dict[str, Any],
     found: dict[str, Any], state: TrainState,
 ) -> Path:  # fmt: skip
     files = work / "files"
     shutil.rmtree(files, ignore_errors=True)
     files.mkdir()
     module.save(files, getattr(torch, base.dtype))
-    write_followers(files, dataset, base.vocab_size)
+    write_followers(files, dataset, base.vocab_size, module, held)
     curves = {"loss": state.losses}
     write_report(files, record, found, curves)
     accuracy = {

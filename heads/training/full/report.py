@@ -37,10 +37,11 @@ class ReferenceReporter:
             held = build_cache(
                 Path(folder), lambda: model.eval(), self._held_out, key="trained", hidden_size=model.config.hidden_size
             )
-            self.found = measure(_heads_of(model), held)
+            heads = _heads_of(model)
+            self.found = measure(heads, held)
+            write_followers(out, self._dataset, model.config.vocab_size, heads, held)
         record = {"arguments": self._recorded, "data": self._data, "versions": package_versions()}
         write_report(out, record, self.found, _curves(history))
-        write_followers(out, self._dataset, model.config.vocab_size)
 
 
 def _heads_of(model: Any) -> MedusaHeads:

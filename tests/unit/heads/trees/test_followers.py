@@ -61,6 +61,30 @@ def test_what_often_follows_the_newest_token_comes_first_and_later_heads_follow_
     assert candidates[0].tolist() == [[5, 9, 1], [4, 7, 2]]  # as it was
 
 
+def test_the_weight_is_what_fits_the_heads() -> None:
+    """8 follows 7, and 9 follows 3. The weaker the heads are, the more pairs may say; right ones are left as they are."""
+    followers = Followers.count([([7, 8, 3, 9] * 20, [True] * 80)], VOCAB)
+    last = [7, 3] * 10
+    candidates = np.array([[[5, 8, 9, 1]], [[5, 1, 4, 9]]] * 10)
+    follow = np.array([[8], [9]] * 10)
+    assert gains(followers, 7)[8] == pytest.approx(gain(60, 60), rel=1e-3)
+    strong = followers.fitted(last, candidates, follow)
+    assert strong is not None
+    assert strong.order(last, candidates)[:, 0, 0].tolist() == [8, 9] * 10
+    assert strong.gains.tolist() == followers.gains.tolist()
+    weaker = followers.fitted(last, candidates[:, :, ::-1], np.array([[1], [9]] * 10))
+    assert weaker is not None
+    assert weaker.gains.tolist() == pytest.approx((followers.gains / 4).tolist(), rel=1e-2), (
+        "8 is the third candidate there"
+    )
+    assert followers.fitted(last, candidates, np.full((20, 1), 5)) is None, (
+        "8 is the second one: any weight puts it first"
+    )
+    unknown = followers.fitted(last, candidates, np.full((20, 1), -1))
+    assert unknown is not None
+    assert unknown.gains.tolist() == followers.gains.tolist(), "nothing known: as it was counted"
+
+
 @given(st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=12), max_size=5), st.permutations(range(10)))
 def test_candidates_stay_the_same_ones(texts: list[list[int]], level: list[int]) -> None:
     followers = Followers.count([(text, [True] * len(text)) for text in texts], VOCAB)

@@ -149,7 +149,7 @@ def print_diff(first: Report, second: Report, console: Console) -> None:
     if not found["prompts"]:
         console.print("The two have no prompt in common.")
     for line in differences(first, second):
-        console.print(f"differs: {line}", soft_wrap=True, markup=False)
+        console.print(f"differs: {line}", soft_wrap=True)
 
 
 def _category_table(first: Report, second: Report) -> Table:

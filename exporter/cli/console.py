@@ -19,7 +19,14 @@ from rich.console import Console
 
 from medusa_export.core.errors import MedusaExportError
 
-stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints text as it is: ids and paths may hold what rich takes for markup, or for the name of an emoji."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
+
+
+stdout, stderr = plain_console(), plain_console(stderr=True)
 
 CRASHED = 3  # exit code
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -174,5 +181,5 @@ def give_up_stdout() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    stderr.print(f"error: {message}", style="red", soft_wrap=True, markup=False)
+    stderr.print(f"error: {message}", style="red", soft_wrap=True)
     sys.exit(code)

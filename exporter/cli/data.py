@@ -150,7 +150,7 @@ def data_command(own: DataFlags, sampling: Sampling, common: Common) -> None:
     _check_flags(own)
     conversations, problems = read_conversations(own.prompts, skip_bad=own.skip_bad_lines, limit=own.limit)
     for problem in problems[: None if common.verbose else _SHOWN_PROBLEMS]:
-        stderr.print(f"skipped: {problem}", soft_wrap=True, markup=False)
+        stderr.print(f"skipped: {problem}", soft_wrap=True)
     if problems:
         stderr.print(f"bad lines skipped: {len(problems)}")
     with _engine(own, conversations, sampling) as opened:
@@ -250,7 +250,6 @@ def _print_summary(summary: Summary, output: Path, conversations: list[Conversat
             f"wrote {output}: {summary.rows} rows ({summary.reused} made before), {summary.usable} usable; "
             f"{summary.tokens} tokens in {summary.seconds:.1f} s{speed}",
             soft_wrap=True,
-            markup=False,
         )
     if summary.failures:
         name, reason = summary.failures[0]
@@ -258,7 +257,6 @@ def _print_summary(summary: Summary, output: Path, conversations: list[Conversat
             f"error: {len(summary.failures)} of {len(conversations)} conversations failed; the first, {name}: {reason}",
             style="red",
             soft_wrap=True,
-            markup=False,
         )
         raise typer.Exit(1)
 

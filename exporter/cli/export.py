@@ -83,12 +83,12 @@ def export_command(arguments: ExportArguments, rehearsal: Rehearsal) -> None:
 
     builder = engine_builder(arguments.engine)
     with progress_bars() as progress:
-        say = partial(stderr.print, soft_wrap=True, markup=False)
+        say = partial(stderr.print, soft_wrap=True)
         written = export(arguments, EngineTools(check_engine, choose_tree, builder), progress, say)
     stdout.print(f"{'wrote' if written else 'up to date:'} {arguments.output}", soft_wrap=True)
     expected = expected_line(arguments.output)
     for line in [*([expected] if expected else ()), *next_steps(arguments.output)]:
-        stdout.print(line, soft_wrap=True, markup=False)
+        stdout.print(line, soft_wrap=True)
 
 
 def _print_plan(arguments: ExportArguments, **options: Any) -> Any:

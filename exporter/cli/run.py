@@ -41,6 +41,7 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
 
     Example: medusa-run --engine out/engine --prompts chats.jsonl --report report.json --html report.html
     """
+    from medusa_export.engines.bench.report import print_report
     from medusa_export.engines.bench.run import MEASURED, run
     from medusa_export.heads.checkpoint.decoder_config import DecoderConfig
 
@@ -60,13 +61,8 @@ def run_command(arguments: RunArguments, files: ReportFlags) -> None:
 
         result = run(arguments, progress, lambda: request.came)
     result["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    _print_report(result)
-    if files.html is not None:
-        from medusa_export.engines.bench.html_report import render
-
-        write_output(files.html, render(result))
-    if files.report is not None:
-        write_output(files.report, json.dumps(result, indent=1) + "\n")
+    _write_report(result, files)  # before it is printed: a pipe that closes must not cost the run
+    print_report(result, stdout)
     if result["stopped"]:
         raise typer.Exit(128 + signal.SIGINT)
     if result["failures"]:
@@ -92,10 +88,14 @@ def diff_command(own: DiffFlags) -> None:
     print_diff(read_report(own.first), read_report(own.second), stdout)
 
 
-def _print_report(result: dict[str, Any]) -> None:
-    from medusa_export.engines.bench.report import print_report
+def _write_report(result: dict[str, Any], files: ReportFlags) -> None:
+    """What takes no rendering comes first."""
+    if files.report is not None:
+        write_output(files.report, json.dumps(result, indent=1) + "\n")
+    if files.html is not None:
+        from medusa_export.engines.bench.html_report import render
 
-    print_report(result, stdout)
+        write_output(files.html, render(result))
 
 
 def run_main() -> None:

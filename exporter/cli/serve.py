@@ -103,11 +103,11 @@ def _errors_as_json() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    stdout.print(text, soft_wrap=True, markup=False)
+    stdout.print(text, soft_wrap=True)
 
 
 def _warn(text: str) -> None:
-    stderr.print(f"warning: {text}", soft_wrap=True, markup=False)
+    stderr.print(f"warning: {text}", soft_wrap=True)
 
 
 def _say_as_json(text: str) -> None:

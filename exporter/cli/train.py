@@ -104,7 +104,7 @@ def train_command(own: TrainFlags, given: Given) -> None:
         found = way(TrainingRequest(own, given, dataset, measured, progress))
     if found is not None:
         _print_accuracy(found)
-        stdout.print(f"wrote {own.output}", soft_wrap=True, markup=False)
+        stdout.print(f"wrote {own.output}", soft_wrap=True)
 
 
 def _way(own: TrainFlags, given: Given) -> Callable[[TrainingRequest], Any]:
@@ -176,7 +176,7 @@ def _train_fast(asked: TrainingRequest) -> Any:
     return train_fast(
         own.ckpt, asked.dataset, asked.held_out, own.output, given.build(TrainArguments), shape,
         heads=own.heads, cache=given.build(CacheFlags).cache, progress=asked.progress,
-        say=lambda text: stderr.print(text, soft_wrap=True, markup=False),
+        say=lambda text: stderr.print(text, soft_wrap=True),
     )  # fmt: skip
 
 

@@ -159,7 +159,7 @@ def verify_command(own: RepositoryVerifyFlags) -> None:
             raise ConfigError(str(own.repository), "no model repository", expected, "check the path")
         problems = KINDS[kind].verify(own.repository)
     for problem in problems:
-        stdout.print(problem, soft_wrap=True, markup=False)
+        stdout.print(problem, soft_wrap=True)
     if problems:
         raise typer.Exit(1)
     stdout.print(f"{own.repository}: complete and consistent", soft_wrap=True)
@@ -176,13 +176,13 @@ def serve_command(own: RepositoryServeFlags) -> None:
 
     if not own.host.startswith("127."):
         warning = f"warning: {own.host} takes requests from other machines, and Triton from anybody who reaches it"
-        stderr.print(warning, soft_wrap=True, markup=False)
+        stderr.print(warning, soft_wrap=True)
     address = Address(own.host, own.http_port, own.grpc_port, own.metrics_port)
     serve_repository(own.repository, address, exit_seconds=own.exit_timeout_s, install=own.install, say=_say)
 
 
 def _say(text: str) -> None:
-    stdout.print(text, soft_wrap=True, markup=False)
+    stdout.print(text, soft_wrap=True)
 
 
 def triton_main() -> None:

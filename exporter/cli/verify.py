@@ -48,19 +48,19 @@ def verify_directory(out: Path, *, ckpt: Path | None, heads: Path | None, requir
     if isinstance(found.source, str):
         if require_source:
             raise OutputError(str(out), found.source, "the source, to compare with", "pass --ckpt")
-        stdout.print(f"source not compared: {found.source}; pass --ckpt", soft_wrap=True, markup=False)
+        stdout.print(f"source not compared: {found.source}; pass --ckpt", soft_wrap=True)
     elif not found.findings:
-        stdout.print(f"compared with {found.source.ckpt}", soft_wrap=True, markup=False)
+        stdout.print(f"compared with {found.source.ckpt}", soft_wrap=True)
     if found.errors and not found.findings:
         when = "measured now" if found.measured else "as recorded at export, not measured now"
         stdout.print(error_table(found.errors, when))
     for line in shortened(found.findings):
-        stdout.print(line, soft_wrap=True, markup=False)
+        stdout.print(line, soft_wrap=True)
     if found.findings:
         raise typer.Exit(1)
     for note in [*_notes(out), *found.notes]:
-        stdout.print(f"note: {note}", soft_wrap=True, markup=False)
-    stdout.print(f"{out}: complete and consistent", soft_wrap=True, markup=False)
+        stdout.print(f"note: {note}", soft_wrap=True)
+    stdout.print(f"{out}: complete and consistent", soft_wrap=True)
 
 
 def _require_export(out: Path) -> None:

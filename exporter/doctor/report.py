@@ -54,9 +54,9 @@ def print_page(body: Mapping[str, Any], console: Console) -> None:
         formats.add_row(name, _said(row["missing"], YES), ", ".join(row["runs_on"]) or NO)
     console.print(formats)
     for command, names in body["install"].items():
-        console.print(f"{', '.join(names)}: {command}", soft_wrap=True, markup=False)
+        console.print(f"{', '.join(names)}: {command}", soft_wrap=True)
     if any(GPU in each["missing"] for each in body["abilities"]):
-        console.print(f"{GPU}: {body['machine']['gpus_said']}", soft_wrap=True, markup=False)
+        console.print(f"{GPU}: {body['machine']['gpus_said']}", soft_wrap=True)
 
 
 def _print_machine(body: Mapping[str, Any], console: Console) -> None:

@@ -72,7 +72,7 @@ def _decode_by_steps(
         result.tokens += new
         result.accepted.append(len(new))
     result.first_drafts = sequence.first_drafts
-    result.finish_reason = _cut(result.tokens, eos, max_new_tokens) or reason
+    result.finish_reason = _cut(result, eos, max_new_tokens) or reason
     result.prefill_ms = (decode_start - start) * 1e3
     result.decode_ms = (time.perf_counter() - decode_start) * 1e3
     result.backend_ms = (engine.backend_seconds - backend_start) * 1e3
@@ -86,11 +86,11 @@ def _finished(tokens: list[int], new: list[int], eos: set[int], max_new_tokens: 
     return "length" if len(tokens) >= max_new_tokens else ""
 
 
-def _cut(tokens: list[int], eos: set[int], max_new_tokens: int) -> str:
+def _cut(result: Generation, eos: set[int], max_new_tokens: int) -> str:
     """Drop what a step produced past the limit or the end of sequence; the reason that follows from what is left."""
-    del tokens[max_new_tokens:]
-    for index, token in enumerate(tokens):
-        if token in eos:
-            del tokens[index + 1 :]
-            return "stop"
-    return "length" if len(tokens) >= max_new_tokens else ""
+    ends = (index + 1 for index, token in enumerate(result.tokens[:max_new_tokens]) if token in eos)
+    end = next(ends, None)
+    result.keep(max_new_tokens if end is None else end)
+    if end is not None:
+        return "stop"
+    return "length" if len(result.tokens) >= max_new_tokens else ""

@@ -181,7 +181,7 @@ class Generation:
     Attributes:
         tokens: generated ids, the end-of-sequence id included when it came.
         finish_reason: "stop" (end of sequence), "length" (max_new_tokens) or "context" (KV cache full).
-        accepted: tokens that each step after the prefill yielded.
+        accepted: tokens of the answer that each step after the prefill yielded; with the prefill's one they are all of it.
         first_drafts: of the heads, where steps choose their drafts; None where every step has one tree, or none.
         counted_drafts: accepted drafts and all drafts, where the runtime counts them itself.
     """
@@ -194,6 +194,14 @@ class Generation:
     decode_ms: float = 0.0
     backend_ms: float = 0.0
     counted_drafts: tuple[int, int] | None = None
+
+    def keep(self, count: int) -> None:
+        """Drop the tokens behind the first ``count``, also from the steps that yielded them."""
+        surplus = max(0, len(self.tokens) - count)
+        del self.tokens[count:]
+        for at in reversed(range(len(self.accepted))):
+            taken = min(surplus, self.accepted[at])
+            self.accepted[at], surplus = self.accepted[at] - taken, surplus - taken
 
     @property
     def total_ms(self) -> float:

@@ -94,7 +94,7 @@ class TrtllmEngine:
                 result.tokens += step.tokens
                 result.finish_reason = step.finish_reason or result.finish_reason
                 result.counted_drafts = step.drafts or result.counted_drafts
-        del result.tokens[max_new_tokens:]  # a step may go past the limit
+        result.keep(max_new_tokens)  # a step may go past the limit
         result.backend_ms = result.decode_ms  # all of it is the runtime's
         return result
 

@@ -57,7 +57,7 @@ def medusa_decode(
         input_ids: the prompt.  # [S]
 
     Returns:
-        generated ids, as :func:`greedy`; and how many tokens each step after the first token yielded, uncut.
+        generated ids, as :func:`greedy`; and how many of them each step after the first token yielded.
 
     Raises:
         TreeError: a tree deeper than there are heads.
@@ -79,7 +79,10 @@ def medusa_decode(
         tokens += new
         accepted.append(len(path))
         hidden = states[path[-1]]
-    return _until_eos(tokens[:max_new_tokens], eos_token_ids), accepted
+    answer = _until_eos(tokens[:max_new_tokens], eos_token_ids)
+    if accepted:
+        accepted[-1] -= len(tokens) - len(answer)
+    return answer, accepted
 
 
 def verify_tree(

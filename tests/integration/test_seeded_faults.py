@@ -74,7 +74,7 @@ class TestHeads:
     def test_swapped_in_the_engine(self, tiny_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
         """Tokens per step tell, and nothing else can: decoding is lossless whatever the heads say."""
         good = run(tiny_engine(drafts_well=True), CHAIN)
-        assert (verdicts(good), per_step(good) > 3.5) == ({"exact"}, True)
+        assert (verdicts(good), per_step(good) > 3) == ({"exact"}, True)
         read = MedusaCheckpoint.read
 
         def swapped(self: MedusaCheckpoint, name: str) -> torch.Tensor:

@@ -124,8 +124,8 @@ def test_accepts_what_the_model_would_have_said(tree: Tree, ranks: tuple[int, ..
     result = run(engine, tree, 25)
     assert result.tokens == TRUTH[:25]
     assert result.finish_reason == "length"
-    assert set(result.accepted) == {per_step}
-    assert len(result.accepted) == -(-24 // per_step)
+    steps, rest = divmod(24, per_step)
+    assert result.accepted == [per_step] * steps + [rest] * bool(rest), "the last step is cut"
     assert engine.rows == [*PROMPT, *TRUTH[: len(engine.rows) - len(PROMPT)]], "only accepted tokens are kept"
     assert engine.drafts == (len(result.accepted) if tree.max_draft_len else 0)
 
@@ -137,12 +137,13 @@ def test_ends_with_the_first_end_of_sequence(tree: Tree, at: int) -> None:
     truth = [*with_eos(at)[: at + 1], EOS, *TRUTH]
     result = run(ScriptedEngine(truth), tree, 30, [98, EOS])
     assert (result.tokens, result.finish_reason) == ([*TRUTH[:at], EOS], "stop")
+    assert 1 + sum(result.accepted) == len(result.tokens)
 
 
 def test_end_of_sequence_first_in_the_longest_step() -> None:
     tree = Tree.from_choices([[0] * depth for depth in range(1, 17)])
     result = run(ScriptedEngine(with_eos(1)), tree, 40, [EOS])
-    assert (result.tokens, result.finish_reason, result.accepted) == ([TRUTH[0], EOS], "stop", [17])
+    assert (result.tokens, result.finish_reason, result.accepted) == ([TRUTH[0], EOS], "stop", [1])
 
 
 @pytest.mark.parametrize("tree", [AUTOREGRESSIVE, CHAIN, WIDE])
@@ -150,6 +151,16 @@ def test_end_of_sequence_first_in_the_longest_step() -> None:
 def test_is_cut_at_max_new_tokens(tree: Tree, new: int) -> None:
     result = run(ScriptedEngine(), tree, new)
     assert (result.tokens, result.finish_reason) == (TRUTH[:new], "length")
+    assert 1 + sum(result.accepted) == new
+
+
+def test_what_is_dropped_is_no_steps() -> None:
+    """Also where a runtime's last step is empty, or gave its first tokens at once."""
+    result = Generation(tokens=list(range(10)), accepted=[3, 4, 0])
+    result.keep(12)
+    assert result.accepted == [3, 4, 0]
+    result.keep(5)
+    assert (result.tokens, result.accepted) == ([0, 1, 2, 3, 4], [2, 0, 0])
 
 
 def test_an_end_of_sequence_behind_the_cut_is_not_the_reason() -> None:
@@ -162,7 +173,7 @@ def test_an_end_of_sequence_behind_the_cut_is_not_the_reason() -> None:
 @pytest.mark.parametrize("eos", [[], [0], [EOS]])
 def test_no_step_after_a_first_token_that_ends(eos: list[int]) -> None:
     result = run(ScriptedEngine(with_eos(0)), CHAIN, 3, eos)
-    assert result.accepted == ([] if EOS in eos else [4])
+    assert result.accepted == ([] if EOS in eos else [2])
 
 
 @pytest.mark.parametrize("max_length", range(4, 16))

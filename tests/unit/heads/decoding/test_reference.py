@@ -84,7 +84,7 @@ def test_other_layouts(layout: str, pair: Callable[..., Any]) -> None:
 def test_a_tree_as_wide_as_the_vocabulary_accepts_in_every_step(pair: Callable[..., Any]) -> None:
     model, checkpoint = pair("llama", vocab=12)
     _, accepted = decode(model, checkpoint, Tree.from_choices([[rank] for rank in range(12)]))
-    assert set(accepted) == {2}
+    assert set(accepted[:-1]) == {2}, "the answer ends within the last step"
 
 
 def test_good_heads_give_long_steps_and_swapped_ones_do_not(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.flags import requirement_error
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.draft_flags import AUTO, require_known
 from medusa_export.engines.decoding.drafters import Drafter, PayingDrafter, TreeDrafter, fitting_paths
@@ -63,6 +64,7 @@ def _both(engine: Engine) -> Drafter:
 
 DRAFTS: Mapping[str, Callable[[Engine], Drafter]] = {"heads": _heads, "text": _text, "both": _both, "none": _none}
 NEED_HEADS = ("both",)  # an engine without heads has the empty tree for ``heads``
+OF_TREES = ("heads",)  # what takes its drafts from a tree
 OF_RUNTIMES = ("heads", "none")  # what TensorRT-LLM's own decoding can do
 
 
@@ -73,12 +75,14 @@ def settle_drafts(drafts: str, info: EngineInfo, *, own_tree: bool) -> str:
         own_tree: whether the user gave a tree, which only heads alone draft for.
 
     Raises:
-        ConfigError: as for :func:`require_drafts`.
+        ConfigError: as for :func:`require_drafts`, or drafts that would not use the user's tree.
     """
     if drafts == AUTO:
         decodes_itself = info.backend not in PRIOR_COSTS
         return "heads" if own_tree or decodes_itself else "both" if info.max_depth else "text"
     require_drafts(drafts, info)
+    if own_tree and drafts not in OF_TREES:
+        raise requirement_error("--tree", f"one with --drafts {drafts}", f"--drafts {' or '.join(OF_TREES)}")
     return drafts
 
 

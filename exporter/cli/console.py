@@ -20,7 +20,6 @@ from rich.console import Console
 from medusa_export.core.errors import MedusaExportError
 
 
-
 def plain_console(**options: Any) -> Console:
     """A console that prints text as it is: ids and paths may hold what rich takes for markup, or for the name of an emoji."""
     return Console(highlight=False, markup=False, emoji=False, **options)

@@ -224,7 +224,15 @@ def test_what_auto_is(tiny_engine: Callable[..., Any]) -> None:
         (info, False, "both"), (info, True, "heads"), (trtllm, False, "heads"), (headless, False, "text"),
     ):  # fmt: skip
         assert settle_drafts(AUTO, engine, own_tree=own_tree) == expected
-    assert settle_drafts("text", info, own_tree=True) == "text"
+    assert settle_drafts("heads", info, own_tree=True) == "heads"
+
+
+@pytest.mark.parametrize("drafts", ["text", "both", "none"])
+def test_a_tree_that_nothing_would_use(drafts: str, tiny_engine: Callable[..., Any]) -> None:
+    info = OnnxRuntimeEngine(tiny_engine().path).info
+    assert settle_drafts(drafts, info, own_tree=False) == drafts
+    with pytest.raises(ConfigError, match=f"--tree: got one with --drafts {drafts}; .* --tree requires --drafts heads"):
+        settle_drafts(drafts, info, own_tree=True)
 
 
 def test_refusals(tiny_engine: Callable[..., Any]) -> None:

@@ -71,6 +71,8 @@ def test_another_tree(serve: Callable[..., TextService], tmp_path: Path) -> None
     assert steps["engine's"] < steps["chain of one"] < 29, steps
     with pytest.raises(TreeError):
         serve(tree=tmp_path / "none.json")
+    with pytest.raises(ConfigError, match="--tree requires --drafts heads"):
+        serve(tree=tree, drafts="both")
 
 
 def test_tokens_and_back(serve: Callable[..., TextService]) -> None:

@@ -59,6 +59,9 @@ def test_another_tree(engine: Path, tmp_path: Path) -> None:
     write_repository(engine, tmp_path / "repository", tree=tree)
     assert (tmp_path / "repository/medusa/1/engine/tree.json").read_bytes() == tree.read_bytes()
     assert verify_repository(tmp_path / "repository") == []
+    with pytest.raises(ConfigError, match="--tree requires --drafts heads"):
+        write_repository(engine, tmp_path / "text", tree=tree, options=ServingOptions(drafts="text"))
+    assert not (tmp_path / "text").exists()
 
 
 def test_a_changed_file_is_named(engine: Path, tmp_path: Path) -> None:

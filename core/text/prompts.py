@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class Prompt:
     """What a model is asked, up to where it answers.
 
     Attributes:
-        id: the file's own id, or the line number.
+        id: the file's own id, or the line number; of a second one with the same id, both, so that each is found by its own.
         category: the file's ``category`` or ``source``, or "".
         messages: ``{"role", "content"}`` dictionaries, the last of them the user's.
         answer: what the assistant said to it, where the file has that; "" otherwise.
@@ -48,14 +48,17 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """
     if limit is not None and limit < 1:
         raise ConfigError("limit", f"{limit}", "at least one prompt", "leave it out to read all")
-    prompts: list[Prompt] = []
+    prompts: dict[str, Prompt] = {}
     for number, line in numbered_lines(path):
         if len(prompts) == limit:
             break
-        prompts.append(_prompt(line, f"{path}:{number}", number))
+        prompt = _prompt(line, f"{path}:{number}", number)
+        while prompt.id in prompts:  # files of several sources, one behind the other
+            prompt = replace(prompt, id=f"{prompt.id} (line {number})")
+        prompts[prompt.id] = prompt
     if not prompts:
         raise ConfigError(str(path), "no prompts", "one JSON object a line", "check the file")
-    return prompts
+    return list(prompts.values())
 
 
 def _prompt(line: bytes, where: str, number: int) -> Prompt:
@@ -66,12 +69,17 @@ def _prompt(line: bytes, where: str, number: int) -> Prompt:
         answers.insert(0, messages.pop()["content"])
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ConfigError(where, "nothing that a user asks", "a last message of the user's", "correct the line")
-    prompt_id = body.get("question_id", body.get("id", number))
-    category = body.get("category", body.get("source", ""))
+    prompt_id = _first(body, ("question_id", "id"), number)
+    category = _first(body, ("category", "source"), "")
     reference = body.get("reference")
     first = reference[0] if isinstance(reference, list) and reference else reference
     known = first if is_text(first) else ""
     return Prompt(str(prompt_id), str(category), tuple(messages), "\n".join(answers), known)
+
+
+def _first(body: Mapping[str, Any], keys: Sequence[str], otherwise: object) -> object:
+    """The value of the first key that has one; null is none."""
+    return next((body[key] for key in keys if body.get(key) is not None), otherwise)
 
 
 def _messages(body: Mapping[str, Any], where: str) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ SHAPE: Mapping[str, Any] = {
     "arguments": {}, "device": str, "engine": {"precision": str}, "findings": [{}], "tree": {"max_draft_len": int},
     "decode_tokens_per_second": {name: OrNull(float) for name in MODES}, "tokens_per_second": _MODES, "tokens_per_step": float,
     "step_ms": _MODES, "categories": [{"category": str, "speedup": float, "decode_speedup": OrNull(float)}],
-    "prompts": [{"prompt": object, "tokens": _MODES, "total_ms": _MODES, "decode_ms": _MODES}],
+    "prompts": [{"prompt": str, "tokens": _MODES, "total_ms": _MODES, "decode_ms": _MODES}],
 }  # fmt: skip
 
 
@@ -55,6 +56,10 @@ def read_report(path: Path) -> dict[str, Any]:
     wrong = _misfit(body, SHAPE, "")
     if wrong:
         raise ConfigError(str(path), wrong, REPORT, ACTION)
+    ids = Counter(row["prompt"] for row in body["prompts"])
+    again = next((name for name, count in ids.items() if count > 1), None)
+    if again is not None:
+        raise ConfigError(str(path), f"the prompt {again} more than once", "every prompt once", "measure anew")
     return body
 
 

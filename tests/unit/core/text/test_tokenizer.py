@@ -45,6 +45,21 @@ def test_the_three_shapes(tmp_path: Path) -> None:
     assert load_prompts(file, limit=9) == prompts
 
 
+def test_every_prompt_has_an_id_of_its_own(tmp_path: Path) -> None:
+    """Also in two files of one numbering behind each other, and beside lines without ids; null is no id, and no category."""
+    lines = [
+        {"id": 1},
+        {"id": "4"},
+        {"id": 1, "category": None},
+        {},
+        {"question_id": None, "id": 1},
+        {"id": None, "source": "x"},
+    ]
+    prompts = load_prompts(_write(tmp_path / "p.jsonl", *({"prompt": "a", **line} for line in lines)))
+    assert [prompt.id for prompt in prompts] == ["1", "4", "1 (line 3)", "4 (line 4)", "1 (line 5)", "6"]
+    assert [prompt.category for prompt in prompts] == ["", "", "", "", "", "x"]
+
+
 def test_lines_after_the_limit_are_not_read(tmp_path: Path) -> None:
     assert len(load_prompts(_write(tmp_path / "p.jsonl", {"prompt": "a"}, "{broken"), limit=1)) == 1
 

@@ -86,6 +86,9 @@ def test_no_report(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps({key: value for key, value in whole.items() if key != "tree"}))
     with pytest.raises(ConfigError, match="no tree"):
         read_report(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text(json.dumps(report([SAME[0], SAME[0]])))
+    with pytest.raises(ConfigError, match="the prompt a more than once"):
+        read_report(tmp_path / "r.json")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from typing import Any
 
 from medusa_export.core.text.prompts import Prompt
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES
+from medusa_export.core.text.words import counted
 from medusa_export.engines.bench.runner import RunResult
+from medusa_export.engines.bench.wording import compared
 from medusa_export.engines.decoding.drafters import Drafter
 from medusa_export.engines.decoding.protocols import Generation
 from medusa_export.engines.verify.expectation import Expectation, expectation_findings, first_draft_findings, foretell
@@ -43,8 +45,10 @@ def run_findings(report: dict[str, Any], info: EngineInfo, min_speedup: float | 
         info: of the engine.
         min_speedup: least factor of whole answers over plain decoding; None asks for none.
     """
-    if report["parity"]["mismatches"]:
-        yield "parity", f"{report['parity']['mismatches']} prompts differ with Medusa by more than numerical noise"
+    for row in report["drafts"]:
+        if row["mismatches"]:
+            parted = f"outputs of {counted(row['mismatches'], 'prompt')} differ {compared(report, row)}"
+            yield "parity", f"{parted} by more than numerical noise"
     speed = report["speedup"]["median"]
     if min_speedup is not None and speed < min_speedup:
         yield "speed-up", f"speed-up {speed:.3f} of whole answers is below --min-speedup {min_speedup}"

@@ -158,6 +158,7 @@ def _drafts(prompts: Sequence[PromptResult], measured: str) -> list[dict[str, An
     found = []
     for name in (measured, *prompts[0].ways):
         mode = "medusa" if name == measured else name
+        verdicts = [prompt.verdict if name == measured else prompt.way_verdicts[name] for prompt in prompts]
         tokens = sum(prompt.decoded_tokens(mode) for prompt in prompts)
         steps = sum(len(prompt.runs(mode)[0].accepted) for prompt in prompts)
         found.append(
@@ -165,7 +166,9 @@ def _drafts(prompts: Sequence[PromptResult], measured: str) -> list[dict[str, An
                 "drafts": name,
                 "decode_speedup": _rounded(speedup(prompts, DECODING, mode)),
                 "tokens_per_step": round(tokens / steps, 4) if steps else 1.0,
-                "equal_outputs": sum(prompt.baseline[0].tokens == prompt.runs(mode)[0].tokens for prompt in prompts),
+                "equal_outputs": verdicts.count("exact"),
+                "ties": verdicts.count("tie"),
+                "mismatches": verdicts.count("mismatch"),
             }
         )
     return found

@@ -27,7 +27,7 @@ from medusa_export.engines.bench.findings import (
     step_findings,
 )
 from medusa_export.engines.bench.report import build_report
-from medusa_export.engines.bench.runner import PromptResult, RunResult, continuations, run_prompts
+from medusa_export.engines.bench.runner import PromptResult, RunResult, continuations, parted_run, run_prompts
 from medusa_export.engines.bench.speeds import ALL_MODES, DECODING, MODES, WHOLE, TimedPart, tokens_per_second
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
 from medusa_export.engines.decoding.batch_trees import BatchTrees
@@ -111,8 +111,8 @@ def run(
     report["sweeps"] = _sweeps(engine, way, encoded, arguments, progress)
     references = [prompt.reference for prompt in prompts]
     report["comparison"] = _comparison(engine, other, result, references, tokenizer, progress) if other else None
-    for entry in report["parity"]["divergences"]:
-        entry["text"] = _texts(entry, result, tokenizer)
+    for entry, prompt in zip(report["parity"]["divergences"], filter(_has_parted, result.prompts), strict=True):
+        entry["text"] = _texts(prompt, entry["position"], tokenizer)
     if arguments.save_outputs:
         _save_outputs(arguments.save_outputs, result, tokenizer)
     report |= {"tree_logits": step_noise, **_findings(report, arguments, engine, tree, way, prompts, result, found)}
@@ -140,19 +140,27 @@ def _check(arguments: RunArguments) -> None:
 
 def _ways(engine: Any, tree: Tree, arguments: RunArguments) -> tuple[Tree | Drafter, dict[str, Tree | Drafter]]:
     """The drafts that are measured, and with --each-drafts the others."""
-    every: dict[str, Callable[[], Tree | Drafter]] = {"heads": lambda: tree, BASELINE: lambda: AUTOREGRESSIVE}
-
-    def opened(drafts: str) -> Tree | Drafter:
-        if drafts in every:
-            return every[drafts]()
-        target = Engine(arguments.engine, engine.info, BatchTrees({1: tree}), engine.max_nodes)
-        return open_drafter(drafts, target)
-
     if arguments.each_drafts:
         require_drafts("text", engine.info)
     names = [name for name in DRAFTS if drafts_possible(name, engine.info)] if arguments.each_drafts else []
-    others = {name: opened(name) for name in names if name not in (BASELINE, arguments.drafts)}
-    return opened(arguments.drafts), others
+    others = [name for name in names if name not in (BASELINE, arguments.drafts)]
+    measured, *ways = (_way(name, arguments.engine, engine, tree) for name in (arguments.drafts, *others))
+    return measured, dict(zip(others, ways, strict=True))
+
+
+def _way(drafts: str, directory: Path, engine: Any, tree: Tree) -> Tree | Drafter:
+    """What drafts for an engine; trees, where they are all of it, as every backend takes those.
+
+    Args:
+        drafts: a kind, settled.
+        directory: of the engine, with what its drafter reads.
+        engine: opened from there.
+        tree: of its heads.
+    """
+    trees: dict[str, Tree] = {"heads": tree, BASELINE: AUTOREGRESSIVE}
+    if drafts in trees:
+        return trees[drafts]
+    return open_drafter(drafts, Engine(directory, engine.info, BatchTrees({1: tree}), engine.max_nodes))
 
 
 def _told(progress: Progress, repeats: int) -> Callable[[Sequence[PromptResult]], None]:
@@ -173,21 +181,31 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
-def _open_other(arguments: RunArguments, info: EngineInfo) -> tuple[ScoringEngine, Tree]:
-    """The engine of --compare and its own tree."""
+def _open_other(arguments: RunArguments, info: EngineInfo) -> tuple[ScoringEngine, Tree | Drafter]:
+    """The engine of --compare, and what drafts for it: the same kind of drafts, from its own heads, tree and costs.
+
+    Raises:
+        ConfigError: an engine that does not compare, or that cannot draft like this one.
+    """
     assert arguments.compare is not None  # the caller's condition, for the type checker
     if arguments.temperature:
         raise ConfigError("--compare", "--temperature", "greedy decoding", "leave one of them out")
-    other = open_engine(arguments.compare, threads=arguments.threads)
+    other = open_engine(
+        arguments.compare, threads=arguments.threads, trtllm_api=arguments.trtllm_api, timeout=arguments.timeout
+    )
     require_comparable(info, other.info)
+    if drafts_possible(arguments.drafts, info) != drafts_possible(arguments.drafts, other.info):
+        got = f"{arguments.drafts} for two engines of which one has no heads"
+        raise ConfigError("--drafts", got, "text or none, which both can do", "choose one of them")
+    require_drafts(arguments.drafts, other.info)
     tree = load_tree(str(arguments.compare / TREE_FILE))
     other.info.require_tree(tree)
-    return other, tree
+    return other, _way(arguments.drafts, arguments.compare, other, tree)
 
 
 def _comparison(
-    engine: ScoringEngine, other: tuple[ScoringEngine, Tree], result: RunResult, references: list[str],
-    tokenizer: Any, progress: Progress,
+    engine: ScoringEngine, other: tuple[ScoringEngine, Tree | Drafter], result: RunResult,
+    references: list[str], tokenizer: Any, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     done = iter(range(1, len(result.prompts) + 1))
     found = compare_engines(
@@ -198,7 +216,6 @@ def _comparison(
     speeds = tokens_per_second(result.prompts, WHOLE, ALL_MODES)
     return found | {
         "precision": other[0].info.precision,
-        "max_draft_len": other[1].max_draft_len,
         "tokens_per_second": {mode: round(speed, 3) for mode, speed in speeds.items()},
         "speed": _speed_ratios(result, WHOLE),
         "decode_speed": _speed_ratios(result, DECODING),
@@ -256,15 +273,23 @@ def _expected(tree: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "medusa_choices"} for row in rows if "estimated" in row]
 
 
-def _texts(entry: dict[str, Any], result: RunResult, tokenizer: Any) -> dict[str, str]:
-    """What both outputs say before and after they part."""
-    prompt = next(prompt for prompt in result.prompts if prompt.prompt_id == entry["prompt"])
-    at = entry["position"]
-    parting = next(run for run in prompt.drafted if run.tokens != prompt.baseline[0].tokens)
+def _has_parted(prompt: PromptResult) -> bool:
+    return prompt.divergence is not None
+
+
+def _texts(prompt: PromptResult, at: int, tokenizer: Any) -> dict[str, str]:
+    """What both outputs say before and after they part.
+
+    Args:
+        prompt: whose outputs part.
+        at: number of the first token that differs.
+        tokenizer: the engine's.
+    """
+    plain, parting = prompt.baseline[0].tokens, parted_run(prompt).tokens
     return {
-        "before": tokenizer.decode(prompt.baseline[0].tokens[max(0, at - SHOWN_TOKENS) : at]),
-        "baseline": tokenizer.decode(prompt.baseline[0].tokens[at : at + SHOWN_TOKENS]),
-        "medusa": tokenizer.decode(parting.tokens[at : at + SHOWN_TOKENS]),
+        "before": tokenizer.decode(plain[max(0, at - SHOWN_TOKENS) : at]),
+        "baseline": tokenizer.decode(plain[at : at + SHOWN_TOKENS]),
+        "medusa": tokenizer.decode(parting[at : at + SHOWN_TOKENS]),
     }
 
 

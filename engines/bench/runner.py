@@ -28,8 +28,9 @@ class PromptResult:
         baseline, medusa: one Generation a repeat.
         ways: the same with other drafts, by their name.
         other_baseline, other_medusa: those of the engine that this one is compared with, if any.
-        verdict: "exact", "tie" or "mismatch", the worst over the repeats; "other" for an output that differs and may, with
-            typical acceptance.
+        divergence: where the measured output parts from the one without drafts, in the first repeat in which it does.
+        verdict: of it, "exact", "tie" or "mismatch"; "other" for an output that differs and may, with typical acceptance.
+        way_verdicts: the same with the other drafts, by their name.
     """
 
     prompt_id: str
@@ -42,11 +43,7 @@ class PromptResult:
     other_baseline: list[Generation] = field(default_factory=list)
     other_medusa: list[Generation] = field(default_factory=list)
     ways: dict[str, list[Generation]] = field(default_factory=dict)
-
-    @property
-    def drafted(self) -> list[Generation]:
-        """All runs of this engine with drafts."""
-        return [*self.medusa, *(run for runs in self.ways.values() for run in runs)]
+    way_verdicts: dict[str, str] = field(default_factory=dict)
 
     def runs(self, name: str) -> list[Generation]:
         """Of a mode, or of other drafts."""
@@ -75,7 +72,7 @@ class RunResult:
     """The runs of all prompts, or of those that were reached before somebody stopped them.
 
     Attributes:
-        tolerance: what parity was judged by.
+        tolerance: what parity of the measured drafts was judged by.
         kept: numbers of these prompts among those asked for; None for all of them.
     """
 
@@ -95,7 +92,7 @@ def run_prompts(
     temperature: float = 0.0,
     top_p: float = 1.0,
     typical: Typical | None = None,
-    other: tuple[ScoringEngine, Tree] | None = None,
+    other: tuple[ScoringEngine, Tree | Drafter] | None = None,
     ways: Mapping[str, Tree | Drafter] | None = None,
     progress: Callable[[Sequence[PromptResult]], None] = lambda results: None,
     stopped: Callable[[], bool] = lambda: False,
@@ -112,7 +109,7 @@ def run_prompts(
         temperature: draw tokens at it; 0: decode greedily.
         top_p: draw from the smallest set of tokens with this probability.
         typical: how drafts are accepted with a tree; None: losslessly. Needs a temperature.
-        other: another engine and its tree, to be run in between.
+        other: another engine and what drafts for it, to be run in between.
         ways: other drafts for this engine, to be run in between too, by name.
         progress: called after every turn, with the results so far of all prompts.
         stopped: asked after every turn of a prompt; the result has what was run until then, once the first prompt is through.
@@ -142,8 +139,7 @@ def run_prompts(
     kept = {index: result for index, result in enumerate(results) if result.baseline}
     if typical:
         return RunResult(_not_judged(list(kept.values())), 0.0, list(kept))
-    widest = max(_most_nodes(way) for _, mode_engine, way in modes if mode_engine is engine)
-    return RunResult(list(kept.values()), _judge(engine, widest, kept, sampler), list(kept))
+    return RunResult(list(kept.values()), _judge(engine, tree, ways or {}, kept, sampler), list(kept))
 
 
 def _turns(count: int, repeats: int, seed: int) -> Iterator[tuple[int, bool]]:
@@ -159,14 +155,19 @@ def _turns(count: int, repeats: int, seed: int) -> Iterator[tuple[int, bool]]:
 def _not_judged(results: list[PromptResult]) -> list[PromptResult]:
     """Of typical acceptance: outputs may differ."""
     for result in results:
-        result.verdict = "exact" if first_divergence(result.baseline[0], result.medusa[0]) is None else "other"
+        result.verdict = _equal_or_other(result, "medusa")
+        result.way_verdicts = {name: _equal_or_other(result, name) for name in result.ways}
     return results
+
+
+def _equal_or_other(result: PromptResult, name: str) -> str:
+    return "exact" if first_divergence(result.baseline[0], result.runs(name)[0]) is None else "other"
 
 
 def _modes(
     engine: ScoringEngine,
     tree: Tree | Drafter,
-    other: tuple[ScoringEngine, Tree] | None,
+    other: tuple[ScoringEngine, Tree | Drafter] | None,
     ways: Mapping[str, Tree | Drafter],
 ) -> list[tuple[str, ScoringEngine, Tree | Drafter]]:
     """What is run in turn: its name, the engine and its drafts."""
@@ -178,10 +179,15 @@ def _modes(
     return [*modes, ("other_baseline", other[0], AUTOREGRESSIVE), ("other_medusa", *other)] if other else modes
 
 
+def parted_run(result: PromptResult) -> Generation:
+    """The first measured run whose output is not the one without drafts; there has to be one."""
+    return next(run for run in result.medusa if first_divergence(result.baseline[0], run) is not None)
+
+
 def continuations(result: PromptResult) -> tuple[list[int], list[int], list[int]]:
     """The text up to where the outputs without and with drafts part, and how each goes on, as far as both do."""
-    baseline = result.baseline[0]
-    run, at = next((run, at) for run in result.drafted if (at := first_divergence(baseline, run)) is not None)
+    baseline, run = result.baseline[0], parted_run(result)
+    at = first_divergence(baseline, run)
     length = min(len(baseline.tokens), len(run.tokens))
     return [*result.input_ids, *baseline.tokens[:at]], baseline.tokens[at:length], run.tokens[at:length]
 
@@ -192,25 +198,51 @@ def _most_nodes(way: Tree | Drafter) -> int:
 
 
 def _judge(
-    engine: ScoringEngine, nodes: int, numbered: Mapping[int, PromptResult], sampler: Callable[[int], Sampler | None]
-) -> float:
-    """Fill in every prompt's verdict; returns the tolerance, which is the measured noise.
+    engine: ScoringEngine, measured: Tree | Drafter, ways: Mapping[str, Tree | Drafter], numbered: Mapping[int, PromptResult],
+    sampler: Callable[[int], Sampler | None],
+) -> float:  # fmt: skip
+    """Fill in every prompt's verdicts; returns the tolerance, which is the noise of steps as large as the measured drafts'.
 
-    Where it is none, as products of integers have it, outputs that part are a mismatch, however small the gap.
+    Where it is none, as products of integers have it, outputs that part are a mismatch, however small the gap. Other drafts are
+    judged by the noise of their own steps.
+
+    Args:
+        engine: what ran.
+        measured: the drafts that are measured.
+        ways: the others, by name.
+        numbered: prompts by their number.
+        sampler: of a prompt's number, what its tokens were drawn with.
     """
-    diverging, results = [], list(numbered.values())
+    results = list(numbered.values())
     for index, result in numbered.items():
-        for medusa in result.drafted:
-            found = explain(engine, result.input_ids, result.baseline[0], medusa, sampler(index))
-            if found is not None:
-                result.divergence = found
-                diverging.append(result)
-                break
-    noise = 0.0
-    for result in [*results[:NOISE_PROMPTS], *diverging]:
-        answer = result.baseline[0].tokens
-        answer = answer if result.divergence else answer[:NOISE_TOKENS]
-        noise = max(noise, logit_noise(engine, result.input_ids, answer, nodes))
+        result.divergence = _divergence(engine, result, result.medusa, sampler(index))
+    tolerance = _noise(engine, measured, results, [bool(result.divergence) for result in results])
     for result in results:
-        result.verdict = verdict(result.divergence, noise)
+        result.verdict = verdict(result.divergence, tolerance)
+    for name, way in ways.items():
+        found = [_divergence(engine, result, result.ways[name], sampler(index)) for index, result in numbered.items()]
+        noise = _noise(engine, way, results, list(map(bool, found))) if any(found) else 0.0
+        for result, divergence in zip(results, found, strict=True):
+            result.way_verdicts[name] = verdict(divergence, noise)
+    return tolerance
+
+
+def _divergence(
+    engine: ScoringEngine, result: PromptResult, runs: Sequence[Generation], sampler: Sampler | None
+) -> Divergence | None:
+    """Where the first of the runs that does so parts from the one without drafts."""
+    found = (explain(engine, result.input_ids, result.baseline[0], run, sampler) for run in runs)
+    return next(filter(None, found), None)
+
+
+def _noise(
+    engine: ScoringEngine, way: Tree | Drafter, results: Sequence[PromptResult], parted: Sequence[bool]
+) -> float:
+    """The largest over some prompts, and over the whole answers of those whose outputs part."""
+    noise, nodes = 0.0, _most_nodes(way)
+    for number, (result, has_parted) in enumerate(zip(results, parted, strict=True)):
+        if has_parted or number < NOISE_PROMPTS:
+            answer = result.baseline[0].tokens
+            answer = answer if has_parted else answer[:NOISE_TOKENS]
+            noise = max(noise, logit_noise(engine, result.input_ids, answer, nodes))
     return noise

@@ -65,11 +65,25 @@ def rows_of(body: dict[str, Any]) -> dict[str, list[str]]:
 
 def test_drafts_in_one_line() -> None:
     """The prefill of 10 ms is left out: 120 ms without drafts, 60 with the heads', 40 with the text's."""
-    text = {"ways": {"text": [run(13, 40.0, [3] * 4, 10)]}}
+    text = {"ways": {"text": [run(13, 40.0, [3] * 4, 10)]}, "way_verdicts": {"text": "tie"}}
     body = report([prompt("a", "code", [130.0], [70.0], **text), prompt("b", "chat", [130.0], [70.0], **text)])
     assert body["drafts"] == [
-        {"drafts": "heads", "decode_speedup": 2.0, "tokens_per_step": 2.0, "equal_outputs": 2},
-        {"drafts": "text", "decode_speedup": 3.0, "tokens_per_step": 3.0, "equal_outputs": 2},
+        {
+            "drafts": "heads",
+            "decode_speedup": 2.0,
+            "tokens_per_step": 2.0,
+            "equal_outputs": 2,
+            "ties": 0,
+            "mismatches": 0,
+        },
+        {
+            "drafts": "text",
+            "decode_speedup": 3.0,
+            "tokens_per_step": 3.0,
+            "equal_outputs": 0,
+            "ties": 2,
+            "mismatches": 0,
+        },
     ]
     assert drafts_line(body["drafts"]) == "heads 2.00x, text 3.00x"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,9 @@ def test_a_wrong_token_with_medusa_is_a_mismatch(made: Any, prompts: Path, monke
     (found,) = report["parity"]["divergences"]
     assert (found["prompt"], found["position"], found["verdict"]) == ("83", 5, "mismatch")
     assert found["logit_gap"] > report["parity"]["logit_tolerance"]
-    assert report["failures"] == ["1 prompts differ with Medusa by more than numerical noise"]
+    assert report["failures"] == [
+        "outputs of 1 prompt differ with drafts from heads and text by more than numerical noise"
+    ]
     text = found["text"]
     assert len(text["before"].split()) == 5
     assert text["baseline"].split()[0] != text["medusa"].split()[0]
@@ -243,6 +246,95 @@ def test_each_of_the_drafts(made: Any, prompts: Path) -> None:
     assert all(f"{row['drafts']} {row['decode_speedup']:.2f}x" in shown.getvalue() for row in report["drafts"])
 
 
+def test_other_drafts_are_judged_apart(made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong token of theirs is found, and is none of the measured drafts'."""
+    from medusa_export.engines.bench import runner
+
+    generate = runner.generate
+
+    def wrong(engine: Any, ids: list[int], tree: Any, **limits: Any) -> Generation:
+        result = generate(engine, ids, tree, **limits)
+        if isinstance(tree, Tree) and tree.max_draft_len and len(result.tokens) > 16:
+            result.tokens[5] = (result.tokens[5] + 1) % 97
+        return result
+
+    monkeypatch.setattr(runner, "generate", wrong)
+    report = run(arguments(made, prompts, drafts="none", each_drafts=True, repeats=1))
+    assert [report["parity"][name] for name in ("exact", "ties", "mismatches", "divergences")] == [4, 0, 0, []]
+    assert {prompt["verdict"] for prompt in report["prompts"]} == {"exact"}
+    assert {row["drafts"]: (row["equal_outputs"], row["mismatches"]) for row in report["drafts"]} == {
+        "none": (4, 0), "heads": (0, 4), "text": (4, 0), "both": (4, 0),
+    }  # fmt: skip
+    said = "outputs of 4 prompts differ with drafts from the heads by more than numerical noise"
+    assert report["findings"] == [{"name": "parity", "message": said}]
+
+
+def test_outputs_that_end_for_another_reason(made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, of which one output says that it ended: nothing stands behind where they part."""
+    from medusa_export.engines.bench import runner
+
+    generate = runner.generate
+
+    def ends(engine: Any, ids: list[int], tree: Any, **limits: Any) -> Generation:
+        result = generate(engine, ids, tree, **limits)
+        return result if tree is AUTOREGRESSIVE else replace(result, finish_reason="stop")
+
+    monkeypatch.setattr(runner, "generate", ends)
+    report = run(arguments(made, prompts, limit=1, repeats=1))
+    (found,) = report["parity"]["divergences"]
+    assert (found["verdict"], found["position"], found["text"]["baseline"], found["text"]["medusa"]) == (
+        "mismatch",
+        24,
+        "",
+        "",
+    )
+
+
+def test_prompts_of_one_id(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own row, and the texts of where its own outputs part."""
+    from medusa_export.engines.bench import runner
+
+    path, generate = tmp_path / "twice.jsonl", runner.generate
+    path.write_text("".join(json.dumps({"id": "a", "prompt": question}) + "\n" for question in QUESTIONS[:2]))
+
+    def wrong(engine: Any, ids: list[int], tree: Any, **limits: Any) -> Generation:
+        result = generate(engine, ids, tree, **limits)
+        if tree is not AUTOREGRESSIVE and len(result.tokens) > 16:
+            result.tokens[len(ids)] = (result.tokens[len(ids)] + 1) % 97
+        return result
+
+    monkeypatch.setattr(runner, "generate", wrong)
+    report = run(arguments(made, path, repeats=1))
+    rows, found = report["prompts"], report["parity"]["divergences"]
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows] == ["a", "a (line 2)"]
+    assert [row["position"] for row in found] == [row["input_tokens"] for row in rows]
+    assert found[0]["position"] != found[1]["position"]
+    assert all(row["text"]["baseline"].split()[0] != row["text"]["medusa"].split()[0] for row in found)
+
+
+def test_the_other_engine_drafts_alike(
+    made: Any, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine against itself takes the same steps whatever drafts; a tree of the user's is this engine's alone."""
+    from medusa_export.engines.bench import run as bench
+
+    seen: list[Any] = []
+    build = bench.build_report
+    monkeypatch.setattr(bench, "build_report", lambda result, *a, **b: (seen.append(result), build(result, *a, **b))[1])
+    for drafts in ("auto", "text", "heads", "none"):
+        run(arguments(made, prompts, compare=made.path, drafts=drafts, max_new_tokens=64, repeats=1))
+        for prompt in seen.pop().prompts:
+            assert prompt.other_medusa[0].accepted == prompt.medusa[0].accepted
+    run(arguments(made, prompts, compare=made.path, tree="cpu-1", repeats=1))
+    steps = [[len(getattr(each, mode)[0].accepted) for each in seen[0].prompts] for mode in ("medusa", "other_medusa")]
+    assert min(steps[0]) > max(steps[1]), "a tree of one draft token, and the engine's of three in a row"
+    headless = Path(shutil.copytree(made.path, tmp_path / "headless"))
+    info = json.loads((headless / "engine.json").read_text())
+    (headless / "engine.json").write_text(json.dumps(info | {"max_depth": 0}))
+    with pytest.raises(ConfigError, match="both for two engines of which one has no heads; expected text or none"):
+        run(arguments(made, prompts, compare=headless, repeats=1))
+
+
 class TestRefusals:
     def check(self, made: Any, prompts: Path, match: str, error: type[MedusaExportError], **changes: Any) -> None:
         with pytest.raises(error, match=match):
@@ -263,6 +355,7 @@ class TestRefusals:
     def test_trees(self, made: Any, prompts: Path) -> None:
         self.check(made, prompts, "depth 4", TreeError, tree="medusa-63")
         self.check(made, prompts, "no such file or preset", TreeError, tree="cpu-99")
+        self.check(made, prompts, "--tree requires --drafts heads", ConfigError, tree="cpu-1", drafts="both")
 
     def test_files(self, made: Any, prompts: Path, tmp_path: Path) -> None:
         self.check(made, tmp_path / "none.jsonl", "no readable file", ConfigError)

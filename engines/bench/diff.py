@@ -14,8 +14,10 @@ import numpy as np
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import bootstrap
 from medusa_export.core.json_fields import read_json
+from medusa_export.core.text.words import counted
 from medusa_export.engines.bench.report import rate_texts, speedup_texts
-from medusa_export.engines.bench.speeds import FEWEST, MODES, interval_text, ratio, times_text
+from medusa_export.engines.bench.speeds import FEWEST, MODES, ratio, times_text, with_interval
+from medusa_export.engines.bench.wording import SOURCES, sources
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,19 +33,35 @@ class OrNull:
     shape: Any
 
 
+@dataclass(frozen=True)
+class FirstOf:
+    """A list of which the first element is read; there may be more."""
+
+    shape: Any
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A word that has to be one of these."""
+
+    words: tuple[str, ...]
+
+
 # What is read of a report: keys, and what they have. A type, an object of keys, a list of one kind of element, a list of so many.
 _MODES = dict.fromkeys(MODES, float)
 SHAPE: Mapping[str, Any] = {
     "parity": {"prompts": int, "exact": int, "ties": int, "mismatches": int}, "speedup": {"median": float, "ci95": (float, float)},
     "decode_speedup": {"median": OrNull(float), "ci95": OrNull((float, float))},
     "arguments": {}, "device": str, "engine": {"precision": str}, "findings": [{}], "tree": {"max_draft_len": int},
+    "drafts": FirstOf({"drafts": OneOf(tuple(SOURCES))}),
     "decode_tokens_per_second": {name: OrNull(float) for name in MODES}, "tokens_per_second": _MODES, "tokens_per_step": float,
     "step_ms": _MODES, "categories": [{"category": str, "speedup": float, "decode_speedup": OrNull(float)}],
     "prompts": [{"prompt": str, "tokens": _MODES, "total_ms": _MODES, "decode_ms": _MODES}],
 }  # fmt: skip
 
 
-REPORT, ACTION = "a report of medusa-run", "give a file of medusa-run --report"
+REPORT = "a report of this version's medusa-run"
+ACTION = "give a file of medusa-run --report, made again if an older version wrote it"
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -67,6 +85,10 @@ def _misfit(value: Any, shape: Any, where: str) -> str:
     """What does not fit, in words; nothing where all does."""
     if isinstance(shape, OrNull):
         return "" if value is None else _misfit(value, shape.shape, where)
+    if isinstance(shape, FirstOf) and isinstance(value, list) and value:
+        return _misfit(value[0], shape.shape, where)
+    if isinstance(shape, OneOf) and value in shape.words:
+        return ""
     if isinstance(shape, Mapping) and isinstance(value, dict):
         missing = next((name for name in shape if name not in value), None)
         if missing is not None:
@@ -133,7 +155,7 @@ def print_diff(first: Report, second: Report, console: Console) -> None:
     Args:
         first: the earlier report.
         second: the later report.
-        console: where it is printed.
+        console: where it is printed; it takes no text for markup.
     """
     from rich.table import Table
 
@@ -145,12 +167,13 @@ def print_diff(first: Report, second: Report, console: Console) -> None:
     found = changes(first, second)
     for mode, words in zip(MODES, ("Without", "With"), strict=True):
         said = [
-            f"{by_mode[mode]['ratio']:.2f}x (95%: {interval_text(by_mode[mode]['ci95'])}) as fast as A in {name}"
+            f"{with_interval(by_mode[mode]['ratio'], by_mode[mode]['ci95'], name='95%')} as fast as A in {name}"
             for name in TIMED
             if mode in (by_mode := found[name])
         ]
         if said:
-            console.print(f"{words} Medusa, B is {' and '.join(said)}, on {found['prompts']} prompts of both.")
+            shared = counted(found["prompts"], "prompt")
+            console.print(f"{words} drafts, B is {' and '.join(said)}, on {shared} of both.")
     if not found["prompts"]:
         console.print("The two have no prompt in common.")
     for line in differences(first, second):
@@ -177,7 +200,7 @@ ROWS: dict[str, Callable[[Report], str]] = {
     "speed-up, decoding": lambda body: speedup_texts(body)["decoding"],
     "speed-up, whole answers": lambda body: speedup_texts(body)["whole answers"],
     "tokens per step": lambda body: f"{body['tokens_per_step']:.2f}",
-    "draft tokens": lambda body: str(body["tree"]["max_draft_len"]),
+    "drafts from": sources,
     "step without / with, ms": lambda body: f"{body['step_ms']['baseline']:.1f} / {body['step_ms']['medusa']:.1f}",
     "exact, ties, mismatches": lambda body: ", ".join(
         str(body["parity"][name]) for name in ("exact", "ties", "mismatches")

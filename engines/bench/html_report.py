@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from medusa_export.engines.bench.report import QUANTILES, SPEEDS, paired_line, sweep_rows, whole_interval
+from medusa_export.core.text.words import counted
+from medusa_export.engines.bench.report import QUANTILES, SPEEDS, foretold_row, paired_line, sweep_rows, whole_interval
 from medusa_export.engines.bench.speeds import interval_text, times_text
+from medusa_export.engines.bench.wording import compared, measured_kind, sources
 from medusa_export.engines.tuning.picture import positions
 from medusa_export.heads.trees.tree import Tree
 
 TEMPLATE = "report.html.jinja"
 SHOWN_TOP = (1, 2, 3, 5, 10)
+NO_INTERVAL = "too few prompts for an interval"
 COLUMN, ROW, MARGIN = 54, 66, 20  # of the tree's picture, in pixels
 
 
@@ -50,7 +53,10 @@ def render(report: Mapping[str, Any]) -> str:
         steps=_steps(report["accepted"]),
         latencies=_latencies(report["latency_ms"]),
         tree=_tree_picture(tree, report["path_shares"]),
-        depth=tree.depth,
+        drafts=_drafts(report, tree),
+        has_tree=measured_kind(report) == "heads",
+        foretold=foretold_row(report),
+        counted=counted,
         quantiles=[f"{quantile:.0%}" for quantile in QUANTILES],
         shown_top=SHOWN_TOP,
         paired_line=paired_line,
@@ -58,27 +64,57 @@ def render(report: Mapping[str, Any]) -> str:
         times_text=times_text,
         speeds=SPEEDS,
         rates=[("decoding", report["decode_tokens_per_second"]), ("whole answers", report["tokens_per_second"])],
-        whole_interval=whole_interval(report),
+        intervals={
+            "decoding": _interval_line(report["decode_speedup"]["ci95"]),
+            "whole": _interval_line(whole_interval(report)),
+        },
         sweeps=[sweep_rows(name, rows) for name, rows in report["sweeps"].items()],
     )
 
 
 def verdict(report: Mapping[str, Any]) -> dict[str, str]:
     """What the run says, in a line: "good", "even" or "bad" by whole answers, which is what a user waits for, and the text."""
-    parity, speed = report["parity"], report["speedup"]
-    low, high = speed["ci95"]
-    decoding, whole = times_text(report["decode_speedup"]["median"]), times_text(speed["median"])
-    same = f"the same output on {parity['exact']} of {parity['prompts']} prompts"
-    if not parity["lossless"]:
-        same = "not lossless: typical acceptance changes what is drawn"
-    if parity["ties"]:
-        same += f", and {parity['ties']} that part at a tie"
     if report["failures"]:
         return {"kind": "bad", "text": "; ".join(report["failures"][:3])}
+    if report["decode_speedup"]["median"] is None:
+        return {"kind": "even", "text": f"every answer is one token, so nothing was decoded; {_same(report['parity'])}"}
+    kind, word = _speed_verdict(whole_interval(report))
+    decoding, whole = times_text(report["decode_speedup"]["median"]), times_text(report["speedup"]["median"])
+    return {
+        "kind": kind,
+        "text": f"{word} {compared(report)}: decoding {decoding}, whole answers {whole}; {_same(report['parity'])}",
+    }
+
+
+def _speed_verdict(interval: Sequence[float] | None) -> tuple[str, str]:
+    """How it is coloured, and what comes before the figures."""
+    if interval is None:
+        return "even", "too few prompts to say whether it is faster"
+    low, high = interval
     if low > 1:
-        return {"kind": "good", "text": f"faster with Medusa: decoding {decoding}, whole answers {whole}; {same}"}
-    kind, word = ("bad", "slower") if high < 1 else ("even", "no clear difference in speed")
-    return {"kind": kind, "text": f"{word} with Medusa: decoding {decoding}, whole answers {whole}; {same}"}
+        return "good", "faster"
+    return ("bad", "slower") if high < 1 else ("even", "no clear difference in speed")
+
+
+def _same(parity: Mapping[str, Any]) -> str:
+    """What became of the outputs."""
+    if not parity["lossless"]:
+        return "not lossless: typical acceptance changes what is drawn"
+    same = f"the same output on {parity['exact']} of {counted(parity['prompts'], 'prompt')}"
+    if not parity["ties"]:
+        return same
+    return f"{same}, and {parity['ties']} that {'parts' if parity['ties'] == 1 else 'part'} at a tie"
+
+
+def _interval_line(interval: Sequence[float] | None) -> str:
+    return NO_INTERVAL if interval is None else f"95%: {interval_text(interval)}"
+
+
+def _drafts(report: Mapping[str, Any], tree: Tree) -> dict[str, Any]:
+    """What drafted, and every kind of drafts where several were run."""
+    depth = f", {tree.depth} deep" if measured_kind(report) == "heads" else ""
+    rows = [{**row, "sources": sources(report, row)} for row in report["drafts"]]
+    return {"line": f"drafts from: {sources(report)}{depth}", "rows": rows if len(rows) > 1 else []}
 
 
 def _steps(accepted: list[int]) -> list[dict[str, Any]]:

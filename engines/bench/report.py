@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medusa_export.core.text.words import counted
 from medusa_export.engines.bench.runner import PromptResult, RunResult
 from medusa_export.engines.bench.speeds import (
     DECODING,
@@ -16,12 +17,14 @@ from medusa_export.engines.bench.speeds import (
     MODES,
     WHOLE,
     TimedPart,
+    rate_text,
     speedup,
     speedup_interval,
     times_text,
     tokens_per_second,
     with_interval,
 )
+from medusa_export.engines.bench.wording import FORETOLD, measured_kind, sources
 from medusa_export.engines.measure.machine import device_name, hardware, versions
 from medusa_export.heads.contract.engine_info import EngineInfo
 from medusa_export.heads.trees.tree import Tree
@@ -31,9 +34,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-SHOWN_FINDINGS = 5
+SHOWN_FINDINGS, SHOWN_DIVERGENCES = 5, 5
 SPEEDS = {"decoding": "decode_speed", "whole answers": "speed"}  # of another engine, and their keys
-SOURCES_OF_DRAFTS = {"both": "heads and text"}  # where the name does not say it
 
 
 def build_report(
@@ -222,33 +224,18 @@ def _prompt(prompt: PromptResult) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """The readable form: the summary table, then categories, then what needs explaining."""
+    """The readable form: the summary table, then categories, then what needs explaining.
+
+    Args:
+        report: body of report.json.
+        console: that takes no text for markup: ids and categories may hold brackets.
+    """
     from rich.table import Table
 
-    parity, step = report["parity"], report["step_ms"]
     title = f"{report['engine']['precision']} on {report['device']}"
     table = Table(title=title, title_justify="left", show_header=False)
-    left = f" of {report['stopped']['of']}, then stopped" if report["stopped"] else ""
-    table.add_row("prompts", f"{parity['prompts']}{left}")
-    for name, text in rate_texts(report).items():
-        table.add_row(f"tokens/s, {name}", text)
-    for name, text in speedup_texts(report).items():
-        table.add_row(f"speed-up, {name} (95% CI)", text)
-    table.add_row("tokens per step", f"{report['tokens_per_step']:.2f}{_drafted_by(report)}")
-    if foretold := report["foretold"]:
-        low, high = foretold["interval"]
-        what = "predicted by acceptance.json" if _drafts_heads_alone(report) else "predicted, heads alone"
-        table.add_row(what, f"{foretold['tokens_per_step']:.2f} ({low:.2f} .. {high:.2f})")
-    if counted := report["counted_drafts"]:
-        table.add_row("drafts accepted, by the runtime", f"{counted['accepted']} of {counted['drafts']}")
-    if len(report["drafts"]) > 1:
-        table.add_row("drafts of, decoding alone", drafts_line(report["drafts"]))
-    table.add_row("step, without / with", f"{step['baseline']:.1f} / {step['medusa']:.1f} ms")
-    table.add_row("parity", _parity_line(parity))
-    if report["reference"]:
-        table.add_row("against the checkpoint", _reference_line(report["reference"]))
-        if report["reference"]["parted"]:
-            table.add_row("where outputs part, drafts' likelihood", paired_line(report["reference"]["parted"]))
+    for name, text in _summary(report).items():
+        table.add_row(name, text)
     console.print(table)
     console.print(_category_table(report["categories"]))
     for name, sweep in report["sweeps"].items():
@@ -259,11 +246,52 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(swept)
     if report["comparison"]:
         console.print(_comparison_table(report["comparison"]))
-    for item in parity["divergences"]:
-        gap = "an output ended early" if item["logit_gap"] is None else f"logit gap {item['logit_gap']:.2g}"
-        console.print(f"{item['verdict']}: prompt {item['prompt']} at token {item['position']}, {gap}")
+    for parted in divergence_lines(report["parity"]["divergences"]):
+        console.print(parted)
     for failed in finding_lines(report):
         console.print(failed, style="bold red")
+
+
+def _summary(report: Mapping[str, Any]) -> dict[str, str]:
+    """Rows of the first table."""
+    step, stopped = report["step_ms"], report["stopped"]
+    left = f" of {stopped['of']}, then stopped" if stopped else ""
+    rows = {"prompts": f"{report['parity']['prompts']}{left}"}
+    rows |= {f"tokens/s, {name}": text for name, text in rate_texts(report).items()}
+    rows |= {f"speed-up, {name} (95% CI)": text for name, text in speedup_texts(report).items()}
+    rows["tokens per step"] = f"{report['tokens_per_step']:.2f}, drafts from: {sources(report)}"
+    if foretold := foretold_row(report):
+        rows[foretold[0]] = foretold[1]
+    if accepted := report["counted_drafts"]:
+        rows["drafts accepted, by the runtime"] = f"{accepted['accepted']} of {accepted['drafts']}"
+    if len(report["drafts"]) > 1:
+        rows["speed-up by kind of drafts, decoding"] = drafts_line(report["drafts"])
+    rows["step, without / with"] = f"{step['baseline']:.1f} / {step['medusa']:.1f} ms"
+    rows["parity"] = _parity_line(report["parity"])
+    if reference := report["reference"]:
+        rows["against the checkpoint"] = _reference_line(reference)
+        if reference["parted"]:
+            rows["where outputs part, drafts' likelihood"] = paired_line(reference["parted"])
+    return rows
+
+
+def foretold_row(report: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What acceptance.json predicts and its name; None where it predicts nothing of such drafts."""
+    found, name = report["foretold"], FORETOLD.get(measured_kind(report))
+    if not found or not name:
+        return None
+    low, high = found["interval"]
+    return name, f"{found['tokens_per_step']:.2f} ({low:.2f} .. {high:.2f})"
+
+
+def divergence_lines(divergences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where outputs part, at most five of them, mismatches first."""
+    lines = []
+    for item in sorted(divergences, key=lambda item: bool(item["verdict"] == "tie"))[:SHOWN_DIVERGENCES]:
+        gap = "an output ended early" if item["logit_gap"] is None else f"logit gap {item['logit_gap']:.2g}"
+        lines.append(f"{item['verdict']}: prompt {item['prompt']} at token {item['position']}, {gap}")
+    more = len(divergences) - len(lines)
+    return [*lines, f"and {more} more, in the report (--report)"] if more else lines
 
 
 def speedup_texts(report: Mapping[str, Any]) -> dict[str, str]:
@@ -276,7 +304,7 @@ def speedup_texts(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rate_texts(report: Mapping[str, Any]) -> dict[str, str]:
-    """Tokens a second without and with Medusa, by what they are of."""
+    """Tokens a second without and with drafts, by what they are of."""
     return {
         "decoding": _rates(report["decode_tokens_per_second"]),
         "whole answers": _rates(report["tokens_per_second"]),
@@ -284,8 +312,8 @@ def rate_texts(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _rates(rates: Mapping[str, float | None]) -> str:
-    without, with_medusa = rates["baseline"], rates["medusa"]
-    return "-" if without is None or with_medusa is None else f"{without:.1f} without, {with_medusa:.1f} with"
+    without, drafted = rates["baseline"], rates["medusa"]
+    return "-" if without is None or drafted is None else f"{without:.1f} without, {drafted:.1f} with"
 
 
 def _category_table(categories: Sequence[dict[str, Any]]) -> Table:
@@ -319,19 +347,6 @@ def finding_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _drafted_by(report: dict[str, Any]) -> str:
-    """What drafted, to follow the tokens per step."""
-    if _drafts_heads_alone(report):
-        return f" with a tree of {report['tree']['max_draft_len']}"
-    drafts = report["drafts"][0]["drafts"]
-    return f", drafts from: {SOURCES_OF_DRAFTS.get(drafts, drafts)}"
-
-
-def _drafts_heads_alone(report: dict[str, Any]) -> bool:
-    """Whether every step takes the engine's tree, which is what its acceptance is counted for."""
-    return bool(report["drafts"][0]["drafts"] == "heads")
-
-
 def sweep_rows(name: str, sweep: Sequence[dict[str, Any]]) -> Sequence[tuple[str, ...]]:
     """A sweep as a table, its head first; ``name`` is "batch" or "length"."""
     if name == "batch":
@@ -345,8 +360,8 @@ def sweep_rows(name: str, sweep: Sequence[dict[str, Any]]) -> Sequence[tuple[str
         )
         return [head] + [
             (
-                f"{row['batch']}", f"{row['tokens_per_second']['baseline']:.1f}", f"{row['tokens_per_second']['medusa']:.1f}",
-                f"{row['speedup']:.2f}x", f"{row['tokens_per_step']:.2f}", f"{row['equal_outputs']} of {row['prompts']}",
+                f"{row['batch']}", *(rate_text(row["tokens_per_second"][mode]) for mode in MODES),
+                times_text(row["speedup"]), f"{row['tokens_per_step']:.2f}", f"{row['equal_outputs']} of {row['prompts']}",
             )
             for row in sweep
         ]  # fmt: skip
@@ -384,20 +399,20 @@ def _comparison_table(found: dict[str, Any]) -> Table:
 def paired_line(row: dict[str, Any]) -> str:
     """A paired difference in words."""
     if row["ci95"] is None:
-        return f"{row['difference']:+.3g} on one prompt: says nothing"
+        return f"{row['difference']:+.3g} on one prompt, too few to tell a difference"
+    if not row["difference"] and not row["detectable"]:
+        return f"equal on all {row['prompts']} prompts"
     low, high = row["ci95"]
     text = f"{row['difference']:+.3g} ({low:+.3g} .. {high:+.3g}) over {row['prompts']} prompts"
-    return (
-        text
-        if row["differs"]
-        else f"{text}: no difference seen ({row['detectable']:.2g} would have been, 4 times of 5)"
-    )
+    if row["differs"]:
+        return text
+    return f"{text}: no difference seen ({row['detectable']:.2g} would have been, 4 times out of 5)"
 
 
 def _parity_line(parity: dict[str, Any]) -> str:
     if not parity["lossless"]:
-        return f"not lossless (typical acceptance): {parity['exact']} outputs of {parity['prompts']} happen to be equal"
-    line = f"{parity['exact']} exact, {parity['ties']} ties, {parity['mismatches']} mismatches"
+        return f"not lossless (typical acceptance): {parity['exact']} of {counted(parity['prompts'], 'output')} happen to be equal"
+    line = f"{parity['exact']} exact, {counted(parity['ties'], 'tie')}, {counted(parity['mismatches'], 'mismatch')}"
     return line + f" (tolerance {parity['logit_tolerance']:.1g} logits)"
 
 

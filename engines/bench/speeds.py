@@ -100,9 +100,22 @@ def times_text(times: float | None) -> str:
     return "-" if times is None else f"{times:.2f}x"
 
 
-def with_interval(times: float | None, interval: Sequence[float] | None) -> str:
-    """1.12x (1.02 .. 1.22), and dashes for what is not known."""
-    return "-" if times is None else f"{times_text(times)} ({interval_text(interval)})"
+def rate_text(rate: float | None) -> str:
+    """Tokens a second, and a dash where none were decoded."""
+    return "-" if rate is None else f"{rate:.1f}"
+
+
+def with_interval(times: float | None, interval: Sequence[float] | None, *, name: str = "") -> str:
+    """1.12x (1.02 .. 1.22), without the bracket where there is no interval, and a dash where nothing is known.
+
+    Args:
+        times: the ratio.
+        interval: of it.
+        name: of the interval: 1.12x (95%: 1.02 .. 1.22).
+    """
+    if times is None or interval is None:
+        return times_text(times)
+    return f"{times_text(times)} ({f'{name}: ' if name else ''}{interval_text(interval)})"
 
 
 def _rows(prompts: Sequence[PromptResult], part: TimedPart, modes: Sequence[str]) -> Array:

@@ -34,9 +34,14 @@ def measured_kind(report: Mapping[str, Any]) -> str:
     return kind_of(report, report["drafts"][0])
 
 
-def sources(report: Mapping[str, Any]) -> str:
-    """Where the drafts of the run came from: "heads, in a tree of 63", "heads and text"."""
-    return SOURCES[measured_kind(report)].format(size=report["tree"]["max_draft_len"])
+def sources(report: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> str:
+    """Where drafts came from: "heads, in a tree of 63", "heads and text".
+
+    Args:
+        report: body of report.json.
+        row: of its ``drafts``; None: what is measured.
+    """
+    return SOURCES[kind_of(report, row or report["drafts"][0])].format(size=report["tree"]["max_draft_len"])
 
 
 def compared(report: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> str:

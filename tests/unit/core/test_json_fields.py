@@ -19,7 +19,7 @@ from medusa_export.heads.trees.tree import load_tree
 from medusa_export.quantize.scales import Scales
 
 READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "report": (read_report, "a report of medusa-run"),
+    "report": (read_report, "a report of this version's medusa-run"),
     "acceptance": (Acceptance.load, "positions and paths"),
     "costs": (load_costs, '{"curves"'),
     "tree": (lambda path: load_tree(str(path)), "a "),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.engines.bench.compare import compare_engines, require_comparable, scores, word_f1
+from medusa_export.engines.bench.compare import compare_engines, paired, require_comparable, scores, word_f1
 from medusa_export.engines.bench.report import paired_line
 from medusa_export.engines.bench.runner import PromptResult, run_prompts
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
@@ -88,8 +88,11 @@ def test_what_is_said_of_a_difference() -> None:
     row = {"difference": 0.1, "ci95": [0.05, 0.15], "detectable": 0.07, "differs": True, "prompts": 9}
     assert paired_line(row) == "+0.1 (+0.05 .. +0.15) over 9 prompts"
     row |= {"ci95": [-0.05, 0.25], "differs": False}
-    assert "no difference seen (0.07 would have been" in paired_line(row)
-    assert "says nothing" in paired_line(row | {"ci95": None, "detectable": None})
+    assert paired_line(row).endswith(": no difference seen (0.07 would have been, 4 times out of 5)")
+    one = row | {"ci95": None, "detectable": None, "prompts": 1}
+    assert paired_line(one) == "+0.1 on one prompt, too few to tell a difference"
+    assert paired_line(paired("", [0.0, 0.0, 0.0])) == "equal on all 3 prompts"
+    assert paired_line(paired("", [0.5, -0.5])).startswith("+0 (-0.98 .. +0.98) over 2 prompts: no difference seen")
 
 
 def test_engines(tiny_engine: Callable[..., Any]) -> None:

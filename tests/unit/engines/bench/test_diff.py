@@ -42,7 +42,7 @@ def test_answers_of_one_token() -> None:
     assert (found["decoding"], found["whole answers"]["medusa"]["ratio"]) == ({}, 1.0)
     text = io.StringIO()
     print_diff(first, first, Console(file=text, width=80))
-    assert "With Medusa, B is 1.00x (95%: -) as fast as A in whole answers, on 2 prompts of both." in unwrapped(text)
+    assert "With drafts, B is 1.00x as fast as A in whole answers, on 2 prompts of both." in unwrapped(text)
 
 
 def unwrapped(text: io.StringIO) -> str:
@@ -52,7 +52,7 @@ def unwrapped(text: io.StringIO) -> str:
 def test_what_is_printed() -> None:
     first, second = (
         report(SAME, limit=2),
-        report([*SAME, prompt("c", "maths", [130.0], [65.0])], limit=3, engine="other"),
+        report([*SAME, prompt("c", "maths", [130.0], [65.0])], limit=3, engine="other", drafts="text"),
     )
     text = io.StringIO()
     print_diff(first, second, Console(file=text, width=84))
@@ -64,13 +64,26 @@ def test_what_is_printed() -> None:
     }
     assert rows["prompts"] == ["2", "3"]
     assert rows["maths"] == ["-", "2.18x", "-", "2.00x"]
-    assert rows["speed-up, decoding"] == ["2.00x (-)", "2.06x (2.00 .. 2.18)"]
-    assert rows["speed-up, whole answers"] == ["1.86x (-)", "1.90x (1.86 .. 2.00)"]
+    assert rows["speed-up, decoding"] == ["2.00x", "2.06x (2.00 .. 2.18)"]
+    assert rows["speed-up, whole answers"] == ["1.86x", "1.90x (1.86 .. 2.00)"]
     assert rows["tokens/s, decoding"] == ["100.0 without, 200.0 with", "100.0 without, 205.7 with"]
-    said = "With Medusa, B is 1.00x (95%: -) as fast as A in decoding and 1.00x (95%: -) as fast as A in whole answers, on 2 prompts"
+    assert rows["drafts from"] == ["heads, in a tree of 3", "text"]
+    said = (
+        "With drafts, B is 1.00x as fast as A in decoding and 1.00x as fast as A in whole answers, on 2 prompts of both"
+    )
     assert said in unwrapped(text)
     assert "differs: limit: 2 and 3" in shown
     assert "engine: " not in shown
+
+
+def test_intervals_are_named() -> None:
+    first = report([prompt(name, "x", [130.0], [100.0]) for name in "abc"])
+    second, text = report([prompt(name, "x", [130.0], [50.0]) for name in "abc"]), io.StringIO()
+    print_diff(first, second, Console(file=text, width=84))
+    assert "With drafts, B is 2.25x (95%: 2.25 .. 2.25) as fast as A in decoding" in unwrapped(text)
+    one = report(SAME[:1])
+    print_diff(one, one, Console(file=text, width=84))
+    assert "on 1 prompt of both" in unwrapped(text)
 
 
 def test_another_machine_is_said() -> None:
@@ -98,10 +111,11 @@ def test_no_report(tmp_path: Path) -> None:
         {"parity": 3}, {"speedup": {"median": 1, "ci95": [1]}}, {"speedup": {"median": "1", "ci95": [1, 2]}}, {"prompts": [3]},
         {"decode_speedup": {"median": None}}, {"decode_speedup": {"median": "2", "ci95": None}}, {"decode_speedup": None},
         {"decode_speedup": {"median": 2, "ci95": [1]}}, {"categories": [{"category": "x", "speedup": "?", "decode_speedup": None}]},
-        {"tree": None}, {"tokens_per_second": {"baseline": 1}}, {"step_ms": "3"}, {"tokens_per_step": None},
+        {"tree": None}, {"drafts": []}, {"drafts": [{"drafts": "words"}]}, {"drafts": [{}]},
+        {"tokens_per_second": {"baseline": 1}}, {"step_ms": "3"}, {"tokens_per_step": None},
     ],
 )  # fmt: skip
 def test_a_damaged_report(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "r.json").write_text(json.dumps(report(SAME) | change))
-    with pytest.raises(ConfigError, match="expected a report of medusa-run"):
+    with pytest.raises(ConfigError, match=r"expected a report of this version's medusa-run; .* made again"):
         read_report(tmp_path / "r.json")

@@ -11,9 +11,12 @@ import pytest
 from PIL import Image
 
 from medusa_export.engines.bench.html_report import render, verdict
+from medusa_export.engines.bench.runner import PromptResult
 from medusa_export.engines.verify.parity import Divergence
 from tests.browser import BROWSER, layout_problems, screenshot
-from tests.unit.engines.bench.test_report import SAME, prompt, report
+from tests.unit.engines.bench.test_report import SAME, prompt, report, run
+
+MORE = prompt("c", "code", [130.0], [70.0])
 
 
 class Page(HTMLParser):
@@ -63,10 +66,12 @@ def test_it_needs_nothing_else() -> None:
 
 
 def test_what_it_says() -> None:
-    body = whole(SAME, heads=[{f"top{k}": k / 20 for k in range(1, 11)}], path_shares=[0.31, 0.12, 0.07])
+    body = whole([*SAME, MORE], heads=[{f"top{k}": k / 20 for k in range(1, 11)}], path_shares=[0.31, 0.12, 0.07])
     text = Page(render(body)).text
     for part in (
-        "Faster with Medusa: decoding 2.00x, whole answers 1.86x; the same output on 2 of 2",
+        "Faster with drafts from the heads: decoding 2.00x, whole answers 1.86x; the same output on 3 of 3 prompts",
+        "2.00 drafts from: heads, in a tree of 3, 2 deep",
+        "Tokens per step on these prompts, predicted by acceptance.json: 2.50 (2.00 .. 3.00); it was 2.00, drafts from: heads",
         "speed-up, decoding 2.00x",
         "speed-up, whole answers 1.86x",
         "chat 1 2.00x - 1.86x - 2.00 1",
@@ -76,7 +81,7 @@ def test_what_it_says() -> None:
         "50.0%",
         "ab" * 32,
         "medusa-run --engine 'a b'",
-        "2 of 2",
+        "3 of 3 exactly equal; 0 ties, 0 mismatches",
         "100.0",
     ):
         assert part in text, part
@@ -106,18 +111,66 @@ def test_texts_of_outputs_stay_texts() -> None:
 @pytest.mark.parametrize(
     ("low_high", "failures", "kind", "text"),
     [
-        ([1.2, 1.4], [], "good", "faster with Medusa: decoding 2.00x, whole answers 1.30x; the same"),
+        ([1.2, 1.4], [], "good", "faster with drafts from the heads: decoding 2.00x, whole answers 1.30x; the same"),
         ([0.9, 1.4], [], "even", "no clear difference"),
-        ([0.7, 0.9], [], "bad", "slower with Medusa: decoding 2.00x, whole answers 1.30x"),
+        ([0.7, 0.9], [], "bad", "slower with drafts from the heads: decoding 2.00x, whole answers 1.30x"),
         ([1.2, 1.4], ["3 prompts differ"], "bad", "3 prompts differ"),
     ],
 )
 def test_the_verdict(low_high: list[float], failures: list[str], kind: str, text: str) -> None:
-    body = {**whole(SAME), "speedup": {"median": 1.3, "ci95": low_high}, "failures": failures}
+    body = {**whole([*SAME, MORE]), "speedup": {"median": 1.3, "ci95": low_high}, "failures": failures}
     found = verdict(body)
     assert found["kind"] == kind
     assert text in found["text"]
     assert f'<h1 class="{kind}">' in render(body)
+
+
+def test_a_verdict_needs_prompts_and_steps() -> None:
+    """What one prompt gives, or the noise of prefills alone, is called neither faster nor slower."""
+    found = verdict(whole(SAME))
+    assert (found["kind"], found["text"].split(":")[0]) == (
+        "even", "too few prompts to say whether it is faster with drafts from the heads",
+    )  # fmt: skip
+    assert Page(render(whole(SAME))).text.count("too few prompts for an interval") == 2
+    one = [PromptResult(name, "x", [1], [run(1, 0.0, [], 10)], [run(1, 0.0, [], 20)]) for name in "abcd"]
+    said = "every answer is one token, so nothing was decoded; the same output on 4 of 4 prompts"
+    assert verdict(whole(one)) == {"kind": "even", "text": said}
+
+
+@pytest.mark.parametrize(
+    ("drafts", "card", "title"),
+    [
+        ("both", "2.00 drafts from: heads and text tokens/s", "Faster with drafts from heads and text"),
+        ("text", "2.00 drafts from: text tokens/s", "Faster with drafts from the text"),
+        ("none", "2.00 drafts from: none tokens/s", "Faster in a second run without drafts"),
+    ],
+)
+def test_a_tree_that_nothing_used_is_not_shown(drafts: str, card: str, title: str) -> None:
+    body = whole([*SAME, MORE])
+    assert "The tree" in render(body)
+    body["drafts"][0]["drafts"] = drafts
+    page = Page(render(body))
+    assert card in page.text
+    assert title in page.text
+    assert not {"svg"} & set(page.tags)
+    assert ("predicted, heads alone: 2.50" in page.text) == (drafts == "both")
+    assert "by kind of drafts" not in page.text
+
+
+def test_every_kind_of_drafts_is_shown() -> None:
+    text = {"ways": {"text": [run(13, 40.0, [3] * 4, 10)]}}
+    prompts = [prompt(name, "x", [130.0], [70.0], **text, way_verdicts={"text": "tie"}) for name in "ab"]
+    page = Page(render(whole(prompts)))
+    assert "heads, in a tree of 3 2.00x 2.00 2 of 2 0 0 text 3.00x 3.00 0 of 2 2 0" in page.text
+
+
+def test_one_of_something() -> None:
+    tie = prompt("x", "code", [130.0], [70.0], verdict="tie", divergence=Divergence(4, 5, 6, 0.002))
+    text = Page(render(whole([tie, *SAME]))).text
+    assert "the same output on 2 of 3 prompts, and 1 that parts at a tie" in text
+    assert "exactly equal; 1 tie, 0 mismatches" in text
+    assert "of steps that reached one token fewer" in text
+    assert "the same output on 1 of 1 prompt" in Page(render(whole(SAME[:1]))).text
 
 
 def test_a_run_without_steps_and_without_a_tree() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,13 @@ import pytest
 from rich.console import Console
 
 from medusa_export.engines.bench.compare import paired
-from medusa_export.engines.bench.report import build_report, drafts_line, print_report, tokens_per_step
+from medusa_export.engines.bench.report import (
+    build_report,
+    divergence_lines,
+    drafts_line,
+    print_report,
+    tokens_per_step,
+)
 from medusa_export.engines.bench.runner import PromptResult, RunResult
 from medusa_export.engines.decoding.protocols import Generation
 from medusa_export.engines.measure import machine
@@ -95,12 +100,12 @@ def test_one_or_two_prompts_have_no_interval() -> None:
     assert intervals["chat"] == (None, None)
     assert intervals["math_reasoning"] == ([2.0, round(122 / 60, 4)], [round(130 / 70, 4), round(132 / 70, 4)])
     shown = {each["parity"]["prompts"]: rows_of(each) for each in (body, report(SAME))}
-    assert shown[5]["chat"][2:4] == ["2.06x (-)", "1.91x"]
+    assert shown[5]["chat"][2:4] == ["2.06x", "1.91x"]
     assert shown[5]["math_reasoning"][2:4] == ["2.02x (2.00 .. 2.03)", "1.87x"]
     assert ".." in shown[5]["speed-up, decoding (95% CI)"][1]
     assert ".." in shown[5]["speed-up, whole answers (95% CI)"][1]
-    assert shown[2]["speed-up, decoding (95% CI)"][1] == "2.00x (-)"
-    assert shown[2]["speed-up, whole answers (95% CI)"][1] == "1.86x (-)"
+    assert shown[2]["speed-up, decoding (95% CI)"][1] == "2.00x"
+    assert shown[2]["speed-up, whole answers (95% CI)"][1] == "1.86x"
 
 
 def test_one_ratio() -> None:
@@ -260,7 +265,7 @@ def test_printed_form_says_what_matters() -> None:
     text = io.StringIO()
     print_report(body, Console(file=text, width=160))
     for expected in (
-        "1.86x (1.86 .. 1.86)", "2.00x (2.00 .. 2.00)", "2 exact, 1 ties, 1 mismatches", "2.00 with a tree of 3", "10.0 / 10.0 ms",
+        "1.86x (1.86 .. 1.86)", "2.00x (2.00 .. 2.00)", "2 exact, 1 tie, 1 mismatch (", "10.0 / 10.0 ms",
         "87.5% of tokens, KL 0.012 nats", "drafts' likelihood", "+0.2 (+0.102 .. +0.298) over 2 prompts",
         "tie: prompt c at token 3, logit gap 0.005",
         "mismatch: prompt d at token 5, an output ended early", "FAILED parity: wrong 4",
@@ -269,14 +274,39 @@ def test_printed_form_says_what_matters() -> None:
         assert expected in text.getvalue(), expected
 
 
-@pytest.mark.parametrize(("drafts", "said"), [("both", "heads and text"), ("text", "text"), ("none", "none")])
-def test_what_drafted_is_named(drafts: str, said: str) -> None:
-    body, text = report([prompt("a", "code", [130.0], [70.0])]), io.StringIO()
-    body["drafts"][0]["drafts"] = drafts
+@pytest.mark.parametrize(
+    ("drafts", "said", "predicted"),
+    [
+        ("heads", "heads, in a tree of 3", "predicted by acceptance.json"), ("both", "heads and text", "predicted, heads alone"),
+        ("text", "text", ""), ("none", "none", ""),
+    ],
+)  # fmt: skip
+def test_what_drafted_is_named(drafts: str, said: str, predicted: str) -> None:
+    """And what is predicted of heads, where they drafted."""
+    body = report([prompt("a", "code", [130.0], [70.0])], drafts=drafts)
     body["foretold"] = {"tokens_per_step": 1.5, "interval": [1.25, 1.75]}
-    print_report(body, Console(file=text, width=160))
-    assert f"2.00, drafts from: {said} " in text.getvalue()
-    assert re.search(r"predicted, heads alone +│ 1\.50 \(1\.25 \.\. 1\.75\)", text.getvalue())
+    rows = rows_of(body)
+    assert rows["tokens per step"][1] == f"2.00, drafts from: {said}"
+    found = {name: cells[1] for name, cells in rows.items() if name.startswith("predicted")}
+    assert found == ({predicted: "1.50 (1.25 .. 1.75)"} if predicted else {})
+
+
+def test_an_empty_tree_drafts_nothing() -> None:
+    body = report(SAME) | {"tree": {"max_draft_len": 0, "medusa_choices": []}}
+    assert rows_of(body)["tokens per step"][1] == "2.00, drafts from: none"
+
+
+def test_the_first_places_where_outputs_part() -> None:
+    """Mismatches before ties, five in all: hundreds of ties are usual with 8 bits."""
+    ties = [prompt(f"t{n}", "x", [130.0], [70.0], divergence=Divergence(n, 1, 2, 0.5), verdict="tie") for n in range(9)]
+    wrong = prompt("w", "x", [130.0], [70.0], divergence=Divergence(1, 1, 2, 9.0), verdict="mismatch")
+    divergences = report([*ties, wrong])["parity"]["divergences"]
+    assert divergence_lines(divergences) == [
+        "mismatch: prompt w at token 1, logit gap 9",
+        *(f"tie: prompt t{n} at token {n}, logit gap 0.5" for n in range(4)),
+        "and 5 more, in the report (--report)",
+    ]
+    assert len(divergence_lines(divergences[:5])) == 5
 
 
 def test_steps_and_latencies() -> None:

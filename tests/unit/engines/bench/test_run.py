@@ -399,7 +399,7 @@ def test_compare_and_sweeps(made: Any, prompts: Path, tiny_engine: Callable[...,
     assert [row["batch"] for row in report["sweeps"]["batch"]] == [1, 2]
     assert [row["prompt_length"] for row in report["sweeps"]["length"]] == [8]
     page = render(report | {"command": "medusa-run"})
-    for text in ("Against another engine", "sequences at once", "prompt tokens", "no difference seen"):
+    for text in ("Against another engine", "sequences at once", "prompt tokens", "equal on all 4 prompts"):
         assert text in page
     with pytest.raises(ConfigError, match="greedy decoding"):
         run(arguments(made, prompts, compare=made.path, temperature=0.5))

@@ -709,7 +709,7 @@ class TestRun:
             assert run("run", *flags, "--report", tmp_path / f"{name}.json").code == 0
         result = run("run", "diff", tmp_path / "a.json", tmp_path / "b.json")
         assert (result.code, result.err) == (0, "")
-        assert "as fast as A in whole answers, on 1 prompts of both" in " ".join(result.out.split())
+        assert "as fast as A in whole answers, on 1 prompt of both" in " ".join(result.out.split())
         assert "differs:" not in result.out
         assert "got no parity" in one_line(run("run", "diff", tmp_path / "a.json", made.path / "engine.json"))
 

@@ -81,10 +81,15 @@ def serve(
     ends, waiting, active = set(decoder.info.eos_token_ids), list(range(len(prompts)))[::-1], list[int]()
     while waiting or active:
         while waiting and len(active) < batch:
-            active.append(waiting.pop())
-            first, prompt = result.tokens[active[-1]], prompts[active[-1]]
-            first.append(int(decoder.admit(prompt).argmax()))
-            sequences[active[-1]] = drafter.begin([*prompt, *first])
+            index = waiting.pop()
+            first = int(decoder.admit(prompts[index]).argmax())
+            if _extend(result.tokens[index], [first], ends, max_new_tokens) or not decoder.remaining(len(active)):
+                decoder.release(len(active))  # its whole answer
+                continue
+            active.append(index)
+            sequences[index] = drafter.begin([*prompts[index], first])
+        if not active:
+            break
         start = time.perf_counter()
         remaining = min(decoder.remaining(slot) for slot in range(len(active)))
         new = decode_step(decoder, *drafter.draft(decoder, [sequences[index] for index in active], remaining))
@@ -195,14 +200,21 @@ def _extend(tokens: list[int], new: Sequence[int], ends: set[int], limit: int) -
 
 
 def _batch_row(batch: int, without: Sequence[Served], with_tree: Sequence[Served]) -> dict[str, Any]:
-    speeds = [median(run.decoded / run.decode_seconds for run in runs) for runs in (without, with_tree)]
-    steps = [median(1e3 * run.decode_seconds / run.steps for run in runs) for runs in (without, with_tree)]
+    """Figures of a batch size; no speeds where every answer is one token, which no step decodes."""
+    sides = {"baseline": without, "medusa": with_tree}
+    has_steps = all(runs[0].steps for runs in sides.values())
+    speeds = {
+        mode: median(run.decoded / run.decode_seconds for run in runs) for mode, runs in sides.items() if has_steps
+    }
+    steps = {
+        mode: median(1e3 * run.decode_seconds / run.steps for run in runs) for mode, runs in sides.items() if has_steps
+    }
     return {
         "batch": batch,
-        "tokens_per_second": {"baseline": round(speeds[0], 3), "medusa": round(speeds[1], 3)},
-        "speedup": round(speeds[1] / speeds[0], 4),
-        "tokens_per_step": round(with_tree[0].decoded / with_tree[0].sequence_steps, 4),
-        "step_ms": {"baseline": round(steps[0], 4), "medusa": round(steps[1], 4)},
+        "tokens_per_second": {mode: round(speeds[mode], 3) if has_steps else None for mode in sides},
+        "speedup": round(speeds["medusa"] / speeds["baseline"], 4) if has_steps else None,
+        "tokens_per_step": round(with_tree[0].decoded / with_tree[0].sequence_steps, 4) if has_steps else 1.0,
+        "step_ms": {mode: round(steps[mode], 4) if has_steps else 0.0 for mode in sides},
         "equal_outputs": sum(
             ours == theirs for ours, theirs in zip(without[0].tokens, with_tree[0].tokens, strict=True)
         ),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.bench import sweeps
+from medusa_export.engines.bench.report import sweep_rows
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps, serve, stretched
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
@@ -32,6 +34,29 @@ def test_answers_do_not_depend_on_the_batch(batch: int, tree: Tree, tiny_engine:
     assert result.steps <= result.sequence_steps <= batch * result.steps
     assert (result.sequence_steps == result.decoded) == (tree is AUTOREGRESSIVE)
     assert decoder.active == 0
+
+
+@pytest.mark.parametrize("tree", [AUTOREGRESSIVE, TREE], ids=["none", "tree"])
+def test_answers_that_the_prefill_gives_are_not_decoded(tree: Tree, tiny_engine: Callable[..., Any]) -> None:
+    """Of one token, by the limit or because it ends the text: nothing comes behind it, and their slots go to the others."""
+    decoder = TreeBatchDecoder(tiny_engine(drafts_well=True).path, slots=3)
+    whole = serve(decoder, tree, PROMPTS, batch=2, max_new_tokens=6)
+    limited = serve(decoder, tree, PROMPTS, batch=3, max_new_tokens=1)
+    assert (limited.tokens, limited.steps, decoder.active) == ([tokens[:1] for tokens in whole.tokens], 0, 0)
+    ends = whole.tokens[0][0]
+    decoder.info = replace(decoder.info, eos_token_ids=(ends,))
+    found = serve(decoder, tree, PROMPTS, batch=2, max_new_tokens=6)
+    until = [tokens[: tokens.index(ends) + 1] if ends in tokens else tokens for tokens in whole.tokens]
+    assert (found.tokens, found.tokens[0], decoder.active) == (until, [ends], 0)
+    assert max(map(len, until)) > 1
+
+
+def test_a_sweep_without_steps(tiny_engine: Callable[..., Any]) -> None:
+    decoder = TreeBatchDecoder(tiny_engine(drafts_well=True).path, slots=2)
+    (row,) = batch_sweep(decoder, TREE, PROMPTS, [2], max_new_tokens=1)
+    assert (row["speedup"], row["tokens_per_second"]) == (None, {"baseline": None, "medusa": None})
+    assert (row["tokens_per_step"], row["equal_outputs"]) == (1.0, 4)
+    assert sweep_rows("batch", [row])[1] == ("2", "-", "-", "-", "1.00", "4 of 4")
 
 
 def test_throughput_on_a_known_clock(tiny_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

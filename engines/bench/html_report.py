@@ -78,8 +78,13 @@ def verdict(report: Mapping[str, Any]) -> dict[str, str]:
         return {"kind": "bad", "text": "; ".join(report["failures"][:3])}
     if report["decode_speedup"]["median"] is None:
         return {"kind": "even", "text": f"every answer is one token, so nothing was decoded; {_same(report['parity'])}"}
-    kind, word = _speed_verdict(whole_interval(report))
     decoding, whole = times_text(report["decode_speedup"]["median"]), times_text(report["speedup"]["median"])
+    if measured_kind(report) == "none":
+        noise = (
+            f"no drafts in either run, so {decoding} in decoding and {whole} in whole answers are the machine's noise"
+        )
+        return {"kind": "even", "text": f"{noise}; {_same(report['parity'])}"}
+    kind, word = _speed_verdict(whole_interval(report))
     return {
         "kind": kind,
         "text": f"{word} {compared(report)}: decoding {decoding}, whole answers {whole}; {_same(report['parity'])}",

@@ -188,7 +188,7 @@ def _accepted(prompts: Sequence[PromptResult]) -> list[int]:
 
 
 def _counted_drafts(prompts: Sequence[PromptResult]) -> dict[str, int] | None:
-    """As the runtime counts them itself, over all runs with Medusa; None where it does not."""
+    """As the runtime counts them itself, over all measured runs; None where it does not."""
     counted = [run.counted_drafts for prompt in prompts for run in prompt.medusa if run.counted_drafts]
     if not counted:
         return None

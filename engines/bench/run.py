@@ -164,13 +164,13 @@ def _way(drafts: str, directory: Path, engine: Any, tree: Tree) -> Tree | Drafte
 
 
 def _told(progress: Progress, repeats: int) -> Callable[[Sequence[PromptResult]], None]:
-    """What is done, and what it gives so far: tokens a second without and with Medusa, and how many outputs are equal."""
+    """What is done, and what it gives so far: tokens a second without and with drafts, and how many outputs are equal."""
 
     def tell(results: Sequence[PromptResult]) -> None:
         reached = [prompt for prompt in results if prompt.baseline]
-        without, with_medusa = tokens_per_second(reached, WHOLE).values()
+        without, drafted = tokens_per_second(reached, WHOLE).values()
         equal = sum(prompt.baseline[0].tokens == prompt.medusa[0].tokens for prompt in reached)
-        note = f"{without:.1f} / {with_medusa:.1f} tokens/s, {equal} of {len(reached)} equal"
+        note = f"{without:.1f} / {drafted:.1f} tokens/s, {equal} of {len(reached)} equal"
         progress(MEASURED, sum(len(prompt.baseline) for prompt in reached), repeats * len(results), note)
 
     return tell
@@ -294,7 +294,7 @@ def _texts(prompt: PromptResult, at: int, tokenizer: Any) -> dict[str, str]:
 
 
 def _save_outputs(path: Path, result: RunResult, tokenizer: Any) -> None:
-    """A line a prompt: what was generated without and with Medusa, and how long each run took."""
+    """A line a prompt: what was generated without and with drafts, and how long each run took."""
     with output_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         for prompt in result.prompts:
             row: dict[str, Any] = {"id": prompt.prompt_id, "category": prompt.category, "verdict": prompt.verdict}

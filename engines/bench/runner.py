@@ -1,4 +1,4 @@
-"""Runs an engine without and with Medusa on the same prompts, interleaved, and judges speed and parity."""
+"""Runs an engine without and with drafts on the same prompts, interleaved, and judges speed and parity."""
 
 from __future__ import annotations
 

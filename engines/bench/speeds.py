@@ -64,7 +64,7 @@ def speedup(prompts: Sequence[PromptResult], part: TimedPart, mode: str = "medus
 def speedup_interval(
     prompts: Sequence[PromptResult], part: TimedPart, seed: int, fewest: int = FEWEST
 ) -> list[float] | None:
-    """Percentile bootstrap over prompts of the speed-up with Medusa, 95 %; None where too few prompts have such tokens.
+    """Percentile bootstrap over prompts of the speed-up with drafts, 95 %; None where too few prompts have such tokens.
 
     Args:
         prompts: that were run in both modes.

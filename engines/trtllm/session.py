@@ -193,7 +193,7 @@ def main() -> None:
         session.close()
         tokens = [token for step in steps for token in step.tokens]
         rate, per_step = len(tokens) / steps[-1].seconds, (len(tokens) - 1) / max(len(steps) - 1, 1)
-        print(f"{name}: {len(tokens)} tokens, {rate:.1f} tokens/s, {per_step:.2f} tokens a step")
+        print(f"{name}: {len(tokens)} tokens, {rate:.1f} tokens/s, {per_step:.2f} tokens per step")
         if tree and steps[-1].drafts:
             print("the runtime counts {} accepted drafts of {}".format(*steps[-1].drafts))
         print(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -94,8 +94,9 @@ def choice_findings(
         allowed = 2 * tolerance + FLOAT_STEP * float(np.abs(logits).max())
         wrong = np.flatnonzero(~(gaps <= allowed))  # NaN too
         if len(wrong):
+            verb = "is" if len(wrong) == 1 else "are"
             found.append(
-                f"prompt {name}: {len(wrong)} of {len(answer)} tokens are not the greedy choice, the first at {wrong[0]}: "
+                f"prompt {name}: {len(wrong)} of {len(answer)} tokens {verb} not the greedy choice, the first at {wrong[0]}: "
                 f"its logit is {gaps[wrong[0]]:.3g} below the best one's, noise is {allowed:.2g}"
             )
     return found
@@ -124,7 +125,7 @@ def end_findings(
             )
         elif run.finish_reason == "length" and len(run.tokens) < max_new_tokens and last not in ends:
             found.append(
-                f"prompt {name}: the answer ends after {len(run.tokens)} tokens of {max_new_tokens}, for no reason"
+                f"prompt {name}: the answer ends after {len(run.tokens)} of {max_new_tokens} tokens, for no reason"
             )
     return found
 

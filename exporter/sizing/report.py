@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from medusa_export.core.text.words import counted
 from medusa_export.exporter.sizing.gpus import KV_FRACTION, MAX_BATCH, MAX_NUM_TOKENS
 from medusa_export.exporter.sizing.memory import LIBRARIES
 from medusa_export.exporter.sizing.speed import Speed
@@ -27,10 +28,6 @@ def print_sizing(sizing: Sizing, console: Console) -> None:
     )
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
 def _table(title: str, *columns: str, right: Iterable[str] = ("size",)) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=any(columns))
     for column in columns:
@@ -40,7 +37,7 @@ def _table(title: str, *columns: str, right: Iterable[str] = ("size",)) -> Table
 
 def _layout_table(sizing: Sizing) -> Table:
     layout, table = sizing.layout, _table("Layout", "", "")
-    medusa = f"{_count(layout['medusa_heads'], 'head')} of {_count(layout['medusa_layers'], 'layer')}"
+    medusa = f"{counted(layout['medusa_heads'], 'head')} of {counted(layout['medusa_layers'], 'layer')}"
     rows = {
         "model": "{family}, {layers} layers, hidden {hidden_size}, mlp {intermediate_size}",
         "attention": "{attention_heads} query and {key_value_heads} key/value heads of {head_dim}",
@@ -101,7 +98,7 @@ def _memory_table(sizing: Sizing) -> Table:
         ("weights", memory.weights, "in the engine"),
         ("cache of a token", memory.kv_token, f"kv cache {layout['kv_cache']}"),
         ("cache of a sequence", memory.kv_sequence, f"{layout['context']} tokens and the tree, in whole blocks"),
-        ("cache of the batch", memory.kv_batch, _count(layout["batch"], "sequence")),
+        ("cache of the batch", memory.kv_batch, counted(layout["batch"], "sequence")),
         ("activations", memory.activations, f"estimate: one layer, {tokens} tokens"),
         ("logits", memory.logits, f"estimate: {outputs} x {nodes} x {vocab} float32"),
     ):
@@ -112,7 +109,7 @@ def _memory_table(sizing: Sizing) -> Table:
 def _gpu_table(sizing: Sizing) -> Table:
     layout = sizing.layout
     fits = f"batch {layout['batch']}"
-    count = _count(layout["tp"], "GPU")
+    count = counted(layout["tp"], "GPU")
     title = f"{count}, {layout['context']} tokens a sequence; cache: {KV_FRACTION:.0%} of what is left"
     table = _table(title, "GPU", "cache room", fits, "max batch", "", right=("cache room", "max batch"))
     for row in sizing.gpus:
@@ -126,7 +123,9 @@ def _gpu_table(sizing: Sizing) -> Table:
 
 def _speed_table(sizing: Sizing) -> Table:
     layout = sizing.layout
-    title = f"Speed on {_count(layout['tp'], 'GPU')}, estimated from data sheets, not measured; batch {layout['batch']}"
+    title = (
+        f"Speed on {counted(layout['tp'], 'GPU')}, estimated from data sheets, not measured; batch {layout['batch']}"
+    )
     draft, known = layout["max_draft_len"], any(speed.predicted for speed in sizing.speeds)
     step = f"step with {draft} draft tokens"
     with_medusa = ("best tree", "tokens/s with", "gain") if known else ()

@@ -299,6 +299,6 @@ def test_the_script_of_an_export(
     printed = capsys.readouterr().out
     assert printed.startswith("medusa: ")
     assert [line.split(" tokens/s, ")[1] for line in printed.splitlines() if "tokens/s" in line] == [
-        "2.67 tokens a step", "1.00 tokens a step",
+        "2.67 tokens per step", "1.00 tokens per step",
     ]  # fmt: skip
     assert not any(executor.open for executor in standin_tensorrt_llm.executors)

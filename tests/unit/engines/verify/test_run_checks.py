@@ -129,7 +129,7 @@ def test_a_wrong_first_token(
     assert len(by_name["greedy-choice"]) == len({line.split(":")[0] for line in by_name["greedy-choice"]}), (
         "once a prompt"
     )
-    assert "1 of 16 tokens are not the greedy choice, the first at 0" in by_name["greedy-choice"][0]
+    assert "1 of 16 tokens is not the greedy choice, the first at 0" in by_name["greedy-choice"][0]
 
 
 def test_a_cut_prompt(engine: Callable[..., Any], found: Callable[..., Found]) -> None:

@@ -71,12 +71,16 @@ class CostCurve:
         draft_ms: depth of the tree -> milliseconds of that many heads; empty: they cost nothing, else every depth from 1 on.
         estimated: the GPU that these times were estimated for; None where they were measured.
         ratio_ranges: nodes -> the least and the most that :meth:`ratio` may be; empty where that is not known.
+        batch: sequences in a step.
+        past_length: tokens of each in the cache; 0 where that is not known.
     """
 
     verify_ms: Mapping[int, float]
     draft_ms: Mapping[int, float] = field(default_factory=dict)
     estimated: str | None = None
     ratio_ranges: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    batch: int = 1
+    past_length: int = 0
 
     def __post_init__(self) -> None:
         times = [*self.verify_ms.values(), *self.draft_ms.values()]

@@ -12,7 +12,7 @@ import numpy as np
 
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.json_fields import odd_value, read_json, whole
-from medusa_export.heads.trees.search import CostCurve
+from medusa_export.heads.trees.search import LEAST_MS, MOST_MS, CostCurve
 
 COST_FILE = "cost.json"
 
@@ -67,7 +67,10 @@ def load_costs(path: Path) -> list[dict[str, Any]]:
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(str(path), odd_value(error), expected, "correct it") from error
     for curve in found:
-        cost_curve(curve)
+        try:
+            cost_curve(curve)
+        except ConfigError as error:
+            raise ConfigError(str(path), error.got, error.expected, error.action) from error
     return found
 
 
@@ -91,7 +94,7 @@ def _estimated(curve: Mapping[str, Any]) -> dict[str, Any]:
 def _other(row: Mapping[str, Any]) -> dict[str, Any]:
     """Another way of decoding; ``nodes`` of its steps are 1 where they are not given."""
     found = {**row, "name": str(row["name"]), "ms": float(row["ms"])}
-    if not 0 < found["ms"] < math.inf:
+    if not LEAST_MS <= found["ms"] <= MOST_MS:
         raise ValueError(f"{found['ms']:g} ms")
     return found | ({"nodes": whole(row, "nodes", least=1)} if "nodes" in row else {})
 

@@ -103,6 +103,8 @@ def test_heads_without_costs() -> None:
         ({"batch": None}, "batch None"), ({"batch": True}, "batch True"), ({"past_length": -1}, "past_length -1"),
         ({"verify": [{"nodes": 1, "ms": 10}, {"nodes": 0, "ms": 1}]}, "nodes 0"),
         ({"verify": [{"nodes": 1, "ms": 10**400}]}, "a value of another kind"),
+        ({"verify": [{"nodes": 1, "ms": 1e-320}]}, "1e-320 ms"), ({"verify": [{"nodes": 1, "ms": 1e300}]}, "1e+300 ms"),
+        ({"verify": [{"nodes": 2, "ms": 1}]}, "sizes [2] and depths []"),
         ({"draft": [{"depth": 0, "ms": 1}]}, "depth 0"), ({"draft": [{"depth": 1.5, "ms": 1}]}, "depth 1.5"),
         ({"alternatives": [{"name": "x", "ms": 0}]}, "0 ms"), ({"alternatives": [{"name": "x", "ms": float("nan")}]}, "nan ms"),
         ({"alternatives": [{"name": "x", "ms": 1, "nodes": "y"}]}, "nodes 'y'"), ({"alternatives": [3]}, "a value of another kind"),

@@ -52,14 +52,16 @@ def main(
     extra = [tree for tree in (chosen, fixed) if tree not in trees]
     measured = compare(engine, [*trees, *extra], [ids for _, _, ids in encoded], max_new_tokens=max_new_tokens)
     by_tree = {item.tree: item for item in measured}
-    best = max(by_tree.values(), key=lambda item: item.speedup)
-    mine, rival = by_tree.get(chosen), by_tree[fixed]
-    speed = mine.speedup if mine else 1.0
+    speeds = {item.tree: item.speedup for item in measured if item.speedup is not None}
+    if not speeds:
+        raise SystemExit("every answer has one token: nothing was decoded")
+    best = max(speeds, key=lambda tree: speeds[tree])
+    speed = speeds.get(chosen, 1.0)
     console = Console()
     console.print(_table(by_tree, {candidate.tree: candidate for candidate in sizes}, chosen))
     console.print(
-        f"chosen: {speed:.3f}x, {speed / best.speedup:.3f} of the best, {best.tree.max_draft_len} draft tokens; "
-        f"{speed / rival.speedup:.2f} times {FIXED} with {rival.speedup:.3f}x"
+        f"chosen: {speed:.3f}x, {speed / speeds[best]:.3f} of the best, {best.max_draft_len} draft tokens; "
+        f"{speed / speeds[fixed]:.2f} times {FIXED} with {speeds[fixed]:.3f}x"
     )
     if json_file:
         rows = [{**asdict(item), "tree": [list(choice) for choice in item.tree.choices]} for item in measured]
@@ -71,15 +73,15 @@ def _table(measured: dict[Tree, Measured[Tree]], predicted: dict[Tree, Candidate
     table = Table("draft tokens", "depth", "tokens per step", "predicted", "measured", "95% CI")
     for tree, item in sorted(measured.items(), key=lambda pair: pair[0].max_draft_len):
         candidate = predicted.get(tree)
-        low, high = item.interval
-        cells = (f"{item.tokens_per_step:.3f}", f"{candidate.speedup:.3f}" if candidate else "")
+        interval = "{:.3f} .. {:.3f}".format(*item.interval) if item.interval else "-"
+        cells = (f"{item.tokens_per_step or 1:.3f}", f"{candidate.speedup:.3f}" if candidate else "")
         style = "bold" if tree == chosen else None
         table.add_row(
             str(tree.max_draft_len),
             str(tree.depth),
             *cells,
             f"{item.speedup:.3f}",
-            f"{low:.3f} .. {high:.3f}",
+            interval,
             style=style,
         )
     return table

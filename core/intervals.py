@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 SAMPLES = 2000
 PERCENTILES = (2.5, 97.5)
+FEWEST = 3  # prompts that an interval over prompts says something of
 
 Array = npt.NDArray[Any]
 

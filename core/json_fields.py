@@ -118,6 +118,24 @@ def json_kind(value: object) -> str:
     return next((text for kind, text in _KINDS if isinstance(value, kind)), type(value).__name__)
 
 
+def whole(row: Mapping[str, Any], key: str, *, least: int = 0) -> int:
+    """A whole number of an object that its reader takes apart itself; what it raises is for :func:`odd_value`.
+
+    Args:
+        row: the object.
+        key: of the number.
+        least: that it may be.
+
+    Raises:
+        KeyError: the key is not there.
+        ValueError: something else is there, or too small or large a number.
+    """
+    value = row[key]
+    if type(value) is not int or not least <= value <= _LARGEST_INT:
+        raise ValueError(f"{key} {reprlib.repr(value)}")
+    return value
+
+
 def odd_value(error: Exception) -> str:
     """What was found in JSON that should have had another shape, from what Python raised over it."""
     if isinstance(error, KeyError):

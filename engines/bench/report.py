@@ -17,6 +17,7 @@ from medusa_export.engines.bench.speeds import (
     MODES,
     WHOLE,
     TimedPart,
+    interval_text,
     rate_text,
     speedup,
     speedup_interval,
@@ -367,8 +368,8 @@ def sweep_rows(name: str, sweep: Sequence[dict[str, Any]]) -> Sequence[tuple[str
         ]  # fmt: skip
     return [("prompt tokens", "speed-up", "95%", "tokens per step")] + [
         (
-            f"{row['prompt_length']}", f"{row['speedup']:.2f}x",
-            f"{row['speedup_ci95'][0]:.2f} .. {row['speedup_ci95'][1]:.2f}", f"{row['tokens_per_step']:.2f}",
+            f"{row['prompt_length']}", times_text(row["speedup"]), interval_text(row["speedup_ci95"]),
+            "-" if row["tokens_per_step"] is None else f"{row['tokens_per_step']:.2f}",
         )
         for row in sweep
     ]  # fmt: skip

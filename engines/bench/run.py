@@ -93,6 +93,7 @@ def run(
     longest = engine.info.max_length - arguments.max_new_tokens
     require_sweeps(arguments.sweep_batch, arguments.sweep_length, prompts=len(encoded), longest=longest)
     other = _open_other(arguments, engine.info) if arguments.compare else None
+    acceptance = _acceptance(arguments.engine, tree)
     result = run_prompts(
         engine, way, encoded, ways=ways, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats, seed=arguments.seed,
         temperature=arguments.temperature, top_p=arguments.top_p, typical=Typical() if arguments.typical else None, other=other,
@@ -105,7 +106,7 @@ def run(
     step_noise, found = step_findings(engine, tree, result, arguments.seed)
     plain = {key: _plain(value) for key, value in asdict(arguments).items()}
     report = build_report(result, tree, engine.info, plain, reference, num_gpus=getattr(engine, "num_gpus", 1))
-    report |= {"files": describe(list_files(arguments.engine, arguments.engine)), **_acceptance(arguments.engine, tree)}
+    report |= {"files": describe(list_files(arguments.engine, arguments.engine)), **acceptance}
     report["stopped"] = {"prompts": len(result.prompts), "of": len(encoded)} if stopped() else None
     report["expected"] = _expected(arguments.tree or str(arguments.engine / TREE_FILE))
     report["sweeps"] = _sweeps(engine, way, encoded, arguments, progress)
@@ -262,7 +263,7 @@ def _acceptance(engine_dir: Path, tree: Tree) -> dict[str, Any]:
         return {"heads": [], "path_shares": []}
     counted = Acceptance.load(path)
     shares = [round(counted.paths.get(choice, 0) / counted.positions, 4) for choice in tree.choices]
-    return {"heads": read_json(path)["heads"], "path_shares": shares}
+    return {"heads": read_json(path).get("heads", []), "path_shares": shares}
 
 
 def _expected(tree: str) -> list[dict[str, Any]]:

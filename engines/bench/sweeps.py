@@ -167,9 +167,9 @@ def length_sweep(
         rows.append(
             {
                 "prompt_length": length,
-                "tokens_per_step": round(found.tokens_per_step, 4),
-                "speedup": round(found.speedup, 4),
-                "speedup_ci95": [round(value, 4) for value in found.interval],
+                "tokens_per_step": _rounded(found.tokens_per_step),
+                "speedup": _rounded(found.speedup),
+                "speedup_ci95": [round(value, 4) for value in found.interval] if found.interval else None,
             }
         )
     return rows
@@ -220,6 +220,10 @@ def _batch_row(batch: int, without: Sequence[Served], with_tree: Sequence[Served
         ),
         "prompts": len(without[0].tokens),
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _progress_of(progress: Progress, index: int, count: int, done: int, total: int) -> None:

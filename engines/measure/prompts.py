@@ -13,10 +13,15 @@ from medusa_export.heads.contract.engine_info import EngineInfo
 EncodedPrompt = tuple[str, str, list[int]]  # id, category, input_ids
 
 
+def encode_all(tokenizer: Any, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+    """Prompts through the chat template of an engine's tokenizer, of any length."""
+    return [(prompt.id, prompt.category, encode_chat(tokenizer, prompt.messages)) for prompt in prompts]
+
+
 def encode_prompts(
     tokenizer: Any, info: EngineInfo, prompts: Sequence[Prompt], *, max_new_tokens: int
 ) -> list[EncodedPrompt]:
-    """Prompts through the chat template of an engine's tokenizer.
+    """Prompts as :func:`encode_all` gives them, all of which have to fit.
 
     Args:
         tokenizer: the engine's.
@@ -27,7 +32,7 @@ def encode_prompts(
     Raises:
         ConfigError: a prompt that leaves no room for ``max_new_tokens``.
     """
-    encoded = [(prompt.id, prompt.category, encode_chat(tokenizer, prompt.messages)) for prompt in prompts]
+    encoded = encode_all(tokenizer, prompts)
     for key, _, ids in encoded:
         if len(ids) + max_new_tokens > info.max_length:
             got = f"{len(ids)} tokens and {max_new_tokens} new ones"

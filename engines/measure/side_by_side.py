@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from medusa_export.core.intervals import bootstrap
+from medusa_export.core.intervals import FEWEST, bootstrap
 from medusa_export.engines.decoding.drafters import Drafter
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, StepEngine
@@ -26,15 +26,15 @@ class Measured(Generic[Way]):
     """A tree's decoding against decoding without one, on the same prompts, the prefill not counted.
 
     Attributes:
-        speedup: ratio of decoded tokens per second.
-        interval: 95 %, over prompts.
-        tokens_per_step: of the tree's runs.
+        speedup: ratio of decoded tokens per second; None where every answer has one token, which the prefill gives.
+        interval: 95 %, over prompts; None where it is of too few of them.
+        tokens_per_step: of the tree's runs; None where there was no step.
     """
 
     tree: Way
-    speedup: float
-    interval: tuple[float, float]
-    tokens_per_step: float
+    speedup: float | None
+    interval: tuple[float, float] | None
+    tokens_per_step: float | None
 
 
 def compare(
@@ -70,12 +70,14 @@ def compare(
 
 
 def _measured(tree: Way, ms: Array, counts: Array, mode: int) -> Measured[Way]:
-    tokens, steps = counts[:, mode].sum(0)
-    if not tokens:
-        return Measured(tree, 1.0, (1.0, 1.0), 1.0)
     rows = np.stack([counts[:, 0, 0], ms[:, 0], counts[:, mode, 0], ms[:, mode]], axis=1)
+    rows = rows[(rows > 0).all(axis=1)]  # without answers of one token: their time is not that of any step
+    if not len(rows):
+        return Measured(tree, None, None, None)
 
     def speedup(base_tokens: Array, base_ms: Array, own_tokens: Array, own_ms: Array) -> Array:
         return (own_tokens / own_ms) / (base_tokens / base_ms)
 
-    return Measured(tree, float(speedup(*rows.sum(0))), bootstrap(rows, speedup), float(tokens / max(steps, 1)))
+    tokens, steps = counts[:, mode].sum(0)
+    interval = bootstrap(rows, speedup) if len(rows) >= FEWEST else None
+    return Measured(tree, float(speedup(*rows.sum(0))), interval, float(tokens / steps))

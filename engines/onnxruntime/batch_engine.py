@@ -1,7 +1,7 @@
 """Trees of many sequences in one step on ONNX Runtime: every sequence has a slot, its own length and its own accepted path.
 
-A step reads every weight once for all sequences, or once a lane where long ones run apart (:mod:`.lanes`). The cache holds kept rows
-only; a step's new rows come out apart, and those of the accepted paths are copied behind the others.
+A step reads every weight once for all sequences, or once a lane where long ones run apart (:mod:`.lane_plan`). The cache holds kept
+rows only; a step's new rows come out apart, and those of the accepted paths are copied behind the others.
 """
 
 from __future__ import annotations

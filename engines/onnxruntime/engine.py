@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.core.errors import ConfigError, missing_package
+from medusa_export.core.regular_files import found_instead
 from medusa_export.engines.onnxruntime.lazy_memory import lazy_zeros
 from medusa_export.heads.contract.engine_info import DECODER_FILE, EngineInfo, heads_file
 from medusa_export.heads.trees.tree import MAX_CHOICES, Tree
@@ -274,13 +275,16 @@ def session_options(ort: ModuleType, entries: dict[str, str]) -> Any:
 
 
 def open_graph(ort: ModuleType, path: Path, options: Any) -> Any:
-    """A session; ConfigError when ONNX Runtime refuses the graph.
+    """A session; ConfigError when there is no graph, or ONNX Runtime refuses it.
 
     Args:
         ort: the module ``onnxruntime``.
         path: of the graph.
         options: of the session.
     """
+    instead = found_instead(path)
+    if instead is not None:
+        raise ConfigError(str(path), instead, "a graph of this version's engines", "export again")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own classes, all derived from Exception

@@ -36,11 +36,13 @@ def measure_acceptance(
         progress: called after every answer.
 
     Raises:
-        ConfigError: an engine without heads.
+        ConfigError: an engine without heads, a prompt with a token that the model does not have, or answers of one token only.
     """
     depth, ends = decoder.info.max_depth, set(decoder.info.eos_token_ids)
     if not depth:
         raise ConfigError("engine", "no Medusa heads", "an engine with heads", "export with --heads")
+    for _, _, input_ids in prompts:
+        decoder.info.require_known(input_ids)
     followed = [_Followed(input_ids) for _, _, input_ids in prompts]
     waiting, active = list(reversed(followed)), list[_Followed]()  # active: by slot
     while waiting or active:
@@ -53,6 +55,9 @@ def measure_acceptance(
                 progress()
         if active:
             _step(decoder, active, depth)
+    if all(len(answer.tokens) < 2 for answer in followed):
+        got, expected = "every answer has one token: nothing to count", "answers of two tokens and more"
+        raise ConfigError("acceptance", got, expected, "give prompts that are answered at more length")
     return [
         Answer(key, category, found.ranks(depth), accepted_lengths(input_ids, found.tokens))
         for (key, category, input_ids), found in zip(prompts, followed, strict=True)

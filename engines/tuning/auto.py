@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from medusa_export.core.errors import ConfigError
 from medusa_export.core.text.prompts import Prompt
 from medusa_export.core.text.tokenizer import read_tokenizer
-from medusa_export.engines.measure.prompts import encode_prompts
+from medusa_export.engines.measure.prompts import encode_all
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import AT_ONCE, measure_acceptance
-from medusa_export.engines.tuning.cost import SingleSteps, measure_cost, write_costs
-from medusa_export.engines.tuning.defaults import PAST_LENGTH
+from medusa_export.engines.tuning.cost import SingleSteps, measure_cost, usual_past_length, write_costs
 from medusa_export.engines.tuning.search import MAX_DRAFT_LEN, search, sentence, tree_json
 from medusa_export.heads.contract.engine_info import TREE_FILE, EngineInfo
+from medusa_export.heads.contract.tree_prompts import NEW_TOKENS, prompts_to_run
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance, write_calibration
 from medusa_export.heads.trees.step_costs import COST_FILE, cost_curve
 
-MAX_PROMPTS, NEW_TOKENS, ROUNDS = 64, 96, 5
+ROUNDS = 5
 # Sizes whose steps are timed; between them a cost is linear, as far as a tree can tell.
 NODES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 64)
 # For drafts that are chosen step by step; the tree rests on the first curve.
@@ -37,33 +36,26 @@ def choose_tree(
         prompts: up to 64 of those that leave room for an answer are run, evenly spread over all of them.
 
     Raises:
-        ConfigError: no prompt fits into the engine's context.
+        ConfigError: no prompt fits into the engine's context, or what :func:`measure_acceptance` refuses.
     """
     info, tokenizer = EngineInfo.load(engine_dir), read_tokenizer(engine_dir)
-    encoded = encode_prompts(tokenizer, info, prompts, max_new_tokens=0)
-    fitting = [prompt for prompt in encoded if len(prompt[2]) + NEW_TOKENS <= info.max_length]
-    if not fitting:
-        shortest = min((len(ids) for _, _, ids in encoded), default=0)
-        limit = f"one of at most {info.max_length - NEW_TOKENS}"
-        raise ConfigError(
-            "--tree auto", f"prompts of {shortest} tokens and more", limit, "raise --max-length or shorten them"
-        )
-    fitting = fitting[:: -(-len(fitting) // MAX_PROMPTS)]
+    encoded = encode_all(tokenizer, prompts)
+    fitting = [encoded[index] for index in prompts_to_run([len(ids) for _, _, ids in encoded], info.max_length)]
     done = iter(range(1, len(fitting) + 1))
     answers = measure_acceptance(
         TreeBatchDecoder(engine_dir, slots=AT_ONCE), fitting, max_new_tokens=NEW_TOKENS,
         progress=lambda: progress("acceptance", next(done), len(fitting)),
     )  # fmt: skip
     write_calibration(engine_dir / ACCEPTANCE_FILE, answers, {"max_new_tokens": NEW_TOKENS})
-    past_length = min(PAST_LENGTH, info.max_length // 2)
+    past_length = usual_past_length(info)
     steps = SingleSteps(OnnxRuntimeEngine(engine_dir))
     acceptance = Acceptance.from_answers(answers)
     most_tokens = (
         1 + sum(sorted(acceptance.paths.values())[-MAX_DRAFT_LEN:]) / acceptance.positions
     )  # of the largest tree
     curve = measure_cost(
-        steps, sizes=NODES, max_nodes=info.max_length - past_length, past_length=past_length, rounds=ROUNDS,
-        most_tokens=most_tokens, progress=lambda *at: progress("step costs", *at),
+        steps, sizes=NODES, past_length=past_length, rounds=ROUNDS, most_tokens=most_tokens,
+        progress=lambda *at: progress("step costs", *at),
     )  # fmt: skip
     longer = [
         measure_cost(

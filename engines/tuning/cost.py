@@ -101,8 +101,8 @@ def measure_cost(
     steps: Steps,
     *,
     sizes: Sequence[int] = SIZES,
-    max_nodes: int = max(SIZES),
-    past_length: int = PAST_LENGTH,
+    max_nodes: int | None = None,
+    past_length: int | None = None,
     rounds: int = ROUNDS,
     most_tokens: float = math.inf,
     seed: int = 0,
@@ -114,8 +114,8 @@ def measure_cost(
 
     Args:
         sizes: of trees, their roots included; 1 is among them.
-        max_nodes: the largest of them that is measured.
-        past_length: rows in the KV cache before every step.
+        max_nodes: the largest of them that is measured. None: the largest that fits behind the past.
+        past_length: rows in the KV cache before every step. None: :func:`usual_past_length`.
         most_tokens: that a step may ever yield. Trees whose steps cost more than so many without one cannot pay: those of more than
             ALWAYS nodes are left out after TRIED rounds.
         progress: called with (rounds done, rounds).
@@ -124,10 +124,10 @@ def measure_cost(
         ConfigError: a past that leaves no room, an engine without heads, or nothing to measure.
     """
     info = steps.info
-    trees = {
-        nodes: tree for nodes in sizes if nodes <= max_nodes and (tree := wide_tree(nodes, info.max_depth, info.top_k))
-    }
-    _check(info, max(trees, default=0), past_length, rounds)
+    past_length = usual_past_length(info) if past_length is None else past_length
+    trees = timed_trees(info, sizes=sizes, max_nodes=max_nodes, past_length=past_length)
+    if rounds < 1:
+        raise ConfigError("--rounds", f"{rounds}", "1 or more", "correct it")
     steps.fill(past_length)
     items: list[Tree | int] = [*trees.values(), *range(1, info.max_depth + 1)]
     verify: dict[int, list[float]] = {nodes: [] for nodes in trees}
@@ -150,6 +150,43 @@ def measure_cost(
         "verify": [{"nodes": nodes, **_figures(times)} for nodes, times in verify.items()],
         "draft": [{"depth": depth, **_figures(times)} for depth, times in draft.items()],
     }
+
+
+def usual_past_length(info: EngineInfo) -> int:
+    """Where costs are measured unless something else is asked for: 256 tokens, or half of a small context."""
+    return min(PAST_LENGTH, info.max_length // 2)
+
+
+def timed_trees(
+    info: EngineInfo, *, sizes: Sequence[int] = SIZES, max_nodes: int | None = None, past_length: int
+) -> dict[int, Tree]:
+    """Trees whose steps :func:`measure_cost` times, by their nodes; runs nothing.
+
+    Args:
+        info: of the engine.
+        sizes: as there.
+        max_nodes: as there.
+        past_length: rows in the KV cache before every step.
+
+    Raises:
+        ConfigError: a past that leaves no room, an engine without heads, or no size at all.
+    """
+    if not info.max_depth:
+        raise ConfigError("engine", "no Medusa heads", "an engine with heads", "export with --heads")
+    limit = max(1, info.max_length - past_length) if max_nodes is None else max_nodes
+    trees = {
+        nodes: tree for nodes in sizes if nodes <= limit and (tree := wide_tree(nodes, info.max_depth, info.top_k))
+    }
+    if not trees:
+        raise ConfigError("--max-nodes", "less than 1", "1 or more", "correct it")
+    needed = 1 if max_nodes is None else max(trees)
+    if not 0 < past_length <= info.max_length - needed:
+        fit = "1 node fits" if needed == 1 else f"{needed} nodes fit"
+        expected = f"1 .. {info.max_length - needed}, so that {fit} behind it"
+        lower = "choose another" if max_nodes is None else "lower it or --max-nodes"
+        action = f"{lower}, or export with a larger --max-length"
+        raise ConfigError("--past-length", f"{past_length}", expected, action)
+    return trees
 
 
 def _largest_that_may_pay(verify: Mapping[int, Sequence[float]], most_tokens: float) -> int:
@@ -221,17 +258,3 @@ def _figures(times: Sequence[float]) -> dict[str, Any]:
         "runs": len(times),
         "outliers": sum(value > middle + OUTLIER * spread for value in times),
     }
-
-
-def _check(info: EngineInfo, largest: int, past_length: int, rounds: int) -> None:
-    if not info.max_depth:
-        raise ConfigError("engine", "no Medusa heads", "an engine with heads", "export with --heads")
-    if rounds < 1:
-        raise ConfigError("--rounds", f"{rounds}", "1 or more", "correct it")
-    if not largest:
-        raise ConfigError("--max-nodes", "less than 1", "1 or more", "correct it")
-    if not 0 < past_length <= info.max_length - largest:
-        limit = f"1 .. {info.max_length - largest}, so that {largest} nodes fit behind it"
-        raise ConfigError(
-            "--past-length", f"{past_length}", limit, "choose another, or export with a larger --max-length"
-        )

@@ -74,6 +74,18 @@ def _draw_tree(axes: Any, tree: Tree, acceptance: Acceptance) -> None:
         side.set_visible(False)
 
 
+def _draw_measured(axes: Any, found: Search) -> None:
+    """The trees that were run, with the intervals that are known."""
+    ran = [(item.tree.num_nodes, item.speedup, item.interval) for item in found.measured if item.speedup is not None]
+    if not ran:
+        return
+    sizes, speeds, intervals = zip(*ran, strict=True)
+    ends = [interval or (speed, speed) for speed, interval in zip(speeds, intervals, strict=True)]
+    below = [speed - low for speed, (low, _) in zip(speeds, ends, strict=True)]
+    above = [high - speed for speed, (_, high) in zip(speeds, ends, strict=True)]
+    axes.errorbar(sizes, speeds, yerr=(below, above), fmt="o", color="black", capsize=3, label="measured")
+
+
 def _draw_speed(axes: Any, found: Search) -> None:
     curves: Mapping[str, list[float]] = {
         "tokens per step": [item.tokens_per_step for item in found.sizes],
@@ -91,13 +103,7 @@ def _draw_speed(axes: Any, found: Search) -> None:
         axes.fill_between(
             [item.tree.num_nodes for item in ranged], high_ends, low_ends, alpha=0.15, label="what the estimate may be"
         )
-    if found.measured:
-        sizes, speeds = zip(*((item.tree.num_nodes, item.speedup) for item in found.measured), strict=True)
-        low, high = zip(
-            *((item.speedup - item.interval[0], item.interval[1] - item.speedup) for item in found.measured),
-            strict=True,
-        )
-        axes.errorbar(sizes, speeds, yerr=(low, high), fmt="o", color="black", capsize=3, label="measured")
+    _draw_measured(axes, found)
     axes.axvline(found.chosen.tree.num_nodes, color="gray", linestyle=":")
     axes.axhline(1, color="gray", linewidth=0.5)
     origin = f", costs estimated for {found.estimated}" if found.estimated else ""

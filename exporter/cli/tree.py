@@ -44,12 +44,18 @@ class CostFlags:
 
     engine: Path | None = flag(None, help=f"{ENGINE_HELP[:-1]}, to measure.", panel=INPUT)
     output: Path = flag(Path("cost.json"), help="File to write.", panel=OUTPUT)
-    max_nodes: int = flag(64, help="The largest tree to measure, its root included.", panel=MEASUREMENT, bounds=NUMBER)
+    max_nodes: int | None = flag(
+        None,
+        help="The largest tree to measure, its root included.",
+        panel=MEASUREMENT,
+        default="64, or as many as fit",
+        bounds=NUMBER,
+    )
     past_length: tuple[int, ...] = flag(
         (),
         help="Tokens in the key/value cache. Can be repeated.",
         panel=MEASUREMENT,
-        default=f"{PAST_LENGTH}; with --gpu 256 to 32768",
+        default=f"{PAST_LENGTH}, or half of a small context; with --gpu 256 to 32768",
         bounds=COUNT,
     )
     batch: tuple[int, ...] = flag(
@@ -90,7 +96,7 @@ class SearchFlags:
         None,
         help="Tokens in the cache at which the cost counts.",
         panel=SEARCH,
-        default="the first in the file",
+        default=f"the first in the file; {PAST_LENGTH}, or half of a small context, where it is measured",
         bounds=COUNT,
     )
     confirm: int = flag(0, help="Run the N best trees and take the fastest.", panel=SEARCH, metavar="N", bounds=COUNT)
@@ -148,9 +154,12 @@ def cost_command(own: CostFlags, estimate: EstimateFlags) -> None:
 
 
 def _write_measured(own: CostFlags, engine: Path) -> None:
-    from medusa_export.engines.tuning.cost import measure_cost, write_costs
+    from medusa_export.engines.tuning.cost import measure_cost, timed_trees, usual_past_length, write_costs
 
     info, measured = _steps(engine, own.batch, own.threads)
+    pasts = own.past_length or (usual_past_length(info),)
+    for past in pasts:
+        timed_trees(info, max_nodes=own.max_nodes, past_length=past)  # all can be measured, or none is
     with progress_bars() as progress:
         curves = [
             measure_cost(
@@ -158,7 +167,7 @@ def _write_measured(own: CostFlags, engine: Path) -> None:
                 progress=lambda *at, name=f"cost, batch {steps.batch}, past {past}": progress(name, *at),
             )
             for steps in measured
-            for past in own.past_length or (PAST_LENGTH,)
+            for past in pasts
         ]  # fmt: skip
     write_costs(own.output, curves, info)
     for curve in curves:
@@ -220,6 +229,8 @@ def _search(own: SearchFlags, asked: PromptFlags) -> tuple[Any, Any, list[dict[s
     encoded: list[Any] = []
     if own.engine and (counted is None or not curves or own.confirm):
         engine, encoded = _read(own.engine, own.prompts, asked)
+    if engine and not curves:
+        _check_cost(engine, own)
     with progress_bars() as progress:
         if counted is None:
             counted = Acceptance.from_answers(_answers(engine, encoded, asked, "acceptance", progress))
@@ -240,9 +251,24 @@ def _measure_cost(opened: Any, own: SearchFlags, progress: Any) -> dict[str, Any
     from medusa_export.engines.tuning.cost import SingleSteps, measure_cost
 
     return measure_cost(
-        SingleSteps(opened), max_nodes=own.max_draft_len + 1, past_length=own.past_length or PAST_LENGTH,
-        progress=lambda *at: progress("cost", *at),
-    )  # fmt: skip
+        SingleSteps(opened), sizes=_sizes(own), past_length=own.past_length, progress=lambda *at: progress("cost", *at)
+    )
+
+
+def _check_cost(engine: Path, own: SearchFlags) -> None:
+    """Raise ConfigError for costs that could not be measured, before acceptance is counted."""
+    from medusa_export.engines.tuning.cost import timed_trees, usual_past_length
+
+    info = EngineInfo.load(engine)
+    past_length = usual_past_length(info) if own.past_length is None else own.past_length
+    timed_trees(info, sizes=_sizes(own), past_length=past_length)
+
+
+def _sizes(own: SearchFlags) -> list[int]:
+    """Nodes of the steps that are timed."""
+    from medusa_export.engines.tuning.cost import SIZES
+
+    return [nodes for nodes in SIZES if nodes <= own.max_draft_len + 1]
 
 
 def _check_search(own: SearchFlags) -> None:
@@ -256,6 +282,9 @@ def _check_search(own: SearchFlags) -> None:
         raise ConfigError("--prompts", "nothing", "prompts to run the engine on", "give a JSONL file")
     if own.cost is None and own.batch != 1:
         raise ConfigError("--batch", f"{own.batch}", "1, or --cost with that batch size", "give a file")
+    if own.nodes and min(own.nodes) > own.max_draft_len + 1:
+        got, limit = f"{min(own.nodes)}, and --max-draft-len {own.max_draft_len}", f"{own.max_draft_len + 1} or less"
+        raise ConfigError("--nodes", got, limit, "raise --max-draft-len or choose smaller trees")
     for path in (own.output, own.picture):
         require_output_file(path)
     if own.picture is not None and own.picture.suffix not in (".svg", ".png"):

@@ -13,7 +13,7 @@ SHOWN = (1, 2, 3, 5, 10)
 
 
 def print_acceptance(body: dict[str, Any]) -> None:
-    title = f"{body['prompts']} prompts, {body['positions']} positions"
+    title = f"{_many(body['prompts'], 'prompt')}, {_many(body['positions'], 'position')}"
     heads = Table("head", "token", *(f"top {k}" for k in SHOWN), "top 1, 95% CI", title=title, title_justify="left")
     for head, row in enumerate(body["heads"]):
         low, high = row["top1_ci95"]
@@ -27,7 +27,12 @@ def print_acceptance(body: dict[str, Any]) -> None:
             table.add_row(row["category"], str(row["prompts"]), *(f"{value:.1%}" for value in row["top1"]))
         stdout.print(table)
     tree = body["tree"]
-    stdout.print(f"tokens per step with the best {len(tree['choices'])} draft tokens: {tree['tokens_per_step']:.2f}")
+    best = _many(len(tree["choices"]), "draft token")
+    stdout.print(f"tokens per step with the best tree of {best}: {tree['tokens_per_step']:.2f}")
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def print_cost(curve: dict[str, Any]) -> None:
@@ -49,6 +54,8 @@ def print_cost(curve: dict[str, Any]) -> None:
 
 
 def print_search(found: Any) -> None:
+    from medusa_export.engines.bench.speeds import interval_text, times_text
+
     table = Table("draft tokens", "depth", "tokens per step", "cost", "predicted", "measured")
     ran = {item.tree: item for item in found.measured}
     near = sorted(found.sizes, key=lambda item: -item.speedup)[:5]
@@ -57,7 +64,8 @@ def print_search(found: Any) -> None:
     ]
     for item in shown:
         run = ran.get(item.tree)
-        measured = f"{run.speedup:.2f}x ({run.interval[0]:.2f} .. {run.interval[1]:.2f})" if run else ""
+        interval = f" ({interval_text(run.interval)})" if run and run.interval else ""
+        measured = f"{times_text(run.speedup)}{interval}" if run else ""
         cells = (str(item.tree.max_draft_len), str(item.tree.depth), f"{item.tokens_per_step:.2f}")
         style = "bold" if item is found.chosen or item.tree == found.chosen.tree else None
         table.add_row(*cells, f"{item.cost_ratio:.2f}", f"{item.speedup:.2f}x", measured, style=style)
@@ -67,7 +75,11 @@ def print_search(found: Any) -> None:
 def print_crossover(rows: list[dict[str, Any]]) -> None:
     """A line a batch and context: the best tree, and what the model does without heads."""
     others = list(dict.fromkeys(name for row in rows for name in row.get("alternatives", ())))
-    origin = f"costs estimated for {rows[0]['estimated']}, not measured" if "estimated" in rows[0] else "costs measured"
+    estimated = [row for row in rows if "estimated" in row]
+    mixed = 0 < len(estimated) < len(rows)
+    gpus = ", ".join(dict.fromkeys(row["estimated"] for row in estimated))
+    origin = f"costs estimated for {gpus}, not measured" if estimated else "costs measured"
+    origin = f"costs measured, or with * estimated for {gpus}" if mixed else origin
     title = f"best tree by batch and context; tokens/s of the whole batch; {origin}"
     stacked = (name.replace(" without Medusa", "\nalone") for name in others)
     names = ("batch", "past\nlength", "draft\ntokens", "tokens\na step", "gain", "interval", "tokens/s", *stacked)
@@ -75,10 +87,11 @@ def print_crossover(rows: list[dict[str, Any]]) -> None:
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         interval = row["speedup_interval"]
         spread = f"{interval[0]:.2f}-{interval[1]:.2f}" if interval and row["max_draft_len"] else ""
+        mark = "*" if mixed and "estimated" in row else ""
         table.add_row(
-            str(row["batch"]), str(row["past_length"]), str(row["max_draft_len"] or "no tree"),
+            f"{row['batch']}{mark}", str(row["past_length"]), str(row["max_draft_len"] or "no tree"),
             f"{row['tokens_per_step']:.2f}", f"{row['speedup']:.2f}x", spread, f"{row['tokens_per_second']:.0f}",
-            *(f"{speed:.0f}" if (speed := row["alternatives"].get(name)) is not None else "-" for name in others),
+            *(f"{speed:.0f}" if (speed := row.get("alternatives", {}).get(name)) is not None else "-" for name in others),
             end_section=following is not None and following["batch"] != row["batch"],
         )  # fmt: skip
     stdout.print(table)

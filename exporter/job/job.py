@@ -12,6 +12,7 @@ import torch
 from medusa_export.core.artifacts.input_files import InputFiles
 from medusa_export.core.errors import ConfigError, require_packages
 from medusa_export.core.flags import requirement_error
+from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.model_tokens import ModelTokens
 from medusa_export.core.text.prompts import Prompt, load_prompts
 from medusa_export.core.text.tokenizer import TOKENIZER_FILES, read_tokenizer
@@ -24,6 +25,7 @@ from medusa_export.exporter.plan.trtllm_compat import release_warnings
 from medusa_export.exporter.plan.trtllm_layout import require_scales
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.contract.engine_info import TREE_FILE
+from medusa_export.heads.contract.tree_prompts import prompts_to_run
 from medusa_export.heads.contract.trtllm_releases import find_release
 from medusa_export.heads.roofline.curves import estimate_costs
 from medusa_export.heads.roofline.gpus import find_gpu
@@ -91,8 +93,12 @@ class Job:
 
     @cached_property
     def tree_prompts(self) -> list[Prompt]:
-        """What the trees are measured on."""
-        return load_prompts(self.arguments.prompts) if self.arguments.prompts else []
+        """What the trees are measured on: those of the prompts that leave room for an answer, or as many as are run."""
+        given = load_prompts(self.arguments.prompts) if self.arguments.prompts else []
+        encoded = [encode_chat(self.tokenizer, prompt.messages) for prompt in given]
+        chosen = prompts_to_run([len(ids) for ids in encoded], self.max_length) if given else []
+        self._require_known([encoded[index] for index in chosen], "--prompts", "leave the text of that token out")
+        return [given[index] for index in chosen]
 
     def take_trees(self, engine_dir: Path) -> None:
         """Go on with the trees that were measured on the written engine.
@@ -246,15 +252,15 @@ class Job:
     def batches(self) -> list[list[int]]:
         """Token ids for calibration."""
         batches = token_batches(self.tokenizer, self.prompts, max_prompts=self.arguments.calib_prompts)
-        largest, vocab_size = max(max(ids) for ids in batches), self.checkpoint.config.vocab_size
-        if largest >= vocab_size:
-            raise ConfigError(
-                f"{self.ckpt}: tokenizer",
-                f"the token {largest}",
-                f"ids below the model's vocab_size {vocab_size}",
-                "use the tokenizer of this model",
-            )
+        self._require_known(batches, f"{self.ckpt}: tokenizer", "use the tokenizer of this model")
         return batches
+
+    def _require_known(self, texts: list[list[int]], where: str, action: str) -> None:
+        """Raise ConfigError for a token that has no row in the embedding."""
+        largest = max((max(ids, default=0) for ids in texts), default=0)
+        vocab_size = self.checkpoint.config.vocab_size
+        if largest >= vocab_size:
+            raise ConfigError(where, f"the token {largest}", f"ids below the model's vocab_size {vocab_size}", action)
 
     def calibration_key(self) -> str:
         """What names this job's calibration in the cache."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,9 +19,9 @@ import numpy.typing as npt
 from medusa_export.core.artifacts.output_file import write_output
 from medusa_export.core.errors import ConfigError
 from medusa_export.core.intervals import bootstrap
-from medusa_export.core.json_fields import odd_value, read_json
+from medusa_export.core.json_fields import odd_value, read_json, whole
 from medusa_export.heads.trees.search import Candidate, grow
-from medusa_export.heads.trees.tree import Choice, Tree
+from medusa_export.heads.trees.tree import MAX_DEPTH, MAX_TOP_K, Choice, Tree
 
 ACCEPTANCE_FILE = "acceptance.json"
 TOP_K = 10
@@ -76,19 +77,21 @@ class Acceptance:
         expected = "positions and paths with choice and count, as medusa-tree calibrate writes them"
         body = read_json(path, expected, "calibrate again")
         try:
-            paths = {tuple(map(int, entry["choice"])): int(entry["count"]) for entry in body["paths"]}
-            answers = [
-                Answer(
-                    str(entry["prompt"]),
-                    str(entry["category"]),
-                    np.array(entry["ranks"], dtype=np.int64),
-                    np.array(entry["lookup"], dtype=np.int64) if "lookup" in entry else None,
-                )
-                for entry in body.get("answers", ())
-            ]
-            return cls(int(body["positions"]), paths, tuple(answers))
-        except (KeyError, TypeError, ValueError) as error:
+            paths = dict(map(_path, body["paths"]))
+            answers = tuple(map(_answer, body.get("answers", ())))
+            if len({answer.ranks.shape[1] for answer in answers}) > 1:
+                raise ValueError("answers of different numbers of heads")
+            positions = whole(body, "positions")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(str(path), odd_value(error), expected, "calibrate again") from error
+        if not positions:
+            action = "calibrate again, on prompts that are answered at more length"
+            raise ConfigError(str(path), "0 positions", "answers of two tokens and more, which are counted", action)
+        most = max(paths.values(), default=0)
+        if most > positions:
+            got = f"a path seen {most} times at {positions} positions"
+            raise ConfigError(str(path), got, "no path more often than positions", "calibrate again")
+        return cls(positions, paths, answers)
 
     def walk(self, tree: Tree) -> tuple[float, tuple[float, float]] | None:
         """Tokens per step with a tree on the counted answers, and its interval over prompts; None without answers."""
@@ -203,6 +206,25 @@ def write_calibration(path: Path, answers: Sequence[Answer], source: Mapping[str
     body = {**calibration(answers), "source": dict(source)}
     write_output(path, json.dumps(body, separators=(",", ":")) + "\n")
     return body
+
+
+def _path(entry: Mapping[str, Any]) -> tuple[Choice, int]:
+    """A path of a file, and how often it was seen."""
+    choice: Choice = tuple(entry["choice"])
+    if not 0 < len(choice) <= MAX_DEPTH or not all(type(rank) is int and 0 <= rank < MAX_TOP_K for rank in choice):
+        raise ValueError(f"the choice {reprlib.repr(entry['choice'])}")
+    return choice, whole(entry, "count")
+
+
+def _answer(entry: Mapping[str, Any]) -> Answer:
+    """An answer of a file."""
+    ranks = np.array(entry["ranks"], dtype=np.int64)
+    if ranks.ndim != 2 or not ranks.size:
+        raise ValueError("ranks that are no row a token")
+    lookup = np.array(entry["lookup"], dtype=np.int64) if "lookup" in entry else None
+    if lookup is not None and (lookup.shape != ranks.shape[:1] or lookup.min() < 0):
+        raise ValueError("lookup that is no count a token")
+    return Answer(str(entry["prompt"]), str(entry["category"]), ranks, lookup)
 
 
 def _recorded(answer: Answer) -> dict[str, Any]:

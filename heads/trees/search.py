@@ -8,7 +8,6 @@ best next node, and the first n nodes grown are the best tree of n nodes.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +18,8 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.heads.trees.tree import MAX_TOP_K, Choice, Tree
 
 Frequencies = Mapping[Choice, float]
+
+LEAST_MS, MOST_MS = 1e-6, 1e9  # of a step that was timed: their ratios stay numbers
 
 
 def grow(frequencies: Frequencies) -> Iterator[Choice]:
@@ -71,19 +72,24 @@ class CostCurve:
         draft_ms: depth of the tree -> milliseconds of that many heads; empty: they cost nothing, else every depth from 1 on.
         estimated: the GPU that these times were estimated for; None where they were measured.
         ratio_ranges: nodes -> the least and the most that :meth:`ratio` may be; empty where that is not known.
+        batch: sequences in a step.
+        past_length: tokens of each in the cache; 0 where that is not known.
     """
 
     verify_ms: Mapping[int, float]
     draft_ms: Mapping[int, float] = field(default_factory=dict)
     estimated: str | None = None
     ratio_ranges: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    batch: int = 1
+    past_length: int = 0
 
     def __post_init__(self) -> None:
         times = [*self.verify_ms.values(), *self.draft_ms.values()]
-        wrong = [ms for ms in times if not (math.isfinite(ms) and ms > 0)]
+        wrong = [ms for ms in times if not LEAST_MS <= ms <= MOST_MS]
         if 1 not in self.verify_ms or wrong or sorted(self.draft_ms) != list(range(1, len(self.draft_ms) + 1)):
             got = f"{wrong[0]} ms" if wrong else f"sizes {sorted(self.verify_ms)} and depths {sorted(self.draft_ms)}"
-            expected = "positive times for 1 node, a step without a tree, and others, and for depths from 1 on"
+            span = f"times of {LEAST_MS:g} to {MOST_MS:g} ms"
+            expected = f"{span} for 1 node, a step without a tree, and others, and for depths from 1 on"
             raise ConfigError("step costs", got, expected, "measure them again")
 
     @property

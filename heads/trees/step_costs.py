@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from medusa_export.core.errors import ConfigError
-from medusa_export.core.json_fields import odd_value, read_json
-from medusa_export.heads.trees.search import CostCurve
+from medusa_export.core.json_fields import odd_value, read_json, whole
+from medusa_export.heads.trees.search import LEAST_MS, MOST_MS, CostCurve
 
 COST_FILE = "cost.json"
 
@@ -53,25 +53,29 @@ def load_costs(path: Path) -> list[dict[str, Any]]:
             raise ValueError("no list of curves")
         found = [
             {
-                "batch": int(curve.get("batch", 1)),
-                "past_length": int(curve.get("past_length", 0)),
+                "batch": whole({"batch": 1, **curve}, "batch", least=1),
+                "past_length": whole({"past_length": 0, **curve}, "past_length"),
                 "verify": [_verify_row(row) for row in curve["verify"]],
                 "draft": [
-                    {**row, "depth": int(row["depth"]), "ms": float(row["ms"])} for row in curve.get("draft", ())
+                    {**row, "depth": whole(row, "depth", least=1), "ms": float(row["ms"])}
+                    for row in curve.get("draft", ())
                 ],
                 **_estimated(curve),
             }
             for curve in curves
         ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(str(path), odd_value(error), expected, "correct it") from error
     for curve in found:
-        cost_curve(curve)
+        try:
+            cost_curve(curve)
+        except ConfigError as error:
+            raise ConfigError(str(path), error.got, error.expected, error.action) from error
     return found
 
 
 def _verify_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    found = {**row, "nodes": int(row["nodes"]), "ms": float(row["ms"])}
+    found = {**row, "nodes": whole(row, "nodes", least=1), "ms": float(row["ms"])}
     if "step_ratio_range" in row:
         low, high = map(float, row["step_ratio_range"])
         if not 0 < low <= high < math.inf:
@@ -84,8 +88,15 @@ def _estimated(curve: Mapping[str, Any]) -> dict[str, Any]:
     """What only curves have that were not measured: for which GPU, and what other ways of decoding would cost there."""
     if "estimated" not in curve:
         return {}
-    others = [{**row, "name": str(row["name"]), "ms": float(row["ms"])} for row in curve.get("alternatives", ())]
-    return {"estimated": str(curve["estimated"]), "alternatives": others}
+    return {"estimated": str(curve["estimated"]), "alternatives": list(map(_other, curve.get("alternatives", ())))}
+
+
+def _other(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Another way of decoding; ``nodes`` of its steps are 1 where they are not given."""
+    found = {**row, "name": str(row["name"]), "ms": float(row["ms"])}
+    if not LEAST_MS <= found["ms"] <= MOST_MS:
+        raise ValueError(f"{found['ms']:g} ms")
+    return found | ({"nodes": whole(row, "nodes", least=1)} if "nodes" in row else {})
 
 
 def cost_curve(curve: Mapping[str, Any]) -> CostCurve:
@@ -93,7 +104,7 @@ def cost_curve(curve: Mapping[str, Any]) -> CostCurve:
     verify = {row["nodes"]: row["ms"] for row in curve["verify"]}
     draft = {row["depth"]: row["ms"] for row in curve["draft"]}
     ranges = {row["nodes"]: row["step_ratio_range"] for row in curve["verify"] if "step_ratio_range" in row}
-    return CostCurve(verify, draft, curve.get("estimated"), ranges)
+    return CostCurve(verify, draft, curve.get("estimated"), ranges, curve["batch"], curve["past_length"])
 
 
 def select(curves: list[dict[str, Any]], *, batch: int = 1, past_length: int | None = None) -> dict[str, Any]:
@@ -146,8 +157,16 @@ class StepCosts:
 
 
 def _at(curve: Mapping[str, Any], rows: float, depth: int) -> float:
-    """Of one curve; beyond the most nodes measured, every node costs what they cost on average."""
+    """Of one curve; beyond the most nodes or heads measured, every one costs what they cost on average."""
     sizes, times = zip(*sorted((row["nodes"], row["ms"]) for row in curve["verify"]), strict=True)
-    draft = {row["depth"]: row["ms"] for row in curve["draft"]}
     beyond = max(1.0, rows / sizes[-1])
-    return float(np.interp(rows, sizes, times)) * beyond + float(draft.get(depth, 0.0))
+    return float(np.interp(rows, sizes, times)) * beyond + _draft_ms(curve, depth)
+
+
+def _draft_ms(curve: Mapping[str, Any], depth: int) -> float:
+    """Of so many heads; nothing where none was measured."""
+    draft = {int(row["depth"]): float(row["ms"]) for row in curve["draft"]}
+    if not draft or not depth:
+        return 0.0
+    known = min(depth, max(draft))
+    return draft[known] * depth / known

@@ -198,6 +198,27 @@ def test_what_the_tree_was_measured_on(made: Any, prompts: Path) -> None:
     assert report["heads"][0]["top10"] >= report["path_shares"][0]
 
 
+def test_acceptance_of_nothing_is_refused_first(made: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is measured, also where heads draft by their tree alone."""
+    from medusa_export.engines.bench import run as bench
+
+    path, ran = made.path / "acceptance.json", list[int]()
+    monkeypatch.setattr(bench, "run_prompts", lambda *_, **__: ran.append(1))
+    path.write_text('{"positions": 0, "paths": [], "heads": []}')
+    for drafts in ("auto", "heads", "none"):
+        with pytest.raises(ConfigError, match=r"acceptance\.json: got 0 positions; .*answered at more length"):
+            run(arguments(made, prompts, limit=1, drafts=drafts))
+    assert ran == []
+
+
+def test_acceptance_without_accuracies(made: Any, prompts: Path) -> None:
+    """Paths are what a search needs; a file may have nothing else."""
+    paths = [{"choice": [0], "count": 3}, {"choice": [0, 0], "count": 1}]
+    (made.path / "acceptance.json").write_text(json.dumps({"positions": 4, "paths": paths}))
+    report = run(arguments(made, prompts, limit=1, drafts="heads"))
+    assert (report["heads"], max(report["path_shares"])) == ([], 0.75)
+
+
 def encoded(made: Any, question: str) -> list[int]:
     from medusa_export.core.text.encoding import encode_chat
     from medusa_export.core.text.tokenizer import read_tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -94,6 +95,16 @@ def test_lengths(tiny_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatc
     assert seen == {2, 40}
     assert [row["prompt_length"] for row in rows] == [2, 40]
     assert all(row["speedup_ci95"][0] <= row["speedup"] <= row["speedup_ci95"][1] for row in rows)
+
+
+def test_a_length_at_which_nothing_is_decoded(tiny_engine: Callable[..., Any]) -> None:
+    """Every token ends an answer: there is no speed-up to show, and the file stays JSON."""
+    engine = OnnxRuntimeEngine(tiny_engine().path)
+    engine.info = replace(engine.info, eos_token_ids=tuple(range(97)))
+    rows = length_sweep(engine, TREE, PROMPTS, [4], max_new_tokens=5)
+    assert json.dumps(rows, allow_nan=False)
+    assert rows == [{"prompt_length": 4, "tokens_per_step": None, "speedup": None, "speedup_ci95": None}]
+    assert sweep_rows("length", rows)[1] == ("4", "-", "-", "-")
 
 
 def test_a_stretched_prompt_ends_as_it_did() -> None:

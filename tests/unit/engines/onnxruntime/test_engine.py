@@ -13,6 +13,7 @@ import torch
 from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.generate import generate
 from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
+from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.verify.selfcheck import tree_error
 from medusa_export.exporter.onnx.heads import write_heads
@@ -208,6 +209,21 @@ class TestRefusals:
         (path / file).write_bytes((path / file).read_bytes()[:100])
         with pytest.raises(ConfigError, match=f"{file}.*export again"):
             OnnxRuntimeEngine(path).draft(2)
+
+    @pytest.mark.parametrize("file", ["decoder.onnx", "heads-2.onnx", "decoder-batch.onnx"])
+    def test_a_graph_that_is_not_there(self, file: str, tiny_engine: Callable[..., Any]) -> None:
+        """Of an engine that an older version wrote: said once, without ONNX Runtime's words."""
+        path = tiny_engine().path
+        (path / file).unlink()
+
+        def use() -> None:
+            OnnxRuntimeEngine(path).draft(2)
+            TreeBatchDecoder(path, slots=2)
+
+        with pytest.raises(ConfigError) as raised:
+            use()
+        expected = "expected a graph of this version's engines; export again"
+        assert str(raised.value) == f"{path / file}: got no such file or directory; {expected}"
 
     def test_another_number_of_threads(self, tiny_engine: Callable[..., Any]) -> None:
         path = tiny_engine().path

@@ -95,6 +95,25 @@ def test_an_engine_without_heads(tmp_path: Path) -> None:
         measure_acceptance(scripted(()), [("a", "b", PROMPT)], max_new_tokens=4)
 
 
+def test_answers_of_one_token() -> None:
+    """One answer of two tokens is enough to count something."""
+    with pytest.raises(ConfigError, match=r"every answer has one token: nothing to count.*answered at more length"):
+        measure_acceptance(scripted((0,)), [("a", "b", PROMPT)] * 3, max_new_tokens=1)
+    assert len(ranks_of(scripted((0,), eos_at=1), max_new_tokens=4)) == 2
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_a_token_without_embedding(slots: int, tiny_engine: Callable[..., Any]) -> None:
+    """It is named before anything is run."""
+    made, seen = tiny_engine(), list[int]()
+    decoder = TreeBatchDecoder(made.path, slots=slots)
+    with pytest.raises(ConfigError, match="got the token 200; expected ids below the model's vocab_size 97"):
+        measure_acceptance(
+            decoder, [("a", "b", PROMPT), ("c", "d", [5, 200, 3])], max_new_tokens=4, progress=lambda: seen.append(1)
+        )
+    assert (seen, decoder.active) == ([], 0)
+
+
 def test_progress() -> None:
     seen = []
     measure_acceptance(scripted((0,)), [("a", "b", PROMPT)] * 3, max_new_tokens=4, progress=lambda: seen.append(1))

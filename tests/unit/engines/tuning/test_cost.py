@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from medusa_export.core.errors import ConfigError
 from medusa_export.engines.onnxruntime.batch_engine import TreeBatchDecoder
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine, OnnxRuntimeStep
 from medusa_export.engines.tuning import cost
-from medusa_export.engines.tuning.cost import BatchSteps, SingleSteps, measure_cost, wide_tree, write_costs
+from medusa_export.engines.tuning.cost import (
+    SIZES,
+    BatchSteps,
+    SingleSteps,
+    measure_cost,
+    timed_trees,
+    usual_past_length,
+    wide_tree,
+    write_costs,
+)
 from medusa_export.heads.trees.step_costs import cost_curve, load_costs
 
 
@@ -106,6 +116,26 @@ def test_a_batch(tiny_engine: Callable[..., Any]) -> None:
         assert [decoder.remaining(slot) for slot in range(batch)] == [128 - 20] * batch
 
 
+@pytest.mark.parametrize(
+    ("max_length", "past_length", "usual"),
+    [(4096, None, 256), (320, None, 160), (128, None, 64), (20, None, 10), (128, 120, 64)],
+)
+def test_without_flags_any_context_will_do(
+    max_length: int, past_length: int | None, usual: int, engine: OnnxRuntimeEngine
+) -> None:
+    """At the usual past, and as many nodes as fit behind it."""
+    info = replace(engine.info, max_length=max_length)
+    assert usual_past_length(info) == usual
+    past = past_length or usual
+    trees = timed_trees(info, past_length=past)
+    assert list(trees) == [nodes for nodes in SIZES if nodes <= max_length - past]
+    assert all(tree.num_nodes == nodes for nodes, tree in trees.items())
+
+
+def test_the_usual_past(engine: OnnxRuntimeEngine) -> None:
+    assert measure_cost(SingleSteps(engine), sizes=(1, 2), rounds=1)["past_length"] == 64
+
+
 def test_trees_of_every_size_that_heads_can_fill() -> None:
     assert [wide_tree(nodes, 1, 3) is None for nodes in (1, 4, 5)] == [False, False, True]
     tree = wide_tree(9, 2, 4)
@@ -120,8 +150,10 @@ def test_trees_of_every_size_that_heads_can_fill() -> None:
         ({"past_length": 0}, "--past-length"),
         ({"rounds": 0}, "--rounds"),
         ({"max_nodes": 0}, "--max-nodes"),
+        ({"past_length": 127, "max_nodes": 2}, r"1 \.\. 126, so that 2 nodes fit behind it; lower it or --max-nodes"),
+        ({"past_length": 128, "max_nodes": None}, r"1 \.\. 127, so that 1 node fits behind it; choose another"),
     ],
 )
-def test_refusals(options: dict[str, int], message: str, engine: OnnxRuntimeEngine) -> None:
+def test_refusals(options: dict[str, int | None], message: str, engine: OnnxRuntimeEngine) -> None:
     with pytest.raises(ConfigError, match=message):
         measure_cost(SingleSteps(engine), **{"max_nodes": 4, "past_length": 8, "rounds": 1, **options})

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from medusa_export.core.errors import ConfigError
 from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.measure import side_by_side as confirm_module
 from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import measure_acceptance
 from medusa_export.engines.tuning.picture import draw, positions
-from medusa_export.engines.tuning.search import confirm, search, sentence, tree_json
+from medusa_export.engines.tuning.search import Search, confirm, search, sentence, tree_json
 from medusa_export.heads.trees.acceptance import Acceptance, Answer
 from medusa_export.heads.trees.search import CostCurve
 from medusa_export.heads.trees.tree import Tree, load_tree
@@ -102,6 +104,90 @@ def test_what_runs_fastest_is_taken(counted: Acceptance, monkeypatch: pytest.Mon
     assert json.loads(tree_json(found))["measured"][1]["speedup"] == 1.3
     assert run([0.9, 0.8, 0.7]).chosen.tree == Tree(())
     assert "measured 0.90x" in sentence(run([0.9, 0.8, 0.7]))
+
+
+def ran(found: Search, speeds: dict[int, float | None]) -> Search:
+    """A search whose trees of so many draft tokens were run."""
+    trees = {item.tree.max_draft_len: item.tree for item in found.sizes}
+    rows = (
+        Measured(trees[size], speed, (speed - 0.01, speed + 0.01) if speed else None, speed)
+        for size, speed in speeds.items()
+    )
+    return replace(found, measured=tuple(rows))
+
+
+def test_a_tree_s_own_measurement_is_quoted(counted: Acceptance) -> None:
+    """The best of those that were run: its prediction and its measurement, not another tree's of either."""
+    none = search(counted, STEEP)
+    found = ran(none, {1: 0.80, 2: 0.97, 3: 0.9})
+    best = next(item for item in none.sizes if item.tree.max_draft_len == 2)
+    assert none.runner_up.tree.max_draft_len == 1  # by prediction
+    assert f"the best one, 2 draft tokens, {best.tree.depth} deep, is predicted" in sentence(found)
+    assert f"{best.speedup:.2f}x, measured 0.97x (0.96 .. 0.98)." in sentence(found)
+    assert "the best one, 1 draft token, 1 deep, is predicted" in sentence(ran(none, {1: 0.80}))
+    assert "measured 0.80x" in sentence(ran(none, {1: 0.80}))
+
+
+def test_what_was_run_and_not_measured(counted: Acceptance, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every answer has one token: the prediction stands, and no number is made up."""
+    predicted = search(counted, FLAT)
+    monkeypatch.setattr(
+        "medusa_export.engines.tuning.search.compare",
+        lambda _engine, trees, _prompts, **_: [Measured(tree, None, None, None) for tree in trees],
+    )
+    found = confirm(predicted, counted, None, [[1]], max_new_tokens=4)  # type: ignore[arg-type]
+    assert found.chosen == predicted.chosen
+    assert len(found.measured) == 3
+    assert sentence(found).endswith(", not measured: every answer has one token.")
+    rows = json.loads(tree_json(found))["measured"]
+    assert {(row["speedup"], row["speedup_ci95"], row["tokens_per_step"]) for row in rows} == {(None, None, None)}
+    draw(tmp_path / "t.svg", found, counted)
+
+
+def test_a_picture_of_few_prompts(counted: Acceptance, tmp_path: Path) -> None:
+    """Trees that were measured without an interval, with one, and not at all."""
+    found = search(counted, FLAT)
+    (first, second, third, *_) = found.sizes[1:]
+    rows = (
+        Measured(first.tree, 1.1, None, 1.5),
+        Measured(second.tree, 1.2, (1.1, 1.4), 1.5),
+        Measured(third.tree, None, None, None),
+    )
+    draw(tmp_path / "t.svg", replace(found, measured=rows), counted)
+    assert "<!-- measured -->" in (tmp_path / "t.svg").read_text()
+
+
+def test_where_the_costs_are_of(counted: Acceptance) -> None:
+    for times, start in (
+        ({64: 10.0}, "At batch 4 with 512 tokens in the cache, the tree of"),
+        (
+            {2: 99.0},
+            "No tree pays here, at batch 4 with 512 tokens in the cache: the best one, 1 draft token, 1 deep, is",
+        ),
+    ):
+        cost = CostCurve({1: 10.0, **times}, batch=4, past_length=512)
+        assert sentence(search(counted, cost)).startswith(start)
+    assert sentence(search(counted, FLAT)).startswith("At batch 1, the tree of")
+    assert "the tree of 1 draft token, 1 deep, yields" in sentence(search(counted, FLAT, max_draft_len=1))
+
+
+def test_sizes_of_which_there_is_no_tree(counted: Acceptance) -> None:
+    largest = search(counted, FLAT).sizes[-1].tree.num_nodes
+    with pytest.raises(
+        ConfigError,
+        match=rf"--nodes: got 100, 200: no tree of so many nodes was timed and counted; expected 2 \.\. {largest};",
+    ):
+        search(counted, FLAT, sizes=(100, 200))
+    assert len(search(counted, FLAT, sizes=(3, 100)).sizes) == 2
+
+
+def test_nothing_to_choose_from(counted: Acceptance) -> None:
+    for acceptance, cost in ((Acceptance(100, {}), FLAT), (counted, CostCurve({1: 10.0}))):
+        found = search(acceptance, cost)
+        assert found.chosen.tree == Tree(())
+        assert sentence(found) == (
+            "No tree pays here, at batch 1: no draft was ever right, or no step with drafts was timed."
+        )
 
 
 def test_trees_are_compared_on_the_same_tokens(

@@ -25,6 +25,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(stopped.value.code or 0)
 
 
+SEARCHED = ("search", "--engine", "ENGINE", "--prompts", "PROMPTS", "--max-new-tokens", "8")
+
+
 @pytest.fixture
 def engine(tiny_engine: Callable[..., Any]) -> Path:
     path: Path = tiny_engine(drafts_well=True).path
@@ -166,6 +169,76 @@ def test_what_no_file_says_is_measured_and_trees_are_run(
     assert "measured" in capfd.readouterr().out
 
 
+def test_a_small_context_needs_no_flags(
+    tiny_engine: Callable[..., Any],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Costs are measured behind half of it, by both commands, as an export does."""
+    engine = tiny_engine(drafts_well=True, max_length=100).path
+    cost, tree = tmp_path / "c.json", tmp_path / "t.json"
+    assert run(monkeypatch, "cost", "--engine", engine, "--rounds", "1", "--output", cost) == 0
+    (curve,) = json.loads(cost.read_text())["curves"]
+    assert (curve["past_length"], max(row["nodes"] for row in curve["verify"])) == (50, 48)
+    flags = ["--engine", engine, "--prompts", prompts, "--max-new-tokens", "8", "--output", tree]
+    assert run(monkeypatch, "search", *flags, "--max-draft-len", "3") == 0
+    assert [row["past_length"] for row in json.loads(tree.read_text())["crossover"]] == [50]
+    assert "with 50 tokens in the cache" in " ".join(capfd.readouterr().out.split())
+
+
+def test_measured_and_estimated_costs_in_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What was measured has no alternatives; only what was estimated is marked, and the sentence says which row it is about."""
+    rows = [{"nodes": 1, "ms": 10.0}, {"nodes": 64, "ms": 900.0}]
+    others = [{"name": "prompt lookup", "ms": 9.0}]
+    curves = [
+        {"past_length": 128, "verify": rows},
+        {
+            "past_length": 4096,
+            "verify": [rows[0], rows[1] | {"ms": 11.0}],
+            "estimated": "X-1GB",
+            "alternatives": others,
+        },
+    ]
+    files = ["--acceptance", tmp_path / "a.json", "--cost", tmp_path / "c.json", "--output", tmp_path / "t.json"]
+    (tmp_path / "a.json").write_text(json.dumps({"positions": 10, "paths": [{"choice": [0], "count": 4}]}))
+    (tmp_path / "c.json").write_text(json.dumps({"curves": curves}))
+    assert run(monkeypatch, "search", *files) == 0
+    out = capfd.readouterr().out
+    assert "costs measured, or with * estimated for X-1GB" in " ".join(out.split())
+    table = [line.split() for line in out.splitlines() if line.split()[1:2] in (["128"], ["4096"])]
+    assert [(line[0], line[-1]) for line in table] == [("1", "-"), ("1*", "111")]
+    assert "No tree pays here, at batch 1 with 128 tokens in the cache" in " ".join(out.split())
+    (tmp_path / "c.json").write_text(json.dumps({"curves": curves[1:]}))
+    assert run(monkeypatch, "search", *files) == 0
+    assert "*" not in capfd.readouterr().out
+    assert run(monkeypatch, "search", *files, "--nodes", "3") == 2
+    assert "got 3: no tree of so many nodes was timed and counted; expected 2 .. 2" in capfd.readouterr().err
+
+
+def test_nothing_is_claimed_of_answers_of_one_token(
+    engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = json.loads((engine / "engine.json").read_text()) | {"eos_token_ids": list(range(97))}
+    (engine / "engine.json").write_text(json.dumps(body))
+    acceptance = tmp_path / "a.json"
+    flags = ["--engine", engine, "--prompts", prompts, "--max-new-tokens", "8"]
+    assert run(monkeypatch, "calibrate", *flags, "--output", acceptance) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "every answer has one token: nothing to count" in line
+    assert not acceptance.exists()
+    acceptance.write_text(json.dumps({"positions": 10, "paths": [{"choice": [0], "count": 4}]}))
+    files = ["--acceptance", acceptance, "--cost", flat(tmp_path / "c.json"), "--output", tmp_path / "t.json"]
+    assert run(monkeypatch, "search", *flags, *files, "--confirm", "1") == 0
+    out = " ".join(capfd.readouterr().out.split())
+    assert "predicted 1.40x, not measured: every answer has one token" in out
+    assert "nan" not in out
+    assert json.loads((tmp_path / "t.json").read_text(), parse_constant=pytest.fail)["measured"][0]["speedup"] is None
+
+
 def test_free_nodes_are_all_taken(
     engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +279,10 @@ def test_free_nodes_are_all_taken(
         (["cost", "--gpu", "h100", "--ckpt", "absent"], "absent"),
         (["cost", "--engine", "ENGINE", "--batch", "0"], "--batch"),
         (["cost", "--engine", "ENGINE", "--past-length", "5000"], "--past-length"),
+        (["cost", "--engine", "ENGINE", "--past-length", "8", "--past-length", "100", "--max-nodes", "64"], "got 100"),
+        ([*SEARCHED, "--past-length", "0"], "--past-length: got 0; expected 1 .. 127"),
+        ([*SEARCHED, "--past-length", "128"], "--past-length: got 128; expected 1 .. 127"),
+        ([*SEARCHED, "--nodes", "100"], "--nodes: got 100, and --max-draft-len 63; expected 64 or less"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -219,6 +296,8 @@ def test_wrong_input(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("acceptance.measure_acceptance", "cost.measure_cost"):  # all is refused before anything is run
+        monkeypatch.setattr(f"medusa_export.engines.tuning.{name}", lambda *_, **__: pytest.fail("something was run"))
     before = sorted(path.name for path in tmp_path.iterdir())
     given = [{"ENGINE": str(engine), "PROMPTS": str(prompts)}.get(flag, flag) for flag in flags]
     assert run(monkeypatch, *given) == 2

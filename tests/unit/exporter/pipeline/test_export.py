@@ -705,6 +705,16 @@ class TestMeasuredTree:
         assert verify_export(given.output) == []
         assert "cost the same" not in caplog.text
 
+    def test_a_long_prompt_is_left_out(self, given: ExportArguments) -> None:
+        """It fills the context by itself; the others are what the tree is measured on."""
+        assert given.prompts is not None
+        with given.prompts.open("a") as file:
+            file.write(json.dumps({"prompt": " ".join(f"w{n % 60}" for n in range(300)), "id": "long"}) + "\n")
+        assert export(given, engine_tools(check_engine, choose_tree))
+        answers = Acceptance.load(given.output / "engine/acceptance.json").answers
+        assert len(answers) == 6
+        assert "long" not in {answer.prompt for answer in answers}
+
     def test_the_assumption_is_said(self, given: ExportArguments, caplog: pytest.LogCaptureFixture) -> None:
         assert export(given, engine_tools(check_engine, choose_tree))
         assert "as if all trees up to 64 nodes cost the same" in caplog.text
@@ -735,9 +745,13 @@ class TestMeasuredTree:
             ({"gpu_model": "v100"}, "'v100'"),
             ({"gpu_model": "a100-80gb", "quant": "fp8"}, "fp8 needs SM 89"),
             ({"gpu_model": "h100", "tree_cost": Path("cost.json")}, "--tree-cost too"),
+            (
+                {"max_length": 101},
+                "--tree auto: got prompts of 6 tokens and more; expected one of at most 5; raise --max-",
+            ),
         ],
     )
     def test_refusals(self, change: dict[str, Any], message: str, given: ExportArguments) -> None:
         with pytest.raises(MedusaExportError, match=message):
-            export(replace(given, **change), engine_tools(no_engine, choose_tree))
+            export(replace(given, **change), engine_tools(no_engine))  # before an engine is written
         assert not given.output.exists()

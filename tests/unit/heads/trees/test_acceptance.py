@@ -95,3 +95,42 @@ def test_no_such_file(body: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(body))
     with pytest.raises(ConfigError, match="calibrate again"):
         Acceptance.load(tmp_path / "a.json")
+
+
+SEEN = {"positions": 4, "paths": [{"choice": [0], "count": 3}]}
+RANKED = {"prompt": "a", "category": "c", "ranks": [[0, 1], [-1, -1]], "lookup": [1, 0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"positions": 0}, "0 positions"),
+        ({"positions": 0, "paths": []}, "0 positions"),
+        ({"positions": 2}, "a path seen 3 times at 2 positions"),
+        ({"positions": -1}, "positions -1"),
+        ({"positions": 1e400}, "positions inf"),
+        ({"paths": [{"choice": [], "count": 1}]}, "the choice []"),
+        ({"paths": [{"choice": [-1], "count": 1}]}, "the choice [-1]"),
+        ({"paths": [{"choice": [16], "count": 1}]}, "the choice [16]"),
+        ({"paths": [{"choice": [0.5], "count": 1}]}, "the choice [0.5]"),
+        ({"paths": [{"choice": [0] * 17, "count": 1}]}, "the choice [0, 0"),
+        ({"paths": [{"choice": [0], "count": -1}]}, "count -1"),
+        ({"answers": [RANKED | {"ranks": [0, 1]}]}, "ranks that are no row a token"),
+        ({"answers": [RANKED | {"ranks": []}]}, "ranks that are no row a token"),
+        ({"answers": [RANKED | {"ranks": [[10**30]]}]}, "a value of another kind"),
+        ({"answers": [RANKED | {"lookup": [1]}]}, "lookup that is no count a token"),
+        ({"answers": [RANKED | {"lookup": [-1, 0]}]}, "lookup that is no count a token"),
+        ({"answers": [RANKED, RANKED | {"ranks": [[0], [-1]]}]}, "answers of different numbers of heads"),
+    ],
+    ids=lambda value: str(value)[-60:],
+)
+def test_counts_that_cannot_be(change: dict[str, Any], got: str, tmp_path: Path) -> None:
+    """A negative count of prompt lookup would never let its walk end."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(SEEN | {"answers": [RANKED]}))
+    assert Acceptance.load(path).lookup() is not None
+    path.write_text(json.dumps(SEEN | change))
+    with pytest.raises(ConfigError, match="calibrate again") as raised:
+        Acceptance.load(path)
+    assert raised.value.where == str(path)
+    assert raised.value.got.startswith(got)

@@ -74,7 +74,7 @@ def curve(batch: int, past: int, *times: float) -> dict[str, Any]:
     [
         ({"nodes": 4, "depth": 0, "past_length": 0}, 16.0),
         ({"nodes": 4, "depth": 1, "past_length": 0}, 16.5),
-        ({"nodes": 4, "depth": 2, "past_length": 0}, 16.0),  # not measured: nothing is added
+        ({"nodes": 4, "depth": 3, "past_length": 0}, 17.5),  # beyond the most heads: 0.5 a head, as one of them
         ({"nodes": 2, "depth": 0, "past_length": 0}, 12.0),  # between sizes
         ({"nodes": 12, "depth": 0, "past_length": 0}, 36.0),  # beyond the most nodes: 3 a node, as 8 of them
         ({"nodes": 1, "depth": 0, "past_length": 25}, 12.5),  # between past lengths
@@ -88,6 +88,36 @@ def curve(batch: int, past: int, *times: float) -> dict[str, Any]:
 def test_a_step_of_any_size(given: dict[str, Any], ms: float) -> None:
     costs = StepCosts([curve(4, 0, 30.0, 40.0, 80.0), curve(1, 100, 20.0, 26.0, 34.0), curve(1, 0, 10.0, 16.0, 24.0)])
     assert costs.ms(**given) == pytest.approx(ms)
+
+
+def test_heads_without_costs() -> None:
+    """Of a file that was written by hand with nodes alone."""
+    costs = StepCosts([curve(1, 0, 10.0, 16.0, 24.0) | {"draft": []}])
+    assert costs.ms(4, 3, 0) == 16.0
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"batch": 0}, "batch 0"), ({"batch": -1}, "batch -1"), ({"batch": 1e400}, "batch inf"), ({"batch": 10**400}, "batch 1000"),
+        ({"batch": None}, "batch None"), ({"batch": True}, "batch True"), ({"past_length": -1}, "past_length -1"),
+        ({"verify": [{"nodes": 1, "ms": 10}, {"nodes": 0, "ms": 1}]}, "nodes 0"),
+        ({"verify": [{"nodes": 1, "ms": 10**400}]}, "a value of another kind"),
+        ({"verify": [{"nodes": 1, "ms": 1e-320}]}, "1e-320 ms"), ({"verify": [{"nodes": 1, "ms": 1e300}]}, "1e+300 ms"),
+        ({"verify": [{"nodes": 2, "ms": 1}]}, "sizes [2] and depths []"),
+        ({"draft": [{"depth": 0, "ms": 1}]}, "depth 0"), ({"draft": [{"depth": 1.5, "ms": 1}]}, "depth 1.5"),
+        ({"alternatives": [{"name": "x", "ms": 0}]}, "0 ms"), ({"alternatives": [{"name": "x", "ms": float("nan")}]}, "nan ms"),
+        ({"alternatives": [{"name": "x", "ms": 1, "nodes": "y"}]}, "nodes 'y'"), ({"alternatives": [3]}, "a value of another kind"),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_numbers_that_cannot_be(change: dict[str, Any], got: str, tmp_path: Path) -> None:
+    curve = {"estimated": "H100", "verify": [{"nodes": 1, "ms": 10}, {"nodes": 64, "ms": 12}], **change}
+    (tmp_path / "c.json").write_text(json.dumps({"curves": [curve]}))
+    with pytest.raises(ConfigError) as raised:
+        load_costs(tmp_path / "c.json")
+    assert raised.value.where == str(tmp_path / "c.json")
+    assert raised.value.got.startswith(got)
 
 
 def test_estimates_keep_what_they_are_for(tmp_path: Path) -> None:

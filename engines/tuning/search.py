@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medusa_export.core.errors import ConfigError
+from medusa_export.core.text.words import counted
 from medusa_export.engines.decoding.protocols import StepEngine
 from medusa_export.engines.measure.side_by_side import Measured, compare
 from medusa_export.heads.trees.acceptance import Acceptance
@@ -142,11 +143,11 @@ def sentence(found: Search) -> str:
         other = found.runner_up
         return (
             f"No tree pays here, at {where}: the best one, {_shape(other.tree)}, is predicted to yield {other.tokens_per_step:.2f} "
-            f"tokens a step at {other.cost_ratio:.2f} times the cost of a step without one, {other.speedup:.2f}x"
+            f"tokens per step at {other.cost_ratio:.2f} times the cost of a step without one, {other.speedup:.2f}x"
             f"{_measured(found, other.tree)}{_origin(found)}."
         )
     return (
-        f"At {where}, the tree of {_shape(chosen.tree)}, yields {chosen.tokens_per_step:.2f} tokens a step at "
+        f"At {where}, the tree of {_shape(chosen.tree)}, yields {chosen.tokens_per_step:.2f} tokens per step at "
         f"{chosen.cost_ratio:.2f} times the cost of a step without one: predicted {chosen.speedup:.2f}x"
         f"{_range(found.interval)}{_measured(found, chosen.tree)}{_origin(found)}."
     )
@@ -203,8 +204,7 @@ def _chosen(found: Search, chosen: Candidate, acceptance: Acceptance) -> Search:
 
 
 def _shape(tree: Tree) -> str:
-    tokens = "1 draft token" if tree.max_draft_len == 1 else f"{tree.max_draft_len} draft tokens"
-    return f"{tokens}, {tree.depth} deep"
+    return f"{counted(tree.max_draft_len, 'draft token')}, {tree.depth} deep"
 
 
 def _figures(candidate: Candidate) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from medusa_export.core.text.words import counted
 from medusa_export.exporter.cli.console import stdout
 
 SHOWN = (1, 2, 3, 5, 10)
 
 
 def print_acceptance(body: dict[str, Any]) -> None:
-    title = f"{_many(body['prompts'], 'prompt')}, {_many(body['positions'], 'position')}"
+    title = f"{counted(body['prompts'], 'prompt')}, {counted(body['positions'], 'position')}"
     heads = Table("head", "token", *(f"top {k}" for k in SHOWN), "top 1, 95% CI", title=title, title_justify="left")
     for head, row in enumerate(body["heads"]):
         low, high = row["top1_ci95"]
@@ -27,12 +28,8 @@ def print_acceptance(body: dict[str, Any]) -> None:
             table.add_row(row["category"], str(row["prompts"]), *(f"{value:.1%}" for value in row["top1"]))
         stdout.print(table)
     tree = body["tree"]
-    best = _many(len(tree["choices"]), "draft token")
+    best = counted(len(tree["choices"]), "draft token")
     stdout.print(f"tokens per step with the best tree of {best}: {tree['tokens_per_step']:.2f}")
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def print_cost(curve: dict[str, Any]) -> None:

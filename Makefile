@@ -13,7 +13,7 @@ quickstart: .venv/quickstart
 	$(BIN)/python examples/smollm2.py quickstart/model
 	tail -n 13 examples/spec_bench_39.jsonl > quickstart/prompts.jsonl  # not among those that are run
 	$(BIN)/medusa-export --ckpt quickstart/model --heads $(HEADS) --quant fp8 --calib $(HEADS)/prompts.jsonl --calib-prompts 8 --prompts quickstart/prompts.jsonl --output quickstart/out
-	$(BIN)/medusa-run --engine quickstart/out/engine --prompts examples/spec_bench_39.jsonl --limit 26 --max-new-tokens 48 --repeats 1 --reference quickstart/model --report quickstart/report.json
+	$(BIN)/medusa-run --engine quickstart/out/engine --prompts examples/spec_bench_39.jsonl --limit 13 --max-new-tokens 64 --repeats 1 --reference quickstart/model --report quickstart/report.json
 
 # TensorRT engines of the same model, built without a GPU.
 tensorrt: .venv/ready

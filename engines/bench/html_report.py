@@ -10,7 +10,7 @@ from typing import Any
 from medusa_export.core.text.words import counted
 from medusa_export.engines.bench.report import QUANTILES, SPEEDS, foretold_row, paired_line, sweep_rows, whole_interval
 from medusa_export.engines.bench.speeds import interval_text, times_text
-from medusa_export.engines.bench.wording import compared, measured_kind, sources
+from medusa_export.engines.bench.wording import BASELINE, compared, measured_kind, sources
 from medusa_export.engines.tuning.picture import positions
 from medusa_export.heads.trees.tree import Tree
 
@@ -79,7 +79,7 @@ def verdict(report: Mapping[str, Any]) -> dict[str, str]:
     if report["decode_speedup"]["median"] is None:
         return {"kind": "even", "text": f"every answer is one token, so nothing was decoded; {_same(report['parity'])}"}
     decoding, whole = times_text(report["decode_speedup"]["median"]), times_text(report["speedup"]["median"])
-    if measured_kind(report) == "none":
+    if measured_kind(report) == BASELINE:
         noise = (
             f"no drafts in either run, so {decoding} in decoding and {whole} in whole answers are the machine's noise"
         )

@@ -30,6 +30,7 @@ from medusa_export.engines.bench.report import build_report
 from medusa_export.engines.bench.runner import PromptResult, RunResult, continuations, parted_run, run_prompts
 from medusa_export.engines.bench.speeds import ALL_MODES, DECODING, MODES, WHOLE, TimedPart, tokens_per_second
 from medusa_export.engines.bench.sweeps import batch_sweep, length_sweep, require_sweeps
+from medusa_export.engines.bench.wording import BASELINE
 from medusa_export.engines.decoding.batch_trees import BatchTrees
 from medusa_export.engines.decoding.draft_kinds import (
     DRAFTS,
@@ -51,7 +52,6 @@ from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, Acceptance
 from medusa_export.heads.trees.tree import Tree, load_tree
 
 MEASURED = "prompts"  # the stage that can be stopped
-BASELINE = "none"  # of the drafts: part of every measurement
 SHOWN_TOKENS = 24  # of a text before and after a divergence
 REFERENCE_PROMPTS = 8  # prompts on which the engine is compared with the checkpoint
 RATED_PROMPTS = 64  # whose two outputs part, and are rated by the checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+BASELINE = "none"  # of the drafts: part of every measurement
 SOURCES = {  # of drafts, by --drafts
     "heads": "heads, in a tree of {size}",
     "text": "text",

@@ -10,6 +10,7 @@ import numpy as np
 
 from medusa_export.core.json_fields import read_json
 from medusa_export.engines.decoding.protocols import Generation, ScoringEngine
+from medusa_export.engines.verify.parity import logit_noise
 from medusa_export.engines.verify.selfcheck import tree_error
 from medusa_export.heads.trees.tree import Tree
 
@@ -75,7 +76,7 @@ def choice_findings(
 
     Args:
         texts: name of the prompt, prompt, and what was generated.
-        tolerance: gap in logits that numerical noise may turn round.
+        tolerance: gap in logits that numerical noise may turn round; where it does not do, the noise of the blocks is measured.
     """
     found = []
     for name, prompt, run in texts:
@@ -91,7 +92,10 @@ def choice_findings(
         scored = np.concatenate(list(engine.score(text, chunk=chunk, start=start)))
         logits = scored[-len(answer) :, : engine.info.sampled]  # [A, V]
         gaps = logits.max(axis=-1) - logits[np.arange(len(answer)), answer]
-        allowed = 2 * tolerance + FLOAT_STEP * float(np.abs(logits).max())
+        step = FLOAT_STEP * float(np.abs(logits).max())
+        allowed = 2 * tolerance + step
+        if chunk > 1 and not (gaps <= allowed).all():  # the tolerance is that of a tree's steps, or of none
+            allowed = 2 * max(tolerance, logit_noise(engine, prompt, run.tokens, chunk)) + step
         wrong = np.flatnonzero(~(gaps <= allowed))  # NaN too
         if len(wrong):
             verb = "is" if len(wrong) == 1 else "are"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 from medusa_export.core.text.encoding import encode_chat
 from medusa_export.core.text.tokenizer import read_tokenizer
 from medusa_export.engines.decoding.generate import generate
-from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE
+from medusa_export.engines.decoding.protocols import AUTOREGRESSIVE, Generation
 from medusa_export.engines.decoding.single_slot import OneSequence
 from medusa_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from medusa_export.engines.tuning.acceptance import measure_acceptance
+from medusa_export.engines.verify.run_checks import choice_findings
 from medusa_export.exporter.cli.run import run_main
 from medusa_export.heads.checkpoint.medusa_checkpoint import MedusaCheckpoint
 from medusa_export.heads.trees.acceptance import ACCEPTANCE_FILE, write_calibration
@@ -130,6 +132,27 @@ def test_a_wrong_first_token(
         "once a prompt"
     )
     assert "1 of 16 tokens is not the greedy choice, the first at 0" in by_name["greedy-choice"][0]
+
+
+class NearTies:
+    """A stand-in whose best two tokens change places between single steps and blocks, as rounded inputs have it."""
+
+    info = SimpleNamespace(exact_products=False, sampled=8)
+
+    def score(self, input_ids: Sequence[int], *, chunk: int, start: int = 0) -> Iterator[np.ndarray]:
+        logits = np.zeros((len(input_ids) - start, 8), dtype=np.float32)
+        logits[:, 3], logits[:, 4] = (5.1, 5.0) if chunk == 1 else (5.0, 5.05)
+        yield logits
+
+
+def test_a_near_tie_is_no_wrong_choice_whatever_drafted() -> None:
+    """Also without drafts, where no tolerance was measured."""
+    engine: Any = NearTies()
+    assert choice_findings(engine, [("a", [1, 2], Generation([3] * 20))], 0.0) == []
+    (wrong,) = choice_findings(engine, [("a", [1, 2], Generation([3] * 19 + [5]))], 0.0)
+    assert wrong.startswith(
+        "prompt a: 1 of 20 tokens is not the greedy choice, the first at 19: its logit is 5.05 below"
+    )
 
 
 def test_a_cut_prompt(engine: Callable[..., Any], found: Callable[..., Found]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -25,35 +27,45 @@ def head_ranks(heads: MedusaHeads, rows: Rows, *, limit: int | None = None) -> R
     count = len(rows) if limit is None else min(limit, len(rows))
     labels = rows.labels(heads.num_heads)[:count]
     ranks = np.full((count, heads.num_heads), UNKNOWN, dtype=np.int64)
-    device = heads.lm_head.device
-    with torch.inference_mode():
-        for start in range(0, count, CHUNK_ROWS):
-            index = torch.arange(start, min(start + CHUNK_ROWS, count))
-            hidden = rows.read(index).to(device)
-            for head in range(heads.num_heads):
-                valid = labels[index, head] != NO_LABEL
-                label = labels[index, head].clamp_min(0).to(device)[:, None]
-                logits = heads(hidden, head) @ heads.projection(head).T  # [R, V]
-                better = (logits > logits.gather(1, label)).sum(-1).clamp_max(ABSENT).cpu()
-                ranks[start : start + CHUNK_ROWS, head] = torch.where(valid, better, UNKNOWN).numpy()
+    for index, head, logits in _predictions(heads, rows, count):
+        valid = labels[index, head] != NO_LABEL
+        label = labels[index, head].clamp_min(0).to(logits.device)[:, None]
+        better = (logits > logits.gather(1, label)).sum(-1).clamp_max(ABSENT).cpu()
+        ranks[index, head] = torch.where(valid, better, UNKNOWN).numpy()
     return ranks
 
 
 def head_candidates(heads: MedusaHeads, rows: Rows, *, limit: int) -> npt.NDArray[np.int64]:
-    """The best TOP_K tokens of every head over the whole vocabulary, for the first ``limit`` rows.  # int64 [N, num_heads, TOP_K]
+    """The best tokens of every head over the whole vocabulary, best first, for the first ``limit`` rows.
 
     Args:
         heads: what predicts.
         rows: cached states.
         limit: rows, at most.
+
+    Returns:
+        TOP_K of them, or all of a smaller vocabulary.  # int64 [N, num_heads, TOP_K]
     """
-    count, device = min(limit, len(rows)), heads.lm_head.device
-    found = np.empty((count, heads.num_heads, TOP_K), dtype=np.int64)
-    with torch.inference_mode():
-        for start in range(0, count, CHUNK_ROWS):
-            index = torch.arange(start, min(start + CHUNK_ROWS, count))
-            hidden = rows.read(index).to(device)
-            for head in range(heads.num_heads):
-                logits = heads(hidden, head) @ heads.projection(head).T  # [R, V]
-                found[index, head] = logits.topk(TOP_K).indices.cpu().numpy()
+    count = min(limit, len(rows))
+    top_k = min(TOP_K, heads.lm_head.shape[0])
+    found = np.empty((count, heads.num_heads, top_k), dtype=np.int64)
+    for index, head, logits in _predictions(heads, rows, count):
+        found[index, head] = logits.topk(top_k).indices.cpu().numpy()
     return found
+
+
+def _predictions(heads: MedusaHeads, rows: Rows, count: int) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+    """Row numbers, head and logits [R, vocab_size], for some of the first ``count`` rows at a time.
+
+    Args:
+        heads: what predicts.
+        rows: cached states.
+        count: rows, all of which are there.
+    """
+    for start in range(0, count, CHUNK_ROWS):
+        index = torch.arange(start, min(start + CHUNK_ROWS, count))
+        hidden = rows.read(index).to(heads.lm_head.device)
+        for head in range(heads.num_heads):
+            with torch.inference_mode():  # not around the yield: it would hold in the caller too
+                logits = heads(hidden, head) @ heads.projection(head).T
+            yield index, head, logits
